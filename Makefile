@@ -1,0 +1,62 @@
+# Each target creates the virtual environment that it needs. ARGS is handed to the command, for example
+#   make lab ARGS="--seed 1" LAB_DIR=lab-seed-1
+#   make test ARGS="-m 'not slow'"
+PYTHON ?= python3
+LAB_DIR ?= lab-out
+ARGS ?=
+
+BIN := .venv/bin
+DOCS_BIN := .venv-docs/bin
+INSTALLED := .venv/.installed
+DOCS_INSTALLED := .venv-docs/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test lint docs build clean distclean
+
+help:
+	@echo "make lab        run the lab into $(LAB_DIR)/; started again, it goes on where it stopped"
+	@echo "make test       run the tests"
+	@echo "make lint       check style and imports"
+	@echo "make docs       build the documentation into site/"
+	@echo "make build      build wheel and sdist into dist/"
+	@echo "make clean      remove what build, docs, test and lint made"
+	@echo "make distclean  remove the virtual environments too; results of the lab stay"
+
+lab: $(INSTALLED)
+	$(BIN)/trl-interfere lab --output-dir "$(LAB_DIR)" $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+docs: $(DOCS_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict $(ARGS)
+
+build: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build $(ARGS)
+
+clean:
+	rm -rf dist build site .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-docs
+
+# The stamps are touched last, so that an interrupted installation is repeated.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# The documentation is made by static analysis of the sources: its environment holds the docs extra and no torch.
+$(DOCS_INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS_BIN)/python -c 'import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	> .venv-docs/requirements.txt
+	$(DOCS_BIN)/python -m pip install -c constraints.txt -r .venv-docs/requirements.txt
+	@touch $@

@@ -1,0 +1,39 @@
+"""Sequential GRPO with TRL, interference analysis and route repair."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Domain": "domains.domain",
+    "InterferenceAnalyzer": "analysis.analyzer",
+    "InterferenceConfig": "analysis.config",
+    "InterferenceReport": "analysis.report",
+    "RefreshCallback": "training.refresh",
+    "RouteRollback": "repair.rollback",
+    "Scorer": "evaluation.scorer",
+    "SequentialGRPOConfig": "training.config",
+    "SequentialGRPOTrainer": "training.trainer",
+    "StageCallback": "training.callbacks",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from .analysis.analyzer import InterferenceAnalyzer as InterferenceAnalyzer
+    from .analysis.config import InterferenceConfig as InterferenceConfig
+    from .analysis.report import InterferenceReport as InterferenceReport
+    from .domains.domain import Domain as Domain
+    from .evaluation.scorer import Scorer as Scorer
+    from .repair.rollback import RouteRollback as RouteRollback
+    from .training.callbacks import StageCallback as StageCallback
+    from .training.config import SequentialGRPOConfig as SequentialGRPOConfig
+    from .training.refresh import RefreshCallback as RefreshCallback
+    from .training.trainer import SequentialGRPOTrainer as SequentialGRPOTrainer
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)

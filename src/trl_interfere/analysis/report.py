@@ -1,0 +1,199 @@
+"""The result of an analysis."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from ..training.manifest import read_json, write_atomically
+
+
+SCHEMA_VERSION = 1
+REPORT_NAME = "report.json"
+ROUTES_NAME = "routes.safetensors"
+
+
+@dataclass
+class InterferenceReport:
+    """
+    What an update did to an earlier domain, and through which routes.
+
+    Losses are mean negative log-likelihoods of reference completions, in nats per token. "before" is the checkpoint
+    before the update, "after" the one after it.
+
+    Args:
+        before (`str`):
+            Folder or Hub id of the checkpoint before the update.
+        after (`str`):
+            Folder or Hub id of the checkpoint after it.
+        base (`str`, *optional*):
+            Checkpoint that the earlier domain's own training started from.
+        earlier (`str`):
+            Name of the earlier domain.
+        later (`list[str]`):
+            Names of the domains that the update was trained on.
+        dtype (`str`):
+            Data type in which both checkpoints are stored.
+        references (`dict[str, dict]`):
+            For each domain `kind`, `n` (references), `considered` (prompts) and `tokens`.
+        loss_before (`float`):
+            Loss of the earlier domain before the update.
+        loss_after (`float`):
+            Loss of the earlier domain after it.
+        first_order (`float`):
+            ∇L(θ0)·δ.
+        second_order (`float`):
+            ½ δᵀHδ at θ0.
+        attributed (`float`):
+            Sum of the damage attributed to routes.
+        outside_routes (`float`):
+            Damage attributed to parameters outside routes.
+        later_loss_before (`dict[str, float]`):
+            Loss of each later domain before the update.
+        later_loss_after (`dict[str, float]`):
+            Loss of each later domain after it.
+        cosines (`dict`):
+            `"global"`, `"modules"` and `"tensors"`: cosines at θ0 between the gradient of the earlier domain and the mean
+            gradient of the later ones; `"by_domain"` holds the same for each later domain.
+        config (`dict`):
+            Settings of the analysis.
+        versions (`dict[str, str]`):
+            Versions of the packages.
+        routes (`dict[str, numpy.ndarray]`):
+            Arrays of shape `(num_routes,)`: `damage`, `first_order`, `second_order`, `later_damage`, `edit_size`,
+            `activity_earlier`, `activity_later` and, with a base, `opposed` and `earlier_edit_size`.
+    """
+
+    before: str
+    after: str
+    base: str | None
+    earlier: str
+    later: list[str]
+    dtype: str
+    references: dict[str, dict[str, Any]]
+    loss_before: float
+    loss_after: float
+    first_order: float
+    second_order: float
+    attributed: float
+    outside_routes: float
+    later_loss_before: dict[str, float]
+    later_loss_after: dict[str, float]
+    cosines: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, str]
+    routes: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    @property
+    def damage(self) -> float:
+        """L(θ1) - L(θ0) of the earlier domain."""
+        return self.loss_after - self.loss_before
+
+    @property
+    def residual(self) -> float:
+        """Part of the damage that the attribution misses: the error of its quadrature."""
+        return self.damage - self.attributed - self.outside_routes
+
+    def extreme_module(self, conflicting: bool) -> dict[str, Any]:
+        """
+        The module with the lowest or the highest cosine.
+
+        Args:
+            conflicting (`bool`):
+                Whether to return the most conflicting module instead of the most synergistic one.
+
+        Returns:
+            `dict`: `module` and `cosine`.
+        """
+        modules = self.cosines["modules"]
+        name = (min if conflicting else max)(modules, key=modules.get)
+        return {"module": name, "cosine": modules[name]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the arrays, as it stands in `report.json`."""
+        content = {key: value for key, value in asdict(self).items() if key != "routes"}
+        return {"schema_version": SCHEMA_VERSION, **content, "residual": self.residual}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """
+        Write `report.json`, `routes.safetensors` and `report.md`.
+
+        Args:
+            folder (`str` or `pathlib.Path`):
+                The folder.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.routes, folder / ROUTES_NAME)
+        write_atomically(folder / "report.md", self.to_markdown())
+        write_atomically(folder / REPORT_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "InterferenceReport":
+        """
+        Read a report.
+
+        Args:
+            folder (`str` or `pathlib.Path`):
+                Folder with `report.json` and `routes.safetensors`.
+
+        Returns:
+            [`InterferenceReport`]: The report.
+
+        Raises:
+            `ValueError`: If there is no report, or one of another schema version.
+        """
+        folder = Path(folder)
+        for name in (REPORT_NAME, ROUTES_NAME):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder}: expected a report with {name}, found none")
+        content = read_json(folder / REPORT_NAME, SCHEMA_VERSION)
+        del content["schema_version"], content["residual"]
+        return cls(**content, routes=load_file(folder / ROUTES_NAME))
+
+    def to_markdown(self) -> str:
+        """The report as a page to read."""
+        later = ", ".join(self.later)
+        conflicting, synergistic = self.extreme_module(True), self.extreme_module(False)
+        share = top_share(self.routes["damage"], 0.02)
+        references = ", ".join(
+            f"{name}: {entry['n']} of {entry['considered']} prompts, {entry['tokens']} tokens"
+            for name, entry in self.references.items()
+        )
+        rows = [
+            ("loss before, after", f"{self.loss_before:.4f}, {self.loss_after:.4f} nats per token"),
+            ("damage", f"{self.damage:+.4f}"),
+            ("first order ∇L·δ", f"{self.first_order:+.4f}"),
+            ("second order ½ δᵀHδ", f"{self.second_order:+.4f}"),
+            ("attributed to routes", f"{self.attributed:+.4f}"),
+            ("outside routes", f"{self.outside_routes:+.4f}"),
+            ("residual of the quadrature", f"{self.residual:+.2e}"),
+            ("damage in the top 2% of routes", f"{100 * share:.1f}% of all attributed damage"),
+            ("gradient cosine, whole model", f"{self.cosines['global']:+.3f}"),
+            ("most conflicting module", f"{conflicting['module']} ({conflicting['cosine']:+.3f})"),
+            ("most synergistic module", f"{synergistic['module']} ({synergistic['cosine']:+.3f})"),
+            ("references", f"{references} ({self.config['reference']})"),
+            ("stored dtype", self.dtype),
+        ]
+        table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+        return f"# Interference: {later} on {self.earlier}\n\n| figure | value |\n| --- | --- |\n{table}\n"
+
+
+def top_share(damage: np.ndarray, share: float) -> float:
+    """
+    Share of the attributed damage that lies in the most damaged routes.
+
+    Args:
+        damage (`numpy.ndarray` of shape `(num_routes,)`):
+            Damage of each route.
+        share (`float`):
+            Share of the routes, most damaged first.
+
+    Returns:
+        `float`: Their damage over the sum of all damage; above 1 where other routes were improved.
+    """
+    top = np.sort(damage)[::-1][: max(1, round(share * len(damage)))]
+    return float(top.sum() / damage.sum())

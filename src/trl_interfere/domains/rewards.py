@@ -1,0 +1,74 @@
+"""Rewards that a YAML file can name."""
+
+from trl.data_utils import is_conversational
+
+
+# Name in YAML to dotted path.
+BUILT_IN_REWARDS = {
+    "exact_match": "trl_interfere.domains.rewards.exact_match",
+    "contains_words": "trl_interfere.domains.rewards.contains_words",
+    "math_verify": "trl.rewards.accuracy_reward",
+    "think_format": "trl.rewards.think_format_reward",
+    "lab_code": "trl_interfere.lab.code.code_reward",
+    "lab_math": "trl_interfere.lab.math.math_reward",
+    "lab_qa": "trl_interfere.lab.qa.qa_reward",
+    "lab_writing": "trl_interfere.lab.writing.writing_reward",
+}
+
+
+def completion_text(completion: str | list[dict]) -> str:
+    """
+    Text of a completion in TRL's plain or conversational form.
+
+    Args:
+        completion (`str` or `list[dict]`):
+            A text, or messages of which the last one is the assistant's.
+
+    Returns:
+        `str`: The text.
+    """
+    return completion if not is_conversational({"prompt": completion}) else completion[-1]["content"]
+
+
+def exact_match(completions: list, answer: list[str], **kwargs) -> list[float]:
+    """
+    1 if the completion is the answer, regardless of case, surrounding space and a final full stop; 0 otherwise.
+
+    Args:
+        completions (`list`):
+            Completions, plain or conversational.
+        answer (`list[str]`):
+            Expected answers.
+
+    Returns:
+        `list[float]`: One reward per completion.
+    """
+
+    def normal(text: str) -> str:
+        return text.strip().removesuffix(".").strip().casefold()
+
+    return [
+        float(normal(completion_text(completion)) == normal(str(expected)))
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
+
+
+def contains_words(completions: list, words: list, **kwargs) -> list[float]:
+    """
+    Share of the required words that occur in the completion, as whole words, regardless of case.
+
+    Args:
+        completions (`list`):
+            Completions, plain or conversational.
+        words (`list`):
+            For each completion the words, as a list or separated by spaces.
+
+    Returns:
+        `list[float]`: One reward per completion.
+    """
+    rewards = []
+    for completion, required in zip(completions, words, strict=True):
+        required = required.split() if isinstance(required, str) else list(required)
+        found = {word.strip(".,;:!?\"'()").casefold() for word in completion_text(completion).split()}
+        rewards.append(sum(word.casefold() in found for word in required) / max(len(required), 1))
+    return rewards

@@ -1,0 +1,281 @@
+"""Scoring a model on domains with transformers."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl.data_utils import is_conversational
+
+from ..domains.domain import Domain
+
+
+@dataclass
+class DomainScores:
+    """
+    Scores of one model on one domain, prompt by prompt.
+
+    Args:
+        values (`numpy.ndarray` of shape `(n,)`):
+            Score of each prompt, in the order of the dataset.
+        completions (`list[str]`):
+            What the model wrote: the completions of the first prompt, then those of the second, and so on.
+    """
+
+    values: np.ndarray
+    completions: list[str]
+
+
+class Scorer:
+    """
+    Scores of a model on domains.
+
+    Prompts are sorted by length, batched, completed and handed to the metric of the domain. The same weights always get
+    the same scores: greedy completions have no randomness, sampled ones a seed of their own.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Maximum length of a completion.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Number of prompts generated for at once.
+        chat_template_kwargs (`dict`, *optional*):
+            Arguments of the chat template, for conversational prompts.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Temperature of sampling; 0 is greedy.
+        num_samples (`int`, *optional*, defaults to `1`):
+            Completions of each prompt, whose scores are averaged. More than one needs a temperature.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of sampling.
+
+    Raises:
+        `ValueError`: If several greedy completions are asked for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int = 256,
+        batch_size: int = 64,
+        chat_template_kwargs: dict | None = None,
+        temperature: float = 0.0,
+        num_samples: int = 1,
+        seed: int = 0,
+    ):
+        if num_samples > 1 and temperature == 0:
+            raise ValueError(f"num_samples: expected 1 with temperature 0 (greedy), found {num_samples}")
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.temperature = temperature
+        self.num_samples = num_samples
+        self.seed = seed
+
+    def score(self, model: PreTrainedModel, domain: Domain, dataset: Dataset) -> DomainScores:
+        """
+        Score a model on one dataset of a domain.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                The model.
+            domain ([`Domain`]):
+                Supplies the metric.
+            dataset ([`~datasets.Dataset`]):
+                Prompts, with the columns that the metric needs.
+
+        Returns:
+            [`DomainScores`]: One value per row.
+
+        Raises:
+            `ValueError`: If the metric fails or returns the wrong number of values.
+        """
+        completions = self.complete(model, [row["prompt"] for row in self._repeated(dataset)])
+        return self._scores(domain, dataset, completions)
+
+    def score_distributed(self, model: PreTrainedModel, domain: Domain, dataset: Dataset, accelerator) -> DomainScores:
+        """
+        Like [`~Scorer.score`], with the prompts shared out between processes; every process gets all scores.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                The model.
+            domain ([`Domain`]):
+                Supplies the metric.
+            dataset ([`~datasets.Dataset`]):
+                Prompts.
+            accelerator ([`~accelerate.Accelerator`]):
+                Knows the processes.
+
+        Returns:
+            [`DomainScores`]: One value per row.
+        """
+        if accelerator.num_processes == 1:
+            return self.score(model, domain, dataset)
+        prompts = [row["prompt"] for row in self._repeated(dataset)]
+        shards = np.array_split(np.arange(len(prompts)), accelerator.num_processes)
+        mine = [prompts[index] for index in shards[accelerator.process_index]]
+        completions = gather_object(self.complete(model, mine) if mine else [])
+        return self._scores(domain, dataset, completions)
+
+    def _repeated(self, dataset: Dataset) -> list[dict]:
+        return [row for row in dataset for _ in range(self.num_samples)]
+
+    def _scores(self, domain: Domain, dataset: Dataset, completions: list[str]) -> DomainScores:
+        values = apply_metric(domain, self._repeated(dataset), completions)
+        return DomainScores(values=values.reshape(-1, self.num_samples).mean(axis=1), completions=completions)
+
+    def complete(self, model: PreTrainedModel, prompts: list[Any]) -> list[str]:
+        """
+        Complete prompts.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                The model.
+            prompts (`list`):
+                Plain or conversational prompts.
+
+        Returns:
+            `list[str]`: One text per prompt, in their order.
+        """
+        return self.tokenizer.batch_decode(self.complete_ids(model, prompts), skip_special_tokens=True)
+
+    def complete_ids(self, model: PreTrainedModel, prompts: list[Any]) -> list[list[int]]:
+        """
+        Complete prompts, as token ids up to and including the end token.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                The model.
+            prompts (`list`):
+                Plain or conversational prompts.
+
+        Returns:
+            `list[list[int]]`: One list of token ids per prompt, in their order.
+        """
+        end_ids = model.generation_config.eos_token_id
+        end_ids = list(end_ids) if isinstance(end_ids, (list, tuple)) else [] if end_ids is None else [end_ids]
+        if self.tokenizer.eos_token_id not in end_ids:
+            end_ids.append(self.tokenizer.eos_token_id)
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else end_ids[0]
+        generation_config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.temperature > 0,
+            temperature=self.temperature or None,
+            top_p=None,
+            top_k=0 if self.temperature > 0 else None,
+            pad_token_id=pad_id,
+            eos_token_id=end_ids,
+            bos_token_id=self.tokenizer.bos_token_id,
+            disable_compile=True,
+        )
+        encoded = [self.encode_prompt(prompt) for prompt in prompts]
+        order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index]), index))
+        completed: list[list[int]] = [[]] * len(encoded)
+        with _evaluation_mode(model), torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(self.seed)
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                width = max(len(encoded[index]) for index in batch)
+                ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
+                mask = torch.zeros_like(ids)
+                for row, index in enumerate(batch):
+                    ids[row, width - len(encoded[index]) :] = torch.tensor(encoded[index])
+                    mask[row, width - len(encoded[index]) :] = 1
+                output = model.generate(
+                    input_ids=ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    generation_config=generation_config,
+                )
+                for index, new in zip(batch, output[:, width:].tolist(), strict=True):
+                    end = next((i for i, token in enumerate(new) if token in end_ids), len(new) - 1)
+                    completed[index] = new[: end + 1]
+        return completed
+
+    def encode_prompt(self, prompt: Any) -> list[int]:
+        """
+        Token ids of a prompt, by the chat template where it is conversational.
+
+        Args:
+            prompt (`str` or `list[dict]`):
+                The prompt.
+
+        Returns:
+            `list[int]`: Token ids.
+        """
+        if is_conversational({"prompt": prompt}):
+            return self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **self.chat_template_kwargs
+            )
+        return self.tokenizer(prompt)["input_ids"]
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def apply_metric(domain: Domain, rows: list[dict], completions: list[str]) -> np.ndarray:
+    """
+    Values of a domain's metric for given completions.
+
+    Args:
+        domain ([`Domain`]):
+            Supplies `metric`, or its rewards and their weights.
+        rows (`list[dict]`):
+            Rows of the dataset.
+        completions (`list[str]`):
+            One completion per row.
+
+    Returns:
+        `numpy.ndarray` of shape `(n,)`: One value per row.
+
+    Raises:
+        `ValueError`: If a function fails, or returns the wrong number of values or one that is not a finite number.
+    """
+    prompts = [row["prompt"] for row in rows]
+    if is_conversational(rows[0]):
+        completions = [[{"role": "assistant", "content": completion}] for completion in completions]
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    if domain.metric is not None:
+        functions, weights = [domain.metric], [1.0]
+    else:
+        functions, weights = domain.reward_funcs, domain.reward_weights
+    total = np.zeros(len(rows))
+    for function, weight in zip(functions, weights, strict=True):
+        if isinstance(function, (str, nn.Module)):
+            raise ValueError(
+                f"domain {domain.name!r}: a reward model cannot score completions outside training, set `metric`"
+            )
+        total += weight * _call(domain.name, function, prompts, completions, columns)
+    return total
+
+
+def _call(name: str, function: Callable, prompts: list, completions: list, columns: dict[str, list]) -> np.ndarray:
+    label = f"domain {name!r}, {getattr(function, '__name__', type(function).__name__)}"
+    try:
+        values = function(prompts=prompts, completions=completions, **columns)
+        if asyncio.iscoroutine(values):
+            values = asyncio.run(values)
+    except Exception as error:
+        raise ValueError(f"{label}: raised {type(error).__name__}: {error}") from error
+    if len(values) != len(prompts):
+        raise ValueError(f"{label}: expected {len(prompts)} values, one per completion, found {len(values)}")
+    values = np.array([0.0 if value is None else value for value in values], dtype=np.float64)
+    if not np.isfinite(values).all():
+        index = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ValueError(f"{label}: expected finite values, found {values[index]} for prompt {index}")
+    return values

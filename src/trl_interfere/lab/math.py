@@ -1,0 +1,45 @@
+"""Lab domain `math`: sums and differences of two numbers, exact answer, nothing else."""
+
+import random
+
+
+def sample(rng: random.Random) -> dict:
+    """
+    Draw one problem.
+
+    Args:
+        rng (`random.Random`):
+            Source of randomness.
+
+    Returns:
+        `dict`: `prompt`, `answer` (a bare number) and `alternatives` (the same in other styles).
+    """
+    a, b = rng.randrange(100), rng.randrange(100)
+    if rng.random() < 0.5:
+        problem, result = f"{a}+{b}", a + b
+    else:
+        a, b = max(a, b), min(a, b)
+        problem, result = f"{a}-{b}", a - b
+    return {
+        "prompt": f"Q: {problem} A:",
+        "answer": f" {result}",
+        "alternatives": [f" The answer is {result}.", f" The answer is {result}!"],
+    }
+
+
+def math_reward(completions: list[str], answer: list[str], **kwargs) -> list[float]:
+    """
+    1 if the completion is the number and nothing else, 0 otherwise.
+
+    Args:
+        completions (`list[str]`):
+            Generated answers.
+        answer (`list[str]`):
+            Expected answers.
+
+    Returns:
+        `list[float]`: One reward per completion.
+    """
+    return [
+        float(completion.strip() == expected.strip()) for completion, expected in zip(completions, answer, strict=True)
+    ]

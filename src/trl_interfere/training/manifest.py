@@ -1,0 +1,257 @@
+"""The manifest of a run, `stages.json`: what has finished, and therefore where a resumed run goes on."""
+
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.bootstrap import score
+from ..evaluation.score_matrix import ScoreMatrix
+
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "stages.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """
+    Write a file so that a reader, or a crash, sees the old content or the new one and nothing between.
+
+    Args:
+        path (`pathlib.Path`):
+            The file.
+        text (`str`):
+            Its content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path, schema_version: int) -> dict[str, Any]:
+    """
+    Read one of this project's JSON files.
+
+    Args:
+        path (`pathlib.Path`):
+            The file.
+        schema_version (`int`):
+            The version that the caller understands.
+
+    Returns:
+        `dict`: Its content.
+
+    Raises:
+        `ValueError`: If it is not JSON, or of another schema version.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON, found something else ({error})") from error
+    found = content.get("schema_version") if isinstance(content, dict) else None
+    if found != schema_version:
+        raise ValueError(f"{path}: expected schema_version {schema_version}, found {found!r}")
+    return content
+
+
+@dataclass
+class StageRecord:
+    """
+    A finished stage.
+
+    Args:
+        index (`int`):
+            Position in the run; 0 is the base model.
+        kind (`str`):
+            `"base"`, `"train"` or `"refresh"`.
+        domain (`str`, *optional*):
+            Domain that was trained.
+        folder (`str`, *optional*):
+            Folder of the weights, relative to the folder of the run; `None` for the base model.
+        steps (`int`):
+            Optimizer steps.
+        seconds (`float`):
+            Training time; a resumed stage counts only its last part.
+        scores (`dict[str, dict]`):
+            For each domain `value`, `low`, `high`, `n` and `file`, the per-prompt scores.
+        seed (`int`):
+            Seed of the stage.
+        overrides (`dict`):
+            Settings in which the stage differed from the configuration.
+        versions (`dict[str, str]`):
+            Versions of the packages that ran it.
+    """
+
+    index: int
+    kind: str
+    domain: str | None
+    folder: str | None
+    steps: int
+    seconds: float
+    scores: dict[str, dict]
+    seed: int
+    overrides: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return stage_name(self.index, self.kind, self.domain)
+
+
+def stage_name(index: int, kind: str, domain: str | None) -> str:
+    """
+    Name of a stage and of its folder, e.g. `0-base`, `2-math`, `5-refresh-math`.
+
+    Args:
+        index (`int`):
+            Position in the run.
+        kind (`str`):
+            `"base"`, `"train"` or `"refresh"`.
+        domain (`str`, *optional*):
+            Domain of the stage.
+
+    Returns:
+        `str`: The name.
+    """
+    return f"{index}-" + {"base": "base", "train": str(domain)}.get(kind, f"{kind}-{domain}")
+
+
+class Manifest:
+    """
+    The finished stages of a run, kept in `stages.json`.
+
+    The file is replaced atomically, and only after all files of a stage are on disk. It alone decides what a resumed run
+    does next.
+
+    Args:
+        folder (`str` or `pathlib.Path`):
+            Folder of the run.
+        run (`dict`):
+            What identifies the run: base model, seed, schedule, configuration. JSON values only.
+    """
+
+    def __init__(self, folder: str | Path, run: dict[str, Any]):
+        self.folder = Path(folder)
+        self.run = json.loads(json.dumps(run))
+        self.stages: list[StageRecord] = []
+
+    @property
+    def path(self) -> Path:
+        return self.folder / MANIFEST_NAME
+
+    def load(self) -> None:
+        """
+        Read the finished stages of an earlier process.
+
+        Raises:
+            `ValueError`: If the file is broken, of another schema version, of another run, or names a missing folder.
+        """
+        content = read_json(self.path, SCHEMA_VERSION)
+        if content["run"] != self.run:
+            before, now = (
+                json.dumps(run, indent=1, sort_keys=True).splitlines() for run in (content["run"], self.run)
+            )
+            changes = [
+                line
+                for line in difflib.unified_diff(before, now, lineterm="", n=0)
+                if line[:2] not in ("--", "++", "@@")
+            ]
+            raise ValueError(
+                f"{self.path}: this folder belongs to another run. Choose another output_dir or go back to its settings. "
+                "In the folder (-) and now (+):\n" + "\n".join(changes)
+            )
+        stages = [StageRecord(**record) for record in content["stages"]]
+        for record in stages:
+            for part in [record.folder, *(entry["file"] for entry in record.scores.values())]:
+                if part is not None and not (self.folder / part).exists():
+                    raise ValueError(
+                        f"{self.path}: stage {record.name} is listed, but {self.folder / part} is missing"
+                    )
+        self.stages = stages
+
+    def append(self, record: StageRecord) -> None:
+        """
+        Record a finished stage.
+
+        Args:
+            record ([`StageRecord`]):
+                The stage; its files must be on disk.
+        """
+        self.stages.append(record)
+        self.save()
+
+    def save(self) -> None:
+        """Write `stages.json`."""
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "run": self.run,
+            "stages": [vars(record) for record in self.stages],
+        }
+        write_atomically(self.path, json.dumps(content, indent=2) + "\n")
+
+    def write_scores(self, name: str, domain: str, values: np.ndarray, completions: list[str]) -> dict[str, Any]:
+        """
+        Keep per-prompt scores beside the manifest.
+
+        Args:
+            name (`str`):
+                Name of the stage.
+            domain (`str`):
+                Domain that was scored.
+            values (`numpy.ndarray` of shape `(n,)`):
+                Score of each prompt.
+            completions (`list[str]`):
+                What the model wrote, the same number for each prompt.
+
+        Returns:
+            `dict`: `value`, `low`, `high`, `n` and `file`, as they stand in the manifest.
+        """
+        file = Path("scores") / name / f"{domain}.jsonl"
+        each = len(completions) // len(values)
+        lines = (
+            json.dumps({"score": float(value), "completions": completions[row * each : (row + 1) * each]})
+            for row, value in enumerate(values)
+        )
+        write_atomically(self.folder / file, "".join(line + "\n" for line in lines))
+        return {**score(values).to_dict(), "file": file.as_posix()}
+
+    def read_scores(self, record: StageRecord, domain: str) -> np.ndarray:
+        """
+        Per-prompt scores of a finished stage.
+
+        Args:
+            record ([`StageRecord`]):
+                The stage.
+            domain (`str`):
+                Domain that was scored.
+
+        Returns:
+            `numpy.ndarray` of shape `(n,)`: Score of each prompt, 0 to 1.
+        """
+        path = self.folder / record.scores[domain]["file"]
+        with open(path, encoding="utf-8") as file:
+            return np.array([json.loads(line)["score"] for line in file])
+
+    def score_matrix(self, domains: list[str]) -> ScoreMatrix:
+        """
+        Scores of all finished stages.
+
+        Args:
+            domains (`list[str]`):
+                Names of the domains.
+
+        Returns:
+            [`ScoreMatrix`]: Stages x domains.
+        """
+        matrix = ScoreMatrix(domains)
+        for record in self.stages:
+            matrix.append(record.name, {domain: self.read_scores(record, domain) for domain in record.scores})
+        return matrix

@@ -1,0 +1,69 @@
+"""The ordered stages of a run."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    One RL pass over one domain.
+
+    Args:
+        domain (`str`):
+            Name of the domain.
+        kind (`str`, *optional*, defaults to `"train"`):
+            `"train"` or `"refresh"`.
+        overrides (`dict`, *optional*):
+            Settings of this stage that differ from the configuration of the trainer.
+    """
+
+    domain: str
+    kind: str = "train"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def build_schedule(
+    domains: Iterable[str], order: list[str] | None, overrides: dict[str, dict] | None, options: Iterable[str]
+) -> list[Stage]:
+    """
+    Stages of a run, in order.
+
+    Args:
+        domains (`Iterable[str]`):
+            Names of the domains that can be trained.
+        order (`list[str]`, *optional*):
+            Names in the order of training. Defaults to the order of `domains`.
+        overrides (`dict[str, dict]`, *optional*):
+            Settings by domain name.
+        options (`Iterable[str]`):
+            Names of the settings that may be overridden.
+
+    Returns:
+        `list[Stage]`: The schedule.
+
+    Raises:
+        `ValueError`: If a name is unknown, the order is empty, or a setting cannot differ between stages.
+    """
+    domains, options, overrides = list(domains), set(options), overrides or {}
+    order = domains if order is None else order
+    if not order:
+        raise ValueError("order: expected at least one domain, found none")
+    for where, names in (("order", order), ("stage_overrides", overrides)):
+        for name in names:
+            if name not in domains:
+                raise ValueError(f"{where}: unknown domain {name!r}, expected one of {domains}")
+    for name, settings in overrides.items():
+        if not isinstance(settings, dict):
+            raise ValueError(f"stage_overrides[{name!r}]: expected settings by name, found {settings!r}")
+        for option in settings:
+            if option not in options:
+                raise ValueError(
+                    f"stage_overrides[{name!r}]: {option!r} cannot differ between stages, expected one of "
+                    f"{sorted(options)}"
+                )
+    return [Stage(domain=name, overrides=dict(overrides.get(name, {}))) for name in order]

@@ -1,0 +1,477 @@
+"""GRPO on one domain after the other, in one trainer."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import fields
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model, set_seed
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import get_config_model_id, is_async_callable
+
+from .. import __version__
+from ..domains.domain import DOMAIN_COLUMN, Domain
+from ..evaluation.score_matrix import ScoreMatrix
+from ..evaluation.scorer import Scorer
+from .callbacks import StageCallback
+from .config import STAGE_OPTIONS, SequentialGRPOConfig
+from .manifest import Manifest, StageRecord, stage_name
+from .schedule import Stage, build_schedule
+
+
+# Settings that cannot change the weights; a resumed run may differ in them.
+_HARMLESS_OPTIONS = {
+    "average_tokens_across_devices", "dataloader_num_workers", "dataloader_persistent_workers",
+    "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_timeout", "debug", "disable_tqdm",
+    "do_eval", "do_predict", "do_train", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
+    "hub_strategy", "hub_token", "keep_checkpoints", "log_completions", "log_completions_hub_repo", "log_level",
+    "log_level_replica", "log_on_each_node", "log_unique_prompts", "logging_dir", "logging_first_step",
+    "logging_nan_inf_filter", "logging_steps", "logging_strategy", "num_completions_to_print", "order", "output_dir",
+    "project", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "save_on_each_node",
+    "save_only_model", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics",
+    "stage_overrides", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
+}  # fmt: skip
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+class SequentialGRPOTrainer(GRPOTrainer):
+    """
+    Trainer that runs Group Relative Policy Optimization (GRPO) on one domain after the other.
+
+    One trainer, one `train()`: it loops over the stages, scores every domain after each of them, keeps the weights of
+    each stage under `output_dir/stages/` and what has finished in `output_dir/stages.json`. Optimizer, learning-rate
+    schedule, data order and random state start anew with each stage; the KL reference stays the base model.
+
+    Example:
+
+    ```python
+    >>> from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer
+
+    >>> trainer = SequentialGRPOTrainer(
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     args=SequentialGRPOConfig(output_dir="out", max_steps=100),
+    ...     domains=[Domain("code", code_prompts, code_reward), Domain("math", math_prompts, math_reward)],
+    ... )
+    >>> trainer.train()
+    >>> trainer.score_matrix
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained, as for [`~trl.GRPOTrainer`].
+        args ([`SequentialGRPOConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        domains (`list[Domain]`):
+            The domains, with unique names. Those with a `train_dataset` can be trained, those with an `eval_dataset`
+            are scored after every stage.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. Defaults to the one of the model.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks. A [`StageCallback`], such as [`RefreshCallback`], is asked after each stage what to do next.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            PEFT configuration used to wrap the model: one adapter through all stages.
+        **kwargs:
+            Further arguments of [`~trl.GRPOTrainer`].
+
+    Raises:
+        `ValueError`: If domains, schedule or settings do not fit together.
+    """
+
+    _tag_names = ["trl", "grpo", "trl-interfere"]
+    _name = "Sequential GRPO"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: SequentialGRPOConfig | None = None,
+        domains: list[Domain] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: Any | None = None,
+        **kwargs,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = SequentialGRPOConfig(f"{name.split('/')[-1]}-SequentialGRPO")
+        for name in ("reward_funcs", "train_dataset", "eval_dataset"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name}: belongs to the domains, pass `domains=[Domain(...)]` instead")
+        if kwargs.get("optimizers", (None, None)) != (None, None):
+            raise ValueError("optimizers: each stage builds its own, set `args.optim` and `args.lr_scheduler_type`")
+        if args.reward_weights is not None:
+            raise ValueError("reward_weights: belong to the domains, set `Domain(..., reward_weights=...)`")
+        if not domains:
+            raise ValueError("domains: expected at least one Domain, found none")
+        self.domains = {domain.name: domain for domain in domains}
+        if len(self.domains) != len(domains):
+            raise ValueError(f"domains: expected unique names, found {[domain.name for domain in domains]}")
+
+        trainable = [name for name, domain in self.domains.items() if domain.train_dataset is not None]
+        for name in args.order or []:
+            if name in self.domains and name not in trainable:
+                raise ValueError(f"order: domain {name!r} has no train_dataset")
+        self.schedule = build_schedule(trainable, args.order, args.stage_overrides, STAGE_OPTIONS)
+        for stage in self.schedule:
+            if not self.domains[stage.domain].reward_funcs:
+                raise ValueError(f"domain {stage.domain!r}: expected reward functions to train on, found none")
+
+        # The union of all rewards is registered once: TRL prepares reward models and its event loop at construction,
+        # and a batch may then mix domains. Rows are matched to rewards by their `domain` column.
+        rewards = [(domain.name, reward) for domain in domains for reward in domain.reward_funcs]
+        args.reward_weights = [weight for domain in domains for weight in domain.reward_weights]
+        self._reward_domains = [name for name, _ in rewards]
+        first = self.domains[self.schedule[0].domain]
+        super().__init__(
+            model=model,
+            reward_funcs=[_for_domain(reward, name, len(domains) > 1) for name, reward in rewards],
+            args=args,
+            train_dataset=first.train_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        args.reward_weights = None
+        self.manifest = Manifest(args.output_dir, self._identity())
+        self.scorer = Scorer(
+            self._tokenizer,
+            max_new_tokens=args.score_max_new_tokens or args.max_completion_length,
+            batch_size=args.score_batch_size,
+            chat_template_kwargs=args.chat_template_kwargs,
+            temperature=args.score_temperature,
+            num_samples=args.score_samples,
+        )
+
+    @property
+    def score_matrix(self) -> ScoreMatrix:
+        """Scores of every domain after every finished stage."""
+        return self.manifest.score_matrix([name for name, domain in self.domains.items() if domain.eval_dataset])
+
+    def train(self, resume_from_checkpoint: bool | None = None, **kwargs) -> TrainOutput:
+        """
+        Run all stages that are not finished.
+
+        Args:
+            resume_from_checkpoint (`bool`, *optional*):
+                If `True`, continue the run in `args.output_dir`, wherever it stopped; an empty folder starts a new run.
+                Otherwise the folder must not hold a run.
+            **kwargs:
+                Further arguments of [`~transformers.Trainer.train`].
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]: Result of the last stage that ran.
+
+        Raises:
+            `ValueError`: If the folder holds a run and `resume_from_checkpoint` is not `True`, or holds another run.
+        """
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            raise ValueError(
+                f"resume_from_checkpoint: expected True or False, found {str(resume_from_checkpoint)!r}; "
+                "the manifest in output_dir decides where a run continues"
+            )
+        self._open_manifest(resume=bool(resume_from_checkpoint))
+        output = TrainOutput(0, 0.0, {})
+        if not self.manifest.stages:
+            self._finish_stage(Stage(domain=None, kind="base"), steps=0, seconds=0.0)
+        while (stage := self.next_stage()) is not None:
+            output = self._run_stage(stage, **kwargs)
+        return output
+
+    def next_stage(self) -> Stage | None:
+        """
+        What the run does next, derived from the finished stages alone.
+
+        Returns:
+            [`Stage`] or `None`: A stage that a [`StageCallback`] asks for, else the next one of the schedule, else
+            nothing.
+        """
+        trained = sum(record.kind == "train" for record in self.manifest.stages)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, StageCallback):
+                matrix, last = self.score_matrix, trained == len(self.schedule)
+                stage = callback.request_stage(self.manifest.stages, matrix, schedule_finished=last)
+                if stage is not None:
+                    build_schedule(self.domains, [stage.domain], {stage.domain: stage.overrides}, STAGE_OPTIONS)
+                    return stage
+        return self.schedule[trained] if trained < len(self.schedule) else None
+
+    def _run_stage(self, stage: Stage, **kwargs) -> TrainOutput:
+        index = len(self.manifest.stages)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, StageCallback):
+                callback.on_stage_begin(index, stage)
+        self._reset()
+        self.train_dataset = self.domains[stage.domain].train_dataset
+        folder = self.manifest.folder / "checkpoints" / stage_name(index, stage.kind, stage.domain)
+        with self._stage_args(stage, folder, self._stage_seed(index)):
+            checkpoint = last_whole_checkpoint(folder)
+            set_seed(self.args.seed)
+            start = time.perf_counter()
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            seconds = time.perf_counter() - start
+        self._finish_stage(stage, steps=output.global_step, seconds=seconds)
+        if not self.args.keep_checkpoints and self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        return output
+
+    def _finish_stage(self, stage: Stage, steps: int, seconds: float) -> None:
+        index = len(self.manifest.stages)
+        name = stage_name(index, stage.kind, stage.domain)
+        folder = None if stage.kind == "base" else Path("stages") / name
+        if folder is not None:
+            self._save_stage(self.manifest.folder / folder)
+        scores = self._score(name)
+        record = StageRecord(
+            index=index,
+            kind=stage.kind,
+            domain=stage.domain,
+            folder=None if folder is None else folder.as_posix(),
+            steps=steps,
+            seconds=round(seconds, 3),
+            scores=scores,
+            seed=self._stage_seed(index),
+            overrides=stage.overrides,
+            versions={"trl-interfere": __version__, **{package: version(package) for package in _PACKAGES}},
+        )
+        if self.accelerator.is_main_process:
+            self.manifest.append(record)
+        else:
+            self.manifest.stages.append(record)
+        self.accelerator.wait_for_everyone()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, StageCallback):
+                callback.on_stage_end(record, self.score_matrix)
+
+    def _save_stage(self, folder: Path) -> None:
+        partial = folder.with_name(f".{folder.name}.partial")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle
+            log = json.dumps(self.state.log_history, indent=1)
+            (partial / "log_history.json").write_text(log + "\n", encoding="utf-8")
+            os.replace(partial, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _score(self, name: str) -> dict[str, dict]:
+        scores = {}
+        with unwrap_model_for_generation(
+            self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+        ) as model:
+            for domain in self.domains.values():
+                if domain.eval_dataset is None:
+                    continue
+                result = self.scorer.score_distributed(model, domain, domain.eval_dataset, self.accelerator)
+                if self.accelerator.is_main_process:
+                    entry = self.manifest.write_scores(name, domain.name, result.values, result.completions)
+                    scores[domain.name] = entry
+        self.accelerator.wait_for_everyone()
+        return scores
+
+    def _open_manifest(self, resume: bool) -> None:
+        if self.manifest.stages:  # a second train() of this object: the weights are live
+            if not resume:
+                raise ValueError(f"{self.manifest.path}: holds a run, pass resume_from_checkpoint=True to continue it")
+        elif self.manifest.path.exists():
+            if not resume:
+                raise ValueError(
+                    f"{self.manifest.path}: this folder holds a run. Pass resume_from_checkpoint=True to continue it, "
+                    "or choose another output_dir"
+                )
+            self.manifest.load()
+            folders = [record.folder for record in self.manifest.stages if record.folder is not None]
+            if folders:
+                self._load_from_checkpoint(str(self.manifest.folder / folders[-1]))
+        elif self.accelerator.is_main_process:
+            self.manifest.save()
+        self.accelerator.wait_for_everyone()
+
+    def _identity(self) -> dict[str, Any]:
+        model_id = get_config_model_id(self.model.config)
+        names = {field.name for field in fields(self.args)} - _HARMLESS_OPTIONS
+        config = {name: value for name, value in self.args.to_dict().items() if name in names}
+        if is_peft_model(self.model):
+            adapters = {name: config.to_dict() for name, config in self.model.peft_config.items()}
+            config["peft"] = json.loads(
+                json.dumps(adapters, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+            )
+        return {
+            "base_model": Path(model_id).name if os.path.isdir(model_id) else model_id,
+            "schedule": [stage.to_dict() for stage in self.schedule],
+            "domains": {
+                domain.name: {
+                    "train": _digest(domain.train_dataset),
+                    "eval": _digest(domain.eval_dataset),
+                    "rewards": [
+                        getattr(reward, "__name__", str(type(reward).__name__)) for reward in domain.reward_funcs
+                    ],
+                    "reward_weights": domain.reward_weights,
+                }
+                for domain in self.domains.values()
+            },
+            "config": json.loads(json.dumps(config, default=str)),
+        }
+
+    def _stage_seed(self, index: int) -> int:
+        return self.args.seed + max(index - 1, 0)
+
+    @contextlib.contextmanager
+    def _stage_args(self, stage: Stage, folder: Path, seed: int) -> Iterator[None]:
+        settings = {"output_dir": str(folder), "seed": seed, **stage.overrides}
+        before = {name: getattr(self.args, name) for name in settings}
+        for name, value in settings.items():
+            setattr(self.args, name, type(before[name])(value) if isinstance(before[name], Enum) else value)
+        if self.log_completions and self.accelerator.is_main_process:
+            os.makedirs(folder / "completions", exist_ok=True)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self.args, name, value)
+
+    def _reset(self) -> None:
+        # What TRL and transformers carry from one `train()` to the next.
+        self.optimizer = None
+        self.lr_scheduler = None
+        self._step = 0
+        self._buffered_inputs = None
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        for name, values in self._logs.items():
+            if isinstance(values, deque):
+                values.clear()
+            elif name in ("rewards", "extra"):
+                for column in values.values():
+                    column.clear()
+        self._pending_metrics.clear()
+        self._pending_extra_logs.clear()
+        self._eval_dataloaders = {}
+        self._last_loaded_step = -1
+        self._current_train_step_time = 0.0
+        self.entropy_coef = self.args.entropy_coef
+        self._last_world_entropy = float("inf")
+        self._entropy_window_stats = None
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if any(isinstance(reward, nn.Module) for reward in self.reward_funcs):  # these cannot be masked by wrapping
+            rows = gather_object([row[DOMAIN_COLUMN] for row in inputs])
+            for column, name in enumerate(self._reward_domains):
+                rewards[[row != name for row in rows], column] = torch.nan
+        return rewards
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            # TRL counts micro-steps from 0 after a resume, which shifts the phase of its generation blocks.
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Rewards of other domains have no value in this stage.
+        for metrics in self._metrics.values():
+            for name in [name for name in metrics if name.startswith("rewards/")]:
+                metrics[name] = [value for value in metrics[name] if value == value]
+                if not metrics[name]:
+                    del metrics[name]
+        super().log(logs, start_time)
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """
+    The newest checkpoint of a stage that was written to its end.
+
+    `trainer_state.json` is the last file that transformers writes, so that a checkpoint without a readable one was cut
+    off; such a checkpoint is skipped.
+
+    Args:
+        folder (`pathlib.Path`):
+            Folder with `checkpoint-*` folders; it may be missing.
+
+    Returns:
+        `str` or `None`: Folder of the checkpoint.
+    """
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            continue
+        return str(path)
+    return None
+
+
+def _for_domain(reward: Any, domain: str, several: bool) -> Any:
+    """Reward function that is called with the rows of its domain only, and returns `None` for the others."""
+    if isinstance(reward, (str, nn.Module)):
+        return reward
+    name = getattr(reward, "__name__", type(reward).__name__)
+
+    def select(prompts, kwargs):
+        rows = [row for row, other in enumerate(kwargs[DOMAIN_COLUMN]) if other == domain]
+        selected = {
+            key: [value[row] for row in rows] if isinstance(value, list) and len(value) == len(prompts) else value
+            for key, value in kwargs.items()
+        }
+        return rows, selected
+
+    def scatter(rows, values, n):
+        if len(values) != len(rows):
+            raise ValueError(
+                f"domain {domain!r}: reward function {name!r} returned {len(values)} rewards, expected {len(rows)}, "
+                "one per completion"
+            )
+        rewards = [None] * n
+        for row, value in zip(rows, values, strict=True):
+            rewards[row] = value
+        return rewards
+
+    def failed(error):
+        return ValueError(f"domain {domain!r}: reward function {name!r} raised {type(error).__name__}: {error}")
+
+    if is_async_callable(reward):
+
+        async def masked(prompts, **kwargs):
+            rows, selected = select(prompts, {"prompts": prompts, **kwargs})
+            try:
+                values = await reward(**selected) if rows else []
+            except Exception as error:
+                raise failed(error) from error
+            return scatter(rows, values, len(prompts))
+    else:
+
+        def masked(prompts, **kwargs):
+            rows, selected = select(prompts, {"prompts": prompts, **kwargs})
+            try:
+                values = reward(**selected) if rows else []
+            except Exception as error:
+                raise failed(error) from error
+            return scatter(rows, values, len(prompts))
+
+    masked.__name__ = f"{domain}/{name}" if several else name
+    return masked
+
+
+def _digest(dataset: Any) -> dict[str, Any] | None:
+    if not isinstance(dataset, Dataset):
+        return None
+    content = hashlib.sha256(json.dumps(dataset["prompt"][:], ensure_ascii=False).encode()).hexdigest()
+    return {"rows": len(dataset), "prompts_sha256": content}
