@@ -13,8 +13,8 @@ from ..domains.domain import Domain
 from .activity import route_activity
 from .config import InterferenceConfig
 from .damage import RouteTerms, UpdatePath, _dot, attribution, second_order
-from .gradients import Tensors, cosines, mean_gradient, mean_loss
-from .references import collect_references
+from .gradients import Batches, Tensors, cosines, mean_gradient, mean_loss
+from .references import References, collect_references
 from .report import InterferenceReport
 from .routes import RouteMap
 
@@ -107,6 +107,32 @@ class InterferenceAnalyzer:
         tokenizer = AutoTokenizer.from_pretrained(str(before), trust_remote_code=trust_remote_code)
         return cls(models[0], models[1], tokenizer, base=models[2], config=config)
 
+    def references(self, earlier: Domain, later: list[Domain]) -> dict[str, References]:
+        """
+        The completions that losses are taken on.
+
+        Args:
+            earlier ([`Domain`]):
+                Its completions come from `before`.
+            later (`list[Domain]`):
+                Their completions come from `after`.
+
+        Returns:
+            `dict[str, References]`: References by domain.
+        """
+        references = {earlier.name: collect_references(self.before, self.tokenizer, earlier, self.config)}
+        for domain in later:
+            references[domain.name] = collect_references(self.after, self.tokenizer, domain, self.config)
+        return references
+
+    def batches(self, references: dict[str, References]) -> dict[str, Batches]:
+        """References by domain as padded batches on the device of the model."""
+        pad_id = self.tokenizer.pad_token_id or 0
+        return {
+            name: entry.batches(self.config.batch_size, pad_id, self.before.device)
+            for name, entry in references.items()
+        }
+
     def analyze(
         self, earlier: Domain, later: Domain | list[Domain], progress: Callable[[str], None] = lambda _: None
     ) -> InterferenceReport:
@@ -129,15 +155,9 @@ class InterferenceAnalyzer:
         """
         later = [later] if isinstance(later, Domain) else list(later)
         config, route_map = self.config, self.route_map
-        pad_id = self.tokenizer.pad_token_id or 0
-
         progress("reference completions")
-        references = {earlier.name: collect_references(self.before, self.tokenizer, earlier, config)}
-        for domain in later:
-            references[domain.name] = collect_references(self.after, self.tokenizer, domain, config)
-        batches = {
-            name: entry.batches(config.batch_size, pad_id, self.before.device) for name, entry in references.items()
-        }
+        references = self.references(earlier, later)
+        batches = self.batches(references)
 
         progress("activity")
         activity = {name: route_activity(self.before, entry, route_map) for name, entry in batches.items()}

@@ -165,7 +165,29 @@ class RouteMap:
             raise ValueError(f"scope: expected one of {sorted(SCOPES)}, found {name!r}")
         mask = np.zeros(self.num_routes, dtype=bool)
         for kind in SCOPES[name]:
-            mask[self._starts[kind] : self._starts[kind] + self.counts[kind] * self.num_layers] = True
+            mask[self.of_kind(kind)] = True
+        return mask
+
+    def of_kind(self, kind: str) -> slice:
+        """Routes of a kind: `"mlp"`, `"query"` or `"key_value"`."""
+        return slice(self._starts[kind], self._starts[kind] + self.counts[kind] * self.num_layers)
+
+    def of_layer(self, kind: str, layer: int) -> np.ndarray:
+        """
+        Routes of a kind in one layer.
+
+        Args:
+            kind (`str`):
+                `"mlp"`, `"query"` or `"key_value"`.
+            layer (`int`):
+                Index of the layer.
+
+        Returns:
+            `numpy.ndarray` of shape `(num_routes,)`: Whether each route belongs to them.
+        """
+        mask = np.zeros(self.num_routes, dtype=bool)
+        start = self._starts[kind] + layer * self.counts[kind]
+        mask[start : start + self.counts[kind]] = True
         return mask
 
     def locate(self, route: int) -> tuple[str, int, int]:

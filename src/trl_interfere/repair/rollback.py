@@ -1,5 +1,7 @@
 """RouteRollback: move chosen routes back toward the earlier checkpoint."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +12,11 @@ from ..analysis.analyzer import load_model
 from ..analysis.gradients import Tensors
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import RouteMap
-from .criteria import CRITERIA, route_scores
+from .criteria import CRITERIA, matched_routes, route_scores
+
+
+# Steps that a line search tries. Beyond 1 a route moves past its earlier state.
+STEPS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 
 
 @dataclass
@@ -22,15 +28,25 @@ class RouteRollback:
     θ_r ← θ1_r - α (θ1_r - θ0_r)        for the chosen routes r
     ```
 
+    Example:
+
+    ```python
+    >>> from trl_interfere import RouteRollback
+
+    >>> repaired = RouteRollback(criterion="damage", budget=0.02, scope="mlp").apply(report)
+    >>> repaired.save_pretrained("out/repaired")
+    ```
+
     Args:
         criterion (`str`, *optional*, defaults to `"damage"`):
-            What routes are ranked by, see [`CRITERIA`].
+            What routes are ranked by, see `trl_interfere.repair.criteria.CRITERIA`.
         budget (`float`, *optional*, defaults to `0.02`):
             Share of the routes of the scope that is rolled back.
         scope (`str`, *optional*, defaults to `"mlp"`):
             `"mlp"`, `"attention"` or `"joint"`.
-        step (`float`, *optional*, defaults to `1.0`):
-            α. 1 restores the routes, more goes beyond them. [`line_search`] chooses it.
+        step (`float` or `str`, *optional*, defaults to `1.0`):
+            α. 1 restores the routes, more goes beyond them. `"optimal"` takes the one of `STEPS` at which the `objective`
+            of [`~RouteRollback.apply`] is lowest.
         protection (`float`, *optional*, defaults to `0.0`):
             Weight of what the later domains owe a route, which is subtracted from its score (criteria in nats only).
         seed (`int`, *optional*, defaults to `0`):
@@ -43,7 +59,7 @@ class RouteRollback:
     criterion: str = "damage"
     budget: float = 0.02
     scope: str = "mlp"
-    step: float = 1.0
+    step: float | str = 1.0
     protection: float = 0.0
     seed: int = 0
 
@@ -52,6 +68,8 @@ class RouteRollback:
             raise ValueError(f"criterion: expected one of {sorted(CRITERIA)}, found {self.criterion!r}")
         if not 0 < self.budget <= 1:
             raise ValueError(f"budget: expected a share above 0 and up to 1, found {self.budget}")
+        if self.step != "optimal" and not isinstance(self.step, (int, float)):
+            raise ValueError(f"step: expected a number or 'optimal', found {self.step!r}")
 
     def select(self, report: InterferenceReport, route_map: RouteMap) -> np.ndarray:
         """
@@ -66,12 +84,22 @@ class RouteRollback:
         Returns:
             `numpy.ndarray` of shape `(chosen,)`: Indices of routes, highest score first.
         """
-        scores = route_scores(self.criterion, report, protection=self.protection, seed=self.seed)
-        candidates = np.flatnonzero(route_map.scope(self.scope))
-        count = max(1, round(self.budget * len(candidates)))
-        return candidates[np.argsort(-scores[candidates], kind="stable")[:count]]
+        in_scope = route_map.scope(self.scope)
+        count = max(1, round(self.budget * in_scope.sum()))
+        ranked_by = "damage" if self.criterion == "random_matched" else self.criterion
+        scores = route_scores(ranked_by, report, route_map, protection=self.protection, seed=self.seed)
+        candidates = np.flatnonzero(in_scope)
+        chosen = candidates[np.argsort(-scores[candidates], kind="stable")[:count]]
+        if self.criterion == "random_matched":
+            return matched_routes(chosen, report, route_map, seed=self.seed)
+        return chosen
 
-    def apply(self, report: InterferenceReport, model: PreTrainedModel | None = None) -> PreTrainedModel:
+    def apply(
+        self,
+        report: InterferenceReport,
+        model: PreTrainedModel | None = None,
+        objective: Callable[[PreTrainedModel], float] | None = None,
+    ) -> PreTrainedModel:
         """
         Roll back.
 
@@ -80,18 +108,27 @@ class RouteRollback:
                 The analysis; it names both checkpoints.
             model ([`~transformers.PreTrainedModel`], *optional*):
                 Model that holds the weights after the update; it is changed in place. Defaults to loading them.
+            objective (`Callable[[PreTrainedModel], float]`, *optional*):
+                What `step="optimal"` minimises, such as a loss on the selection split.
 
         Returns:
             [`~transformers.PreTrainedModel`]: The repaired model.
+
+        Raises:
+            `ValueError`: If the step is `"optimal"` and there is no objective.
         """
+        if self.step == "optimal" and objective is None:
+            raise ValueError("step: 'optimal' needs an objective, such as a loss on the selection split")
         model = load_model(report.after) if model is None else model
-        before = load_model(report.before)
+        before = dict(load_model(report.before).named_parameters())
         delta = {
-            name: parameter.detach() - dict(before.named_parameters())[name].to(parameter)
+            name: parameter.detach() - before[name].detach().to(parameter)
             for name, parameter in model.named_parameters()
         }
         route_map = RouteMap(model.config)
-        roll_back(model, delta, route_map, self.select(report, route_map), self.step)
+        routes = self.select(report, route_map)
+        step = self.step if objective is None else line_search(model, delta, route_map, routes, objective)
+        roll_back(model, delta, route_map, routes, step)
         return model
 
 
@@ -118,3 +155,68 @@ def roll_back(model: PreTrainedModel, delta: Tensors, route_map: RouteMap, route
             spread = route_map.spread(name, weights, parameter)
             if spread is not None:
                 parameter.sub_(spread * delta[name])
+
+
+@contextmanager
+def rolled_back(
+    model: PreTrainedModel, delta: Tensors, route_map: RouteMap, routes: np.ndarray, step: float
+) -> Iterator[PreTrainedModel]:
+    """
+    Context in which routes are rolled back; afterwards every parameter is as before, to the bit.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+        delta (`dict[str, torch.Tensor]`):
+            The update, by parameter name.
+        route_map ([`RouteMap`]):
+            The routes.
+        routes (`numpy.ndarray` of shape `(chosen,)`):
+            Indices of the routes.
+        step (`float`):
+            Share of the update that is taken back.
+    """
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if route_map.cut(name)}
+    try:
+        roll_back(model, delta, route_map, routes, step)
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in kept:
+                    parameter.copy_(kept[name])
+
+
+def line_search(
+    model: PreTrainedModel,
+    delta: Tensors,
+    route_map: RouteMap,
+    routes: np.ndarray,
+    objective: Callable[[PreTrainedModel], float],
+    steps: tuple[float, ...] = STEPS,
+) -> float:
+    """
+    The step at which an objective is lowest.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model after the update; it is left as it was.
+        delta (`dict[str, torch.Tensor]`):
+            The update, by parameter name.
+        route_map ([`RouteMap`]):
+            The routes.
+        routes (`numpy.ndarray` of shape `(chosen,)`):
+            Indices of the routes.
+        objective (`Callable[[PreTrainedModel], float]`):
+            What is minimised.
+        steps (`tuple[float, ...]`, *optional*, defaults to `STEPS`):
+            Steps that are tried.
+
+    Returns:
+        `float`: The best step.
+    """
+    values = []
+    for step in steps:
+        with rolled_back(model, delta, route_map, routes, step) as candidate:
+            values.append(objective(candidate))
+    return steps[int(np.argmin(values))]

@@ -1,0 +1,435 @@
+"""The whole story on the embedded model: train in sequence, diagnose, roll back with controls, refresh."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PrinterCallback
+
+from ..analysis.analyzer import InterferenceAnalyzer
+from ..analysis.config import InterferenceConfig
+from ..analysis.gradients import mean_loss
+from ..analysis.plots import plot_damage_concentration, plot_module_cosines, plot_rollback, plot_score_matrix
+from ..analysis.report import InterferenceReport
+from ..evaluation.bootstrap import difference, recovered
+from ..repair.interpolation import interpolated
+from ..repair.rollback import STEPS, RouteRollback, line_search, rolled_back
+from ..training.callbacks import StageCallback
+from ..training.config import SequentialGRPOConfig
+from ..training.manifest import StageRecord, read_json, write_atomically
+from ..training.refresh import RefreshCallback
+from ..training.trainer import SequentialGRPOTrainer
+from .build import MODEL_FOLDER
+from .domains import TASKS, lab_domain
+from .progress import LabProgress
+
+
+SCHEMA_VERSION = 1
+STEPS_PER_STAGE = 100
+MAX_COMPLETION_LENGTH = 16
+REFRESH_SHARE = 0.1  # of the steps of a stage
+RANDOM_DRAWS = 5
+CRITERIA = ("damage", "second_order", "first_order", "route_conflict", "magnitude")
+CONTROLS = ("random", "random_matched")
+BUDGET = 0.02
+CURVE_BUDGETS = (0.005, 0.01, 0.04, 0.08, 0.16, 0.32)
+
+
+def check_order(order: list[str]) -> None:
+    """
+    Refuse an order that the lab cannot run.
+
+    Args:
+        order (`list[str]`):
+            Names of the domains in the order of training.
+
+    Raises:
+        `ValueError`: If a name is unknown or occurs twice, or there are fewer than two.
+    """
+    for name in order:
+        if name not in TASKS:
+            raise ValueError(f"order: unknown domain {name!r}, expected some of {list(TASKS)}")
+    if len(set(order)) != len(order) or len(order) < 2:
+        raise ValueError(f"order: expected at least two different domains, found {order}")
+
+
+class Lab:
+    """
+    One run of the lab, in one folder. Every part is kept on disk when it is done, so that a run that was killed goes on
+    where it stopped and ends with the same results.
+
+    Args:
+        output_dir (`str` or `pathlib.Path`):
+            Folder of the run.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the training.
+        order (`list[str]`, *optional*):
+            Names of the domains in the order of training. Defaults to code, math, qa, writing.
+        steps (`int`, *optional*, defaults to `STEPS_PER_STAGE`):
+            Optimizer steps of each stage.
+        progress ([`LabProgress`], *optional*):
+            Shows how far the run is.
+
+    Raises:
+        `ValueError`: If an argument is out of range, or the folder holds something else.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        seed: int = 0,
+        order: list[str] | None = None,
+        steps: int = STEPS_PER_STAGE,
+        progress: LabProgress | None = None,
+    ):
+        self.folder = Path(output_dir)
+        self.order = list(TASKS) if order is None else order
+        check_order(self.order)
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, found {steps}")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder}: expected a folder, found a file")
+        visible = [path for path in self.folder.glob("*") if not path.name.startswith(".")]
+        if visible and not (self.folder / "stages.json").exists():
+            raise ValueError(f"{self.folder}: holds files that are not of a lab run, choose another output folder")
+        self.seed = seed
+        self.steps = steps
+        self.progress = progress or LabProgress(quiet=True)
+        self.domains = {name: lab_domain(name) for name in self.order}
+        # What the story follows: math, or the first domain where math is not followed by another one.
+        self.earlier = "math" if "math" in self.order[:-1] else self.order[0]
+
+    def run(self) -> dict[str, Any]:
+        """
+        Run everything that is not done.
+
+        Returns:
+            `dict`: Content of `results.json`.
+        """
+        trainer = self._trainer()
+        self._train(trainer)
+        pairs, reports = self._analyze(trainer.manifest.stages)
+        rollback = self._roll_back(trainer, pairs, reports)
+        refresh = self._refresh(trainer)
+        results = {
+            "schema_version": SCHEMA_VERSION,
+            "seed": self.seed,
+            "order": self.order,
+            "steps_per_stage": self.steps,
+            "stages": [self._stage_row(record) for record in trainer.manifest.stages],
+            "pairs": [
+                self._pair_row(earlier, later, report)
+                for (earlier, later, *_), report in zip(pairs, reports, strict=True)
+            ],
+            "rollback": rollback,
+            "refresh": refresh,
+            "seconds": self._seconds(),
+        }
+        figures = self.folder / "figures"
+        figures.mkdir(exist_ok=True)
+        for name, figure in (
+            ("score_matrix", plot_score_matrix(trainer.score_matrix)),
+            ("module_cosines", plot_module_cosines(reports[-1])),
+            ("damage_concentration", plot_damage_concentration(reports)),
+            ("rollback_curve", plot_rollback([row for row in rollback if row["pair"] == 0], self.earlier)),
+        ):
+            figure.savefig(figures / f"{name}.png", dpi=150)
+        write_atomically(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
+        return results
+
+    def _trainer(self) -> SequentialGRPOTrainer:
+        args = SequentialGRPOConfig(
+            output_dir=str(self.folder),
+            seed=self.seed,
+            order=self.order,
+            max_steps=self.steps,
+            learning_rate=1e-4,
+            lr_scheduler_type="constant",
+            adam_beta2=0.99,
+            per_device_train_batch_size=128,
+            gradient_accumulation_steps=1,
+            num_generations=8,
+            max_completion_length=MAX_COMPLETION_LENGTH,
+            temperature=1.0,
+            score_temperature=1.0,
+            score_batch_size=256,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            logging_steps=10,
+            save_steps=20,
+            save_total_limit=1,
+            report_to=[],
+            disable_tqdm=True,
+            log_level="error",
+        )
+        trainer = SequentialGRPOTrainer(model=str(MODEL_FOLDER), args=args, domains=list(self.domains.values()))
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self.progress)
+        trainer.add_callback(_Stopwatch(self))
+        return trainer
+
+    def _train(self, trainer: SequentialGRPOTrainer) -> None:
+        self.progress.begin("train", len(self.order) * self.steps)
+        trainer.train(resume_from_checkpoint=True)
+        self.progress.end()
+
+    def _analyze(self, stages: list[StageRecord]) -> tuple[list[tuple], list[InterferenceReport]]:
+        trained = {record.domain: record for record in stages if record.kind == "train"}
+        position = self.order.index(self.earlier)
+        following = self.order[position + 1 :]
+        peak = trained[self.earlier]
+        base = stages[peak.index - 1]
+        # (earlier, later domains, checkpoint before the earlier domain's own stage, before, after)
+        pairs = [(self.earlier, following, base, peak, trained[following[-1]])]
+        if len(following) > 1:
+            pairs.append((self.earlier, following[:1], base, peak, trained[following[0]]))
+        reports = []
+        self.progress.begin("analyze", len(pairs) * 5)
+        for index, (earlier, later, base, before, after) in enumerate(pairs):
+            folder = self.folder / "analysis" / f"{index}-{earlier}-after-{'-'.join(later)}"
+            if not (folder / "report.json").exists():
+                with self._timed("analyze"):
+                    report = self._analyzer(base, before, after).analyze(
+                        self.domains[earlier],
+                        [self.domains[name] for name in later],
+                        progress=lambda part: self.progress.advance(part),
+                    )
+                    report = replace(
+                        report, **{k: self._relative(getattr(report, k)) for k in ("base", "before", "after")}
+                    )
+                    report.save_pretrained(folder)
+            reports.append(InterferenceReport.from_pretrained(folder))
+        self.progress.end()
+        return pairs, reports
+
+    def _analyzer(self, base: StageRecord, before: StageRecord, after: StageRecord) -> InterferenceAnalyzer:
+        config = InterferenceConfig(max_new_tokens=MAX_COMPLETION_LENGTH, batch_size=64, quadrature_nodes=6)
+        return InterferenceAnalyzer.from_pretrained(
+            before=self._weights(before), after=self._weights(after), base=self._weights(base), config=config
+        )
+
+    def _weights(self, record: StageRecord) -> Path:
+        return MODEL_FOLDER if record.folder is None else self.folder / record.folder
+
+    def _relative(self, checkpoint: str | None) -> str | None:
+        if checkpoint is None or Path(checkpoint) == MODEL_FOLDER:
+            return checkpoint and "lab"
+        return Path(checkpoint).relative_to(self.folder).as_posix()
+
+    def _roll_back(
+        self, trainer: SequentialGRPOTrainer, pairs: list[tuple], reports: list[InterferenceReport]
+    ) -> list[dict[str, Any]]:
+        plan = [  # (pair, criterion, budget, scope, step rule)
+            (pair, criterion, BUDGET, "mlp", rule)
+            for pair in range(len(pairs))
+            for criterion in (*CRITERIA, *CONTROLS)
+            for rule in ("fixed", "optimal")
+        ]
+        plan += [
+            (0, criterion, budget, "mlp", "optimal") for criterion in ("damage", "random") for budget in CURVE_BUDGETS
+        ]
+        plan += [(0, "damage", 0.32, "joint", "optimal"), (0, "interpolation", 1.0, "all", "optimal")]
+        path = self.folder / "repair" / "rollback.json"
+        rows = read_json(path, SCHEMA_VERSION)["rows"] if path.exists() else []
+        self.progress.begin("roll back", len(plan))
+        self.progress.advance("", amount=len(rows))
+        bench = None
+        for pair, criterion, budget, scope, rule in plan[len(rows) :]:
+            with self._timed("repair"):
+                if bench is None or bench.pair != pair:
+                    bench = _RepairBench(self, trainer, pair, pairs[pair], reports[pair])
+                rows.append(bench.row(criterion, budget, scope, rule))
+            self.progress.advance(f"{criterion}, {100 * budget:g}% of {scope}")
+            write_atomically(path, json.dumps({"schema_version": SCHEMA_VERSION, "rows": rows}, indent=1) + "\n")
+        self.progress.end()
+        return rows
+
+    def _refresh(self, trainer: SequentialGRPOTrainer) -> dict[str, Any] | None:
+        steps = max(1, int(REFRESH_SHARE * self.steps))
+        self.progress.begin("refresh", steps)
+        trainer.add_callback(RefreshCallback(max_steps=steps, domains=[self.earlier]))
+        trainer.train(resume_from_checkpoint=True)
+        self.progress.end()
+        stages = trainer.manifest.stages
+        if stages[-1].kind != "refresh":
+            return None  # nothing was lost
+        read = trainer.manifest.read_scores
+        peak = next(record for record in stages if record.domain == self.earlier)
+        damaged, repaired = stages[-2], stages[-1]
+        share = recovered(*(read(record, self.earlier) for record in (repaired, damaged, peak)))
+        return {
+            "domain": self.earlier,
+            "steps": repaired.steps,
+            "recovered": share.value,
+            "low": share.low,
+            "high": share.high,
+            "n": share.n,
+            "collateral": {
+                name: difference(read(repaired, name), read(damaged, name)).value
+                for name in self.order
+                if name != self.earlier
+            },
+        }
+
+    def _stage_row(self, record: StageRecord) -> dict[str, Any]:
+        scores = {
+            name: {key: entry[key] for key in ("value", "low", "high", "n")} for name, entry in record.scores.items()
+        }
+        return {
+            "index": record.index,
+            "kind": record.kind,
+            "domain": record.domain,
+            "steps": record.steps,
+            "seconds": record.seconds,
+            "scores": scores,
+        }
+
+    def _pair_row(self, earlier: str, later: list[str], report: InterferenceReport) -> dict[str, Any]:
+        return {
+            "earlier": earlier,
+            "later": later,
+            "global_cosine": report.cosines["global"],
+            "most_conflicting": report.extreme_module(conflicting=True),
+            "most_synergistic": report.extreme_module(conflicting=False),
+            "loss_before": report.loss_before,
+            "loss_after": report.loss_after,
+            "first_order": report.first_order,
+            "second_order": report.second_order,
+            "attributed": report.attributed,
+            "outside_routes": report.outside_routes,
+        }
+
+    def _seconds(self) -> dict[str, float]:
+        path = self.folder / "seconds.json"
+        spent = json.loads(path.read_text()) if path.exists() else {}
+        return {part: round(spent.get(part, 0.0), 1) for part in ("train", "evaluate", "analyze", "repair")}
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add_seconds(part, time.perf_counter() - start)
+
+    def add_seconds(self, part: str, seconds: float) -> None:
+        """
+        Add to the time spent on a part of the run, over all its processes.
+
+        Args:
+            part (`str`):
+                `"train"`, `"evaluate"`, `"analyze"` or `"repair"`.
+            seconds (`float`):
+                Seconds to add.
+        """
+        path = self.folder / "seconds.json"
+        spent = json.loads(path.read_text()) if path.exists() else {}
+        spent[part] = spent.get(part, 0.0) + seconds
+        write_atomically(path, json.dumps(spent) + "\n")
+
+
+class _Stopwatch(StageCallback):
+    """Splits the time of a stage into training and evaluation."""
+
+    def __init__(self, lab: Lab):
+        self.lab = lab
+        self.since = time.perf_counter()
+
+    def _lap(self) -> float:
+        before, self.since = self.since, time.perf_counter()
+        return self.since - before
+
+    def on_stage_begin(self, index, stage):
+        self._lap()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.lab.add_seconds("train", self._lap())
+
+    def on_stage_end(self, record, score_matrix):
+        self.lab.add_seconds("evaluate", self._lap())
+
+
+class _RepairBench:
+    """Both checkpoints of a pair in memory, and what is needed to score a repair."""
+
+    def __init__(self, lab: Lab, trainer: SequentialGRPOTrainer, pair: int, spec: tuple, report: InterferenceReport):
+        self.pair, self.report, self.lab = pair, report, lab
+        earlier, later, base, before, after = spec
+        self.earlier = earlier
+        analyzer = lab._analyzer(base, before, after)
+        self.route_map = analyzer.route_map
+        self.model = analyzer.after
+        start = dict(analyzer.before.named_parameters())
+        self.delta = {name: p.detach() - start[name].detach() for name, p in self.model.named_parameters()}
+        domains = [lab.domains[name] for name in later]
+        batches = analyzer.batches(analyzer.references(lab.domains[earlier], domains))
+        self.earlier_batches = batches.pop(earlier)
+        self.later_batches = list(batches.values())
+        read = trainer.manifest.read_scores
+        self.peak = read(before, earlier)
+        self.damaged = {name: read(after, name) for name in lab.order}
+        self.scorer = trainer.scorer
+
+    def objective(self, model) -> float:
+        """Loss of the earlier domain plus the mean loss of the later ones, on the selection split."""
+        later = [mean_loss(model, batches) for batches in self.later_batches]
+        return mean_loss(model, self.earlier_batches) + sum(later) / len(later)
+
+    def row(self, criterion: str, budget: float, scope: str, rule: str) -> dict[str, Any]:
+        draws = RANDOM_DRAWS if criterion in CONTROLS else 1
+        steps, scores = [], []
+        for draw in range(draws):
+            if criterion == "interpolation":
+                step, result = self._interpolate()
+            else:
+                rollback = RouteRollback(criterion=criterion, budget=budget, scope=scope, seed=draw)
+                routes = rollback.select(self.report, self.route_map)
+                arguments = (self.model, self.delta, self.route_map, routes)
+                step = 1.0 if rule == "fixed" else line_search(*arguments, self.objective)
+                with rolled_back(*arguments, step):
+                    result = self._scores()
+            steps.append(step)
+            scores.append(result)
+        mean = {name: np.mean([result[name] for result in scores], axis=0) for name in scores[0]}
+        share = recovered(mean[self.earlier], self.damaged[self.earlier], self.peak)
+        return {
+            "pair": self.pair,
+            "criterion": criterion,
+            "scope": scope,
+            "budget": budget,
+            "step": float(np.mean(steps)),
+            "step_rule": rule,
+            "recovered": share.value,
+            "low": share.low,
+            "high": share.high,
+            "n": share.n,
+            "draws": draws,
+            "split": "test",
+            "collateral": {
+                name: difference(values, self.damaged[name]).value
+                for name, values in mean.items()
+                if name != self.earlier
+            },
+        }
+
+    def _interpolate(self) -> tuple[float, dict[str, np.ndarray]]:
+        shares = [step / max(STEPS) for step in STEPS]
+        losses = []
+        for share in shares:
+            with interpolated(self.model, self.delta, share):
+                losses.append(self.objective(self.model))
+        share = shares[int(np.argmin(losses))]
+        with interpolated(self.model, self.delta, share):
+            return share, self._scores()
+
+    def _scores(self) -> dict[str, np.ndarray]:
+        return {
+            name: self.scorer.score(self.model, domain, domain.eval_dataset).values
+            for name, domain in self.lab.domains.items()
+        }
