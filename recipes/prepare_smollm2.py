@@ -114,8 +114,9 @@ def load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # A model that was loaded from GGUF refuses to be saved, because it counts as quantized. An equal one does not.
     config = loaded.config
-    del config.quantization_config
-    config.name_or_path = ""
+    for name in ("quantization_config", "_model_name_or_path"):  # the second is a working title of the model
+        if hasattr(config, name):
+            delattr(config, name)
     model = type(loaded)(config).to(torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()

@@ -16,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_CORES = os.cpu_count() or 1
 Threads = Annotated[int, typer.Option(min=1, help="Threads to compute with; results repeat for the same number.")]
 
 
@@ -50,7 +51,7 @@ def train(
     config: Annotated[Path, typer.Option(help="YAML file with the model, the domains and the settings.")],
     output_dir: Annotated[Path | None, typer.Option(help="Folder of the run; over the one in the file.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue the run in the output folder.")] = False,
-    threads: Threads = os.cpu_count() or 1,
+    threads: Threads = _CORES,
 ) -> None:
     """Train a causal language model through domains in sequence."""
     _set_threads(threads)
@@ -74,7 +75,7 @@ def analyze(
         str | None, typer.Option(help="Checkpoint that the earlier domain's own training started from.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Data type to compute in.")] = "float32",
-    threads: Threads = os.cpu_count() or 1,
+    threads: Threads = _CORES,
 ) -> None:
     """Analyse what an update did to an earlier domain."""
     _set_threads(threads)

@@ -15,8 +15,8 @@ def route_activity(model: PreTrainedModel, batches: Batches, route_map: RouteMap
     """
     Mean size of what each route writes into the residual stream, over completion tokens.
 
-    For an MLP channel |h_r| times the norm of its column of down; for a query head the norm of its contribution after o;
-    for a key/value head the mean over the query heads that read it.
+    For an MLP channel |h_r| times the norm of its column of down; for a query head the norm of its contribution after
+    o; for a key/value head the mean over the query heads that read it.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

@@ -82,8 +82,8 @@ def cosines(first: Tensors, second: Tensors) -> dict[str, dict[str, float] | flo
             Gradient of another.
 
     Returns:
-        `dict`: `"tensors"` and `"modules"` by name, and `"global"`. A part in which either gradient is zero has no cosine and
-        is left out.
+        `dict`: `"tensors"` and `"modules"` by name, and `"global"`. A part in which either gradient is zero has no
+        cosine and is left out.
     """
     sums: dict[str, dict[str, torch.Tensor]] = {"tensors": {}, "modules": {}, "global": {}}
     for name, a in first.items():

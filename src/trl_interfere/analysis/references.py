@@ -128,7 +128,7 @@ def collect_references(
     kept = np.flatnonzero(values >= config.correct_threshold)
     if len(kept) == 0:
         raise ValueError(
-            f"domain {domain.name!r}: none of {len(rows)} completions scores {config.correct_threshold} or more (highest "
-            f"{values.max():.3f}); lower correct_threshold or set reference='dataset'"
+            f"domain {domain.name!r}: none of {len(rows)} completions scores {config.correct_threshold} or more "
+            f"(highest {values.max():.3f}); lower correct_threshold or set reference='dataset'"
         )
     return References(domain.name, [prompts[i] for i in kept], [completions[i] for i in kept], len(rows))

@@ -56,8 +56,8 @@ class InterferenceReport:
         later_loss_after (`dict[str, float]`):
             Loss of each later domain after it.
         cosines (`dict`):
-            `"global"`, `"modules"` and `"tensors"`: cosines at θ0 between the gradient of the earlier domain and the mean
-            gradient of the later ones; `"by_domain"` holds the same for each later domain.
+            `"global"`, `"modules"` and `"tensors"`: cosines at θ0 between the gradient of the earlier domain and the
+            mean gradient of the later ones; `"by_domain"` holds the same for each later domain.
         config (`dict`):
             Settings of the analysis.
         versions (`dict[str, str]`):

@@ -57,10 +57,10 @@ class RouteMap:
     """
     Which slices of which tensors a route owns.
 
-    A route is an MLP intermediate channel (its row of gate and up, its column of down), a query head (its rows of q, its
-    columns of o) or a key/value head (its rows of k and v). Every element of a parameter belongs to exactly one route or
-    to none; embeddings, norms and the output layer lie outside routes. Routes are numbered by kind, then by layer, then
-    within the layer.
+    A route is an MLP intermediate channel (its row of gate and up, its column of down), a query head (its rows of q,
+    its columns of o) or a key/value head (its rows of k and v). Every element of a parameter belongs to exactly one
+    route or to none; embeddings, norms and the output layer lie outside routes. Routes are numbered by kind, then by
+    layer, then within the layer.
 
     Args:
         config ([`~transformers.PretrainedConfig`]):
@@ -73,8 +73,8 @@ class RouteMap:
     def __init__(self, config: PretrainedConfig):
         if config.model_type not in ARCHITECTURES:
             raise ValueError(
-                f"no route map for model type {config.model_type!r}, expected one of {sorted(ARCHITECTURES)}; a new one is "
-                "described by the tensors of a layer, see `trl_interfere.analysis.routes.ARCHITECTURES`"
+                f"no route map for model type {config.model_type!r}, expected one of {sorted(ARCHITECTURES)}; "
+                "a new one is described by the tensors of a layer, see `trl_interfere.analysis.routes.ARCHITECTURES`"
             )
         self.cuts = ARCHITECTURES[config.model_type]
         self.num_layers = config.num_hidden_layers

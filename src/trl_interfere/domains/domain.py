@@ -30,8 +30,8 @@ class Domain:
         selection_dataset ([`~datasets.Dataset`], *optional*):
             Prompts that choices are made on (routes, steps of a rollback), disjoint from `eval_dataset`.
         metric (`Callable`, *optional*):
-            Function with the signature of a reward function whose values, 0 to 1, are the score of the domain. Defaults
-            to the weighted sum of `reward_funcs`.
+            Function with the signature of a reward function whose values, 0 to 1, are the score of the domain.
+            Defaults to the weighted sum of `reward_funcs`.
         reward_weights (`list[float]`, *optional*):
             One weight per reward function. Defaults to 1 each.
 

@@ -16,7 +16,7 @@ from .rewards import BUILT_IN_REWARDS
 
 
 _FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_TOP = ("model", "training", "domains", "peft", "refresh", "analysis", "model_init_kwargs")
+_TOP = ("model", "training", "domains", "peft", "refresh", "analysis")
 _DOMAIN = ("name", "train", "eval", "selection", "rewards", "reward_weights", "metric", "settings")
 _DATA = ("path", "name", "split", "columns", "prompt", "system", "limit", "skip")
 
@@ -216,8 +216,8 @@ def load_prompts(source: str | dict[str, Any], where: str, folder: Path) -> Data
     Args:
         source (`str` or `dict`):
             A path or Hub id, or a mapping with `path`, `name` (Hub configuration), `split`, `columns` (new name to old
-            name), `prompt` (a template such as `"Solve {question}"` that makes the prompt conversational), `system` (its
-            system message), `skip` and `limit` (rows).
+            name), `prompt` (a template such as `"Solve {question}"` that makes the prompt conversational), `system`
+            (its system message), `skip` and `limit` (rows).
         where (`str`):
             Where the source stands, for the message.
         folder (`pathlib.Path`):

@@ -1,11 +1,15 @@
 """Rewards that a YAML file can name."""
 
+import re
+import unicodedata
+
 from trl.data_utils import is_conversational
 
 
 # Name in YAML to dotted path.
 BUILT_IN_REWARDS = {
     "exact_match": "trl_interfere.domains.rewards.exact_match",
+    "contains_answer": "trl_interfere.domains.rewards.contains_answer",
     "contains_words": "trl_interfere.domains.rewards.contains_words",
     "math_verify": "trl.rewards.accuracy_reward",
     "think_format": "trl.rewards.think_format_reward",
@@ -49,6 +53,31 @@ def exact_match(completions: list, answer: list[str], **kwargs) -> list[float]:
 
     return [
         float(normal(completion_text(completion)) == normal(str(expected)))
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
+
+
+def contains_answer(completions: list, answer: list[str], **kwargs) -> list[float]:
+    """
+    1 if the answer stands in the completion as consecutive whole words, regardless of case and accents; 0 otherwise.
+
+    Args:
+        completions (`list`):
+            Completions, plain or conversational.
+        answer (`list[str]`):
+            Expected answers.
+
+    Returns:
+        `list[float]`: One reward per completion.
+    """
+
+    def words(text: str) -> str:
+        letters = unicodedata.normalize("NFKD", text.replace("\u2019", "'"))
+        letters = "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()
+        return " " + " ".join(re.findall(r"[\w'-]+", letters)) + " "
+
+    return [
+        float(words(str(expected)) in words(completion_text(completion)))
         for completion, expected in zip(completions, answer, strict=True)
     ]
 

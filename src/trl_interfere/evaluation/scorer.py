@@ -37,8 +37,8 @@ class Scorer:
     """
     Scores of a model on domains.
 
-    Prompts are sorted by length, batched, completed and handed to the metric of the domain. The same weights always get
-    the same scores: greedy completions have no randomness, sampled ones a seed of their own.
+    Prompts are sorted by length, batched, completed and handed to the metric of the domain. The same weights always
+    get the same scores: greedy completions have no randomness, sampled ones a seed of their own.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):

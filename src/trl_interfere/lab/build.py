@@ -1,9 +1,9 @@
 """
 Rebuilds the model that ships with the lab: `python -m trl_interfere.lab.build [--output-dir FOLDER]`.
 
-A tokenizer is trained and a small Qwen3 model is fine-tuned from random weights on prompts of the `pretrain` splits. Each
-answer is written in one of three styles at random: bare, as a sentence, or as an exclamation; the reward of each domain
-accepts one of them.
+A tokenizer is trained and a small Qwen3 model is fine-tuned from random weights on prompts of the `pretrain` splits.
+Each answer is written in one of three styles at random: bare, as a sentence, or as an exclamation; the reward of each
+domain accepts one of them.
 """
 
 import argparse

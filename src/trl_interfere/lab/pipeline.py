@@ -60,8 +60,8 @@ def check_order(order: list[str]) -> None:
 
 class Lab:
     """
-    One run of the lab, in one folder. Every part is kept on disk when it is done, so that a run that was killed goes on
-    where it stopped and ends with the same results.
+    One run of the lab, in one folder. Every part is kept on disk when it is done, so that a run that was killed goes
+    on where it stopped and ends with the same results.
 
     Args:
         output_dir (`str` or `pathlib.Path`):

@@ -116,8 +116,8 @@ def write_report(results: dict[str, Any], folder: str | Path) -> None:
     text = f"""# Lab, seed {results["seed"]}
 
 A model of about one million parameters was tuned with GRPO on {", ".join(results["order"])}, one after the other,
-{results["steps_per_stage"]} steps each. Scores are sampled at temperature 1 on test prompts that no stage has seen; intervals
-are 95%, bootstrapped over prompts.
+{results["steps_per_stage"]} steps each. Scores are sampled at temperature 1 on test prompts that no stage has seen;
+intervals are 95%, bootstrapped over prompts.
 
 ## What was trained
 
@@ -128,8 +128,8 @@ are 95%, bootstrapped over prompts.
 ## What broke, and where
 
 Losses are mean negative log-likelihoods, in nats per token, of completions on the selection split that were right: for
-{earlier} those of its own checkpoint, for later domains those of the checkpoint after them. Damage is attributed to routes by
-integrated gradients along the update; its parts by routes and outside routes add up to the damage.
+{earlier} those of its own checkpoint, for later domains those of the checkpoint after them. Damage is attributed to
+routes by integrated gradients along the update; its parts by routes and outside routes add up to the damage.
 
 {_markdown(*_pair_rows(results))}
 
@@ -139,8 +139,9 @@ integrated gradients along the update; its parts by routes and outside routes ad
 
 ## What repaired it
 
-Routes and steps were chosen on the selection split; recovery is measured on the test split. `random` and `random_matched`
-(same layers, updates of like size) are controls, `interpolation` takes back a share (the step) of all weights.
+Routes and steps were chosen on the selection split; recovery is measured on the test split. `random` and
+`random_matched` (same layers, updates of like size) are controls, `interpolation` takes back a share (the step) of all
+weights.
 
 {_markdown(*_rollback_rows(results))}
 

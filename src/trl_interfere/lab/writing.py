@@ -22,8 +22,8 @@ def sample(rng: random.Random) -> dict:
             Source of randomness.
 
     Returns:
-        `dict`: `prompt`, `answer` (one text that meets the rubric), `alternatives` (other styles) and the columns `words` and
-        `length` of the rubric.
+        `dict`: `prompt`, `answer` (one text that meets the rubric), `alternatives` (other styles) and the columns
+        `words` and `length` of the rubric.
     """
     first, second = rng.sample(NOUNS, 2)
     length = rng.choice([7, 8, 9, 10])

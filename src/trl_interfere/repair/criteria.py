@@ -25,8 +25,9 @@ def route_scores(
     """
     Score of each route; routes with the highest scores are rolled back first.
 
-    `route_conflict` is our reconstruction of the criterion of arXiv 2606.02398, whose formula is not known to us: among
-    the `active_share` most active routes of their kind in both domains, the part of the later update that opposes the earlier one.
+    `route_conflict` is our reconstruction of the criterion of arXiv 2606.02398, whose formula is not known to us:
+    among the `active_share` most active routes of their kind in both domains, the part of the later update that
+    opposes the earlier one.
 
     Args:
         criterion (`str`):

@@ -45,8 +45,8 @@ class RouteRollback:
         scope (`str`, *optional*, defaults to `"mlp"`):
             `"mlp"`, `"attention"` or `"joint"`.
         step (`float` or `str`, *optional*, defaults to `1.0`):
-            α. 1 restores the routes, more goes beyond them. `"optimal"` takes the one of `STEPS` at which the `objective`
-            of [`~RouteRollback.apply`] is lowest.
+            α. 1 restores the routes, more goes beyond them. `"optimal"` takes the one of `STEPS` at which the
+            `objective` of [`~RouteRollback.apply`] is lowest.
         protection (`float`, *optional*, defaults to `0.0`):
             Weight of what the later domains owe a route, which is subtracted from its score (criteria in nats only).
         seed (`int`, *optional*, defaults to `0`):

@@ -29,8 +29,8 @@ class SequentialGRPOConfig(GRPOConfig):
         score_samples (`int`, *optional*, defaults to `1`):
             Completions of each prompt when a domain is scored; their scores are averaged.
         keep_checkpoints (`bool`, *optional*, defaults to `False`):
-            Whether to keep the `checkpoint-*` folders of a stage after it has finished. They hold optimizer states; the
-            finished stage itself is always kept under `stages/`.
+            Whether to keep the `checkpoint-*` folders of a stage after it has finished. They hold optimizer states;
+            the finished stage itself is always kept under `stages/`.
     """
 
     order: list[str] | None = field(

@@ -128,8 +128,8 @@ class Manifest:
     """
     The finished stages of a run, kept in `stages.json`.
 
-    The file is replaced atomically, and only after all files of a stage are on disk. It alone decides what a resumed run
-    does next.
+    The file is replaced atomically, and only after all files of a stage are on disk. It alone decides what a resumed
+    run does next.
 
     Args:
         folder (`str` or `pathlib.Path`):
@@ -165,8 +165,8 @@ class Manifest:
                 if line[:2] not in ("--", "++", "@@")
             ]
             raise ValueError(
-                f"{self.path}: this folder belongs to another run. Choose another output_dir or go back to its settings. "
-                "In the folder (-) and now (+):\n" + "\n".join(changes)
+                f"{self.path}: this folder belongs to another run. Choose another output_dir or go back to its "
+                "settings. In the folder (-) and now (+):\n" + "\n".join(changes)
             )
         stages = [StageRecord(**record) for record in content["stages"]]
         for record in stages:

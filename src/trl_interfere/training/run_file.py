@@ -43,6 +43,6 @@ def build_trainer(path: str | Path, output_dir: str | Path | None = None) -> Seq
         )
     except OSError as error:
         raise ValueError(
-            f"{path}, model: {run.model!r} is neither a folder with a config and safetensors weights nor readable from "
-            f"the Hub ({error})"
+            f"{path}, model: {run.model!r} is neither a folder with a config and safetensors weights nor readable "
+            f"from the Hub ({error})"
         ) from error

@@ -169,8 +169,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
 
         Args:
             resume_from_checkpoint (`bool`, *optional*):
-                If `True`, continue the run in `args.output_dir`, wherever it stopped; an empty folder starts a new run.
-                Otherwise the folder must not hold a run.
+                If `True`, continue the run in `args.output_dir`, wherever it stopped; an empty folder starts a new
+                run. Otherwise the folder must not hold a run.
             **kwargs:
                 Further arguments of [`~transformers.Trainer.train`].
 
