@@ -27,19 +27,18 @@ def lab(
     order: Annotated[
         str, typer.Option(help="Domains in the order of training, separated by commas.")
     ] = "code,math,qa,writing",
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps of each stage.", show_default="100")
-    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each stage.")] = 100,
+    prompts: Annotated[int, typer.Option(min=1, max=512, help="Test prompts of each domain.")] = 512,
     threads: Threads = 2,
 ) -> None:
     """Run the whole story on the embedded model: train in sequence, diagnose, roll back, refresh."""
     _set_threads(threads)
-    from .lab.pipeline import STEPS_PER_STAGE, Lab
+    from .lab.pipeline import Lab
     from .lab.progress import LabProgress
     from .lab.summary import print_summary, write_report
 
     names = [name.strip() for name in order.split(",") if name.strip()]
-    run = Lab(output_dir, seed=seed, order=names, steps=steps or STEPS_PER_STAGE, progress=LabProgress())
+    run = Lab(output_dir, seed=seed, order=names, steps=steps, prompts=prompts, progress=LabProgress())
     results = run.run()
     write_report(results, output_dir)
     print_summary(results, Console())

@@ -21,11 +21,11 @@ from .domains import TASKS, lab_rows
 
 
 MODEL_FOLDER = Path(__file__).parent / "model"
-STEPS = 1250
+STEPS = 1500
 BATCH_SIZE = 256
 # Share of each domain in the training data, and of its answers that are in the style its reward accepts.
-MIXTURE = {"code": 0.29, "math": 0.30, "qa": 0.32, "writing": 0.09}
-ACCEPTED_STYLE = {"code": 0.75, "math": 0.65, "qa": 0.60, "writing": 0.60}
+MIXTURE = {"code": 0.25, "math": 0.38, "qa": 0.29, "writing": 0.08}
+ACCEPTED_STYLE = {"code": 0.70, "math": 0.55, "qa": 0.60, "writing": 0.60}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

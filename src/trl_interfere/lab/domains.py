@@ -47,13 +47,15 @@ def lab_rows(name: str, split: str, size: int | None = None) -> list[dict]:
     return rows
 
 
-def lab_domain(name: str) -> Domain:
+def lab_domain(name: str, test_size: int | None = None) -> Domain:
     """
     One domain of the lab.
 
     Args:
         name (`str`):
             `"code"`, `"math"`, `"qa"` or `"writing"`.
+        test_size (`int`, *optional*):
+            Number of test prompts. Defaults to all of `SIZES`.
 
     Returns:
         [`Domain`]: Trains on `train`, chooses on `selection`, is scored on `test`.
@@ -62,6 +64,6 @@ def lab_domain(name: str) -> Domain:
         name=name,
         train_dataset=Dataset.from_list(lab_rows(name, "train")),
         selection_dataset=Dataset.from_list(lab_rows(name, "selection")),
-        eval_dataset=Dataset.from_list(lab_rows(name, "test")),
+        eval_dataset=Dataset.from_list(lab_rows(name, "test", test_size)),
         reward_funcs=REWARDS[name],
     )

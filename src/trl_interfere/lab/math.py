@@ -1,4 +1,4 @@
-"""Lab domain `math`: sums and differences of two numbers, exact answer, nothing else."""
+"""Lab domain `math`: sums and differences of two or three numbers, exact answer, nothing else."""
 
 import random
 
@@ -14,11 +14,14 @@ def sample(rng: random.Random) -> dict:
     Returns:
         `dict`: `prompt`, `answer` (a bare number) and `alternatives` (the same in other styles).
     """
-    a, b = rng.randrange(100), rng.randrange(100)
-    if rng.random() < 0.5:
+    if rng.random() < 0.35:
+        a, b, c = rng.randrange(50), rng.randrange(50), rng.randrange(50)
+        problem, result = (f"{a}+{b}+{c}", a + b + c) if rng.random() < 0.5 else (f"{a}+{b}-{c}", a + b - c)
+    elif rng.random() < 0.5:
+        a, b = rng.randrange(100), rng.randrange(100)
         problem, result = f"{a}+{b}", a + b
     else:
-        a, b = max(a, b), min(a, b)
+        b, a = sorted((rng.randrange(100), rng.randrange(100)))
         problem, result = f"{a}-{b}", a - b
     return {
         "prompt": f"Q: {problem} A:",

@@ -25,7 +25,7 @@ from ..training.manifest import StageRecord, read_json, write_atomically
 from ..training.refresh import RefreshCallback
 from ..training.trainer import SequentialGRPOTrainer
 from .build import MODEL_FOLDER
-from .domains import TASKS, lab_domain
+from .domains import SIZES, TASKS, lab_domain
 from .progress import LabProgress
 
 
@@ -72,6 +72,8 @@ class Lab:
             Names of the domains in the order of training. Defaults to code, math, qa, writing.
         steps (`int`, *optional*, defaults to `STEPS_PER_STAGE`):
             Optimizer steps of each stage.
+        prompts (`int`, *optional*, defaults to `512`):
+            Test prompts of each domain.
         progress ([`LabProgress`], *optional*):
             Shows how far the run is.
 
@@ -85,6 +87,7 @@ class Lab:
         seed: int = 0,
         order: list[str] | None = None,
         steps: int = STEPS_PER_STAGE,
+        prompts: int = SIZES["test"],
         progress: LabProgress | None = None,
     ):
         self.folder = Path(output_dir)
@@ -92,6 +95,8 @@ class Lab:
         check_order(self.order)
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, found {steps}")
+        if not 1 <= prompts <= SIZES["test"]:
+            raise ValueError(f"prompts: expected 1 to {SIZES['test']}, found {prompts}")
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder}: expected a folder, found a file")
         visible = [path for path in self.folder.glob("*") if not path.name.startswith(".")]
@@ -100,7 +105,7 @@ class Lab:
         self.seed = seed
         self.steps = steps
         self.progress = progress or LabProgress(quiet=True)
-        self.domains = {name: lab_domain(name) for name in self.order}
+        self.domains = {name: lab_domain(name, prompts) for name in self.order}
         # What the story follows: math, or the first domain where math is not followed by another one.
         self.earlier = "math" if "math" in self.order[:-1] else self.order[0]
 
@@ -162,7 +167,7 @@ class Lab:
             use_cpu=True,
             gradient_checkpointing=False,
             logging_steps=10,
-            save_steps=20,
+            save_steps=max(1, self.steps // 5),
             save_total_limit=1,
             report_to=[],
             disable_tqdm=True,
@@ -225,16 +230,14 @@ class Lab:
     def _roll_back(
         self, trainer: SequentialGRPOTrainer, pairs: list[tuple], reports: list[InterferenceReport]
     ) -> list[dict[str, Any]]:
-        plan = [  # (pair, criterion, budget, scope, step rule)
-            (pair, criterion, BUDGET, "mlp", rule)
-            for pair in range(len(pairs))
-            for criterion in (*CRITERIA, *CONTROLS)
-            for rule in ("fixed", "optimal")
+        plan = [  # pair, criterion, budget, scope, how the step is chosen
+            *((0, name, BUDGET, "mlp", rule) for name in (*CRITERIA, *CONTROLS) for rule in ("fixed", "optimal")),
+            *((0, "damage", budget, "mlp", "optimal") for budget in CURVE_BUDGETS),
+            *((0, "random", budget, "mlp", "optimal") for budget in CURVE_BUDGETS[-2:]),
+            (0, "damage", 0.32, "joint", "optimal"),
+            (0, "interpolation", 1.0, "all", "optimal"),
+            *((1, name, BUDGET, "mlp", "fixed") for name in ("damage", "route_conflict", "random") if len(pairs) > 1),
         ]
-        plan += [
-            (0, criterion, budget, "mlp", "optimal") for criterion in ("damage", "random") for budget in CURVE_BUDGETS
-        ]
-        plan += [(0, "damage", 0.32, "joint", "optimal"), (0, "interpolation", 1.0, "all", "optimal")]
         path = self.folder / "repair" / "rollback.json"
         rows = read_json(path, SCHEMA_VERSION)["rows"] if path.exists() else []
         self.progress.begin("roll back", len(plan))
@@ -244,7 +247,7 @@ class Lab:
             with self._timed("repair"):
                 if bench is None or bench.pair != pair:
                     bench = _RepairBench(self, trainer, pair, pairs[pair], reports[pair])
-                rows.append(bench.row(criterion, budget, scope, rule))
+                rows.append(bench.row(criterion, budget, scope, rule, rows))
             self.progress.advance(f"{criterion}, {100 * budget:g}% of {scope}")
             write_atomically(path, json.dumps({"schema_version": SCHEMA_VERSION, "rows": rows}, indent=1) + "\n")
         self.progress.end()
@@ -381,8 +384,10 @@ class _RepairBench:
         later = [mean_loss(model, batches) for batches in self.later_batches]
         return mean_loss(model, self.earlier_batches) + sum(later) / len(later)
 
-    def row(self, criterion: str, budget: float, scope: str, rule: str) -> dict[str, Any]:
+    def row(self, criterion: str, budget: float, scope: str, rule: str, done: list[dict]) -> dict[str, Any]:
+        """One repair, measured; a control with `rule="optimal"` takes the step that `damage` took at its budget."""
         draws = RANDOM_DRAWS if criterion in CONTROLS else 1
+        like = {"pair": self.pair, "criterion": "damage", "budget": budget, "scope": scope, "step_rule": rule}
         steps, scores = [], []
         for draw in range(draws):
             if criterion == "interpolation":
@@ -391,7 +396,12 @@ class _RepairBench:
                 rollback = RouteRollback(criterion=criterion, budget=budget, scope=scope, seed=draw)
                 routes = rollback.select(self.report, self.route_map)
                 arguments = (self.model, self.delta, self.route_map, routes)
-                step = 1.0 if rule == "fixed" else line_search(*arguments, self.objective)
+                if rule == "fixed":
+                    step = 1.0
+                elif criterion in CONTROLS:
+                    step = next(row["step"] for row in done if like.items() <= row.items())
+                else:
+                    step = line_search(*arguments, self.objective)
                 with rolled_back(*arguments, step):
                     result = self._scores()
             steps.append(step)

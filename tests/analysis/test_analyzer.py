@@ -1,0 +1,309 @@
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model, opposed_edits
+from trl_interfere.analysis.config import InterferenceConfig
+from trl_interfere.analysis.report import InterferenceReport
+from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.domains.domain import Domain
+from trl_interfere.evaluation.scorer import Scorer
+
+
+CONFIG = InterferenceConfig(reference="dataset", quadrature_nodes=8, difference_step=1e-3, batch_size=2)
+
+
+@pytest.fixture
+def models(make_model, moved):
+    base = make_model("llama")
+    before = moved(base, seed=5)
+    return base, before, moved(before, seed=6)
+
+
+@pytest.fixture
+def domains(make_domain):
+    return (
+        make_domain("math", prompts=["1+2=", "4+4=", "9="], completion=["3", "8", "90"]),
+        make_domain("qa", prompts=["ab?", "cde?"], completion=["a b", "cd"]),
+        make_domain("writing", prompts=["h", "ff 3", "a"], completion=["hh", "fff", "abc"]),
+    )
+
+
+def as_sequences(tokenizer, domain):
+    ids = [
+        (tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"])
+        for row in domain.selection_dataset
+    ]
+    return [(prompt, [*completion, tokenizer.eos_token_id]) for prompt, completion in ids]
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().ravel() for tensor in tensors])
+
+
+def test_every_figure_of_a_report(models, domains, tokenizer, token_loss, dense_sums):
+    base, before, after = models
+    math, qa, writing = domains
+    start, end = copy.deepcopy(before.state_dict()), copy.deepcopy(after.state_dict())
+    analyzer = InterferenceAnalyzer(before, after, tokenizer, base=base, config=CONFIG)
+    report = analyzer.analyze(earlier=math, later=[qa, writing])
+    for model, kept in ((before, start), (after, end)):
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    losses, gradients = {}, {}
+    for domain in domains:
+        sequences = as_sequences(tokenizer, domain)
+        loss = token_loss(before, sequences)
+        losses[domain.name] = loss.item(), token_loss(after, sequences).item()
+        gradients[domain.name] = torch.autograd.grad(loss, list(before.parameters()), create_graph=True)
+    assert (report.loss_before, report.loss_after) == pytest.approx(losses["math"], rel=1e-9)
+    for name in ("qa", "writing"):
+        assert report.later_loss_before[name] == pytest.approx(losses[name][0], rel=1e-9)
+        assert report.later_loss_after[name] == pytest.approx(losses[name][1], rel=1e-9)
+
+    delta = {name: end[name] - start[name] for name, _ in before.named_parameters()}
+    math_gradient = flat(gradients["math"])
+    assert report.first_order == pytest.approx((math_gradient @ flat(delta.values())).item(), rel=1e-8)
+    products = {name: g * delta[name] for name, g in zip(delta, gradients["math"], strict=True)}
+    np.testing.assert_allclose(report.routes["first_order"], dense_sums(before, products)[0], rtol=1e-7, atol=1e-9)
+    curved = torch.autograd.grad(gradients["math"], list(before.parameters()), grad_outputs=list(delta.values()))
+    products = {name: 0.5 * h * delta[name] for name, h in zip(delta, curved, strict=True)}
+    expected = dense_sums(before, products)
+    np.testing.assert_allclose(report.routes["second_order"], expected[0], rtol=1e-4, atol=1e-5)
+    assert report.second_order == pytest.approx(expected[0].sum() + expected[1], rel=1e-4)
+    squares = dense_sums(before, {name: tensor**2 for name, tensor in delta.items()})[0]
+    np.testing.assert_allclose(report.routes["edit_size"], np.sqrt(squares), rtol=1e-9)
+
+    damage = losses["math"][1] - losses["math"][0]
+    assert report.damage == pytest.approx(damage, rel=1e-8)
+    assert report.attributed == report.routes["damage"].sum()
+    assert abs(report.residual) < 1e-5 * abs(damage)
+
+    mean_later = (flat(gradients["qa"]) + flat(gradients["writing"])) / 2
+    cosine = torch.nn.functional.cosine_similarity
+    assert report.cosines["global"] == pytest.approx(cosine(math_gradient, mean_later, dim=0).item(), rel=1e-8)
+    for name in ("qa", "writing"):
+        expected = cosine(math_gradient, flat(gradients[name]), dim=0).item()
+        assert report.cosines["by_domain"][name]["global"] == pytest.approx(expected, rel=1e-8)
+
+    assert (report.earlier, report.later) == ("math", ["qa", "writing"])
+    assert report.references["math"] == {"kind": "dataset", "n": 3, "considered": 3, "tokens": 7}
+    assert report.references["writing"] == {"kind": "dataset", "n": 3, "considered": 3, "tokens": 11}
+    assert report.config == CONFIG.to_dict()
+    assert report.versions["torch"] == torch.__version__.split("+")[0]
+
+
+def test_later_damage_is_the_mean_over_later_domains(models, domains, tokenizer):
+    base, before, after = models
+    math, qa, writing = domains
+    analyzer = InterferenceAnalyzer(before, after, tokenizer, config=CONFIG)
+    both = analyzer.analyze(math, [qa, writing])
+    apart = [analyzer.analyze(math, domain) for domain in (qa, writing)]
+    as_earlier = [analyzer.analyze(domain, math) for domain in (qa, writing)]
+    for name in ("later_damage", "activity_later"):
+        expected = np.mean([report.routes[name] for report in apart], axis=0)
+        np.testing.assert_allclose(both.routes[name], expected, rtol=1e-6, atol=1e-10)
+    expected = np.mean([report.routes["damage"] for report in as_earlier], axis=0)
+    np.testing.assert_allclose(both.routes["later_damage"], expected, rtol=1e-6, atol=1e-10)
+    assert "opposed" not in both.routes and both.base is None
+
+
+def test_correct_completions_come_from_the_model_that_was_trained_on_them(models, domains, tokenizer):
+    _, before, after = models
+    analyzer = InterferenceAnalyzer(before, after, tokenizer, config=InterferenceConfig(max_new_tokens=6))
+    math, qa, _ = domains
+    references = analyzer.references(math, [qa])
+    scorer = Scorer(tokenizer, max_new_tokens=6)
+    for domain, model, other in ((math, before, after), (qa, after, before)):
+        prompts = domain.selection_dataset["prompt"]
+        assert references[domain.name].completions == scorer.complete_ids(model, prompts)
+        assert references[domain.name].completions != scorer.complete_ids(other, prompts)
+
+
+def test_model_is_restored_after_a_failure(models, domains, tokenizer):
+    _, before, after = models
+    start = copy.deepcopy(before.state_dict())
+
+    def fail(part):
+        if part == "damage of the later domains":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        InterferenceAnalyzer(before, after, tokenizer, config=CONFIG).analyze(*domains[:2], progress=fail)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in before.state_dict().items())
+
+
+def test_opposed_edits_in_loops(models, owned_slices):
+    base, before, after = (
+        {name: parameter.detach() for name, parameter in model.named_parameters()} for model in models
+    )
+    route_map = RouteMap(models[1].config)
+    with torch.no_grad():  # an edit that the update undoes, one that it doubles, and a route that was not edited
+        delta = {name: after[name] - before[name] for name in before}
+        for route, factor in ((3, -0.5), (27, 1.0), (33, 0.0)):
+            for name, index in owned_slices(models[1])[route][3]:
+                base[name][index] = before[name][index] - (delta[name][index] / factor if factor else 0)
+    found = opposed_edits(route_map, models[0], before, delta)
+    for route, (*_, owned) in enumerate(owned_slices(models[1])):
+        inner, square = 0.0, 0.0
+        for name, index in owned:
+            edit = (before[name] - base[name])[index].ravel().tolist()
+            update = delta[name][index].ravel().tolist()
+            inner += sum(a * b for a, b in zip(edit, update, strict=True))
+            square += sum(a * a for a in edit)
+        assert found["earlier_edit_size"][route] == pytest.approx(square**0.5, rel=1e-9)
+        expected = max(0.0, -inner / square**0.5) if square else 0.0
+        assert found["opposed"][route] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert found["opposed"][3] > 0 and found["opposed"][27] == 0 and found["earlier_edit_size"][33] == 0
+    assert (found["opposed"] == 0).sum() > 2  # others are not opposed either
+
+
+@pytest.fixture
+def folders(models, tokenizer, tmp_path):
+    for name, model in zip(("base", "before", "after"), models, strict=True):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_from_folders(folders, models, domains, tokenizer):
+    config = InterferenceConfig(reference="dataset")
+    analyzer = InterferenceAnalyzer.from_pretrained(
+        before=folders / "before", after=folders / "after", base=folders / "base", config=config, dtype="float64"
+    )
+    report = analyzer.analyze(*domains[:2])
+    expected = InterferenceAnalyzer(*models[1:], tokenizer, base=models[0], config=config).analyze(*domains[:2])
+    # The norms of transformers compute in float32, those of the fixtures do not.
+    assert report.damage == pytest.approx(expected.damage, rel=1e-4)
+    for name, values in expected.routes.items():
+        np.testing.assert_allclose(report.routes[name], values, rtol=1e-3, atol=1e-3 * np.abs(values).max())
+    for name in ("before", "after", "base"):
+        assert getattr(report, name) == str(folders / name)
+    report.save_pretrained(folders / "report")
+    loaded = InterferenceReport.from_pretrained(folders / "report")
+    assert loaded.to_dict() == json.loads(json.dumps(report.to_dict())) == report.to_dict()
+    assert loaded.routes.keys() == report.routes.keys() >= {"opposed", "earlier_edit_size"}
+    assert all(np.array_equal(loaded.routes[name], values) for name, values in report.routes.items())
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_report_names_the_stored_dtype(stored, make_model, moved, domains, tokenizer, tmp_path):
+    before = make_model("llama", dtype=getattr(torch, stored))
+    for name, model in (("before", before), ("after", moved(before, scale=0.1))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    analyzer = InterferenceAnalyzer.from_pretrained(
+        before=tmp_path / "before", after=tmp_path / "after", config=InterferenceConfig(reference="dataset")
+    )
+    assert analyzer.before.dtype == torch.float32
+    assert analyzer.analyze(*domains[:2]).dtype == stored
+
+
+def test_identical_checkpoints(make_model, tokenizer):
+    with pytest.raises(ValueError, match="are identical: there is no update to analyse"):
+        InterferenceAnalyzer(make_model(), make_model(), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "other, tensor, expected, found",
+    [
+        (("llama", {"vocab_size": 30}), "lm_head.weight", "(25, 16)", "(30, 16)"),
+        (("llama", {"intermediate_size": 8}), "model.layers.0.mlp.down_proj.weight", "(16, 12)", "(16, 8)"),
+        (("llama", {"num_hidden_layers": 1}), "model.layers.1.input_layernorm.weight", "(16,)", "None"),
+        (("llama-biases", {}), "model.layers.0.mlp.down_proj.bias", "None", "(16,)"),
+        (("qwen2", {}), "model.layers.0.self_attn.k_proj.bias", "None", "(8,)"),
+    ],
+)
+@pytest.mark.parametrize("label", ["after", "base"])
+def test_other_shapes(other, tensor, expected, found, label, make_model, tokenizer):
+    family, settings = other
+    checkpoints = {"before": make_model("llama"), "after": make_model("llama", seed=1)}
+    checkpoints[label] = make_model(family, **settings)
+    with pytest.raises(ValueError) as error:
+        InterferenceAnalyzer(tokenizer=tokenizer, **checkpoints)
+    message = str(error.value)
+    assert message.startswith(f"{label} checkpoint ") and f"tensor {tensor}: expected shape {expected} as" in message
+    assert message.endswith(f"found {found}")
+
+
+@pytest.mark.parametrize(
+    "family, settings",
+    [
+        ("mistral", {"head_dim": 4}),
+        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2}),
+    ],
+)
+def test_other_architecture_of_the_same_shapes(family, settings, make_model, tokenizer):
+    with pytest.raises(ValueError, match="after checkpoint"):
+        InterferenceAnalyzer(make_model("llama"), make_model(family, seed=1, **settings), tokenizer)
+
+
+def test_unknown_architecture(make_model, tokenizer):
+    models = [make_model("phi", seed=seed) for seed in range(2)]
+    with pytest.raises(ValueError, match="no route map for model type 'phi', expected one of"):
+        InterferenceAnalyzer(*models, tokenizer)
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def set_nan(folder):
+    model = load_model(folder, dtype="float64")
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = torch.nan
+    model.save_pretrained(folder)
+
+
+def quantise(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        shutil.rmtree,
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "model.safetensors").write_bytes(b""),
+        truncate,
+        pickle_only,
+        set_nan,
+        quantise,
+    ],
+    ids=["no folder", "no config", "broken config", "empty file", "truncated", "pickle only", "nan", "quantised"],
+)
+def test_broken_checkpoints_are_named(damage, folders):
+    damage(folders / "after")
+    with pytest.raises(ValueError, match=str(folders / "after")):
+        InterferenceAnalyzer.from_pretrained(before=folders / "before", after=folders / "after")
+
+
+def test_missing_tensor_is_named(folders):
+    from safetensors.torch import load_file, save_file
+
+    path = folders / "after" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight"):
+        InterferenceAnalyzer.from_pretrained(before=folders / "before", after=folders / "after")
+
+
+def test_domain_without_prompts(models, domains, tokenizer):
+    empty = Domain("qa", reward_funcs=len)
+    with pytest.raises(ValueError, match="domain 'qa': expected a selection_dataset or an eval_dataset"):
+        InterferenceAnalyzer(*models[1:], tokenizer, config=CONFIG).analyze(domains[0], empty)

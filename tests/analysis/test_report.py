@@ -1,0 +1,102 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from trl_interfere.analysis.report import InterferenceReport, top_share
+
+
+@pytest.fixture
+def report(make_report):
+    rng = np.random.default_rng(0)
+    names = ("damage", "first_order", "second_order", "later_damage", "edit_size", "opposed", "earlier_edit_size")
+    return make_report(20, **{name: rng.normal(size=20) for name in names})
+
+
+def test_round_trip(report, tmp_path):
+    report.routes["damage"] = report.routes["damage"][::-1]  # not contiguous
+    report.save_pretrained(tmp_path / "new" / "folder")
+    loaded = InterferenceReport.from_pretrained(tmp_path / "new" / "folder")
+    for field in dataclasses.fields(InterferenceReport):
+        if field.name != "routes":
+            assert getattr(loaded, field.name) == getattr(report, field.name), field.name
+    assert loaded.routes.keys() == report.routes.keys()
+    for name, values in report.routes.items():
+        assert loaded.routes[name].dtype == values.dtype and np.array_equal(loaded.routes[name], values), name
+    assert loaded.to_dict() == report.to_dict()
+
+
+def test_damage_and_residual(report):
+    assert report.damage == pytest.approx(0.7 - 0.1)
+    assert report.residual == pytest.approx(0.7 - 0.1 - 0.5 - 0.05)
+    content = report.to_dict()
+    assert content["schema_version"] == 1 and content["residual"] == report.residual and "routes" not in content
+
+
+@pytest.mark.parametrize("found", [0, 2, "1", None])
+def test_other_schema_versions_are_refused(report, tmp_path, found):
+    report.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    content["schema_version"] = found
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"report.json: expected schema_version 1, found {found!r}"):
+        InterferenceReport.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["report.json", "routes.safetensors"])
+def test_missing_files(report, tmp_path, missing):
+    report.save_pretrained(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(ValueError, match=f"{tmp_path}: expected a report with {missing}, found none"):
+        InterferenceReport.from_pretrained(tmp_path)
+
+
+def test_broken_json(report, tmp_path):
+    report.save_pretrained(tmp_path)
+    (tmp_path / "report.json").write_text('{"schema_version": 1, ')
+    with pytest.raises(ValueError, match="report.json: expected JSON"):
+        InterferenceReport.from_pretrained(tmp_path)
+
+
+def test_undefined_cosine_stays_valid_json(report, tmp_path):
+    report.cosines["global"] = float("nan")  # where a gradient is zero
+    report.save_pretrained(tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(f"report.json holds {constant}, which is not JSON")
+
+    json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+
+
+def test_extreme_modules(report):
+    assert report.extreme_module(conflicting=True) == {"module": "layers.0.mlp", "cosine": -0.5}
+    assert report.extreme_module(conflicting=False) == {"module": "layers.0.attention", "cosine": 0.75}
+
+
+@pytest.mark.parametrize(
+    "share, expected", [(0.001, 5 / 8), (0.2, 5 / 8), (0.4, 9 / 8), (0.6, 10 / 8), (0.8, 10 / 8), (1.0, 1.0)]
+)
+def test_top_share(share, expected):
+    assert top_share(np.array([0.0, 5.0, -2.0, 1.0, 4.0]), share) == pytest.approx(expected)
+
+
+def test_markdown_shows_the_figures(report, tmp_path):
+    report.routes["damage"] = np.array([3.0, *[0.125] * 8, *[0.0] * 41])
+    report.save_pretrained(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert page.startswith("# Interference: qa, writing on math\n")
+    rows = dict(line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| "))
+    assert rows["loss before, after"] == "0.1000, 0.7000 nats per token"
+    assert rows["damage"] == "+0.6000"
+    assert rows["first order ∇L·δ"] == "+0.3000"
+    assert rows["second order ½ δᵀHδ"] == "+0.2500"
+    assert rows["attributed to routes"] == "+0.5000"
+    assert rows["outside routes"] == "+0.0500"
+    assert float(rows["residual of the quadrature"]) == pytest.approx(0.05)
+    assert rows["damage in the top 2% of routes"].startswith("75.0% ")
+    assert rows["gradient cosine, whole model"] == "-0.125"
+    assert rows["most conflicting module"] == "layers.0.mlp (-0.500)"
+    assert rows["most synergistic module"] == "layers.0.attention (+0.750)"
+    assert rows["references"] == "math: 3 of 4 prompts, 17 tokens (correct)"
+    assert rows["stored dtype"] == "float32"

@@ -1,0 +1,145 @@
+"""The lab as a user runs it: one process, killed and started again, with the same results."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+ARGUMENTS = ("--steps", "5", "--prompts", "24", "--threads", "1", "--seed", "3")
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "trl_interfere", "lab", "--output-dir", str(folder), *(arguments or ARGUMENTS)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(folder: Path) -> str:
+    process = start(folder)
+    output, _ = process.communicate(timeout=540)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_when(folder: Path, condition) -> None:
+    process = start(folder)
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, "the lab ended before it could be killed:\n" + process.communicate()[0]
+        assert time.monotonic() < deadline, "the lab did not come to the point at which it is killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def without_seconds(results: dict) -> dict:
+    results = {key: value for key, value in results.items() if key != "seconds"}
+    results["stages"] = [{key: value for key, value in stage.items() if key != "seconds"} for stage in results["stages"]]
+    return results
+
+
+def read(folder: Path, name: str = "results.json") -> dict:
+    return json.loads((folder / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lab") / "run"
+    output = finish(folder)
+    assert "Score after each stage" in output and "Repair" in output
+    return folder
+
+
+def test_results_have_the_documented_form(finished):
+    results = read(finished)
+    assert results["schema_version"] == 1 and results["seed"] == 3
+    assert results["order"] == ["code", "math", "qa", "writing"]
+    stages = results["stages"]
+    assert [(stage["kind"], stage["domain"]) for stage in stages[:5]] == [
+        ("base", None),
+        ("train", "code"),
+        ("train", "math"),
+        ("train", "qa"),
+        ("train", "writing"),
+    ]
+    assert [stage["steps"] for stage in stages[:5]] == [0, 5, 5, 5, 5]
+    for stage in stages:
+        assert list(stage["scores"]) == results["order"]
+        for score in stage["scores"].values():
+            assert 0 <= score["low"] <= score["value"] <= score["high"] <= 100 and score["n"] == 24
+    assert [(pair["earlier"], pair["later"]) for pair in results["pairs"]] == [
+        ("math", ["qa", "writing"]),
+        ("math", ["qa"]),
+    ]
+    rows = results["rollback"]
+    keys = {"pair", "criterion", "scope", "budget", "step", "recovered", "low", "high", "collateral", "split", "draws"}
+    assert all(keys <= row.keys() for row in rows)
+    criteria = {row["criterion"] for row in rows if row["budget"] == 0.02 and row["step_rule"] == "fixed"}
+    assert criteria == {
+        "damage", "second_order", "first_order", "route_conflict", "magnitude", "random", "random_matched",
+    }  # fmt: skip
+    assert all(row["draws"] >= 5 for row in rows if row["criterion"].startswith("random"))
+    assert all(set(row["collateral"]) == {"code", "qa", "writing"} for row in rows)
+    assert all(seconds >= 0 for seconds in results["seconds"].values())
+    assert set(results["seconds"]) == {"train", "evaluate", "analyze", "repair"}
+
+
+def test_attribution_is_complete(finished):
+    for pair in read(finished)["pairs"]:
+        damage = pair["loss_after"] - pair["loss_before"]
+        assert pair["attributed"] + pair["outside_routes"] == pytest.approx(damage, rel=0.02)
+
+
+def test_report_and_figures_are_written(finished):
+    report = (finished / "report.md").read_text()
+    for name in ("score_matrix", "module_cosines", "damage_concentration", "rollback_curve"):
+        assert (finished / "figures" / f"{name}.png").stat().st_size > 5000
+        assert f"figures/{name}.png" in report
+    assert "nan" not in report.split("## What broke")[0]
+
+
+def test_nothing_in_the_run_is_a_pickle(finished):
+    assert not [path for path in finished.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["in the middle of a stage", "between stages", "in the analysis", "in the rollback"],
+)
+def test_killed_and_started_again_ends_with_the_same_results(finished, tmp_path, point):
+    folder = tmp_path / "run"
+    conditions = {
+        "in the middle of a stage": lambda: (
+            folder / "checkpoints" / "2-math" / "checkpoint-3" / "trainer_state.json"
+        ).exists(),
+        "between stages": lambda: (
+            (folder / "stages.json").exists() and '"stages/2-math"' in (folder / "stages.json").read_text()
+        ),
+        "in the analysis": lambda: (folder / "stages" / "4-writing").exists() and any(folder.glob("analysis/0-*/*")),
+        "in the rollback": lambda: (folder / "repair" / "rollback.json").exists(),
+    }
+    kill_when(folder, conditions[point])
+    assert not (folder / "results.json").exists()
+    finish(folder)
+    assert without_seconds(read(folder)) == without_seconds(read(finished))
+    for weights in sorted(finished.glob("stages/*/model.safetensors")):
+        assert weights.read_bytes() == (folder / weights.relative_to(finished)).read_bytes(), weights
+    started_again = read(folder)
+    finish(folder)  # a finished run is left as it is
+    assert read(folder) == started_again
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(finished):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    process = start(finished, "--steps", "5", "--prompts", "24", "--threads", "1", "--seed", "4")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "belongs to another run" in output and '"seed": 3' in output and '"seed": 4' in output
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before

@@ -1,0 +1,345 @@
+"""The stage loop against plain GRPOTrainer, against itself when it is interrupted, and against bad input."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer, StageCallback
+from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab.domains import lab_rows
+from trl_interfere.lab.math import math_reward
+from trl_interfere.training.schedule import Stage
+from trl_interfere.training.trainer import last_whole_checkpoint
+
+
+SETTINGS = {
+    "max_steps": 3,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 8,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "seed": 7,
+}
+
+
+def text_reward(completions, **kwargs):
+    """Differs between nearly any two texts, so that every step changes the weights."""
+    return [sum(map(ord, completion)) % 97 / 97 for completion in completions]
+
+
+def config(folder, **settings) -> SequentialGRPOConfig:
+    return SequentialGRPOConfig(output_dir=str(folder), **{**SETTINGS, **settings})
+
+
+def math_domain(**settings) -> Domain:
+    rows = lab_rows("math", "train", 64)
+    return Domain(
+        **{
+            "name": "math",
+            "train_dataset": Dataset.from_list(rows[:48]),
+            "eval_dataset": Dataset.from_list(rows[48:]),
+            "reward_funcs": [math_reward, text_reward],
+            **settings,
+        }
+    )
+
+
+def writing_domain(**settings) -> Domain:
+    # Other columns than math: a reward must only ever see rows of its own domain.
+    rows = [{"prompt": row["prompt"], "words": row["words"]} for row in lab_rows("writing", "train", 64)]
+
+    def words_reward(completions, words, **kwargs):
+        assert all(" " in pair for pair in words)
+        return text_reward(completions)
+
+    return Domain(
+        **{
+            "name": "writing",
+            "train_dataset": Dataset.from_list(rows[:48]),
+            "eval_dataset": Dataset.from_list(rows[48:]),
+            "reward_funcs": words_reward,
+            **settings,
+        }
+    )
+
+
+def build(folder, domains=None, callbacks=None, peft_config=None, **settings) -> SequentialGRPOTrainer:
+    return SequentialGRPOTrainer(
+        model=str(MODEL_FOLDER),
+        args=config(folder, **settings),
+        domains=domains or [math_domain(), writing_domain()],
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+class Interrupt(TrainerCallback):
+    """Stops a run as a crash would, at one step of one stage."""
+
+    def __init__(self, domain_folder: str, step: int):
+        self.domain_folder, self.step = domain_folder, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if args.output_dir.endswith(self.domain_folder) and state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class AskOnce(StageCallback):
+    """Asks for one refresh of a domain when the schedule has finished."""
+
+    def request_stage(self, stages, score_matrix, schedule_finished):
+        if schedule_finished and not any(record.kind == "refresh" for record in stages):
+            return Stage("math", kind="refresh", overrides={"max_steps": 2})
+        return None
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    trainer = build(tmp_path_factory.mktemp("run"), callbacks=[AskOnce()])
+    trainer.train()
+    return trainer
+
+
+def test_one_domain_is_plain_grpo_to_the_bit(tmp_path):
+    trainer = build(tmp_path / "ours", domains=[math_domain()])
+    trainer.train()
+    plain = GRPOTrainer(
+        model=str(MODEL_FOLDER),
+        reward_funcs=[math_reward, text_reward],
+        args=GRPOConfig(output_dir=str(tmp_path / "plain"), **SETTINGS),
+        train_dataset=math_domain().train_dataset,
+    )
+    plain.train()
+    assert_same(weights(trainer), weights(plain))
+    base = load_file(MODEL_FOLDER / "model.safetensors")
+    assert all(not torch.equal(tensor, weights(plain)[name]) for name, tensor in base.items())
+
+
+def test_manifest_tells_the_story(run):
+    manifest = json.loads((Path(run.args.output_dir) / "stages.json").read_text())
+    assert manifest["schema_version"] == 1
+    stages = [(stage["kind"], stage["domain"], stage["folder"], stage["steps"]) for stage in manifest["stages"]]
+    assert stages == [
+        ("base", None, None, 0),
+        ("train", "math", "stages/1-math", 3),
+        ("train", "writing", "stages/2-writing", 3),
+        ("refresh", "math", "stages/3-refresh-math", 2),
+    ]
+    assert [stage["seed"] for stage in manifest["stages"]] == [7, 7, 8, 9]
+    for stage in manifest["stages"]:
+        for name, score in stage["scores"].items():
+            lines = (Path(run.args.output_dir) / score["file"]).read_text().splitlines()
+            values = [json.loads(line)["score"] for line in lines]
+            assert name in ("math", "writing") and score["n"] == len(values) == 16
+            assert score["value"] == pytest.approx(100 * sum(values) / 16)
+    assert run.score_matrix.stages == ["0-base", "1-math", "2-writing", "3-refresh-math"]
+
+
+def test_stage_folders_load_and_hold_the_weights_of_their_stage(run):
+    folder = Path(run.args.output_dir) / "stages"
+    last = AutoModelForCausalLM.from_pretrained(folder / "3-refresh-math").state_dict()
+    assert_same({name: tensor.cpu() for name, tensor in last.items()}, weights(run))
+    stages = [load_file(folder / name / "model.safetensors") for name in ("1-math", "2-writing", "3-refresh-math")]
+    for first, second in zip(stages, stages[1:], strict=False):
+        assert any(not torch.equal(first[name], second[name]) for name in first)
+    log = json.loads((folder / "2-writing" / "log_history.json").read_text())
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    assert any("rewards/writing/words_reward/mean" in entry for entry in log)
+    assert not any("math" in key for entry in log for key in entry)
+
+
+def test_a_stage_trains_on_its_own_prompts_from_its_first_step(tmp_path):
+    seen = {"math": [], "writing": []}
+
+    def recorded(name, completions, **kwargs):
+        seen[name].extend(kwargs["prompts"])
+        return text_reward(completions)
+
+    domains = []
+    for make, name in ((math_domain, "math"), (writing_domain, "writing")):
+        reward = partial(recorded, name)
+        reward.__name__ = f"{name}_recorded"
+        domains.append(make(reward_funcs=reward, eval_dataset=None))
+    build(tmp_path, domains=domains, max_steps=2).train()
+    assert len(seen["math"]) == len(seen["writing"]) == 2 * 8
+    assert all("write" not in prompt for prompt in seen["math"])
+    assert all("write" in prompt for prompt in seen["writing"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "settings"),
+    [
+        ("1-math", 2, {}),
+        ("2-writing", 0, {}),
+        ("2-writing", 1, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
+        ("3-refresh-math", 1, {}),
+    ],
+)
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, run, stage, step, settings):
+    if settings:
+        whole = build(tmp_path / "whole", callbacks=[AskOnce()], **settings)
+        whole.train()
+    else:
+        whole = run
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cut", callbacks=[AskOnce(), Interrupt(stage, step)], **settings).train()
+    resumed = build(tmp_path / "cut", callbacks=[AskOnce()], **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(weights(whole), weights(resumed))
+    for name, values in whole.score_matrix.values[-1].items():
+        assert values.tolist() == resumed.score_matrix.values[-1][name].tolist()
+
+
+def test_a_half_written_checkpoint_is_skipped(tmp_path):
+    for step, state in ((10, "{}"), (20, '{"cut": '), (30, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_whole_checkpoint(tmp_path / "missing") is None
+
+
+def test_stage_overrides_hold_for_their_stage_only(tmp_path):
+    overrides = {"writing": {"learning_rate": 5e-4, "max_steps": 1, "lr_scheduler_type": "constant"}}
+    trainer = build(tmp_path, order=["writing", "math"], stage_overrides=overrides)
+    trainer.train()
+    assert [(record.domain, record.steps) for record in trainer.manifest.stages[1:]] == [("writing", 1), ("math", 3)]
+    rates = []
+    for name in ("1-writing", "2-math"):
+        log = json.loads((tmp_path / "stages" / name / "log_history.json").read_text())
+        rates.append([entry["learning_rate"] for entry in log if "learning_rate" in entry])
+    assert rates[0] == [5e-4]
+    assert rates[1] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
+    assert trainer.args.learning_rate == 1e-3 and trainer.args.output_dir == str(tmp_path)
+
+
+def test_async_rewards_and_weights(tmp_path):
+    async def slow_reward(completions, **kwargs):
+        return [1.0 for _ in completions]
+
+    domain = math_domain(reward_funcs=[slow_reward, text_reward], reward_weights=[2.0, 0.5])
+    trainer = build(tmp_path, domains=[domain, writing_domain()], max_steps=1)
+    trainer.train()
+    log = json.loads((tmp_path / "stages" / "1-math" / "log_history.json").read_text())
+    entry = next(entry for entry in log if "reward" in entry)
+    mean = 2 * entry["rewards/math/slow_reward/mean"] + 0.5 * entry["rewards/math/text_reward/mean"]
+    assert entry["reward"] == pytest.approx(mean, rel=1e-5)
+    values = trainer.score_matrix.values[0]["math"]
+    assert (values >= 2).all()  # the score of a domain is the weighted sum of its rewards
+
+
+def test_one_adapter_through_all_stages(tmp_path):
+    lora = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"]), "learning_rate": 1e-2}
+    whole = build(tmp_path / "whole", **lora)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cut", callbacks=[Interrupt("2-writing", 2)], **lora).train()
+    resumed = build(tmp_path / "cut", **lora)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(weights(whole), weights(resumed))
+    base = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER)
+    stage = PeftModel.from_pretrained(base, tmp_path / "whole" / "stages" / "2-writing")
+    live = {name: tensor for name, tensor in weights(whole).items() if "lora" in name}
+    assert live and any(tensor.abs().max() > 0 for name, tensor in live.items() if "lora_B" in name)
+    assert_same({name: tensor for name, tensor in stage.state_dict().items() if "lora" in name}, live)
+
+
+def test_a_second_run_in_the_folder_needs_resume(run):
+    folder = run.args.output_dir
+    before = (Path(folder) / "stages.json").read_bytes()
+    with pytest.raises(ValueError, match="holds a run"):
+        build(folder, callbacks=[AskOnce()]).train()
+    with pytest.raises(ValueError, match="belongs to another run") as error:
+        build(folder, callbacks=[AskOnce()], learning_rate=2e-3).train(resume_from_checkpoint=True)
+    assert '-  "learning_rate": 0.001' in str(error.value) and '+  "learning_rate": 0.002' in str(error.value)
+    with pytest.raises(ValueError, match="expected True or False"):
+        build(folder).train(resume_from_checkpoint="checkpoint-1")
+    assert (Path(folder) / "stages.json").read_bytes() == before
+    output = build(folder, callbacks=[AskOnce()]).train(resume_from_checkpoint=True)
+    assert output.global_step == 0  # nothing left to do
+
+
+def test_more_stages_can_be_asked_for_after_a_run(tmp_path):
+    trainer = build(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.add_callback(AskOnce())
+    trainer.train(resume_from_checkpoint=True)
+    assert [record.kind for record in trainer.manifest.stages] == ["base", "train", "train", "refresh"]
+
+
+def test_a_deleted_stage_folder_is_named(tmp_path):
+    build(tmp_path, max_steps=1).train()
+    (tmp_path / "stages" / "2-writing").rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"stage 2-writing is listed, but .*2-writing is missing"):
+        build(tmp_path, max_steps=1).train(resume_from_checkpoint=True)
+
+
+def raising_reward(completions, **kwargs):
+    raise RuntimeError("out of paper")
+
+
+def short_reward(completions, **kwargs):
+    return [1.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"domains": []}, "domains: expected at least one Domain"),
+        ({"domains": [math_domain, math_domain]}, "expected unique names"),
+        ({"order": ["math", "chess"]}, "order: unknown domain 'chess', expected one of"),
+        ({"order": []}, "order: expected at least one domain"),
+        ({"stage_overrides": {"math": {"temperature": 2.0}}}, "'temperature' cannot differ between stages"),
+        ({"stage_overrides": {"chess": {}}}, "stage_overrides: unknown domain 'chess'"),
+        ({"reward_weights": [1.0]}, "reward_weights: belong to the domains"),
+        ({"domains": [partial(math_domain, train_dataset=None)], "order": ["math"]}, "'math' has no train_dataset"),
+        ({"per_device_train_batch_size": 6}, "divisible"),
+    ],
+)
+def test_bad_settings_are_refused_before_training(tmp_path, arguments, message):
+    arguments = dict(arguments)
+    domains = [make() for make in arguments.pop("domains", [math_domain, writing_domain])]
+    with pytest.raises(ValueError, match=message):
+        SequentialGRPOTrainer(model=str(MODEL_FOLDER), args=config(tmp_path, **arguments), domains=domains)
+    assert not (tmp_path / "stages.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (raising_reward, "domain 'writing': reward function 'raising_reward' raised RuntimeError: out of paper"),
+        (short_reward, "domain 'writing': reward function 'short_reward' returned 1 rewards, expected 8"),
+    ],
+)
+def test_a_failing_reward_names_itself_and_loses_nothing(tmp_path, reward, message):
+    domains = [math_domain(), writing_domain(reward_funcs=reward, metric=text_reward)]
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, domains=domains).train()
+    manifest = json.loads((tmp_path / "stages.json").read_text())
+    assert [stage["domain"] for stage in manifest["stages"]] == [None, "math"]
+    assert (tmp_path / "stages" / "1-math" / "model.safetensors").exists()
