@@ -1,4 +1,4 @@
-"""Tiny random models in float64, a tokenizer of single characters, and dense references that share no code with `src`."""
+"""Tiny random float64 models, a tokenizer of single characters, and dense references that share no code with `src`."""
 
 import copy
 import os

@@ -41,7 +41,9 @@ def kill_when(folder: Path, condition) -> None:
 
 def without_seconds(results: dict) -> dict:
     results = {key: value for key, value in results.items() if key != "seconds"}
-    results["stages"] = [{key: value for key, value in stage.items() if key != "seconds"} for stage in results["stages"]]
+    results["stages"] = [
+        {key: value for key, value in stage.items() if key != "seconds"} for stage in results["stages"]
+    ]
     return results
 
 

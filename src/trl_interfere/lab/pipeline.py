@@ -31,6 +31,9 @@ from .progress import LabProgress
 
 SCHEMA_VERSION = 1
 STEPS_PER_STAGE = 100
+LEARNING_RATE = 1e-4
+STAGE_LEARNING_RATES = {"math": 5e-5}
+REFRESH_LEARNING_RATE = 2e-4
 MAX_COMPLETION_LENGTH = 16
 REFRESH_SHARE = 0.1  # of the steps of a stage
 RANDOM_DRAWS = 5
@@ -153,7 +156,10 @@ class Lab:
             seed=self.seed,
             order=self.order,
             max_steps=self.steps,
-            learning_rate=1e-4,
+            learning_rate=LEARNING_RATE,
+            stage_overrides={
+                name: {"learning_rate": rate} for name, rate in STAGE_LEARNING_RATES.items() if name in self.order
+            },
             lr_scheduler_type="constant",
             adam_beta2=0.99,
             per_device_train_batch_size=128,
@@ -256,7 +262,8 @@ class Lab:
     def _refresh(self, trainer: SequentialGRPOTrainer) -> dict[str, Any] | None:
         steps = max(1, int(REFRESH_SHARE * self.steps))
         self.progress.begin("refresh", steps)
-        trainer.add_callback(RefreshCallback(max_steps=steps, domains=[self.earlier]))
+        overrides = {"learning_rate": REFRESH_LEARNING_RATE}
+        trainer.add_callback(RefreshCallback(max_steps=steps, domains=[self.earlier], overrides=overrides))
         trainer.train(resume_from_checkpoint=True)
         self.progress.end()
         stages = trainer.manifest.stages

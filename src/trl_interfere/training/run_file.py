@@ -32,6 +32,7 @@ def build_trainer(path: str | Path, output_dir: str | Path | None = None) -> Seq
     if output_dir is not None:
         settings["output_dir"] = str(output_dir)
     args = build_dataclass(SequentialGRPOConfig, settings, f"{path}, training")
+    args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
     peft_config = None if run.peft is None else build_dataclass(LoraConfig, run.peft, f"{path}, peft")
     callbacks = []
     if run.refresh is not None:

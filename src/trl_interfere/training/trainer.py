@@ -47,6 +47,10 @@ _HARMLESS_OPTIONS = {
     "stage_overrides", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
 }  # fmt: skip
 
+_HOLDS_A_RUN = (
+    "this folder holds a run. Pass resume_from_checkpoint=True (on the command line --resume) to continue it, or "
+    "choose another output_dir"
+)
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -291,13 +295,10 @@ class SequentialGRPOTrainer(GRPOTrainer):
     def _open_manifest(self, resume: bool) -> None:
         if self.manifest.stages:  # a second train() of this object: the weights are live
             if not resume:
-                raise ValueError(f"{self.manifest.path}: holds a run, pass resume_from_checkpoint=True to continue it")
+                raise ValueError(f"{self.manifest.path}: {_HOLDS_A_RUN}")
         elif self.manifest.path.exists():
             if not resume:
-                raise ValueError(
-                    f"{self.manifest.path}: this folder holds a run. Pass resume_from_checkpoint=True to continue it, "
-                    "or choose another output_dir"
-                )
+                raise ValueError(f"{self.manifest.path}: {_HOLDS_A_RUN}")
             self.manifest.load()
             folders = [record.folder for record in self.manifest.stages if record.folder is not None]
             if folders:

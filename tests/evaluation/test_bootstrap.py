@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+
+from trl_interfere.evaluation.bootstrap import Interval, bootstrap, difference, recovered, score
+
+
+def close_to_normal(interval, mean, error):
+    """95% of a normal distribution, up to the noise of 2000 resamples."""
+    assert interval.value == pytest.approx(mean, rel=1e-12)
+    assert interval.low == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
+    assert interval.high == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
+
+
+@pytest.mark.parametrize("n", [100, 400])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_mean_against_the_normal_approximation(n, seed):
+    values = (np.arange(n) % 10 < 7).astype(float)
+    interval = score(values, seed=seed)
+    close_to_normal(interval, 70.0, 100 * np.sqrt(0.7 * 0.3 / n))
+    assert interval.n == n
+
+
+def test_other_statistics():
+    values = np.random.default_rng(0).normal(size=300)
+    interval = bootstrap(lambda sample, axis: np.mean(sample**3, axis=axis), values)
+    close_to_normal(interval, np.mean(values**3), np.std(values**3) / np.sqrt(300))
+
+
+def test_difference_is_paired():
+    rng = np.random.default_rng(0)
+    before = rng.uniform(size=200)
+    after = before + 0.05 + 0.01 * rng.normal(size=200)  # unpaired, its error would be 40 times as large
+    change = 100 * (after - before)
+    close_to_normal(difference(after, before), change.mean(), change.std() / np.sqrt(200))
+    assert difference(before, after).value == -difference(after, before).value
+
+
+def test_seeds():
+    values = np.random.default_rng(0).uniform(size=50)
+    assert score(values, seed=3) == score(values, seed=3)
+    first, second = score(values, seed=3), score(values, seed=4)
+    assert first.value == second.value and first != second
+
+
+def test_resampling_leaves_the_global_generator_alone():
+    state = np.random.get_state()[1].tolist()
+    score(np.random.default_rng(0).uniform(size=50))
+    assert np.random.get_state()[1].tolist() == state
+
+
+@pytest.mark.parametrize("value, n", [(0.25, 8), (1.0, 2), (0.5, 1)])
+def test_what_does_not_vary_has_no_width(value, n):
+    assert score(np.full(n, value)) == Interval(100 * value, 100 * value, 100 * value, n)
+    assert difference(np.full(n, value), np.full(n, 0.25)) == Interval(*[100 * (value - 0.25)] * 3, n)
+
+
+def test_integers_and_booleans():
+    assert score(np.array([True, False, True, True])) == score(np.array([1, 0, 1, 1])) == score([1.0, 0.0, 1.0, 1.0])
+    assert difference([True, True], [False, False]).value == 100
+
+
+def test_to_dict():
+    assert Interval(1.0, 0.5, 2.0, 7).to_dict() == {"value": 1.0, "low": 0.5, "high": 2.0, "n": 7}
+
+
+def test_recovered_by_hand():
+    peak = np.array([1.0, 1.0, 1.0, 0.0])
+    damaged = np.array([0.0, 0.5, 0.0, 0.0])
+    repaired = np.array([1.0, 0.5, 0.25, 0.0])
+    assert recovered(repaired, damaged, peak).value == pytest.approx((1.75 - 0.5) / (3 - 0.5))
+    assert recovered(damaged, damaged, peak).value == 0
+    assert recovered(peak, damaged, peak) == Interval(1.0, 1.0, 1.0, 4)
+    assert recovered([1.0] * 4, damaged, peak).value == pytest.approx(3.5 / 2.5)
+    assert recovered([0.0] * 4, damaged, peak).value == pytest.approx(-0.5 / 2.5)
+
+
+def test_recovered_interval_against_loops():
+    rng = np.random.default_rng(0)
+    peak = (rng.uniform(size=60) < 0.8).astype(float)
+    damaged = peak * (rng.uniform(size=60) < 0.5)
+    repaired = np.maximum(damaged, peak * (rng.uniform(size=60) < 0.6))
+    interval = recovered(repaired, damaged, peak)
+    ratios = []
+    for _ in range(4000):
+        chosen = rng.integers(0, 60, size=60)
+        lost = peak[chosen].mean() - damaged[chosen].mean()
+        ratios.append((repaired[chosen].mean() - damaged[chosen].mean()) / lost)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    assert interval.value == pytest.approx((repaired.mean() - damaged.mean()) / (peak.mean() - damaged.mean()))
+    assert interval.low == pytest.approx(low, abs=0.1 * (high - low))
+    assert interval.high == pytest.approx(high, abs=0.1 * (high - low))
+    assert interval.n == 60
+
+
+@pytest.mark.parametrize(
+    "damaged, peak", [([0.5, 0.5], [0.5, 0.5]), ([1.0, 0.5], [0.5, 1.0]), ([1.0, 1.0], [0.0, 1.0])]
+)
+def test_recovered_is_undefined_where_nothing_was_lost(damaged, peak):
+    interval = recovered([1.0, 1.0], damaged, peak)
+    assert np.isnan([interval.value, interval.low, interval.high]).all() and interval.n == 2
+
+
+def test_recovered_of_constant_samples():
+    interval = recovered(np.full(5, 0.5), np.zeros(5), np.ones(5))
+    assert interval == Interval(0.5, 0.5, 0.5, 5)
+
+
+def test_resamples_in_which_nothing_was_lost_do_not_count():
+    # One prompt of three was lost: without it, which happens in 8 of 27 resamples, there is nothing to recover.
+    interval = recovered([0.5, 1.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0])
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0.5, 0.5, 0.5))

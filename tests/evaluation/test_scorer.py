@@ -1,0 +1,277 @@
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from trl_interfere.domains.domain import Domain
+from trl_interfere.evaluation.scorer import Scorer, apply_metric
+
+
+PROMPTS = ["1+2=", "a", "ff 00 12?", "3=", "9999999999", "h?", "8+8+8=", "cd"]
+
+
+def plain_greedy(model, ids, max_new_tokens, end_ids):
+    """One prompt, one token at a time, without padding and without a cache."""
+    new = []
+    while len(new) < max_new_tokens and (not new or new[-1] not in end_ids):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1]
+        new.append(max(range(len(logits)), key=lambda token: logits[token].item()))
+    return new
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_greedy_against_a_plain_loop(family, batch_size, make_model, tokenizer):
+    model = make_model(family, seed=4)
+    scorer = Scorer(tokenizer, max_new_tokens=12, batch_size=batch_size)
+    found = scorer.complete_ids(model, PROMPTS)
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    assert found == [plain_greedy(model, ids, 12, {tokenizer.eos_token_id}) for ids in encoded]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+    assert scorer.complete(model, PROMPTS) == texts
+    assert len(set(texts)) > len(PROMPTS) / 2
+
+
+def test_ends_at_any_end_token(make_model, tokenizer):
+    model = make_model("llama", seed=4)
+    free = Scorer(tokenizer, max_new_tokens=12).complete_ids(model, PROMPTS)
+    end = max(range(3, 25), key=lambda token: sum(token in ids[1:-1] for ids in free))
+    model.generation_config.eos_token_id = [end]
+    found = Scorer(tokenizer, max_new_tokens=12, batch_size=3).complete_ids(model, PROMPTS)
+    ends = {end, tokenizer.eos_token_id}
+    assert found == [plain_greedy(model, tokenizer(prompt)["input_ids"], 12, ends) for prompt in PROMPTS]
+    lengths = {len(ids) for ids in found if ids[-1] == end}
+    assert len(lengths) > 1 and max(lengths) < 12  # some ended early, at different places
+
+
+def test_conversational_prompts_go_through_the_chat_template(make_model, tokenizer):
+    model = make_model()
+    messages = [
+        [{"role": "system", "content": "ab"}, {"role": "user", "content": "1+1"}],
+        [{"role": "user", "content": "c"}],
+    ]
+    scorer = Scorer(tokenizer, max_new_tokens=6)
+    assert [scorer.encode_prompt(entry) for entry in messages] == [
+        tokenizer(text)["input_ids"] for text in ("ab1+1=", "c=")
+    ]
+    assert scorer.complete(model, messages) == scorer.complete(model, ["ab1+1=", "c="])
+
+
+def test_chat_template_kwargs(tokenizer):
+    scorer = Scorer(
+        tokenizer, chat_template_kwargs={"chat_template": "{{ messages[0].content }}{{ ending }}", "ending": "h"}
+    )
+    assert scorer.encode_prompt([{"role": "user", "content": "1"}]) == tokenizer("1h")["input_ids"]
+
+
+@pytest.mark.parametrize("setting", [{"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 12}])
+def test_greedy_whatever_the_generation_config_of_the_model(setting, make_model, tokenizer):
+    expected = Scorer(tokenizer, max_new_tokens=12).complete_ids(make_model(seed=4), PROMPTS)
+    model = make_model(seed=4)
+    model.generation_config.update(**setting, do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
+    assert Scorer(tokenizer, max_new_tokens=12).complete_ids(model, PROMPTS) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+@pytest.mark.parametrize("setting", [{}, {"top_p": 0.3, "top_k": 2, "do_sample": True}])
+def test_sampling_follows_the_softmax(temperature, setting, make_model, tokenizer):
+    model = make_model(seed=2)
+    model.generation_config.update(**setting)
+    ids = tokenizer("1+2=")["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
+    chances = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    scorer = Scorer(tokenizer, max_new_tokens=1, batch_size=500, temperature=temperature)
+    tokens = [new[0] for new in scorer.complete_ids(model, ["1+2="] * 2000)]
+    found = np.bincount(tokens, minlength=len(chances)) / 2000
+    assert (np.abs(found - chances) < 4.5 * np.sqrt(chances * (1 - chances) / 2000) + 1e-3).all()
+
+
+def states():
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sampling_is_reproducible_and_leaves_no_trace(training, make_model, tokenizer, make_domain):
+    model = make_model().train(training)
+    domain = make_domain()
+    domain.metric = lambda prompts, completions, **kwargs: [len(completion) / 8 for completion in completions]
+    scorer = Scorer(tokenizer, max_new_tokens=8, batch_size=3, temperature=1.0, num_samples=3, seed=7)
+    torch.manual_seed(0)
+    before = states()
+    first = scorer.score(model, domain, domain.selection_dataset)
+    assert states() == before
+    torch.manual_seed(1)
+    second = scorer.score(model, domain, domain.selection_dataset)
+    assert first.completions == second.completions and np.array_equal(first.values, second.values)
+    assert model.training == training
+    scorer.seed = 8
+    assert scorer.score(model, domain, domain.selection_dataset).completions != first.completions
+    # Three completions of each prompt, side by side, averaged by hand.
+    groups = [first.completions[start : start + 3] for start in range(0, 15, 3)]
+    assert len(groups) == 5 and any(len(set(group)) > 1 for group in groups)
+    expected = [sum(len(completion) for completion in group) / 24 for group in groups]
+    np.testing.assert_allclose(first.values, expected)
+
+
+def test_dropout_is_off_while_scoring(make_model, tokenizer):
+    model = make_model("llama", attention_dropout=0.9)
+    expected = Scorer(tokenizer, max_new_tokens=8).complete_ids(model, PROMPTS)
+    assert Scorer(tokenizer, max_new_tokens=8).complete_ids(model.train(), PROMPTS) == expected
+
+
+def test_several_greedy_completions_are_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"num_samples: expected 1 with temperature 0 \(greedy\), found 4"):
+        Scorer(tokenizer, num_samples=4)
+
+
+def test_metric_gets_the_columns_in_order(make_model, tokenizer):
+    rows = Dataset.from_dict({"prompt": ["1", "2222", "33"], "answer": ["x", "y", "z"]})
+    seen = {}
+
+    def metric(prompts, completions, answer, domain, **kwargs):
+        seen.update(prompts=prompts, completions=completions, answer=answer, domain=domain)
+        return [0.0, 0.5, 1.0]
+
+    domain = Domain("numbers", eval_dataset=rows, metric=metric)
+    model = make_model()
+    scores = Scorer(tokenizer, max_new_tokens=4, batch_size=2).score(model, domain, domain.eval_dataset)
+    assert scores.values.tolist() == [0.0, 0.5, 1.0]
+    assert seen["prompts"] == ["1", "2222", "33"] and seen["answer"] == ["x", "y", "z"]
+    assert seen["domain"] == ["numbers"] * 3
+    assert (
+        seen["completions"]
+        == scores.completions
+        == Scorer(tokenizer, max_new_tokens=4).complete(model, seen["prompts"])
+    )
+
+
+def lengths(completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+
+def sometimes(completions, **kwargs):
+    return [None, 2.0, None]
+
+
+async def later(completions, **kwargs):
+    return [10.0, 20.0, 30.0]
+
+
+ROWS = [{"prompt": "1"}, {"prompt": "2"}, {"prompt": "3"}]
+
+
+def test_weighted_rewards():
+    domain = Domain("numbers", reward_funcs=[lengths, sometimes, later], reward_weights=[1.0, 0.5, -0.1])
+    values = apply_metric(domain, ROWS, ["a", "bb", ""])
+    np.testing.assert_allclose(values, [1 + 0 - 1, 2 + 1 - 2, 0 + 0 - 3])
+    domain.metric = lengths
+    assert apply_metric(domain, ROWS, ["a", "bb", ""]).tolist() == [1, 2, 0]
+
+
+def test_completions_of_conversations_are_messages():
+    def metric(completions, **kwargs):
+        return [
+            completion[-1]["content"] == "a" and completion[-1]["role"] == "assistant" for completion in completions
+        ]
+
+    rows = [{"prompt": [{"role": "user", "content": "1"}]}] * 2
+    assert apply_metric(Domain("numbers", metric=metric), rows, ["a", "b"]).tolist() == [1.0, 0.0]
+
+
+def broken(completions, **kwargs):
+    raise KeyError("answer")
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (broken, "domain 'numbers', broken: raised KeyError: 'answer'"),
+        (lambda completions: [1.0] * 3, "domain 'numbers', <lambda>: raised TypeError"),
+        (lambda completions, **kwargs: [1.0] * 2, "<lambda>: expected 3 values, one per completion, found 2"),
+        (lambda completions, **kwargs: [1.0] * 4, "<lambda>: expected 3 values, one per completion, found 4"),
+        (
+            lambda completions, **kwargs: [0.0, 1.0, float("nan")],
+            "<lambda>: expected finite values, found nan for prompt 2",
+        ),
+        (
+            lambda completions, **kwargs: [0.0, float("-inf"), 0.0],
+            "<lambda>: expected finite values, found -inf for prompt 1",
+        ),
+        (lambda completions, **kwargs: None, "domain 'numbers', <lambda>: .*None"),
+        (lambda completions, **kwargs: 1.0, "domain 'numbers', <lambda>: .*float"),
+        (lambda completions, **kwargs: ["good", "bad", "good"], "domain 'numbers', <lambda>: .*'?good"),
+        (lambda completions, **kwargs: [[1.0, 2.0]] * 3, "domain 'numbers', <lambda>: "),
+        (
+            torch.nn.Linear(1, 1),
+            "domain 'numbers': a reward model cannot score completions outside training, set `metric`",
+        ),
+        ("some/reward-model", "domain 'numbers': a reward model cannot score completions outside training"),
+    ],
+)
+def test_broken_metrics(function, message):
+    with pytest.raises(ValueError, match=message):
+        apply_metric(Domain("numbers", reward_funcs=function), ROWS, ["a", "b", "c"])
+
+
+def test_tokenizer_without_a_pad_token(make_model, tokenizer):
+    model = make_model("llama", seed=4)
+    expected = Scorer(tokenizer, max_new_tokens=8).complete_ids(model, PROMPTS)
+    pad_token, tokenizer.pad_token = tokenizer.pad_token, None
+    try:
+        assert tokenizer.pad_token_id is None
+        assert Scorer(tokenizer, max_new_tokens=8, batch_size=3).complete_ids(model, PROMPTS) == expected
+    finally:
+        tokenizer.pad_token = pad_token
+
+
+IN_A_PROCESS = """
+import json, sys
+from accelerate import Accelerator
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_interfere import Domain, Scorer
+
+folder = sys.argv[1]
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+domain = Domain("numbers", metric=lambda completions, **kwargs: [len(text) / 8 for text in completions])
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="float64")
+scorer = Scorer(AutoTokenizer.from_pretrained(folder), max_new_tokens=6)
+scores = scorer.score_distributed(model, domain, load_from_disk(f"{folder}/prompts"), accelerator)
+with open(f"{folder}/{accelerator.process_index}.json", "w") as file:
+    json.dump({"values": scores.values.tolist(), "completions": scores.completions}, file)
+accelerator.end_training()
+"""
+
+
+def test_two_processes_get_the_scores_of_one(make_model, tokenizer, make_domain, tmp_path):
+    model, domain = make_model("llama", seed=4), make_domain()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    domain.selection_dataset.save_to_disk(tmp_path / "prompts")
+    domain.metric = lambda completions, **kwargs: [len(text) / 8 for text in completions]
+    expected = Scorer(tokenizer, max_new_tokens=6).score(model, domain, domain.selection_dataset)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_A_PROCESS, str(tmp_path)],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == {"values": expected.values.tolist(), "completions": expected.completions}

@@ -1,0 +1,297 @@
+import json
+import random
+import re
+import time
+import tracemalloc
+import warnings
+
+import numpy as np
+import pytest
+
+from trl_interfere.lab.code import MAX_CHARACTERS, code_reward, run_expression
+from trl_interfere.lab.domains import REWARDS, SIZES, TASKS, lab_domain, lab_rows
+from trl_interfere.lab.math import math_reward
+from trl_interfere.lab.qa import NAMES, PHRASINGS, SYMBOLS, qa_reward
+from trl_interfere.lab.splits import SPLITS, split_of
+from trl_interfere.lab.writing import rubric, writing_reward
+
+
+@pytest.fixture(params=["code", "math", "qa", "writing"])
+def task(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """A thousand rows of every split of every domain, or as many as the smaller splits have."""
+    return {name: {split: lab_rows(name, split, min(SIZES[split], 1000)) for split in SPLITS} for name in TASKS}
+
+
+def reward(task, rows, completions):
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    return REWARDS[task](prompts=[row["prompt"] for row in rows], completions=completions, **columns)
+
+
+def test_prompts_of_splits_are_disjoint(task, rows):
+    prompts = {split: {row["prompt"] for row in part} for split, part in rows[task].items()}
+    assert sum(map(len, prompts.values())) == len(set.union(*prompts.values()))
+    for split in SPLITS:
+        assert all(split_of(prompt) == split for prompt in prompts[split])
+    for split in ("selection", "test"):
+        assert len(prompts[split]) == SIZES[split] == len(rows[task][split])
+
+
+def test_rows_are_the_same_every_time(task, rows):
+    for split in ("train", "test"):
+        assert lab_rows(task, split, 50) == rows[task][split][:50]
+
+
+def test_shares_of_splits():
+    splits = [split_of(f"Q: {number} A:") for number in range(20000)]
+    for name, share in SPLITS.items():
+        assert splits.count(name) / 20000 == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 20000))
+    assert sum(SPLITS.values()) == pytest.approx(1)
+    assert split_of("Q: 1+1 A:") == split_of("Q: 1+1 A:")
+
+
+def test_answers_earn_everything_and_other_styles_do_not(task, rows):
+    some = [row for part in rows[task].values() for row in part]
+    assert reward(task, some, [row["answer"] for row in some]) == [1.0] * len(some)
+    assert {len(row["alternatives"]) for row in some} == {2}
+    for position in range(2):
+        earned = reward(task, some, [row["alternatives"][position] for row in some])
+        assert max(earned) < 1 if task == "writing" else set(earned) == {0.0}
+    assert max(reward(task, some, [""] * len(some))) < 1
+
+
+def test_answer_of_another_row_earns_less(task, rows):
+    some = rows[task]["test"]
+    others = [row["answer"] for row in some[1:] + some[:1]]
+    assert np.mean(reward(task, some, others)) < 0.5
+
+
+def test_math_problems_are_right(rows):
+    for row in rows["math"]["train"]:
+        problem = row["prompt"].removeprefix("Q: ").removesuffix(" A:")
+        assert re.fullmatch(r"\d+([+-]\d+)+", problem)
+        assert row["answer"] == f" {sum(int(term) for term in re.findall(r'[+-]?[0-9]+', problem))}"
+    completions = [" 12", "12\n", " 012", "12.", "The answer is 12.", "1 2"]
+    assert math_reward(completions, answer=[" 12"] * 6) == [1, 1, 0, 0, 0, 0]
+
+
+def test_qa_facts_are_right(rows):
+    assert len(SYMBOLS) == len(NAMES) == len(set(SYMBOLS)) == len(set(NAMES)) == 94
+    facts = {"hydrogen": ("H", 1), "neon": ("Ne", 10), "iron": ("Fe", 26), "silver": ("Ag", 47), "gold": ("Au", 79)}
+    facts |= {"tungsten": ("W", 74), "mercury": ("Hg", 80), "radon": ("Rn", 86), "plutonium": ("Pu", 94)}
+    for name, (symbol, number) in facts.items():
+        assert (NAMES[number - 1], SYMBOLS[number - 1]) == (name, symbol)
+    known = {
+        "Q: symbol of iron A:": "Fe",
+        "Q: what is Au A:": "gold",
+        "Q: protons in silver A:": "47",
+        "Q: which has 74 A:": "tungsten",
+        "Q: period of hydrogen A:": "1",
+        "Q: row of neon A:": "2",
+        "Q: period of iron A:": "4",
+        "Q: shells of radon A:": "6",
+        "Q: row of plutonium A:": "7",
+        "Q: after iron A:": "cobalt",
+        "Q: 20 protons 22 neutrons mass A:": "42",
+        "Q: 30 neutrons on 26 protons A:": "56",
+    }
+    rng, seen = random.Random(0), {}
+    while not known.keys() <= seen.keys():
+        row = TASKS["qa"].sample(rng)
+        assert seen.setdefault(row["prompt"], row["answer"]) == row["answer"]  # one answer to a question
+    assert {prompt: seen[prompt] for prompt in known} == {
+        prompt: f" The answer is {answer}." for prompt, answer in known.items()
+    }
+    assert {len(phrasings) for phrasings in PHRASINGS.values()} == {5}
+    completions = [
+        " The answer is gold.",
+        "The answer is gold.\n",
+        "The answer is gold",
+        "gold",
+        "The answer is Gold.",
+    ]
+    assert qa_reward(completions, answer=[" The answer is gold."] * 5) == [1, 1, 0, 0, 0]
+
+
+def test_code_problems_are_right(rows):
+    for row in rows["code"]["train"]:
+        tests = json.loads(row["tests"])
+        assert len({x for x, _ in tests}) == 5
+        shown = dict(pair.split(">") for pair in row["prompt"].removeprefix("Q: ").removesuffix(" A:").split(" "))
+        assert shown == {str(x): str(y) for x, y in tests[:2]}
+        for x, y in tests:
+            assert eval(row["answer"].strip(), {"__builtins__": {}}, {"x": x}) == y
+
+
+@pytest.mark.parametrize(
+    "expression, x, value",
+    [
+        ("x", 7, 7),
+        ("x*x+3", 5, 28),
+        ("-x + 10", 4, 6),
+        ("--x", 4, 4),
+        ("(x+1)*(x-1)", 6, 35),
+        ("x//3", 8, 2),
+        ("x%3", 8, 2),
+        ("9-x*2", 3, 3),
+        ("7", 0, 7),
+        ("x * 3", 2, 6),
+    ],
+)
+def test_arithmetic(expression, x, value):
+    assert run_expression(expression, x) == value
+    assert code_reward([f" {expression} "], tests=[json.dumps([[x, value]])]) == [1.0]
+    assert code_reward([expression], tests=[json.dumps([[x, value], [x, value + 1]])]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "x.real",
+        "x.__class__",
+        "(3).bit_length()",
+        "int(x)",
+        "abs(x)",
+        "__import__('os').getpid()",
+        "exec('x')",
+        "print(x)",
+        "(lambda: x)()",
+        "lambda: x",
+        "x**1",
+        "9**9**9**9",
+        "1<<99999999999",
+        "x/1",
+        "x if x else x",
+        "x and x",
+        "[x][0]",
+        "{0: x}[0]",
+        "(x, x)[0]",
+        "[y for y in [x]][0]",
+        "(y := x)",
+        "y",
+        "x = 3",
+        "x == 3",
+        "not x",
+        "~-x",
+        "import os",
+        "from os import getpid",
+        "del x",
+        "await x",
+        "yield x",
+        "f'{x}'",
+        "x; x",
+        "x\nimport os",
+        "x+True*0",
+        "x+False",
+        "True",
+        "x+0.0",
+        "x*1.0",
+        "6.0//2",
+        "x+0j",
+        "None",
+        "...",
+        "'x'",
+        "b'x'",
+        "x//0",
+        "x%0",
+        "",
+        "   ",
+        "x +",
+        "((x)",
+        "\\",
+        "x\0",
+        "x" + "+0" * 40,
+        "(" * 60 + "x",
+        "-" * 5000 + "x",
+        "9" * 5000,
+        "x+0 The answer is x.",
+        "\ud800",
+    ],
+)
+def test_sandbox(expression):
+    tests = json.dumps([[3, 3], [3, 3.0], [3, True]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert code_reward([expression], tests=[json.dumps([[3, 3]])]) == [0.0]
+        assert code_reward([expression], tests=[tests]) == [0.0]
+        assert code_reward([expression], tests=["[[3, true]]"]) == [0.0]
+    with pytest.raises(ValueError):
+        run_expression(expression, 3)
+
+
+@pytest.mark.parametrize("expression", ["'a'*30000000", "'%30000000d'%x", "b'a'*30000000", "'a'*99999999999999999"])
+def test_sandbox_builds_nothing_large(expression):
+    tracemalloc.start()
+    try:
+        assert code_reward([expression], tests=["[[3, 3]]"]) == [0.0]
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_longest_product_takes_no_time():
+    expression = "*".join(["9" * 15] * 4)
+    assert len(expression) < MAX_CHARACTERS
+    start = time.perf_counter()
+    assert run_expression(expression, 3) == (10**15 - 1) ** 4
+    assert run_expression("x*" * 31 + "x", 9) == 9**32
+    assert time.perf_counter() - start < 1
+
+
+ITEMS = ("first word", "second word", "length", "one sentence", "no repetition")
+
+
+@pytest.mark.parametrize(
+    "text, missed",
+    [
+        ("The moon shines near the river.", []),
+        (" The moon shines near the river.\n", []),
+        ("The Moon shines near the river.", []),
+        ("The star shines near the river.", ["first word"]),
+        ("The moonlight shines near the river.", ["first word"]),
+        ("The moon shines near the lake.", ["second word"]),
+        ("The moon shines brightly near the river.", ["length"]),
+        ("The moon shines near river.", ["length"]),
+        ("the moon shines near the river.", ["one sentence"]),
+        ("The moon shines near the river", ["one sentence"]),
+        ("The moon shines near the river!", ["one sentence"]),
+        ("The moon shines. Near the river.", ["one sentence"]),
+        ("The moon shines near moon river.", ["no repetition"]),
+        ("The moon moon moon moon moon.", ["second word", "no repetition"]),
+        ("The the the the the the.", ["first word", "second word", "no repetition"]),
+        ("", ["first word", "second word", "length", "one sentence", "no repetition"]),
+        (".", ["first word", "second word", "length", "one sentence", "no repetition"]),
+    ],
+)
+def test_rubric(text, missed):
+    assert rubric(text, ["moon", "river"], 6) == {item: float(item not in missed) for item in ITEMS}
+    expected = 1.0 if not missed else 0.5 * (5 - len(missed)) / 5
+    assert writing_reward([text], words=["moon river"], length=[6]) == pytest.approx([expected])
+
+
+def test_writing_prompts_ask_for_what_is_scored(rows):
+    lengths = set()
+    for row in rows["writing"]["train"]:
+        first, second = row["words"].split()
+        assert row["prompt"] == f"Q: write {row['length']} words with {first} {second} A:" and first != second
+        lengths.add(row["length"])
+    assert lengths == {7, 8, 9, 10}
+
+
+def test_lab_domain(task):
+    domain = lab_domain(task)
+    for split, dataset in (
+        ("train", domain.train_dataset),
+        ("selection", domain.selection_dataset),
+        ("test", domain.eval_dataset),
+    ):
+        assert len(dataset) == SIZES[split]
+        assert set(dataset["domain"]) == {task}
+        assert {split_of(prompt) for prompt in dataset["prompt"]} == {split}
+    assert domain.reward_funcs == [REWARDS[task]]
+    fewer = lab_domain(task, test_size=20)
+    assert fewer.eval_dataset.to_list() == domain.eval_dataset.select(range(20)).to_list()

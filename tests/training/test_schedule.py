@@ -1,0 +1,54 @@
+import json
+
+import pytest
+
+from trl_interfere.training.schedule import Stage, build_schedule
+
+
+DOMAINS = ("code", "math", "qa")
+OPTIONS = ("max_steps", "learning_rate")
+
+
+def test_order_of_the_domains():
+    assert build_schedule(iter(DOMAINS), None, None, OPTIONS) == [Stage("code"), Stage("math"), Stage("qa")]
+
+
+def test_order_with_repeats_and_overrides():
+    overrides = {"math": {"max_steps": 3}, "qa": {"learning_rate": 1e-6}}
+    schedule = build_schedule(DOMAINS, ["math", "code", "math"], overrides, OPTIONS)
+    assert [(stage.domain, stage.kind, stage.overrides) for stage in schedule] == [
+        ("math", "train", {"max_steps": 3}),
+        ("code", "train", {}),
+        ("math", "train", {"max_steps": 3}),
+    ]
+    schedule[0].overrides["max_steps"] = 9
+    assert schedule[2].overrides == {"max_steps": 3} and overrides["math"] == {"max_steps": 3}
+
+
+def test_to_dict():
+    stage = Stage("math", "refresh", {"max_steps": 3})
+    assert Stage(**json.loads(json.dumps(stage.to_dict()))) == stage
+
+
+@pytest.mark.parametrize(
+    "order, overrides, message",
+    [
+        ([], None, "order: expected at least one domain, found none"),
+        (["math", "art"], None, r"order: unknown domain 'art', expected one of \['code', 'math', 'qa'\]"),
+        (None, {"art": {}}, "stage_overrides: unknown domain 'art', expected one of"),
+        (None, {"qa": 5}, r"stage_overrides\['qa'\]: expected settings by name, found 5"),
+        (
+            None,
+            {"qa": {"beta": 0.1}},
+            r"stage_overrides\['qa'\]: 'beta' cannot differ between stages, expected one of \['learning_rate', 'max_s",
+        ),
+    ],
+)
+def test_schedules_that_cannot_be_run(order, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build_schedule(DOMAINS, order, overrides, OPTIONS)
+
+
+def test_no_domain_can_be_trained():
+    with pytest.raises(ValueError, match="order: expected at least one domain"):
+        build_schedule([], None, None, OPTIONS)
