@@ -150,7 +150,10 @@ BAD_FILES = {
     "missing column": (change("domains.0.train", {"path": "math_train.jsonl", "columns": {"prompt": "question"}}),
                        "expected a column 'question', found"),
     "no prompt column": (change("domains.0.train", "no_prompt.jsonl"), "expected a column 'prompt', found"),
-    "empty dataset": (change("domains.0.train", {"path": "math_train.jsonl", "limit": 0}), "expected at least one row"),
+    "empty dataset": (
+        change("domains.0.train", {"path": "math_train.jsonl", "limit": 0}),
+        "expected at least one row",
+    ),
     "unknown reward": (change("domains.0.rewards", "exact_mtach"), "'exact_mtach' is neither a built-in reward"),
     "missing reward module": (change("domains.0.rewards", "nowhere.reward"), "cannot import 'nowhere.reward'"),
     "reward without its column": (change("domains.0.rewards", "lab_code"), "domain 'math', code_reward: raised"),

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ def lab(
     threads: Threads = 2,
 ) -> None:
     """Run the whole story on the embedded model: train in sequence, diagnose, roll back, refresh."""
-    _set_threads(threads)
+    _prepare(threads)
     from .lab.pipeline import Lab
     from .lab.progress import LabProgress
     from .lab.summary import print_summary, write_report
@@ -53,7 +54,7 @@ def train(
     threads: Threads = _CORES,
 ) -> None:
     """Train a causal language model through domains in sequence."""
-    _set_threads(threads)
+    _prepare(threads)
     from .training.run_file import build_trainer
 
     trainer = build_trainer(config, output_dir)
@@ -77,7 +78,7 @@ def analyze(
     threads: Threads = _CORES,
 ) -> None:
     """Analyse what an update did to an earlier domain."""
-    _set_threads(threads)
+    _prepare(threads)
     from rich.markdown import Markdown
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -114,10 +115,16 @@ def analyze(
     Console().print(Markdown(report.to_markdown()))
 
 
-def _set_threads(threads: int) -> None:
+def _prepare(threads: int) -> None:
     import torch
+    import transformers
+    from datasets import disable_progress_bars
 
     torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    # TRL still passes options under names that transformers has renamed; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
 
 
 def main() -> None:

@@ -217,7 +217,7 @@ def test_identical_checkpoints(make_model, tokenizer):
         (("llama", {"intermediate_size": 8}), "model.layers.0.mlp.down_proj.weight", "(16, 12)", "(16, 8)"),
         (("llama", {"num_hidden_layers": 1}), "model.layers.1.input_layernorm.weight", "(16,)", "None"),
         (("llama-biases", {}), "model.layers.0.mlp.down_proj.bias", "None", "(16,)"),
-        (("qwen2", {}), "model.layers.0.self_attn.k_proj.bias", "None", "(8,)"),
+        (("llama", {"attention_bias": True}), "model.layers.0.self_attn.k_proj.bias", "None", "(8,)"),
     ],
 )
 @pytest.mark.parametrize("label", ["after", "base"])
@@ -233,15 +233,26 @@ def test_other_shapes(other, tensor, expected, found, label, make_model, tokeniz
 
 
 @pytest.mark.parametrize(
-    "family, settings",
+    "other, setting, expected, found",
     [
-        ("mistral", {"head_dim": 4}),
-        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2}),
+        (("mistral", {"head_dim": 4}), "model_type", "'llama'", "'mistral'"),  # of the same shapes
+        (("qwen2", {}), "model_type", "'llama'", "'qwen2'"),
+        (
+            ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2}),
+            "num_attention_heads",
+            "4",
+            "8",
+        ),
+        (("llama", {"num_key_value_heads": 4}), "num_key_value_heads", "2", "4"),
     ],
 )
-def test_other_architecture_of_the_same_shapes(family, settings, make_model, tokenizer):
-    with pytest.raises(ValueError, match="after checkpoint"):
-        InterferenceAnalyzer(make_model("llama"), make_model(family, seed=1, **settings), tokenizer)
+@pytest.mark.parametrize("label", ["after", "base"])
+def test_other_architecture(other, setting, expected, found, label, make_model, tokenizer):
+    family, settings = other
+    checkpoints = {"before": make_model("llama"), "after": make_model("llama", seed=1)}
+    checkpoints[label] = make_model(family, seed=2, **settings)
+    with pytest.raises(ValueError, match=f"{label} checkpoint .*: expected {setting} {expected} as.*, found {found}$"):
+        InterferenceAnalyzer(tokenizer=tokenizer, **checkpoints)
 
 
 def test_unknown_architecture(make_model, tokenizer):

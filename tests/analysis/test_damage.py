@@ -36,6 +36,7 @@ def test_first_order(update, sequences, make_batches, token_loss, dense_sums):
     assert_terms(terms, products, reference, dense_sums, rtol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_second_order_against_a_double_backward(update, sequences, make_batches, token_loss, dense_sums):
     path, route_map, reference = update
     parameters = list(reference.parameters())
@@ -77,6 +78,7 @@ def test_second_order_against_a_dense_hessian(make_model, moved, sequences, make
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_attribution_is_complete(update, sequences, make_batches, token_loss, moved):
     path, route_map, reference = update
     before = token_loss(reference, sequences).item()
@@ -88,6 +90,7 @@ def test_attribution_is_complete(update, sequences, make_batches, token_loss, mo
     assert residuals[3] < 1e-6 * abs(after - before)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_attribution_against_midpoints(update, sequences, make_batches, token_loss, dense_sums):
     path, route_map, reference = update
     terms = attribution(path, make_batches(sequences), route_map, nodes=8)

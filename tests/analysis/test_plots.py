@@ -43,6 +43,16 @@ def test_module_without_a_cosine_is_left_blank(make_report):
     assert not any("nan" in text for text in texts(left))
 
 
+def test_cosine_that_is_undefined(make_report):
+    report = make_report(5)
+    assert plot_module_cosines(report).get_suptitle().endswith("whole model -0.125")
+    report.cosines.update({"global": None, "modules": {}})
+    figure = plot_module_cosines(report)
+    assert figure.get_suptitle().endswith("whole model undefined")
+    assert not any(texts(axes) for axes in figure.axes)
+    figure.canvas.draw()
+
+
 def test_damage_concentration(make_report):
     first, second = (make_report(4, damage=np.array(values)) for values in ([1.0, 6.0, -1.0, 2.0], [1.0] * 4))
     axes = plot_damage_concentration([first, second]).axes[0]

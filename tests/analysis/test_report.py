@@ -3,7 +3,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from trl_interfere.analysis.gradients import cosines
 from trl_interfere.analysis.report import InterferenceReport, top_share
 
 
@@ -60,18 +62,28 @@ def test_broken_json(report, tmp_path):
 
 
 def test_undefined_cosine_stays_valid_json(report, tmp_path):
-    report.cosines["global"] = float("nan")  # where a gradient is zero
+    zero, one = ({"model.norm.weight": torch.full((3,), value)} for value in (0.0, 1.0))
+    report.cosines = {**cosines(zero, one), "by_domain": {"qa": cosines(zero, one)}}
     report.save_pretrained(tmp_path)
 
     def refuse(constant):
         raise AssertionError(f"report.json holds {constant}, which is not JSON")
 
-    json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    content = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert content["cosines"]["global"] is None and content["cosines"]["by_domain"]["qa"]["global"] is None
+    assert InterferenceReport.from_pretrained(tmp_path).cosines == report.cosines
+    page = (tmp_path / "report.md").read_text()
+    assert "| gradient cosine, whole model | undefined |" in page
+    assert "| most conflicting module | none (undefined) |" in page
+    assert "| most synergistic module | none (undefined) |" in page
 
 
 def test_extreme_modules(report):
     assert report.extreme_module(conflicting=True) == {"module": "layers.0.mlp", "cosine": -0.5}
     assert report.extreme_module(conflicting=False) == {"module": "layers.0.attention", "cosine": 0.75}
+    report.cosines["modules"] = {}
+    for conflicting in (True, False):
+        assert report.extreme_module(conflicting) == {"module": "none", "cosine": None}
 
 
 @pytest.mark.parametrize(

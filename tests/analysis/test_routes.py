@@ -94,6 +94,7 @@ def perturb(model, route_map, route, seed=0):
                 parameter.add_(spread * noise)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("kind, position", [("mlp", 0), ("mlp", 7), ("query", 1), ("query", 3), ("key_value", 1)])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_noise_on_one_route_changes_what_this_route_writes(family, kind, position, layer, make_model):

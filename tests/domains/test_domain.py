@@ -24,12 +24,16 @@ def test_streamed_datasets():
     stream = IterableDataset.from_generator(lambda: iter(ROWS.to_list()))
     domain = Domain("math", train_dataset=stream, reward_funcs=reward)
     assert list(domain.train_dataset) == [{**row, "domain": "math"} for row in ROWS.to_list()]
+    again = Domain("math", train_dataset=domain.train_dataset, reward_funcs=reward)
+    assert list(again.train_dataset) == list(domain.train_dataset)
 
 
 def test_streamed_datasets_with_a_domain_column_of_their_own():
     rows = [{"prompt": "1", "domain": "algebra"}]
     with pytest.raises(ValueError, match="column 'domain' is used to route rewards"):
         list(Domain("math", IterableDataset.from_generator(lambda: iter(rows)), reward_funcs=reward).train_dataset)
+    with pytest.raises(ValueError, match="column 'domain' is used to route rewards"):
+        Domain("math", Dataset.from_list(rows).to_iterable_dataset(), reward_funcs=reward)
 
 
 def test_rewards_and_weights():

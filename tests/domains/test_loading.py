@@ -127,6 +127,8 @@ def test_a_column_that_takes_the_place_of_another(folder):
         ({"path": "rows.jsonl", "prompt": "Solve {question.text}"}, "here, prompt: "),
         ({"path": "rows.jsonl", "prompt": "{question}", "limit": "many"}, "here, limit: "),
         ({"path": "rows.jsonl", "prompt": "{question}", "skip": -2}, "here, skip: "),
+        ({"path": "rows.jsonl", "prompt": "{question}", "skip": 6}, "here: expected at least one row, found 6 of"),
+        ({"path": "rows.jsonl", "prompt": "{question}", "limit": 0}, "here: expected at least one row, found 6 of"),
     ],
 )
 def test_data_that_cannot_be_used(source, message, folder):
@@ -244,7 +246,7 @@ def domain(**settings):
         ({"model": "m", "domains": [domain(eval="absent.jsonl")]}, r"domains\[0\], eval: 'absent.jsonl' is neither"),
         (
             {"model": "m", "domains": [domain(eval={**DATA, "skip": 6})]},
-            "domain 'qa', eval_dataset: expected at least",
+            r"domains\[0\], eval: expected at least one row, found 6 of which skip and limit leave none",
         ),
         ({"model": "m", "domains": [domain(name="q/a")]}, "domain name 'q/a': expected letters"),
         ({"model": "m", "domains": [domain(rewards=[])]}, "domain 'qa': expected at least one reward function"),

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import random
 import socket
@@ -27,6 +28,7 @@ def plain_greedy(model, ids, max_new_tokens, end_ids):
     return new
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_greedy_against_a_plain_loop(family, batch_size, make_model, tokenizer):
     model = make_model(family, seed=4)
@@ -71,7 +73,16 @@ def test_chat_template_kwargs(tokenizer):
     assert scorer.encode_prompt([{"role": "user", "content": "1"}]) == tokenizer("1h")["input_ids"]
 
 
-@pytest.mark.parametrize("setting", [{"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 12}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 12},
+        {"min_length": 24},
+        {"num_beams": 3},
+    ],
+)
 def test_greedy_whatever_the_generation_config_of_the_model(setting, make_model, tokenizer):
     expected = Scorer(tokenizer, max_new_tokens=12).complete_ids(make_model(seed=4), PROMPTS)
     model = make_model(seed=4)
@@ -79,8 +90,17 @@ def test_greedy_whatever_the_generation_config_of_the_model(setting, make_model,
     assert Scorer(tokenizer, max_new_tokens=12).complete_ids(model, PROMPTS) == expected
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_transformers_has_nothing_to_complain_about(temperature, make_model, tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = make_model("llama")
+    model.generation_config.update(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
+    Scorer(tokenizer, max_new_tokens=2, temperature=temperature).complete_ids(model, PROMPTS)
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
-@pytest.mark.parametrize("setting", [{}, {"top_p": 0.3, "top_k": 2, "do_sample": True}])
+@pytest.mark.parametrize("setting", [{}, {"top_p": 0.3, "top_k": 2, "do_sample": True}, {"min_p": 0.5}])
 def test_sampling_follows_the_softmax(temperature, setting, make_model, tokenizer):
     model = make_model(seed=2)
     model.generation_config.update(**setting)

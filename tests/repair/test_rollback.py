@@ -27,20 +27,12 @@ def parameters(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def difference(after, before):
-    start, end = parameters(before), parameters(after)
-    return {name: end[name] - start[name] for name in end}
-
-
 def test_step_1_on_all_routes_is_a_restore(update):
     before, after, route_map = update
     start, end = parameters(before), parameters(after)
-    roll_back(after, difference(after, before), route_map, np.arange(route_map.num_routes), step=1.0)
+    roll_back(after, start, route_map, np.arange(route_map.num_routes), step=1.0)
     for name, parameter in after.named_parameters():
-        if route_map.cut(name) is None:
-            assert torch.equal(parameter, end[name]), name
-        else:
-            torch.testing.assert_close(parameter.detach(), start[name], rtol=1e-12, atol=1e-15)
+        assert torch.equal(parameter, end[name] if route_map.cut(name) is None else start[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,12 +40,13 @@ def test_step_1_restores_to_the_bit(dtype, make_model, moved):
     before = make_model("llama", dtype=dtype)
     after = moved(before)
     route_map = RouteMap(before.config)
-    roll_back(after, difference(after, before), route_map, np.arange(route_map.num_routes), step=1.0)
+    roll_back(after, dict(before.named_parameters()), route_map, np.arange(route_map.num_routes), step=1.0)
     for name, parameter in after.named_parameters():
         if route_map.cut(name) is not None:
             assert torch.equal(parameter, before.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama-biases"])
 @pytest.mark.parametrize("step", [0.5, 1.0, 4.0, -1.0])
 def test_only_the_slices_of_chosen_routes_move(step, update, owned_slices):
     before, after, route_map = update
@@ -63,7 +56,7 @@ def test_only_the_slices_of_chosen_routes_move(step, update, owned_slices):
     for route in chosen:
         for name, index in owned_slices(after)[route][3]:
             expected[name][index] = end[name][index] - step * (end[name][index] - start[name][index])
-    roll_back(after, difference(after, before), route_map, np.array(chosen), step)
+    roll_back(after, start, route_map, np.array(chosen), step)
     for name, parameter in after.named_parameters():
         moved_elements = expected[name] != end[name]
         assert torch.equal(parameter.detach()[~moved_elements], end[name][~moved_elements]), name
@@ -74,13 +67,13 @@ def test_only_the_slices_of_chosen_routes_move(step, update, owned_slices):
 def test_context_restores_to_the_bit(dtype, make_model, moved):
     before = make_model("llama", dtype=dtype)
     after = moved(before)
-    end, delta, route_map = parameters(after), difference(after, before), RouteMap(before.config)
+    start, end, route_map = parameters(before), parameters(after), RouteMap(before.config)
     routes = np.arange(route_map.num_routes)
-    with rolled_back(after, delta, route_map, routes, 2.5) as model:
+    with rolled_back(after, start, route_map, routes, 2.5) as model:
         assert model is after
         assert not any(torch.equal(model.get_parameter(name), end[name]) for name in end if route_map.cut(name))
     assert all(torch.equal(parameter, end[name]) for name, parameter in after.named_parameters())
-    with pytest.raises(RuntimeError, match="inside"), rolled_back(after, delta, route_map, routes, 0.3):
+    with pytest.raises(RuntimeError, match="inside"), rolled_back(after, start, route_map, routes, 0.3):
         raise RuntimeError("inside")
     assert all(torch.equal(parameter, end[name]) for name, parameter in after.named_parameters())
 
@@ -143,19 +136,20 @@ def test_random_selections_are_reproducible(criterion, make_model, make_report):
     assert len(set(selected)) == 4
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("best", STEPS)
 def test_line_search_finds_the_lowest_step(best, update):
     before, after, route_map = update
-    delta, end = difference(after, before), parameters(after)
+    start, end = parameters(before), parameters(after)
     name, index = "model.layers.0.mlp.up_proj.weight", (4, 7)
     tried = []
 
     def objective(model):
-        taken_back = (end[name][index] - model.get_parameter(name)[index]) / delta[name][index]
+        taken_back = (end[name][index] - model.get_parameter(name)[index]) / (end[name][index] - start[name][index])
         tried.append(taken_back.item())
         return (taken_back.item() - best - 0.1) ** 2
 
-    assert line_search(after, delta, route_map, np.array([4]), objective) == best
+    assert line_search(after, start, route_map, np.array([4]), objective) == best
     assert tried == pytest.approx(STEPS)
     assert all(torch.equal(parameter, end[name]) for name, parameter in after.named_parameters())
 
@@ -163,13 +157,13 @@ def test_line_search_finds_the_lowest_step(best, update):
 def test_line_search_against_losses_of_separate_models(make_model, moved, sequences, make_batches, token_loss):
     before = make_model("llama")
     after, route_map = moved(before), RouteMap(before.config)
-    delta, routes, batches = difference(after, before), np.arange(0, 36, 2), make_batches(sequences)
+    start, routes, batches = parameters(before), np.arange(0, 36, 2), make_batches(sequences)
     losses = []
     for step in STEPS:
         candidate = moved(before)
-        roll_back(candidate, delta, route_map, routes, step)
+        roll_back(candidate, start, route_map, routes, step)
         losses.append(token_loss(candidate, sequences).item())
-    found = line_search(after, delta, route_map, routes, lambda model: mean_loss(model, batches))
+    found = line_search(after, start, route_map, routes, lambda model: mean_loss(model, batches))
     assert found == STEPS[losses.index(min(losses))]
 
 
@@ -177,10 +171,19 @@ def test_line_search_passes_over_a_step_that_breaks_the_model(make_model, moved)
     before = make_model("llama")
     after, route_map = moved(before), RouteMap(before.config)
     values = iter([3.0, 1.0, 2.0, float("nan"), float("inf")])
-    found = line_search(
-        after, difference(after, before), route_map, np.array([0]), lambda _: next(values), (0.5, 1.0, 1.5, 2.0, 4.0)
-    )
+    steps = (0.5, 1.0, 1.5, 2.0, 4.0)
+    found = line_search(after, parameters(before), route_map, np.array([0]), lambda _: next(values), steps)
     assert found == 1.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_line_search_without_a_step_that_works(value, make_model, moved):
+    before = make_model("llama")
+    after, route_map = moved(before), RouteMap(before.config)
+    end = parameters(after)
+    with pytest.raises(ValueError, match=f"objective: expected a finite value at one of the steps .*{value}"):
+        line_search(after, parameters(before), route_map, np.array([0]), lambda _: value)
+    assert all(torch.equal(parameter, end[name]) for name, parameter in after.named_parameters())
 
 
 @pytest.fixture
@@ -258,6 +261,7 @@ def test_apply_keeps_the_stored_dtype(dtype, make_model, moved, make_report, tmp
         ({"budget": float("nan")}, "budget: expected a share above 0 and up to 1, found nan"),
         ({"step": "best"}, "step: expected a number or 'optimal', found 'best'"),
         ({"step": None}, "step: expected a number or 'optimal', found None"),
+        ({"step": float("nan")}, "step: expected a number or 'optimal', found nan"),
         ({"scope": "everything"}, "scope: expected one of .*found 'everything'"),
         ({"criterion": "magnitude", "protection": 1.0}, "protection: expected a criterion of .*found 'magnitude'"),
     ],
@@ -338,9 +342,8 @@ def test_planted_damage(seed, trained, moved, make_domain, owned_slices, tokeniz
     repaired = [
         RouteRollback(criterion=name, budget=0.1).select(report, route_map) for name in ("damage", "magnitude")
     ]
-    delta = difference(analyzer.after, model)
-    left = []
+    start, left = parameters(model), []
     for routes in repaired:
-        with rolled_back(analyzer.after, delta, route_map, routes, 1.0):
+        with rolled_back(analyzer.after, start, route_map, routes, 1.0):
             left.append(mean_loss(analyzer.after, batches) - losses[0])
     assert left[0] < 0.1 * report.damage < left[1]

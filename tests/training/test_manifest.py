@@ -137,9 +137,15 @@ def test_other_schema_versions(version, manifest):
         lambda content: content["stages"][1].pop("folder"),
         lambda content: content["stages"][1].update(extra=1),
         lambda content: content["stages"][1]["scores"]["qa"].pop("file"),
+        lambda content: content["stages"][1].update(scores=None),
+        lambda content: content["stages"][1]["scores"].update(qa=None),
+        lambda content: content["stages"].insert(1, None),
         lambda content: content.update(stages=None),
     ],
-    ids=["no run", "no stages", "no folder", "extra field", "no file of scores", "stages are null"],
+    ids=[
+        *("no run", "no stages", "no folder", "extra field", "no file of scores", "scores are null"),
+        *("scores of a domain are null", "a stage is null", "stages are null"),
+    ],
 )
 def test_edited_manifest(edit, manifest):
     content = json.loads((manifest.folder / "stages.json").read_text())

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..domains.domain import Domain
@@ -287,17 +288,30 @@ def load_model(
         `ValueError`: If there is no such checkpoint, or it holds no safetensors.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             str(checkpoint),
             dtype=dtype,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except OSError as error:
+        stored = AutoConfig.from_pretrained(str(checkpoint), trust_remote_code=trust_remote_code).dtype
+    except (OSError, ImportError, SafetensorError) as error:
         raise ValueError(
-            f"{checkpoint}: expected a folder or Hub repository with config.json and safetensors weights ({error})"
+            f"{checkpoint}: expected a folder or Hub repository with config.json and whole, unquantised safetensors "
+            f"weights ({error})"
         ) from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if loading[problem]:
+            raise ValueError(
+                f"{checkpoint}: {problem.replace('_keys', ' tensors')}: {sorted(map(str, loading[problem]))}"
+            )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{checkpoint}: tensor {name}: expected finite values, found NaN or infinity")
+    if stored is not None:
+        model.config.dtype = stored
     return model.eval()
 
 
@@ -306,6 +320,13 @@ def _name(model: PreTrainedModel) -> str:
 
 
 def _check_same_shape(before: PreTrainedModel, other: PreTrainedModel, label: str) -> None:
+    for setting in ("model_type", "num_attention_heads", "num_key_value_heads"):
+        expected, found = (getattr(model.config, setting, None) for model in (before, other))
+        if found != expected:
+            raise ValueError(
+                f"{label} checkpoint {_name(other)}: expected {setting} {expected!r} as in {_name(before)}, "
+                f"found {found!r}"
+            )
     shapes = {name: tuple(parameter.shape) for name, parameter in before.named_parameters()}
     found = {name: tuple(parameter.shape) for name, parameter in other.named_parameters()}
     for name in sorted(shapes.keys() | found.keys()):

@@ -83,7 +83,7 @@ def cosines(first: Tensors, second: Tensors) -> dict[str, dict[str, float] | flo
 
     Returns:
         `dict`: `"tensors"` and `"modules"` by name, and `"global"`. A part in which either gradient is zero has no
-        cosine and is left out.
+        cosine and is left out; a whole without one is `None`.
     """
     sums: dict[str, dict[str, torch.Tensor]] = {"tensors": {}, "modules": {}, "global": {}}
     for name, a in first.items():
@@ -100,4 +100,4 @@ def cosines(first: Tensors, second: Tensors) -> dict[str, dict[str, float] | flo
         }
         for level, parts in sums.items()
     }
-    return {**result, "global": result["global"].get("", float("nan"))}
+    return {**result, "global": result["global"].get("")}

@@ -54,10 +54,11 @@ def plot_module_cosines(report: InterferenceReport) -> Figure:
     """
     modules = report.cosines["modules"]
     parts = ("attention", "mlp", "norm")
-    layers = 1 + max(int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in modules) if match)
+    matches = (re.match(r"layers\.(\d+)\.", name) for name in modules)
+    layers = 1 + max((int(match[1]) for match in matches if match), default=0)
     values = np.array([[modules.get(f"layers.{layer}.{part}", np.nan) for part in parts] for layer in range(layers)])
     outside = {name: value for name, value in modules.items() if not name.startswith("layers.")}
-    bound = max(0.05, np.nanmax(np.abs(list(modules.values()))))
+    bound = max([0.05, *map(abs, modules.values())])
 
     figure = Figure(figsize=(6.5, 1.5 + 0.35 * layers), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1.4))
@@ -65,18 +66,18 @@ def plot_module_cosines(report: InterferenceReport) -> Figure:
     left.set_xticks(range(len(parts)), parts)
     left.set_yticks(range(layers), [str(layer) for layer in range(layers)])
     left.set_ylabel("layer")
-    outside_values = np.array(list(outside.values()))[:, None]
+    outside_values = np.array(list(outside.values()) or [np.nan])[:, None]
     right.imshow(outside_values, cmap="PuOr", vmin=-bound, vmax=bound, aspect="auto")
     right.set_xticks([])
     right.set_yticks(range(len(outside)), list(outside))
     for axes, table in ((left, values), (right, outside_values)):
         if len(table) <= 48:
-            for row, column in np.ndindex(table.shape):
+            for row, column in zip(*np.nonzero(np.isfinite(table)), strict=True):
                 color = "white" if abs(table[row, column]) > 0.7 * bound else "black"
                 axes.text(column, row, f"{table[row, column]:+.2f}", ha="center", va="center", color=color, fontsize=8)
     figure.suptitle(
         f"Gradient cosine of {report.earlier} and {', '.join(report.later)}; whole model "
-        f"{report.cosines['global']:+.3f}",
+        + ("undefined" if report.cosines["global"] is None else f"{report.cosines['global']:+.3f}"),
         fontsize=10,
     )
     figure.colorbar(image, ax=[left, right], shrink=0.8, label="cosine")

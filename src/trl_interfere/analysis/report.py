@@ -109,6 +109,8 @@ class InterferenceReport:
             `dict`: `module` and `cosine`.
         """
         modules = self.cosines["modules"]
+        if not modules:
+            return {"module": "none", "cosine": None}
         name = (min if conflicting else max)(modules, key=modules.get)
         return {"module": name, "cosine": modules[name]}
 
@@ -127,7 +129,7 @@ class InterferenceReport:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.routes, folder / ROUTES_NAME)
+        save_file({name: np.ascontiguousarray(values) for name, values in self.routes.items()}, folder / ROUTES_NAME)
         write_atomically(folder / "report.md", self.to_markdown())
         write_atomically(folder / REPORT_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
 
@@ -172,9 +174,9 @@ class InterferenceReport:
             ("outside routes", f"{self.outside_routes:+.4f}"),
             ("residual of the quadrature", f"{self.residual:+.2e}"),
             ("damage in the top 2% of routes", f"{100 * share:.1f}% of all attributed damage"),
-            ("gradient cosine, whole model", f"{self.cosines['global']:+.3f}"),
-            ("most conflicting module", f"{conflicting['module']} ({conflicting['cosine']:+.3f})"),
-            ("most synergistic module", f"{synergistic['module']} ({synergistic['cosine']:+.3f})"),
+            ("gradient cosine, whole model", _signed(self.cosines["global"])),
+            ("most conflicting module", f"{conflicting['module']} ({_signed(conflicting['cosine'])})"),
+            ("most synergistic module", f"{synergistic['module']} ({_signed(synergistic['cosine'])})"),
             ("references", f"{references} ({self.config['reference']})"),
             ("stored dtype", self.dtype),
         ]
@@ -197,3 +199,7 @@ def top_share(damage: np.ndarray, share: float) -> float:
     """
     top = np.sort(damage)[::-1][: max(1, round(share * len(damage)))]
     return float(top.sum() / damage.sum())
+
+
+def _signed(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:+.3f}"

@@ -72,7 +72,11 @@ class Domain:
         if columns is not None and "prompt" not in columns:
             raise ValueError(f"domain {self.name!r}, {field}: expected a column 'prompt', found {sorted(columns)}")
         if isinstance(dataset, IterableDataset):
-            return dataset.map(lambda row: {DOMAIN_COLUMN: self.name})
+            if columns is not None and DOMAIN_COLUMN in columns:
+                raise ValueError(
+                    f"domain {self.name!r}, {field}: the column '{DOMAIN_COLUMN}' is used to route rewards; rename it"
+                )
+            return dataset.map(_mark, fn_kwargs={"name": self.name, "field": field})
         if len(dataset) == 0:
             raise ValueError(f"domain {self.name!r}, {field}: expected at least one row, found none")
         if DOMAIN_COLUMN in columns:
@@ -83,3 +87,13 @@ class Domain:
                 )
             return dataset
         return dataset.add_column(DOMAIN_COLUMN, [self.name] * len(dataset))
+
+
+def _mark(row: dict[str, Any], name: str, field: str) -> dict[str, str]:
+    # The columns of a stream may be unknown until its rows are read.
+    if row.get(DOMAIN_COLUMN, name) != name:
+        raise ValueError(
+            f"domain {name!r}, {field}: the column '{DOMAIN_COLUMN}' is used to route rewards and holds "
+            f"{row[DOMAIN_COLUMN]!r}; rename it"
+        )
+    return {DOMAIN_COLUMN: name}

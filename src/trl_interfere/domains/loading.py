@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from pyarrow import ArrowInvalid
 
 from .domain import Domain
 from .rewards import BUILT_IN_REWARDS
@@ -77,14 +78,14 @@ def load_run_file(path: str | Path) -> RunFile:
         raise ValueError(f"{path}, domains: expected a list of domains, found {content['domains']!r}")
 
     training = _mapping(content.get("training"), f"{path}, training")
-    overrides = dict(training.get("stage_overrides") or {})
+    overrides = _mapping(training.get("stage_overrides"), f"{path}, training.stage_overrides")
     domains = []
     for position, entry in enumerate(content["domains"]):
         where = f"{path}, domains[{position}]"
         check_names(_mapping(entry, where), _DOMAIN, where, required=("name",))
         domains.append(_domain(entry, where, path.parent))
         if entry.get("settings"):
-            overrides[entry["name"]] = _mapping(entry["settings"], f"{where}, settings")
+            overrides[str(entry["name"])] = _mapping(entry["settings"], f"{where}, settings")
     if overrides:
         training["stage_overrides"] = overrides
     model = str(content["model"])
@@ -93,8 +94,8 @@ def load_run_file(path: str | Path) -> RunFile:
         model=str(local) if local.is_dir() else model,
         domains=domains,
         training=training,
-        peft=content.get("peft"),
-        refresh=content.get("refresh"),
+        peft=None if content.get("peft") is None else _mapping(content["peft"], f"{path}, peft"),
+        refresh=None if content.get("refresh") is None else _mapping(content["refresh"], f"{path}, refresh"),
         analysis=_mapping(content.get("analysis"), f"{path}, analysis"),
     )
 
@@ -194,6 +195,8 @@ def load_function(name: str, where: str) -> Callable:
     Raises:
         `ValueError`: If there is no such function.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"{where}: expected the name of a function, found {name!r}")
     name = BUILT_IN_REWARDS.get(name, name)
     module, _, attribute = str(name).rpartition(".")
     if not module:
@@ -248,6 +251,11 @@ def load_prompts(source: str | dict[str, Any], where: str, folder: Path) -> Data
         else:
             path = str(local) if local.is_dir() else str(source["path"])
             dataset = load_dataset(path, source.get("name"), split=split)
+    except (DatasetGenerationError, ArrowInvalid) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{where}: {source['path']!r} cannot be read ({cause})") from error
+    except ValueError as error:
+        raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from error
     except (OSError, DatasetNotFoundError) as error:
         raise ValueError(
             f"{where}: {source['path']!r} is neither a local file or folder nor readable from the Hub ({error})"
@@ -255,10 +263,20 @@ def load_prompts(source: str | dict[str, Any], where: str, folder: Path) -> Data
     for new, old in _mapping(source.get("columns"), f"{where}, columns").items():
         if old not in dataset.column_names:
             raise ValueError(f"{where}, columns: expected a column {old!r}, found {dataset.column_names}")
-        dataset = dataset.rename_column(old, new) if new not in dataset.column_names else dataset
-    start = int(source.get("skip", 0))
-    stop = len(dataset) if source.get("limit") is None else min(len(dataset), start + int(source["limit"]))
-    dataset = dataset.select(range(start, stop))
+        if old != new:
+            dataset = dataset.remove_columns(new) if new in dataset.column_names else dataset
+            dataset = dataset.rename_column(old, new)
+    rows = {}
+    for option in ("skip", "limit"):
+        rows[option] = source.get(option)
+        if rows[option] is not None and (type(rows[option]) is not int or rows[option] < 0):
+            raise ValueError(f"{where}, {option}: expected a number of rows, found {rows[option]!r}")
+    chosen = range(len(dataset))[rows["skip"] or 0 :][: rows["limit"]]
+    if not chosen:
+        raise ValueError(
+            f"{where}: expected at least one row, found {len(dataset)} of which skip and limit leave none"
+        )
+    dataset = dataset.select(chosen)
     if source.get("prompt") is not None:
         dataset = dataset.map(
             _to_messages,
@@ -274,7 +292,7 @@ def load_prompts(source: str | dict[str, Any], where: str, folder: Path) -> Data
 def _to_messages(row: dict[str, Any], template: str, system: str | None, where: str) -> dict[str, Any]:
     try:
         text = template.format(**row)
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{where}, prompt: expected columns named in the template, {error} is missing from {sorted(row)}"
         ) from error

@@ -17,6 +17,21 @@ from trl.data_utils import is_conversational
 from ..domains.domain import Domain
 
 
+# Settings of generation that a model's own configuration would fill in otherwise, at values that do nothing.
+_NEUTRAL = {
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,  # goes before min_length
+    "num_beams": 1,
+}
+
+
 @dataclass
 class DomainScores:
     """
@@ -169,9 +184,10 @@ class Scorer:
         generation_config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=self.temperature > 0,
-            temperature=self.temperature or None,
-            top_p=None,
-            top_k=0 if self.temperature > 0 else None,
+            temperature=self.temperature or 1.0,
+            top_k=0 if self.temperature > 0 else 50,  # 50 is not looked at, and the only value not warned of
+            min_p=0.0 if self.temperature > 0 else None,
+            **_NEUTRAL,
             pad_token_id=pad_id,
             eos_token_id=end_ids,
             bos_token_id=self.tokenizer.bos_token_id,
@@ -272,9 +288,14 @@ def _call(name: str, function: Callable, prompts: list, completions: list, colum
             values = asyncio.run(values)
     except Exception as error:
         raise ValueError(f"{label}: raised {type(error).__name__}: {error}") from error
+    if not isinstance(values, (list, tuple, np.ndarray)):
+        raise ValueError(f"{label}: expected a list with one number per completion, found {type(values).__name__}")
     if len(values) != len(prompts):
         raise ValueError(f"{label}: expected {len(prompts)} values, one per completion, found {len(values)}")
-    values = np.array([0.0 if value is None else value for value in values], dtype=np.float64)
+    try:
+        values = np.array([0.0 if value is None else float(value) for value in values], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{label}: expected a list with one number per completion ({error})") from error
     if not np.isfinite(values).all():
         index = int(np.flatnonzero(~np.isfinite(values))[0])
         raise ValueError(f"{label}: expected finite values, found {values[index]} for prompt {index}")

@@ -66,11 +66,18 @@ def run_expression(expression: str, x: int) -> int:
     """
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"expected at most {MAX_CHARACTERS} characters, found {len(expression)}")
+    try:
+        tree = ast.parse(expression, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"not an expression: {expression!r} ({error})") from error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and type(node.value) is not int:
+            raise ValueError(f"expected integers only, found {node.value!r} in {expression!r}")
     evaluator = SimpleEval(operators=_OPERATORS, functions={}, names={"x": x})
     evaluator.nodes = {node: handler for node, handler in evaluator.nodes.items() if node in _NODES}
     try:
-        value = evaluator.eval(expression)
-    except (InvalidExpression, SyntaxError, ArithmeticError, TypeError, ValueError, KeyError, RecursionError) as error:
+        value = evaluator.eval(expression, previously_parsed=tree.body)
+    except (InvalidExpression, ArithmeticError, TypeError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"not an arithmetic expression in x: {expression!r} ({error})") from error
     if type(value) is not int:
         raise ValueError(f"expected an integer, found {type(value).__name__} from {expression!r}")

@@ -32,7 +32,7 @@ from .progress import LabProgress
 SCHEMA_VERSION = 1
 STEPS_PER_STAGE = 100
 LEARNING_RATE = 1e-4
-STAGE_LEARNING_RATES = {"math": 5e-5}
+STAGE_LEARNING_RATES = {"math": 4e-5}
 REFRESH_LEARNING_RATE = 2e-4
 MAX_COMPLETION_LENGTH = 16
 REFRESH_SHARE = 0.1  # of the steps of a stage
@@ -220,7 +220,7 @@ class Lab:
         return pairs, reports
 
     def _analyzer(self, base: StageRecord, before: StageRecord, after: StageRecord) -> InterferenceAnalyzer:
-        config = InterferenceConfig(max_new_tokens=MAX_COMPLETION_LENGTH, batch_size=64, quadrature_nodes=6)
+        config = InterferenceConfig(reference="dataset", reference_column="answer", batch_size=64, quadrature_nodes=6)
         return InterferenceAnalyzer.from_pretrained(
             before=self._weights(before), after=self._weights(after), base=self._weights(base), config=config
         )
@@ -375,8 +375,7 @@ class _RepairBench:
         analyzer = lab._analyzer(base, before, after)
         self.route_map = analyzer.route_map
         self.model = analyzer.after
-        start = dict(analyzer.before.named_parameters())
-        self.delta = {name: p.detach() - start[name].detach() for name, p in self.model.named_parameters()}
+        self.before = dict(analyzer.before.named_parameters())
         domains = [lab.domains[name] for name in later]
         batches = analyzer.batches(analyzer.references(lab.domains[earlier], domains))
         self.earlier_batches = batches.pop(earlier)
@@ -402,7 +401,7 @@ class _RepairBench:
             else:
                 rollback = RouteRollback(criterion=criterion, budget=budget, scope=scope, seed=draw)
                 routes = rollback.select(self.report, self.route_map)
-                arguments = (self.model, self.delta, self.route_map, routes)
+                arguments = (self.model, self.before, self.route_map, routes)
                 if rule == "fixed":
                     step = 1.0
                 elif criterion in CONTROLS:
@@ -439,10 +438,10 @@ class _RepairBench:
         shares = [step / max(STEPS) for step in STEPS]
         losses = []
         for share in shares:
-            with interpolated(self.model, self.delta, share):
+            with interpolated(self.model, self.before, share):
                 losses.append(self.objective(self.model))
         share = shares[int(np.argmin(losses))]
-        with interpolated(self.model, self.delta, share):
+        with interpolated(self.model, self.before, share):
             return share, self._scores()
 
     def _scores(self) -> dict[str, np.ndarray]:

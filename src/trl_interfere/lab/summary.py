@@ -112,7 +112,6 @@ def write_report(results: dict[str, Any], folder: str | Path) -> None:
         folder (`str` or `pathlib.Path`):
             Folder of the run.
     """
-    earlier = results["pairs"][0]["earlier"]
     text = f"""# Lab, seed {results["seed"]}
 
 A model of about one million parameters was tuned with GRPO on {", ".join(results["order"])}, one after the other,
@@ -127,9 +126,9 @@ intervals are 95%, bootstrapped over prompts.
 
 ## What broke, and where
 
-Losses are mean negative log-likelihoods, in nats per token, of completions on the selection split that were right: for
-{earlier} those of its own checkpoint, for later domains those of the checkpoint after them. Damage is attributed to
-routes by integrated gradients along the update; its parts by routes and outside routes add up to the damage.
+Losses are mean negative log-likelihoods, in nats per token, of the data set's own answers on the selection split.
+Damage is attributed to routes by integrated gradients along the update; its parts by routes and outside routes add up
+to the damage.
 
 {_markdown(*_pair_rows(results))}
 

@@ -16,7 +16,7 @@ CRITERIA = {
     "random_matched": "control: for each route of `damage` another one of its layer with an update of like size",
 }
 # Criteria in nats, from which the damage of the later domains can be subtracted.
-_IN_NATS = ("damage", "second_order", "first_order")
+IN_NATS = ("damage", "second_order", "first_order")
 
 
 def route_scores(
@@ -50,8 +50,8 @@ def route_scores(
     routes = report.routes
     if criterion not in CRITERIA:
         raise ValueError(f"criterion: expected one of {sorted(CRITERIA)}, found {criterion!r}")
-    if protection and criterion not in _IN_NATS:
-        raise ValueError(f"protection: expected a criterion of {_IN_NATS}, found {criterion!r}")
+    if protection and criterion not in IN_NATS:
+        raise ValueError(f"protection: expected a criterion of {IN_NATS}, found {criterion!r}")
     if criterion == "random":
         return np.random.default_rng(seed).permutation(len(routes["damage"])).astype(float)
     if criterion == "magnitude":

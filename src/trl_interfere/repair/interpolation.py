@@ -10,15 +10,15 @@ from ..analysis.gradients import Tensors
 
 
 @contextmanager
-def interpolated(model: PreTrainedModel, delta: Tensors, share: float) -> Iterator[PreTrainedModel]:
+def interpolated(model: PreTrainedModel, before: Tensors, share: float) -> Iterator[PreTrainedModel]:
     """
     Context in which the model holds `after - share * (after - before)` (WiSE-FT, arXiv 2109.01903).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model after the update; afterwards every parameter is as before, to the bit.
-        delta (`dict[str, torch.Tensor]`):
-            The update, by parameter name.
+        before (`dict[str, torch.Tensor]`):
+            Parameters before the update, by name.
         share (`float`):
             Share of the update that is taken back, of all parameters alike.
     """
@@ -26,7 +26,7 @@ def interpolated(model: PreTrainedModel, delta: Tensors, share: float) -> Iterat
     try:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.sub_(share * delta[name])
+                parameter.lerp_(before[name].detach().to(parameter), share)
         yield model
     finally:
         with torch.no_grad():

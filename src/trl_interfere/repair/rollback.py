@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from ..analysis.analyzer import load_model
 from ..analysis.gradients import Tensors
 from ..analysis.report import InterferenceReport
-from ..analysis.routes import RouteMap
-from .criteria import CRITERIA, matched_routes, route_scores
+from ..analysis.routes import SCOPES, RouteMap
+from .criteria import CRITERIA, IN_NATS, matched_routes, route_scores
 
 
 # Steps that a line search tries. Beyond 1 a route moves past its earlier state.
@@ -66,9 +66,13 @@ class RouteRollback:
     def __post_init__(self):
         if self.criterion not in CRITERIA:
             raise ValueError(f"criterion: expected one of {sorted(CRITERIA)}, found {self.criterion!r}")
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope: expected one of {sorted(SCOPES)}, found {self.scope!r}")
+        if self.protection and self.criterion not in IN_NATS:
+            raise ValueError(f"protection: expected a criterion of {IN_NATS}, found {self.criterion!r}")
         if not 0 < self.budget <= 1:
             raise ValueError(f"budget: expected a share above 0 and up to 1, found {self.budget}")
-        if self.step != "optimal" and not isinstance(self.step, (int, float)):
+        if self.step != "optimal" and not (isinstance(self.step, (int, float)) and np.isfinite(self.step)):
             raise ValueError(f"step: expected a number or 'optimal', found {self.step!r}")
 
     def select(self, report: InterferenceReport, route_map: RouteMap) -> np.ndarray:
@@ -121,26 +125,22 @@ class RouteRollback:
             raise ValueError("step: 'optimal' needs an objective, such as a loss on the selection split")
         model = load_model(report.after) if model is None else model
         before = dict(load_model(report.before).named_parameters())
-        delta = {
-            name: parameter.detach() - before[name].detach().to(parameter)
-            for name, parameter in model.named_parameters()
-        }
         route_map = RouteMap(model.config)
         routes = self.select(report, route_map)
-        step = self.step if objective is None else line_search(model, delta, route_map, routes, objective)
-        roll_back(model, delta, route_map, routes, step)
+        step = self.step if self.step != "optimal" else line_search(model, before, route_map, routes, objective)
+        roll_back(model, before, route_map, routes, step)
         return model
 
 
-def roll_back(model: PreTrainedModel, delta: Tensors, route_map: RouteMap, routes: np.ndarray, step: float) -> None:
+def roll_back(model: PreTrainedModel, before: Tensors, route_map: RouteMap, routes: np.ndarray, step: float) -> None:
     """
-    Subtract `step` times the update from the slices of routes, in place.
+    Move the slices of routes from θ1 to θ1 - step * (θ1 - θ0), in place. A step of 1 restores θ0 to the bit.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model.
-        delta (`dict[str, torch.Tensor]`):
-            The update, by parameter name.
+        before (`dict[str, torch.Tensor]`):
+            Parameters before the update, by name.
         route_map ([`RouteMap`]):
             The routes.
         routes (`numpy.ndarray` of shape `(chosen,)`):
@@ -154,12 +154,13 @@ def roll_back(model: PreTrainedModel, delta: Tensors, route_map: RouteMap, route
         for name, parameter in model.named_parameters():
             spread = route_map.spread(name, weights, parameter)
             if spread is not None:
-                parameter.sub_(spread * delta[name])
+                # lerp is exact at 0 and at 1, which adding a difference is not.
+                parameter.lerp_(before[name].detach().to(parameter), spread.expand_as(parameter))
 
 
 @contextmanager
 def rolled_back(
-    model: PreTrainedModel, delta: Tensors, route_map: RouteMap, routes: np.ndarray, step: float
+    model: PreTrainedModel, before: Tensors, route_map: RouteMap, routes: np.ndarray, step: float
 ) -> Iterator[PreTrainedModel]:
     """
     Context in which routes are rolled back; afterwards every parameter is as before, to the bit.
@@ -167,8 +168,8 @@ def rolled_back(
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model.
-        delta (`dict[str, torch.Tensor]`):
-            The update, by parameter name.
+        before (`dict[str, torch.Tensor]`):
+            Parameters before the update, by name.
         route_map ([`RouteMap`]):
             The routes.
         routes (`numpy.ndarray` of shape `(chosen,)`):
@@ -178,7 +179,7 @@ def rolled_back(
     """
     kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if route_map.cut(name)}
     try:
-        roll_back(model, delta, route_map, routes, step)
+        roll_back(model, before, route_map, routes, step)
         yield model
     finally:
         with torch.no_grad():
@@ -189,7 +190,7 @@ def rolled_back(
 
 def line_search(
     model: PreTrainedModel,
-    delta: Tensors,
+    before: Tensors,
     route_map: RouteMap,
     routes: np.ndarray,
     objective: Callable[[PreTrainedModel], float],
@@ -201,8 +202,8 @@ def line_search(
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model after the update; it is left as it was.
-        delta (`dict[str, torch.Tensor]`):
-            The update, by parameter name.
+        before (`dict[str, torch.Tensor]`):
+            Parameters before the update, by name.
         route_map ([`RouteMap`]):
             The routes.
         routes (`numpy.ndarray` of shape `(chosen,)`):
@@ -214,9 +215,14 @@ def line_search(
 
     Returns:
         `float`: The best step.
+
+    Raises:
+        `ValueError`: If the objective is nowhere finite.
     """
     values = []
     for step in steps:
-        with rolled_back(model, delta, route_map, routes, step) as candidate:
+        with rolled_back(model, before, route_map, routes, step) as candidate:
             values.append(objective(candidate))
-    return steps[int(np.argmin(values))]
+    if not np.isfinite(values).any():
+        raise ValueError(f"objective: expected a finite value at one of the steps {steps}, found {values}")
+    return steps[int(np.nanargmin(values))]

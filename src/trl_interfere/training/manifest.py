@@ -29,11 +29,14 @@ def write_atomically(path: Path, text: str) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path, schema_version: int) -> dict[str, Any]:
@@ -155,6 +158,9 @@ class Manifest:
             `ValueError`: If the file is broken, of another schema version, of another run, or names a missing folder.
         """
         content = read_json(self.path, SCHEMA_VERSION)
+        for key, kind in (("run", dict), ("stages", list)):
+            if not isinstance(content.get(key), kind):
+                raise ValueError(f"{self.path}: expected {key!r} to be a {kind.__name__}, found {content.get(key)!r}")
         if content["run"] != self.run:
             before, now = (
                 json.dumps(run, indent=1, sort_keys=True).splitlines() for run in (content["run"], self.run)
@@ -168,9 +174,13 @@ class Manifest:
                 f"{self.path}: this folder belongs to another run. Choose another output_dir or go back to its "
                 "settings. In the folder (-) and now (+):\n" + "\n".join(changes)
             )
-        stages = [StageRecord(**record) for record in content["stages"]]
-        for record in stages:
-            for part in [record.folder, *(entry["file"] for entry in record.scores.values())]:
+        try:
+            stages = [StageRecord(**record) for record in content["stages"]]
+            parts = [[record.folder, *(entry["file"] for entry in record.scores.values())] for record in stages]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path}: a stage does not have the expected fields ({error})") from error
+        for record, named in zip(stages, parts, strict=True):
+            for part in named:
                 if part is not None and not (self.folder / part).exists():
                     raise ValueError(
                         f"{self.path}: stage {record.name} is listed, but {self.folder / part} is missing"
