@@ -47,15 +47,15 @@ def lab_rows(name: str, split: str, size: int | None = None) -> list[dict]:
     return rows
 
 
-def lab_domain(name: str, test_size: int | None = None) -> Domain:
+def lab_domain(name: str, test_size: int = SIZES["test"]) -> Domain:
     """
     One domain of the lab.
 
     Args:
         name (`str`):
             `"code"`, `"math"`, `"qa"` or `"writing"`.
-        test_size (`int`, *optional*):
-            Number of test prompts. Defaults to all of `SIZES`.
+        test_size (`int`, *optional*, defaults to `512`):
+            Number of test prompts, and the most selection prompts.
 
     Returns:
         [`Domain`]: Trains on `train`, chooses on `selection`, is scored on `test`.
@@ -63,7 +63,7 @@ def lab_domain(name: str, test_size: int | None = None) -> Domain:
     return Domain(
         name=name,
         train_dataset=Dataset.from_list(lab_rows(name, "train")),
-        selection_dataset=Dataset.from_list(lab_rows(name, "selection")),
+        selection_dataset=Dataset.from_list(lab_rows(name, "selection", min(test_size, SIZES["selection"]))),
         eval_dataset=Dataset.from_list(lab_rows(name, "test", test_size)),
         reward_funcs=REWARDS[name],
     )

@@ -13,12 +13,11 @@ from transformers import PrinterCallback
 
 from ..analysis.analyzer import InterferenceAnalyzer
 from ..analysis.config import InterferenceConfig
-from ..analysis.gradients import mean_loss
 from ..analysis.plots import plot_damage_concentration, plot_module_cosines, plot_rollback, plot_score_matrix
 from ..analysis.report import InterferenceReport
 from ..evaluation.bootstrap import difference, recovered
 from ..repair.interpolation import interpolated
-from ..repair.rollback import STEPS, RouteRollback, line_search, rolled_back
+from ..repair.rollback import RouteRollback, line_search, rolled_back
 from ..training.callbacks import StageCallback
 from ..training.config import SequentialGRPOConfig
 from ..training.manifest import StageRecord, read_json, write_atomically
@@ -32,15 +31,15 @@ from .progress import LabProgress
 SCHEMA_VERSION = 1
 STEPS_PER_STAGE = 100
 LEARNING_RATE = 1e-4
-STAGE_LEARNING_RATES = {"math": 4e-5}
-REFRESH_LEARNING_RATE = 2e-4
+STAGE_LEARNING_RATES = {"math": 4e-5, "writing": 5e-5}
 MAX_COMPLETION_LENGTH = 16
 REFRESH_SHARE = 0.1  # of the steps of a stage
 RANDOM_DRAWS = 5
 CRITERIA = ("damage", "second_order", "first_order", "route_conflict", "magnitude")
 CONTROLS = ("random", "random_matched")
 BUDGET = 0.02
-CURVE_BUDGETS = (0.005, 0.01, 0.04, 0.08, 0.16, 0.32)
+SEARCHED_STEPS = (1.0, 1.5, 2.0)
+CURVE_BUDGETS = (0.005, 0.08, 0.32)
 
 
 def check_order(order: list[str]) -> None:
@@ -238,8 +237,9 @@ class Lab:
     ) -> list[dict[str, Any]]:
         plan = [  # pair, criterion, budget, scope, how the step is chosen
             *((0, name, BUDGET, "mlp", rule) for name in (*CRITERIA, *CONTROLS) for rule in ("fixed", "optimal")),
+            *((0, "damage_protected", BUDGET, "mlp", rule) for rule in ("fixed", "optimal")),
             *((0, "damage", budget, "mlp", "optimal") for budget in CURVE_BUDGETS),
-            *((0, "random", budget, "mlp", "optimal") for budget in CURVE_BUDGETS[-2:]),
+            *((0, "random", budget, "mlp", "optimal") for budget in CURVE_BUDGETS[2:]),
             (0, "damage", 0.32, "joint", "optimal"),
             (0, "interpolation", 1.0, "all", "optimal"),
             *((1, name, BUDGET, "mlp", "fixed") for name in ("damage", "route_conflict", "random") if len(pairs) > 1),
@@ -262,7 +262,7 @@ class Lab:
     def _refresh(self, trainer: SequentialGRPOTrainer) -> dict[str, Any] | None:
         steps = max(1, int(REFRESH_SHARE * self.steps))
         self.progress.begin("refresh", steps)
-        overrides = {"learning_rate": REFRESH_LEARNING_RATE}
+        overrides = {"learning_rate": LEARNING_RATE}
         trainer.add_callback(RefreshCallback(max_steps=steps, domains=[self.earlier], overrides=overrides))
         trainer.train(resume_from_checkpoint=True)
         self.progress.end()
@@ -370,36 +370,41 @@ class _RepairBench:
 
     def __init__(self, lab: Lab, trainer: SequentialGRPOTrainer, pair: int, spec: tuple, report: InterferenceReport):
         self.pair, self.report, self.lab = pair, report, lab
-        earlier, later, base, before, after = spec
+        earlier, _, base, before, after = spec
         self.earlier = earlier
         analyzer = lab._analyzer(base, before, after)
         self.route_map = analyzer.route_map
         self.model = analyzer.after
         self.before = dict(analyzer.before.named_parameters())
-        domains = [lab.domains[name] for name in later]
-        batches = analyzer.batches(analyzer.references(lab.domains[earlier], domains))
-        self.earlier_batches = batches.pop(earlier)
-        self.later_batches = list(batches.values())
         read = trainer.manifest.read_scores
         self.peak = read(before, earlier)
         self.damaged = {name: read(after, name) for name in lab.order}
         self.scorer = trainer.scorer
 
     def objective(self, model) -> float:
-        """Loss of the earlier domain plus the mean loss of the later ones, on the selection split."""
-        later = [mean_loss(model, batches) for batches in self.later_batches]
-        return mean_loss(model, self.earlier_batches) + sum(later) / len(later)
+        """What the line search minimises: minus the mean score of all domains, on the selection split."""
+        domains = self.lab.domains.values()
+        scores = [self.scorer.score(model, domain, domain.selection_dataset).values.mean() for domain in domains]
+        return -float(np.mean(scores))
 
     def row(self, criterion: str, budget: float, scope: str, rule: str, done: list[dict]) -> dict[str, Any]:
         """One repair, measured; a control with `rule="optimal"` takes the step that `damage` took at its budget."""
         draws = RANDOM_DRAWS if criterion in CONTROLS else 1
+        same = {"pair": self.pair, "criterion": criterion, "budget": budget, "scope": scope}
         like = {"pair": self.pair, "criterion": "damage", "budget": budget, "scope": scope, "step_rule": rule}
         steps, scores = [], []
         for draw in range(draws):
             if criterion == "interpolation":
                 step, result = self._interpolate()
             else:
-                rollback = RouteRollback(criterion=criterion, budget=budget, scope=scope, seed=draw)
+                protection = 1.0 if criterion == "damage_protected" else 0.0
+                rollback = RouteRollback(
+                    criterion=criterion.removesuffix("_protected"),
+                    budget=budget,
+                    scope=scope,
+                    protection=protection,
+                    seed=draw,
+                )
                 routes = rollback.select(self.report, self.route_map)
                 arguments = (self.model, self.before, self.route_map, routes)
                 if rule == "fixed":
@@ -407,7 +412,10 @@ class _RepairBench:
                 elif criterion in CONTROLS:
                     step = next(row["step"] for row in done if like.items() <= row.items())
                 else:
-                    step = line_search(*arguments, self.objective)
+                    step = line_search(*arguments, self.objective, steps=SEARCHED_STEPS)
+                for row in done:  # the best step may be the fixed one, which is measured
+                    if same.items() <= row.items() and row["step"] == step:
+                        return {**row, "step_rule": rule}
                 with rolled_back(*arguments, step):
                     result = self._scores()
             steps.append(step)
@@ -435,7 +443,7 @@ class _RepairBench:
         }
 
     def _interpolate(self) -> tuple[float, dict[str, np.ndarray]]:
-        shares = [step / max(STEPS) for step in STEPS]
+        shares = (0.1, 0.2, 0.3, 0.4, 0.5)
         losses = []
         for share in shares:
             with interpolated(self.model, self.before, share):

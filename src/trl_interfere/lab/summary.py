@@ -138,9 +138,10 @@ to the damage.
 
 ## What repaired it
 
-Routes and steps were chosen on the selection split; recovery is measured on the test split. `random` and
-`random_matched` (same layers, updates of like size) are controls, `interpolation` takes back a share (the step) of all
-weights.
+Routes and steps were chosen on the selection split; recovery is measured on the test split. The best step is the
+one with the highest mean score of all domains on the selection split. `random` and `random_matched` (same layers,
+updates of like size) are controls and take the step of `damage`. `damage_protected` subtracts from a route what
+the later domains owe it. `interpolation` takes back a share (the step) of all weights.
 
 {_markdown(*_rollback_rows(results))}
 
