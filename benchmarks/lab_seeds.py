@@ -3,8 +3,8 @@ Run the lab with several seeds and average what it shows.
 
     python benchmarks/lab_seeds.py --output-dir lab-seeds --seeds 0 1 2
 
-Each seed takes the time of one `trl-interfere lab`; finished runs are read and not repeated. Prints a Markdown table with
-one column per seed, and on the last line the means as one JSON object.
+Each seed takes the time of one `trl-interfere lab`; finished runs are read and not repeated. Prints a Markdown table
+with one column per seed, and on the last line the means as one JSON object.
 """
 
 import argparse
@@ -52,7 +52,8 @@ def figures(results: dict) -> dict[str, float]:
         if row["pair"] == 0:
             rule = "α = 1" if row["step_rule"] == "fixed" else "best step"
             label = f"{row['criterion']}, {100 * row['budget']:g}% of {row['scope']}, {rule}"
-            found[f"{label}: recovered (%)"] = 100 * row["recovered"]
+            if row["recovered"] is not None:
+                found[f"{label}: recovered (%)"] = 100 * row["recovered"]
             found[f"{label}: worst change of another domain"] = min(row["collateral"].values())
     if results["refresh"] is not None:
         found["refresh: recovered (%)"] = 100 * results["refresh"]["recovered"]

@@ -85,7 +85,8 @@ def test_results_have_the_documented_form(finished):
     assert all(keys <= row.keys() for row in rows)
     criteria = {row["criterion"] for row in rows if row["budget"] == 0.02 and row["step_rule"] == "fixed"}
     assert criteria == {
-        "damage", "second_order", "first_order", "route_conflict", "magnitude", "random", "random_matched",
+        "damage", "damage_protected", "second_order", "first_order", "route_conflict", "magnitude", "random",
+        "random_matched",
     }  # fmt: skip
     assert all(row["draws"] >= 5 for row in rows if row["criterion"].startswith("random"))
     assert all(set(row["collateral"]) == {"code", "qa", "writing"} for row in rows)

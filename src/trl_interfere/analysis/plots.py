@@ -130,7 +130,9 @@ def plot_rollback(rows: list[dict[str, Any]], earlier: str) -> Figure:
     for axes, rule, title in zip(
         panels, ("fixed", "optimal"), ("step α = 1", "step chosen on the selection split"), strict=True
     ):
-        shown = [row for row in rows if row["scope"] == "mlp" and row["step_rule"] == rule]
+        shown = [
+            row for row in rows if row["scope"] == "mlp" and row["step_rule"] == rule and row["recovered"] is not None
+        ]
         criteria = list(dict.fromkeys(row["criterion"] for row in shown))
         for position, criterion in enumerate(criteria):
             points = sorted((row for row in shown if row["criterion"] == criterion), key=lambda row: row["budget"])
@@ -150,9 +152,13 @@ def plot_rollback(rows: list[dict[str, Any]], earlier: str) -> Figure:
             )
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.axhline(100, color="grey", linewidth=0.8, linestyle=":")
-        axes.set_xscale("log")
+        if shown:
+            axes.set_xscale("log")
+        else:
+            axes.text(0.5, 0.5, "no score was lost", transform=axes.transAxes, ha="center")
         axes.set_xlabel("share of MLP routes rolled back (%)")
         axes.set_title(title, fontsize=10)
     panels[0].set_ylabel(f"recovered share of the lost {earlier} score (%)")
-    panels[-1].legend(fontsize=8)
+    if panels[-1].get_legend_handles_labels()[0]:
+        panels[-1].legend(fontsize=8)
     return figure

@@ -1,6 +1,7 @@
 """The whole story on the embedded model: train in sequence, diagnose, roll back with controls, refresh."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from ..analysis.analyzer import InterferenceAnalyzer
 from ..analysis.config import InterferenceConfig
 from ..analysis.plots import plot_damage_concentration, plot_module_cosines, plot_rollback, plot_score_matrix
 from ..analysis.report import InterferenceReport
-from ..evaluation.bootstrap import difference, recovered
+from ..evaluation.bootstrap import Interval, difference, recovered
 from ..repair.interpolation import interpolated
 from ..repair.rollback import RouteRollback, line_search, rolled_back
 from ..training.callbacks import StageCallback
@@ -276,10 +277,7 @@ class Lab:
         return {
             "domain": self.earlier,
             "steps": repaired.steps,
-            "recovered": share.value,
-            "low": share.low,
-            "high": share.high,
-            "n": share.n,
+            **_share_fields(share),
             "collateral": {
                 name: difference(read(repaired, name), read(damaged, name)).value
                 for name in self.order
@@ -342,6 +340,12 @@ class Lab:
         spent = json.loads(path.read_text()) if path.exists() else {}
         spent[part] = spent.get(part, 0.0) + seconds
         write_atomically(path, json.dumps(spent) + "\n")
+
+
+def _share_fields(share: Interval) -> dict[str, float | None]:
+    # Where nothing was lost, nothing can be recovered: null, which JSON has and NaN it has not.
+    fields = {"recovered": share.value, "low": share.low, "high": share.high}
+    return {**{name: value if math.isfinite(value) else None for name, value in fields.items()}, "n": share.n}
 
 
 class _Stopwatch(StageCallback):
@@ -429,10 +433,7 @@ class _RepairBench:
             "budget": budget,
             "step": float(np.mean(steps)),
             "step_rule": rule,
-            "recovered": share.value,
-            "low": share.low,
-            "high": share.high,
-            "n": share.n,
+            **_share_fields(share),
             "draws": draws,
             "split": "test",
             "collateral": {

@@ -71,6 +71,8 @@ def _rollback_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]
 
 
 def _percent(row: dict[str, Any]) -> str:
+    if row["recovered"] is None:
+        return "nothing was lost"
     return f"{100 * row['recovered']:.0f}% [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
 
 
