@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 
@@ -70,6 +71,8 @@ class Scorer:
             Completions of each prompt, whose scores are averaged. More than one needs a temperature.
         seed (`int`, *optional*, defaults to `0`):
             Seed of sampling.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar over prompts.
 
     Raises:
         `ValueError`: If several greedy completions are asked for.
@@ -84,6 +87,7 @@ class Scorer:
         temperature: float = 0.0,
         num_samples: int = 1,
         seed: int = 0,
+        progress: bool = False,
     ):
         if num_samples > 1 and temperature == 0:
             raise ValueError(f"num_samples: expected 1 with temperature 0 (greedy), found {num_samples}")
@@ -94,6 +98,7 @@ class Scorer:
         self.temperature = temperature
         self.num_samples = num_samples
         self.seed = seed
+        self.progress = progress
 
     def score(self, model: PreTrainedModel, domain: Domain, dataset: Dataset) -> DomainScores:
         """
@@ -198,7 +203,8 @@ class Scorer:
         completed: list[list[int]] = [[]] * len(encoded)
         with _evaluation_mode(model), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(self.seed)
-            for start in range(0, len(order), self.batch_size):
+            starts = range(0, len(order), self.batch_size)
+            for start in tqdm(starts, desc="score", unit="batch", leave=False, disable=not self.progress):
                 batch = order[start : start + self.batch_size]
                 width = max(len(encoded[index]) for index in batch)
                 ids = torch.full((len(batch), width), pad_id, dtype=torch.long)

@@ -160,6 +160,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
             chat_template_kwargs=args.chat_template_kwargs,
             temperature=args.score_temperature,
             num_samples=args.score_samples,
+            progress=not args.disable_tqdm,
         )
 
     @property
