@@ -11,7 +11,7 @@ from .report import InterferenceReport
 
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 
 def plot_score_matrix(matrix: ScoreMatrix) -> Figure:
@@ -102,7 +102,7 @@ def plot_damage_concentration(reports: list[InterferenceReport]) -> Figure:
         shares = 100 * np.arange(1, len(damage) + 1) / len(damage)
         label = f"{report.earlier}, after {', '.join(report.later)}"
         axes.plot(shares, 100 * np.cumsum(damage) / damage.sum(), color=color, label=label)
-    axes.plot([100 / len(damage), 100], [100 / len(damage), 100], color="grey", linestyle=":", label="evenly spread")
+    axes.plot(shares, shares, color="grey", linestyle=":", label="evenly spread")
     axes.set_xscale("log")
     axes.axvline(2, color="grey", linewidth=0.8)
     axes.set_xlabel("share of routes, most damaged first (%)")
@@ -125,40 +125,50 @@ def plot_rollback(rows: list[dict[str, Any]], earlier: str) -> Figure:
     Returns:
         [`matplotlib.figure.Figure`]: The figure.
     """
-    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, rule, title in zip(
-        panels, ("fixed", "optimal"), ("step α = 1", "step chosen on the selection split"), strict=True
-    ):
-        shown = [
-            row for row in rows if row["scope"] == "mlp" and row["step_rule"] == rule and row["recovered"] is not None
-        ]
-        criteria = list(dict.fromkeys(row["criterion"] for row in shown))
-        for position, criterion in enumerate(criteria):
-            points = sorted((row for row in shown if row["criterion"] == criterion), key=lambda row: row["budget"])
-            budgets = np.array([100 * row["budget"] for row in points])
-            values = 100 * np.array([[row["recovered"], row["low"], row["high"]] for row in points])
-            spread = 1 + 0.05 * (position - len(criteria) / 2)  # keep intervals apart
-            axes.errorbar(
-                budgets * spread,
-                values[:, 0],
-                yerr=np.abs(values[:, 1:] - values[:, :1]).T,
-                color=COLORS[position % len(COLORS)],
-                marker="o",
-                markersize=4,
-                capsize=2,
-                linewidth=1.2,
-                label=criterion,
-            )
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.axhline(100, color="grey", linewidth=0.8, linestyle=":")
-        if shown:
-            axes.set_xscale("log")
-        else:
-            axes.text(0.5, 0.5, "no score was lost", transform=axes.transAxes, ha="center")
-        axes.set_xlabel("share of MLP routes rolled back (%)")
-        axes.set_title(title, fontsize=10)
-    panels[0].set_ylabel(f"recovered share of the lost {earlier} score (%)")
-    if panels[-1].get_legend_handles_labels()[0]:
-        panels[-1].legend(fontsize=8)
+    shown = [row for row in rows if row["scope"] == "mlp" and row["recovered"] is not None]
+    criteria = list(dict.fromkeys(row["criterion"] for row in shown))
+    colors = dict(zip(criteria, COLORS * 2, strict=False))
+    fixed = [row for row in shown if row["step_rule"] == "fixed"]
+    figure = Figure(figsize=(9.5, 4.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for position, row in enumerate(reversed(fixed)):
+        left.errorbar(
+            100 * row["recovered"],
+            position,
+            xerr=[[100 * (row["recovered"] - row["low"])], [100 * (row["high"] - row["recovered"])]],
+            color=colors[row["criterion"]],
+            marker="o",
+            markersize=4,
+            capsize=2,
+        )
+    left.set_yticks(range(len(fixed)), [f"{row['criterion']}, {100 * row['budget']:g}%" for row in reversed(fixed)])
+    left.axvline(0, color="grey", linewidth=0.8)
+    left.set_xlabel(f"recovered share of the lost {earlier} score (%)")
+    left.set_title("step α = 1", fontsize=10)
+    for number, criterion in enumerate(criteria):
+        points = [row for row in shown if row["criterion"] == criterion and row["step_rule"] == "optimal"]
+        points.sort(key=lambda row: row["budget"])
+        budgets = np.array([100 * row["budget"] for row in points])
+        values = 100 * np.array([[row["recovered"], row["low"], row["high"]] for row in points]).reshape(-1, 3)
+        right.errorbar(
+            budgets * (1 + 0.06 * (number - len(criteria) / 2)),  # keep intervals apart
+            values[:, 0],
+            yerr=np.abs(values[:, 1:] - values[:, :1]).T,
+            color=colors[criterion],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            linewidth=1.2,
+            label=criterion,
+        )
+    right.axhline(0, color="grey", linewidth=0.8)
+    right.axhline(100, color="grey", linewidth=0.8, linestyle=":")
+    if shown:
+        right.set_xscale("log")
+        right.xaxis.set_major_formatter("{x:g}")
+        figure.legend(loc="outside right upper", fontsize=8)
+    else:
+        right.text(0.5, 0.5, "no score was lost", transform=right.transAxes, ha="center")
+    right.set_xlabel("share of MLP routes rolled back (%)")
+    right.set_title("step chosen on the selection split", fontsize=10)
     return figure
