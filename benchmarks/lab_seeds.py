@@ -66,13 +66,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("lab-seeds"), help="one folder per seed is made in it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds")
+    parser.add_argument("--threads", type=int, default=1, help="threads; results repeat for the same number")
     arguments = parser.parse_args()
     runs = {}
     for seed in arguments.seeds:
         folder = arguments.output_dir / f"seed-{seed}"
         if not (folder / "results.json").exists():
             command = [sys.executable, "-m", "trl_interfere", "lab", "--output-dir", str(folder), "--seed", str(seed)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([*command, "--threads", str(arguments.threads)], check=True, stdout=subprocess.DEVNULL)
         runs[seed] = figures(json.loads((folder / "results.json").read_text()))
     names = [name for name in runs[arguments.seeds[0]] if all(name in run for run in runs.values())]
     means = {name: float(np.mean([run[name] for run in runs.values()])) for name in names}

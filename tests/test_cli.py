@@ -205,9 +205,9 @@ def test_unreadable_run_files(tmp_path, run, text, message):
         (["--order", "code,chess"], "unknown domain 'chess'"),
         (["--order", "code,code"], "expected at least two different domains"),
         (["--order", "math"], "expected at least two different domains"),
-        (["--steps", "0"], "0 is not in the range"),
-        (["--prompts", "513"], "513 is not in the range"),
-        (["--seed", "x"], "'x' is not a valid int"),
+        (["--steps", "0"], "greater than or equal to 1"),
+        (["--prompts", "513"], "less than or equal to 512"),
+        (["--seed", "x"], "as an integer"),
     ],
 )
 def test_bad_arguments_of_the_lab(tmp_path, run, arguments, message):
