@@ -160,7 +160,9 @@ class InterferenceReport:
         """The report as a page to read."""
         later = ", ".join(self.later)
         conflicting, synergistic = self.extreme_module(True), self.extreme_module(False)
-        share = top_share(self.routes["damage"], 0.02)
+        share = "no damage by routes"
+        if self.attributed > 0:
+            share = f"{100 * top_share(self.routes['damage'], 0.02):.1f}% of all attributed damage"
         references = ", ".join(
             f"{name}: {entry['n']} of {entry['considered']} prompts, {entry['tokens']} tokens"
             for name, entry in self.references.items()
@@ -173,7 +175,7 @@ class InterferenceReport:
             ("attributed to routes", f"{self.attributed:+.4f}"),
             ("outside routes", f"{self.outside_routes:+.4f}"),
             ("residual of the quadrature", f"{self.residual:+.2e}"),
-            ("damage in the top 2% of routes", f"{100 * share:.1f}% of all attributed damage"),
+            ("damage in the top 2% of routes", share),
             ("gradient cosine, whole model", _signed(self.cosines["global"])),
             ("most conflicting module", f"{conflicting['module']} ({_signed(conflicting['cosine'])})"),
             ("most synergistic module", f"{synergistic['module']} ({_signed(synergistic['cosine'])})"),
