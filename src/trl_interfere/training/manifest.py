@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,8 @@ class StageRecord:
             Settings in which the stage differed from the configuration.
         versions (`dict[str, str]`):
             Versions of the packages that ran it.
+        reason (`dict`, *optional*):
+            Why a callback asked for this stage.
     """
 
     index: int
@@ -103,6 +105,7 @@ class StageRecord:
     seed: int
     overrides: dict[str, Any]
     versions: dict[str, str]
+    reason: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -17,11 +17,14 @@ class Stage:
             `"train"` or `"refresh"`.
         overrides (`dict`, *optional*):
             Settings of this stage that differ from the configuration of the trainer.
+        reason (`dict`, *optional*):
+            Why a callback asked for this stage, as JSON values; it is kept in the manifest.
     """
 
     domain: str
     kind: str = "train"
     overrides: dict[str, Any] = field(default_factory=dict)
+    reason: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

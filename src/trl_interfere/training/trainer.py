@@ -252,6 +252,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
             scores=scores,
             seed=self._stage_seed(index),
             overrides=stage.overrides,
+            reason=stage.reason,
             versions={"trl-interfere": __version__, **{package: version(package) for package in _PACKAGES}},
         )
         if self.accelerator.is_main_process:
