@@ -27,7 +27,12 @@ from .. import __version__
 from ..domains.domain import DOMAIN_COLUMN, Domain
 from ..evaluation.score_matrix import ScoreMatrix
 from ..evaluation.scorer import Scorer
-from .adapters import (
+from .callbacks import StageCallback
+from .config import STAGE_OPTIONS, SequentialGRPOConfig
+from .manifest import Manifest, StageRecord, stage_name
+from .resume_state import epochs_done, last_whole_checkpoint, load_resume_state, save_resume_state
+from .schedule import Stage, build_schedule
+from .stage_adapters import (
     activate_stage_adapters,
     add_stage_adapter,
     check_stage_adapters,
@@ -36,11 +41,6 @@ from .adapters import (
     save_stage_adapters,
     set_reference_adapter,
 )
-from .callbacks import StageCallback
-from .config import STAGE_OPTIONS, SequentialGRPOConfig
-from .manifest import Manifest, StageRecord, stage_name
-from .resume_state import epochs_done, last_whole_checkpoint, load_resume_state, save_resume_state
-from .schedule import Stage, build_schedule
 
 
 # Settings that cannot change the weights; a resumed run may differ in them.

@@ -118,6 +118,7 @@ def save_stage_adapters(model: PeftModel, folder: Path) -> None:
     for name in names:
         target = folder / "adapters" / name
         model.save_pretrained(folder / "adapters" if name != FIRST_ADAPTER else target, selected_adapters=[name])
+    (folder / "adapters" / "README.md").unlink(missing_ok=True)
     with torch.random.fork_rng():
         model.base_model.add_weighted_adapter(names, [1.0] * len(names), _COMBINED, combination_type="cat")
     try:
