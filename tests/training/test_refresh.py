@@ -3,9 +3,13 @@ import json
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
+from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer
 from trl_interfere.evaluation.bootstrap import difference, recovered
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
+from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.training.callbacks import StageCallback
 from trl_interfere.training.manifest import StageRecord
 from trl_interfere.training.refresh import RefreshCallback
 
@@ -377,3 +381,51 @@ def test_nothing_to_refresh():
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         RefreshCallback(**settings)
+
+
+class Stop(StageCallback):
+    """Stops a run as a crash would, before one of its stages."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def on_stage_begin(self, index, stage):
+        if index == self.index:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_is_stopped_between_refreshes(tmp_path):
+    """The scores are scripted by the number of stages in the manifest, and so is the way of the run."""
+    script = {"math": [0.1, 0.9, 0.4, 0.6, 0.7], "qa": [0.1, 0.1, 0.8, 0.8, 0.8]}
+    manifest = tmp_path / "stages.json"
+
+    def make(name):
+        def metric(prompts, **kwargs):
+            return right(script[name][len(json.loads(manifest.read_text())["stages"])], len(prompts)).tolist()
+
+        def reward(completions, **kwargs):
+            return [float(len(completion)) for completion in completions]
+
+        rows = Dataset.from_dict({"prompt": [f"{number}+1=" for number in range(20)]})
+        return Domain(name, rows, reward, eval_dataset=rows, metric=metric)
+
+    def trainer(*callbacks):
+        return SequentialGRPOTrainer(
+            model=str(MODEL_FOLDER),
+            args=SequentialGRPOConfig(
+                str(tmp_path), max_steps=1, per_device_train_batch_size=2, num_generations=2, max_completion_length=2,
+                bf16=False, use_cpu=True, report_to=[], disable_tqdm=True,
+            ),
+            domains=[make("math"), make("qa")],
+            callbacks=[RefreshCallback(max_steps=3, steps_per_check=2), *callbacks],
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(Stop(4)).train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.score_matrix.stages == ["0-base", "1-math", "2-qa", "3-refresh-math", "4-refresh-math"]
+    records = json.loads(manifest.read_text())["stages"]
+    assert [(record["steps"], record["reason"].get("steps")) for record in records[2:]] == [(1, None), (2, 0), (1, 2)]
+    assert records[4]["reason"]["recovered"]["value"] == pytest.approx(0.4)
+    assert records[4]["reason"]["peak"] == "1-math" and records[4]["reason"]["damaged"] == "2-qa"
