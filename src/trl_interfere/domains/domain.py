@@ -1,15 +1,21 @@
 """A domain: what a stage trains on and what it is scored with."""
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from torch import nn
 from trl.trainer.grpo_trainer import RewardFunc
 
 
 DOMAIN_COLUMN = "domain"
+
+# What TRL hands to a reward function besides columns of the dataset, and the columns that it keeps to itself.
+_ARGUMENTS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+_NOT_HANDED = {"prompt", "completion", "completion_ids"}
 
 
 @dataclass
@@ -19,7 +25,8 @@ class Domain:
 
     Args:
         name (`str`):
-            Name of the domain: letters, digits, `-` and `_`. It names folders, metrics and score-matrix columns.
+            Name of the domain: letters, digits, `-` and `_`. It names folders, metrics and score-matrix columns, and
+            must not begin with `refresh-`, as the folders of refresh stages do.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
             Prompts to train on, in TRL's prompt-only format (a `"prompt"` column, plain or conversational). Other
             columns are handed to the reward functions. A domain without it can be scored but not trained.
@@ -51,6 +58,8 @@ class Domain:
     def __post_init__(self):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise ValueError(f"domain name {self.name!r}: expected letters, digits, '-' and '_' only")
+        if self.name.startswith("refresh-"):
+            raise ValueError(f"domain name {self.name!r}: expected a name that does not begin with 'refresh-'")
         if self.reward_funcs is None:
             self.reward_funcs = []
         elif not isinstance(self.reward_funcs, list):
@@ -95,6 +104,45 @@ class Domain:
                 )
             return dataset
         return dataset.add_column(DOMAIN_COLUMN, [self.name] * len(dataset))
+
+
+def check_columns(domain: Domain) -> None:
+    """
+    Refuse reward functions and metrics that cannot be called with the columns of their dataset.
+
+    Args:
+        domain ([`Domain`]):
+            The domain. Streams with unknown columns are not looked at.
+
+    Raises:
+        `ValueError`: If a function needs an argument that is not a column, or does not take all that it is handed.
+    """
+    metrics = domain.reward_funcs if domain.metric is None else [domain.metric]
+    for field, functions in (("train_dataset", domain.reward_funcs), ("eval_dataset", metrics)):
+        dataset = getattr(domain, field)
+        if dataset is None or dataset.column_names is None:
+            continue
+        handed = set(dataset.column_names) - _NOT_HANDED | _ARGUMENTS
+        for function in functions:
+            if isinstance(function, (str, nn.Module)):
+                continue
+            try:
+                parameters = inspect.signature(function).parameters.values()
+            except (TypeError, ValueError):  # not every callable tells its signature
+                continue
+            where = f"domain {domain.name!r}, {getattr(function, '__name__', type(function).__name__)}"
+            named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            for parameter in named:
+                if parameter.default is parameter.empty and parameter.name not in handed | {"environments"}:
+                    raise ValueError(
+                        f"{where}: expected a column {parameter.name!r} in {field}, found "
+                        f"{sorted(dataset.column_names)}"
+                    )
+            surplus = handed - {parameter.name for parameter in named}
+            if surplus and not any(p.kind == p.VAR_KEYWORD for p in parameters):
+                raise ValueError(
+                    f"{where}: expected a function that takes **kwargs, found one that does not take {sorted(surplus)}"
+                )
 
 
 def _mark(row: dict[str, Any], name: str, field: str) -> dict[str, str]:

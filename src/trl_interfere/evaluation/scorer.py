@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
@@ -136,6 +136,8 @@ class Scorer:
         """
         Like [`~Scorer.score`], with the prompts shared out between processes; every process gets all scores.
 
+        The metric is called by the main process alone.
+
         Args:
             model ([`~transformers.PreTrainedModel`]):
                 The model.
@@ -148,14 +150,29 @@ class Scorer:
 
         Returns:
             [`DomainScores`]: One value per row.
+
+        Raises:
+            `ValueError`: In every process, if the metric fails or returns the wrong number of values.
         """
         if accelerator.num_processes == 1:
             return self.score(model, domain, dataset)
         prompts = [row["prompt"] for row in self._repeated(dataset)]
         shards = np.array_split(np.arange(len(prompts)), accelerator.num_processes)
         mine = [prompts[index] for index in shards[accelerator.process_index]]
-        completion_ids = gather_object(self.complete_ids(model, mine) if mine else [])
-        return self._scores(domain, dataset, completion_ids)
+        # A forward pass of a sharded model (FSDP, ZeRO-3) waits for every process, so all need as many batches.
+        surplus = [prompts[0]] * (len(shards[0]) - len(mine))
+        completion_ids = gather_object(self.complete_ids(model, mine + surplus)[: len(mine)])
+        scores, message = None, None
+        if accelerator.is_main_process:  # a metric may cost something, such as the calls of an LLM judge
+            try:
+                scores = self._scores(domain, dataset, completion_ids)
+            except ValueError as error:
+                broadcast_object_list([None, str(error)])
+                raise
+        scores, message = broadcast_object_list([scores, message])
+        if message is not None:
+            raise ValueError(message)
+        return scores
 
     def _repeated(self, dataset: Dataset) -> list[dict]:
         return [row for row in dataset for _ in range(self.num_samples)]

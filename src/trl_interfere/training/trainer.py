@@ -16,19 +16,22 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model, set_seed
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
+from trl.data_utils import is_conversational
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import get_config_model_id, is_async_callable
+from trl.trainer.utils import get_config_model_id
 
 from .. import __version__
-from ..domains.domain import DOMAIN_COLUMN, Domain
+from ..domains.domain import DOMAIN_COLUMN, Domain, check_columns
 from ..evaluation.score_matrix import ScoreMatrix
 from ..evaluation.scorer import Scorer
 from .callbacks import StageCallback
 from .config import STAGE_OPTIONS, SequentialGRPOConfig
+from .domain_rewards import RewardError, mask_reward, reward_name
 from .manifest import Manifest, StageRecord, stage_name
 from .resume_state import epochs_done, last_whole_checkpoint, load_resume_state, save_resume_state
 from .schedule import Stage, build_schedule
@@ -60,6 +63,9 @@ _HOLDS_A_RUN = (
     "this folder holds a run. Pass resume_from_checkpoint=True (on the command line --resume) to continue it, or "
     "choose another output_dir"
 )
+# Generation batches in a row without a single reward, after which a run stops: one prompt that no reward applies to
+# may fill a batch.
+_UNREWARDED_BATCHES = 3
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -134,6 +140,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
             raise ValueError("optimizers: each stage builds its own, set `args.optim` and `args.lr_scheduler_type`")
         if args.reward_weights is not None:
             raise ValueError("reward_weights: belong to the domains, set `Domain(..., reward_weights=...)`")
+        if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+            raise ValueError(f"output_dir: expected a folder, found the file {args.output_dir}")
         if not domains:
             raise ValueError("domains: expected at least one Domain, found none")
         self.domains = {domain.name: domain for domain in domains}
@@ -149,6 +157,16 @@ class SequentialGRPOTrainer(GRPOTrainer):
             if not self.domains[stage.domain].reward_funcs:
                 raise ValueError(f"domain {stage.domain!r}: expected reward functions to train on, found none")
 
+        if kwargs.get("rollout_func") is None:  # it may hand more to the rewards than the columns
+            for domain in domains:
+                check_columns(domain)
+        for domain in domains:
+            models = domain.metric is None and any(isinstance(r, (str, nn.Module)) for r in domain.reward_funcs)
+            if models and domain.eval_dataset is not None:
+                raise ValueError(
+                    f"domain {domain.name!r}: a reward model cannot score completions outside training, set `metric`"
+                )
+
         # The union of all rewards is registered once: TRL prepares reward models and its event loop at construction,
         # and a batch may then mix domains. Rows are matched to rewards by their `domain` column.
         rewards = [(domain.name, reward) for domain in domains for reward in domain.reward_funcs]
@@ -156,9 +174,19 @@ class SequentialGRPOTrainer(GRPOTrainer):
         self._reward_domains = [name for name, _ in rewards]
         for stage in self.schedule:
             settings = args.stage_settings(stage.overrides, f"stage_overrides[{stage.domain!r}]")
-            strategy = settings.get("eval_strategy", args.eval_strategy)
-            if strategy != "no" and self.domains[stage.domain].eval_dataset is None:
-                raise ValueError(f"eval_strategy: expected an eval_dataset of domain {stage.domain!r}, found none")
+            domain = self.domains[stage.domain]
+            evaluated = settings.get("eval_strategy", args.eval_strategy) != "no"
+            if (evaluated or args.eval_on_start) and domain.eval_dataset is None:
+                option = "eval_strategy" if evaluated else "eval_on_start"
+                raise ValueError(f"{option}: expected an eval_dataset of domain {domain.name!r}, found none")
+            prompts = settings.get("generation_batch_size", args.generation_batch_size) // settings.get(
+                "num_generations", args.num_generations
+            )
+            if isinstance(domain.train_dataset, Dataset) and len(domain.train_dataset) < prompts:
+                raise ValueError(
+                    f"domain {domain.name!r}, train_dataset: expected at least {prompts} prompts, the number in one "
+                    f"generation batch, found {len(domain.train_dataset)}"
+                )
         if args.kl_reference == "stage" and args.adapter_per_stage:
             raise ValueError(
                 "kl_reference: 'stage' is not supported with adapter_per_stage, TRL measures from a single adapter or "
@@ -168,11 +196,12 @@ class SequentialGRPOTrainer(GRPOTrainer):
         self._stage: tuple[int, Stage] | None = None  # position and stage that is being trained
         self._unfinished = False  # whether a stage was left with weights that no record stands for
         self._epochs_done = 0
+        self._rewarded, self._unrewarded = False, 0
         if peft_config is not None:
             set_seed(args.seed)  # for the adapter's initial values
         super().__init__(
             model=model,
-            reward_funcs=[_for_domain(reward, name, len(domains) > 1) for name, reward in rewards],
+            reward_funcs=[mask_reward(reward, name, len(domains) > 1) for name, reward in rewards],
             args=args,
             train_dataset=first.train_dataset,
             eval_dataset=first.eval_dataset,
@@ -182,6 +211,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
             **kwargs,
         )
         args.reward_weights = None
+        if getattr(self.processing_class, "chat_template", None) is None:
+            self._check_plain_prompts()
         if args.adapter_per_stage:
             check_stage_adapters(self.model)
         if args.kl_reference == "stage" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -196,6 +227,16 @@ class SequentialGRPOTrainer(GRPOTrainer):
             num_samples=args.score_samples,
             progress=not args.disable_tqdm,
         )
+
+    def _check_plain_prompts(self) -> None:
+        for domain in self.domains.values():
+            for field in ("train_dataset", "eval_dataset"):
+                dataset = getattr(domain, field)
+                if isinstance(dataset, Dataset) and is_conversational({"prompt": dataset[0]["prompt"]}):
+                    raise ValueError(
+                        f"domain {domain.name!r}, {field}: expected plain prompts, since the tokenizer has no chat "
+                        "template, found conversational ones; set `processing_class` to a tokenizer with a template"
+                    )
 
     @property
     def score_matrix(self) -> ScoreMatrix:
@@ -311,12 +352,20 @@ class SequentialGRPOTrainer(GRPOTrainer):
             self._epochs_done = 0 if checkpoint is None else epochs_done(checkpoint)
             # As TRL does at construction: processes that share a group of completions must not sample the same ones.
             set_seed(self.args.seed, device_specific=True)
+            self._rewarded, self._unrewarded = checkpoint is not None, 0
             self._stage = index, stage
             start = time.perf_counter()
             try:
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                if self._unrewarded and not self._rewarded:
+                    self._raise_unrewarded()
             finally:
                 self._stage = None
+            if output.global_step == 0:
+                raise ValueError(
+                    f"stage {name}: no step could be made, since domain {stage.domain!r} has too few prompts for one "
+                    f"generation batch ({self.args.generation_batch_size // self.num_generations})"
+                )
             seconds = time.perf_counter() - start
         self._finish_stage(stage, steps=output.global_step, seconds=seconds)
         return output
@@ -345,10 +394,13 @@ class SequentialGRPOTrainer(GRPOTrainer):
         self._load_stage(self.manifest.folder / folders[-1])
 
     def _load_stage(self, folder: Path) -> None:
-        if self.args.adapter_per_stage:
-            load_stage_adapters(self.accelerator.unwrap_model(self.model), folder)
-        else:
-            self._load_from_checkpoint(str(folder))
+        try:
+            if self.args.adapter_per_stage:
+                load_stage_adapters(self.accelerator.unwrap_model(self.model), folder)
+            else:
+                self._load_from_checkpoint(str(folder))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder}: the weights of this stage cannot be read ({error})") from error
 
     def _finish_stage(self, stage: Stage, steps: int, seconds: float) -> None:
         index = len(self.manifest.stages)
@@ -370,7 +422,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
             versions={"trl-interfere": __version__, **{package: version(package) for package in _PACKAGES}},
         )
         if self.accelerator.is_main_process:
-            self.manifest.save()
+            with _writing(self.manifest.path):
+                self.manifest.save()
         self._score_stage()
 
     def _score_stage(self) -> None:
@@ -382,16 +435,22 @@ class SequentialGRPOTrainer(GRPOTrainer):
             for domain in self.domains.values():
                 if domain.eval_dataset is None or domain.name in record.scores:
                     continue
-                result = self.scorer.score_distributed(model, domain, domain.eval_dataset, self.accelerator)
+                try:
+                    result = self.scorer.score_distributed(model, domain, domain.eval_dataset, self.accelerator)
+                except ValueError as error:
+                    raise ValueError(f"stage {record.name}, scores after step {record.steps}, {error}") from error
                 main = self.accelerator.is_main_process
-                entry = self.manifest.write_scores(
-                    record.name, domain.name, result.values, result.completions, write=main
-                )
+                with _writing(self.manifest.folder / "scores" / record.name):
+                    entry = self.manifest.write_scores(
+                        record.name, domain.name, result.values, result.completions, write=main
+                    )
                 record.scores[domain.name] = self._from_main(entry)  # callbacks must decide alike in every process
                 if main:
-                    self.manifest.save()
+                    with _writing(self.manifest.path):
+                        self.manifest.save()
         if self.accelerator.is_main_process:
-            self.manifest.append(record)
+            with _writing(self.manifest.path):
+                self.manifest.append(record)
         else:
             self.manifest.stages.append(record)
             self.manifest.current = None
@@ -404,6 +463,10 @@ class SequentialGRPOTrainer(GRPOTrainer):
             shutil.rmtree(self.manifest.folder / "checkpoints" / record.name, ignore_errors=True)
 
     def _save_stage(self, folder: Path) -> None:
+        with _writing(folder):
+            self._write_stage(folder)
+
+    def _write_stage(self, folder: Path) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -461,9 +524,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 domain.name: {
                     "train": _digest(domain.train_dataset),
                     "eval": _digest(domain.eval_dataset),
-                    "rewards": [
-                        getattr(reward, "__name__", str(type(reward).__name__)) for reward in domain.reward_funcs
-                    ],
+                    "rewards": [reward_name(reward) for reward in domain.reward_funcs],
                     "reward_weights": domain.reward_weights,
                 }
                 for domain in self.domains.values()
@@ -528,12 +589,43 @@ class SequentialGRPOTrainer(GRPOTrainer):
         self._entropy_window_stats = None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        except RewardError as error:
+            raise ValueError(f"{self._where()}, {error}") from error
         if any(isinstance(reward, nn.Module) for reward in self.reward_funcs):  # these cannot be masked by wrapping
             rows = gather_object([row[DOMAIN_COLUMN] for row in inputs])
             for column, name in enumerate(self._reward_domains):
                 rewards[[row != name for row in rows], column] = torch.nan
+                own = rewards[[row == name for row in rows], column]
+                if isinstance(self.reward_funcs[column], nn.Module) and not own.isfinite().all():
+                    raise ValueError(
+                        f"{self._where()}, domain {name!r}: reward model {self.reward_func_names[column]!r} returned "
+                        f"{own[~own.isfinite()][0].item()}, expected finite numbers"
+                    )
+        if self._stage is not None and self.model.training:
+            self._unrewarded = self._unrewarded + 1 if rewards.isnan().all() else 0
+            self._rewarded = self._rewarded or self._unrewarded == 0
+            if self._unrewarded == _UNREWARDED_BATCHES:
+                self._raise_unrewarded()
         return rewards
+
+    def _where(self) -> str:
+        if self._stage is None:
+            return "evaluation"
+        index, stage = self._stage
+        name = f"stage {stage_name(index, stage.kind, stage.domain)}"
+        if self.model.training:
+            return f"{name}, step {self.state.global_step + 1}"
+        return f"{name}, evaluation after step {self.state.global_step}"
+
+    def _raise_unrewarded(self) -> None:
+        domain = self.domains[self._stage[1].domain]
+        raise ValueError(
+            f"{self._where()}, domain {domain.name!r}: expected a reward for some completions, found None from all "
+            f"reward functions {[reward_name(reward) for reward in domain.reward_funcs]} for all completions of "
+            f"{self._unrewarded} generation batches in a row"
+        )
 
     def _generate_and_score_completions(self, inputs):
         outputs = super()._generate_and_score_completions(inputs)
@@ -553,6 +645,15 @@ class SequentialGRPOTrainer(GRPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.adapter_per_stage:
             activate_stage_adapters(self.accelerator.unwrap_model(self.model))
+
+    def _save_checkpoint(self, model, trial):
+        with _writing(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if DOMAIN_COLUMN not in self._signature_columns:
+            self._signature_columns.append(DOMAIN_COLUMN)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
@@ -579,60 +680,24 @@ class SequentialGRPOTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A failure to write, whatever library met it, as one message that names the place."""
+    try:
+        yield
+    except Exception as error:
+        signs = ("No space left", "os error", "PytorchStreamWriter", "inline_container")
+        if not isinstance(error, (OSError, SafetensorError)) and not any(sign in str(error) for sign in signs):
+            raise
+        raise OSError(
+            f"{path}: cannot be written ({error}). What had finished before is untouched; mend it (is the disk full?) "
+            "and resume the run"
+        ) from error
+
+
 def _score_logs(record: StageRecord) -> dict[str, float]:
     scores = {f"{domain}/score": entry["value"] for domain, entry in record.scores.items()}
     return {"stage": record.index, **scores}
-
-
-def _for_domain(reward: Any, domain: str, several: bool) -> Any:
-    """Reward function that is called with the rows of its domain only, and returns `None` for the others."""
-    if isinstance(reward, (str, nn.Module)):
-        return reward
-    name = getattr(reward, "__name__", type(reward).__name__)
-
-    def select(prompts, kwargs):
-        rows = [row for row, other in enumerate(kwargs[DOMAIN_COLUMN]) if other == domain]
-        selected = {
-            key: [value[row] for row in rows] if isinstance(value, list) and len(value) == len(prompts) else value
-            for key, value in kwargs.items()
-        }
-        return rows, selected
-
-    def scatter(rows, values, n):
-        if len(values) != len(rows):
-            raise ValueError(
-                f"domain {domain!r}: reward function {name!r} returned {len(values)} rewards, expected {len(rows)}, "
-                "one per completion"
-            )
-        rewards = [None] * n
-        for row, value in zip(rows, values, strict=True):
-            rewards[row] = value
-        return rewards
-
-    def failed(error):
-        return ValueError(f"domain {domain!r}: reward function {name!r} raised {type(error).__name__}: {error}")
-
-    if is_async_callable(reward):
-
-        async def masked(prompts, **kwargs):
-            rows, selected = select(prompts, {"prompts": prompts, **kwargs})
-            try:
-                values = await reward(**selected) if rows else []
-            except Exception as error:
-                raise failed(error) from error
-            return scatter(rows, values, len(prompts))
-    else:
-
-        def masked(prompts, **kwargs):
-            rows, selected = select(prompts, {"prompts": prompts, **kwargs})
-            try:
-                values = reward(**selected) if rows else []
-            except Exception as error:
-                raise failed(error) from error
-            return scatter(rows, values, len(prompts))
-
-    masked.__name__ = f"{domain}/{name}" if several else name
-    return masked
 
 
 def _digest(dataset: Any) -> dict[str, Any] | None:
