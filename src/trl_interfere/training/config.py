@@ -85,6 +85,11 @@ class SequentialGRPOConfig(GRPOConfig):
         for name, (neutral, reason) in REFUSED_OPTIONS.items():
             if getattr(self, name) != neutral:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not supported, {reason}")
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: dispatch_batches=True is not supported, prompts are no tensors that one process "
+                "could hand to the others"
+            )
         if self.kl_reference not in ("base", "stage"):
             raise ValueError(f"kl_reference: expected 'base' or 'stage', found {self.kl_reference!r}")
 
@@ -198,7 +203,17 @@ STAGE_OPTIONS = (
 
 # Options of GRPOConfig that cannot be honoured, with the value that does nothing and the reason.
 REFUSED_OPTIONS = {
+    "bf16_full_eval": (False, "it would convert the weights that the next stage goes on from"),
+    "data_seed": (None, "GRPO draws its prompts by `seed`"),
+    "enable_jit_checkpoint": (
+        False,
+        "a stage that it ends on SIGTERM would count as finished, and it watches the first stage only; set save_steps "
+        "instead",
+    ),
+    "fp16_full_eval": (False, "it would convert the weights that the next stage goes on from"),
     "ignore_data_skip": (False, "a resumed run would see other prompts than an uninterrupted one"),
+    "include_for_metrics": ([], "GRPO has no compute_metrics to hand them to"),
+    "label_smoothing_factor": (0.0, "the loss of GRPO has no labels"),
     "log_completions_hub_repo": (
         None,
         "completions are kept in a folder for each stage, which TRL's upload does not see; upload them afterwards",
@@ -212,4 +227,5 @@ REFUSED_OPTIONS = {
         "the reference that it moves is not part of a checkpoint, so that a resumed run would differ; use "
         "kl_reference='stage' to move the reference between stages",
     ),
+    "train_sampling_strategy": ("random", "GRPO has a sampler of its own, see shuffle_dataset"),
 }

@@ -309,9 +309,15 @@ class Manifest:
         Returns:
             `numpy.ndarray` of shape `(n,)`: Score of each prompt, 0 to 1.
         """
-        path = self.folder / record.scores[domain]["file"]
-        with open(path, encoding="utf-8") as file:
-            return np.array([json.loads(line)["score"] for line in file])
+        path, n = self.folder / record.scores[domain]["file"], record.scores[domain]["n"]
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = np.array([float(json.loads(line)["score"]) for line in file])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected one JSON object with a 'score' per line ({error!r})") from error
+        if len(values) != n:
+            raise ValueError(f"{path}: expected {n} scores, found {len(values)}")
+        return values
 
     def score_matrix(self, domains: list[str]) -> ScoreMatrix:
         """

@@ -1,5 +1,6 @@
 """The ordered stages of a run."""
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -65,8 +66,7 @@ def build_schedule(
             raise ValueError(f"stage_overrides[{name!r}]: expected settings by name, found {settings!r}")
         for option in settings:
             if option not in options:
-                raise ValueError(
-                    f"stage_overrides[{name!r}]: {option!r} cannot differ between stages, expected one of "
-                    f"{sorted(options)}"
-                )
+                nearest = difflib.get_close_matches(str(option), options, n=1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected one of {sorted(options)}"
+                raise ValueError(f"stage_overrides[{name!r}]: {option!r} cannot differ between stages, {hint}")
     return [Stage(domain=name, overrides=dict(overrides.get(name, {}))) for name in order]

@@ -1,6 +1,7 @@
 """GRPO on one domain after the other, in one trainer."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model, set_seed
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -211,6 +212,10 @@ class SequentialGRPOTrainer(GRPOTrainer):
             **kwargs,
         )
         args.reward_weights = None
+        if any(isinstance(self.domains[stage.domain].train_dataset, IterableDataset) for stage in self.schedule):
+            self.accelerator.dataloader_config.dispatch_batches = False  # TRL looks at the first dataset only
+        scaler = self.accelerator.scaler
+        self._scaler_state = None if scaler is None else copy.deepcopy(scaler.state_dict())
         if getattr(self.processing_class, "chat_template", None) is None:
             self._check_plain_prompts()
         if args.adapter_per_stage:
@@ -345,6 +350,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
             self.train_dataset = self.domains[stage.domain].train_dataset
             self.eval_dataset = self.domains[stage.domain].eval_dataset
             checkpoint = self._from_main(last_whole_checkpoint(folder))
+            self.args.eval_on_start &= checkpoint is None  # else it was evaluated before
             if self._unfinished:
                 self._restore_stage_start()
             self._unfinished = True
@@ -500,6 +506,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
             if not resume:
                 raise ValueError(f"{self.manifest.path}: {_HOLDS_A_RUN}")
             self.manifest.load()
+            self._check_records()
             records = [*self.manifest.stages, *([self.manifest.current] if self.manifest.current else [])]
             folders = [record.folder for record in records if record.folder is not None]
             if folders:
@@ -507,6 +514,32 @@ class SequentialGRPOTrainer(GRPOTrainer):
         elif self.accelerator.is_main_process:
             self.manifest.save()
         self.accelerator.wait_for_everyone()
+
+    def _check_records(self) -> None:
+        """Refuse a manifest whose stages are not those of its schedule, which only an edit can bring about."""
+        records = [*self.manifest.stages, *([self.manifest.current] if self.manifest.current else [])]
+        schedule = iter(self.schedule)
+        for index, record in enumerate(records):
+            expected = StageRecord(**{**vars(record), "index": index})
+            if index == 0:
+                expected.kind, expected.domain = "base", None
+            elif record.kind != "refresh":
+                stage = next(schedule, None)
+                expected.kind, expected.domain = "train", stage and stage.domain
+            expected.folder = f"stages/{expected.name}" if index else None
+            for field in ("index", "kind", "domain", "folder"):
+                if getattr(record, field) != getattr(expected, field):
+                    raise ValueError(
+                        f"{self.manifest.path}: stage {index}, {field}: expected {getattr(expected, field)!r} as the "
+                        f"schedule says, found {getattr(record, field)!r}"
+                    )
+            for name in [*record.scores, *([] if record.domain is None else [record.domain])]:
+                if name not in self.domains:
+                    raise ValueError(
+                        f"{self.manifest.path}: stage {index}: expected one of {list(self.domains)}, found {name!r}"
+                    )
+                if name in record.scores:
+                    self.manifest.read_scores(record, name)
 
     def _identity(self) -> dict[str, Any]:
         model_id = get_config_model_id(self.model.config)
@@ -538,6 +571,12 @@ class SequentialGRPOTrainer(GRPOTrainer):
     @contextlib.contextmanager
     def _stage_args(self, stage: Stage, folder: Path, seed: int) -> Iterator[None]:
         settings = {"output_dir": str(folder), "seed": seed, **self.args.stage_settings(stage.overrides)}
+        if isinstance(self.domains[stage.domain].train_dataset, IterableDataset):
+            # Several workers would tear groups of completions apart; TRL looks at the first dataset only.
+            settings.update(
+                dataloader_num_workers=0, dataloader_persistent_workers=False, dataloader_prefetch_factor=None
+            )
+        settings["eval_on_start"] = self.args.eval_on_start
         before = {name: getattr(self.args, name) for name in settings}
         self._set_args(settings)
         if self.log_completions and self.accelerator.is_main_process:
@@ -583,6 +622,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
         self._pending_extra_logs.clear()
         self._eval_dataloaders = {}
         self._last_loaded_step = -1
+        if self._scaler_state is not None:
+            self.accelerator.scaler.load_state_dict(self._scaler_state)
         self._current_train_step_time = 0.0
         self.entropy_coef = self.args.entropy_coef
         self._last_world_entropy = float("inf")

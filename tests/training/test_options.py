@@ -1,0 +1,434 @@
+"""Every option of GRPOConfig works through the stages, is refused with a reason, or cannot be run here."""
+
+import json
+from dataclasses import fields
+from enum import Enum
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny_runs import Interrupt, assert_same, build, config, math_domain, text_reward, weights, writing_domain
+from trl import GRPOConfig
+
+from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab.domains import lab_rows
+
+
+EVAL = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 64}
+BEST = {**EVAL, "load_best_model_at_end": True, "metric_for_best_model": "reward", "greater_is_better": True}
+
+# Options that are run together, with values that are not the defaults of GRPOConfig.
+RUNS = {
+    "optimizer": {
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": 1e-5},
+        "warmup_steps": 1,
+        "optim": "adamw_torch",
+        "weight_decay": 0.1,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.9,
+        "adam_epsilon": 1e-6,
+        "max_grad_norm": 0.5,
+        "gradient_accumulation_steps": 2,
+        "average_tokens_across_devices": False,
+        "max_steps": 2,  # the first of them at a rate of 0
+    },
+    "batches": {
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "generation_batch_size": 8,
+        "num_iterations": 2,
+        "shuffle_dataset": False,
+        "dataloader_drop_last": True,
+        "ddp_timeout": 60,
+        "seed": 3,
+    },
+    "passes": {"num_train_epochs": 1.0, "max_steps": -1, "per_device_train_batch_size": 192, "save_strategy": "epoch"},
+    "sampling": {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 20,
+        "min_p": 0.01,
+        "repetition_penalty": 1.1,
+        "generation_kwargs": {"min_new_tokens": 5},
+        "max_completion_length": 6,
+        "cache_implementation": "static",
+        "pad_to_multiple_of": 8,
+        "chat_template_kwargs": {"enable_thinking": False},
+        "steps_per_generation": 2,
+        "use_cache": True,
+    },
+    "loss grpo": {
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "scale_rewards": "batch",
+        "beta": 0.1,
+        "use_bias_correction_kl": False,
+        "epsilon": 0.1,
+        "epsilon_high": 0.3,
+        "delta": 2.0,
+        "num_iterations": 2,
+    },
+    "loss sapo": {"loss_type": "sapo", "sapo_temperature_neg": 1.2, "sapo_temperature_pos": 1.1},
+    "loss vespo": {
+        "loss_type": "vespo",
+        "vespo_k_pos": 2.5,
+        "vespo_lambda_pos": 2.5,
+        "vespo_k_neg": 2.5,
+        "vespo_lambda_neg": 2.5,
+    },
+    "loss dr_grpo": {
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",
+        "mask_truncated_completions": True,
+        "max_completion_length": 16,
+    },
+    "loss cispo": {"loss_type": "cispo", "epsilon_high": 5.0, "multi_objective_aggregation": "normalize_then_sum"},
+    "loss luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "loss bnpo": {"loss_type": "bnpo", "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.5},
+    "entropy": {
+        "use_adaptive_entropy": True,
+        "entropy_coef": 0.01,
+        "entropy_coef_min": 0.001,
+        "entropy_coef_max": 0.5,
+        "entropy_coef_delta": 0.01,
+        "entropy_target": 5.0,
+    },
+    "evaluation": {
+        **EVAL,
+        "eval_on_start": True,
+        "eval_delay": 1,
+        "num_generations_eval": 2,
+        "do_eval": True,
+        "prediction_loss_only": True,
+        "eval_do_concat_batches": False,
+        "eval_use_gather_object": True,
+        "eval_accumulation_steps": 1,
+        "batch_eval_metrics": True,
+    },
+    "best at the end": {**BEST, "max_steps": 3, "save_total_limit": 1},
+    "checkpoints": {
+        "save_only_model": True,
+        "save_steps": 1,
+        "save_on_each_node": True,
+        "restore_callback_states_from_checkpoint": True,
+        "resume_from_checkpoint": "unused, as in transformers",
+    },
+    "logging": {
+        "log_completions": True,
+        "num_completions_to_print": 1,
+        "log_unique_prompts": True,
+        "log_multimodal": False,
+        "logging_first_step": True,
+        "logging_strategy": "epoch",
+        "logging_steps": 3,
+        "logging_nan_inf_filter": False,
+        "log_level": "error",
+        "log_level_replica": "error",
+        "log_on_each_node": False,
+        "disable_tqdm": True,
+        "run_name": "run",
+        "include_num_input_tokens_seen": "all",
+    },
+    "data": {
+        "dataloader_num_workers": 1,
+        "dataloader_persistent_workers": True,
+        "dataloader_prefetch_factor": 1,
+        "dataloader_multiprocessing_context": "fork",
+        "dataloader_in_order": False,
+        "dataloader_pin_memory": True,
+        "remove_unused_columns": True,
+        "accelerator_config": {"even_batches": False},
+        "label_names": ["labels"],
+        "length_column_name": "size",
+    },
+    "model": {
+        "model_init_kwargs": {"attn_implementation": "eager"},
+        "trust_remote_code": True,
+        "disable_dropout": True,
+        "cast_lm_head_to_fp32": True,
+        "neftune_noise_alpha": 5.0,
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "machine": {
+        "bf16": True,
+        "use_cpu": True,
+        "full_determinism": True,
+        "torch_empty_cache_steps": 1,
+        "debug": "underflow_overflow",
+        "do_train": True,
+        "do_predict": True,
+        "max_tool_calling_iterations": 2,
+    },
+    "memory": {"skip_memory_metrics": False},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+}
+
+REFUSED = {
+    "auto_find_batch_size": True,
+    "bf16_full_eval": True,
+    "data_seed": 1,
+    "enable_jit_checkpoint": True,
+    "fp16_full_eval": True,
+    "ignore_data_skip": True,
+    "include_for_metrics": ["loss"],
+    "label_smoothing_factor": 0.1,
+    "log_completions_hub_repo": "me/completions",
+    "push_to_hub": True,
+    "reward_weights": [1.0],
+    "sync_ref_model": True,
+    "train_sampling_strategy": "group_by_length",
+}
+
+_DDP = "needs several processes with DistributedDataParallel"
+_DEEPSPEED = "needs DeepSpeed"
+_GPU = "needs a GPU"
+_HUB = "is looked at when something is pushed to the Hub, and push_to_hub is refused"
+_OLD = "is the deprecated name of another option"
+_TRACKER = "needs a tracker that is not a dependency"
+_VLLM = "needs vLLM"
+NOT_HERE = {
+    "output_dir": "differs in every run",
+    "ddp_backend": _DDP,
+    "ddp_broadcast_buffers": _DDP,
+    "ddp_bucket_cap_mb": _DDP,
+    "ddp_find_unused_parameters": _DDP,
+    "ddp_static_graph": _DDP,
+    "deepspeed": _DEEPSPEED,
+    "ds3_gather_for_generation": _DEEPSPEED,
+    "fp16": _GPU,
+    "fsdp": "needs several processes",
+    "fsdp_config": "needs several processes",
+    "gradient_checkpointing": _OLD,
+    "gradient_checkpointing_kwargs": _OLD,
+    "hub_always_push": _HUB,
+    "hub_model_id": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_revision": _HUB,
+    "hub_strategy": _HUB,
+    "hub_token": _HUB,
+    "liger_kernel_config": _GPU,
+    "local_rank": "is set by the launcher",
+    "optim_args": "is read by optimizers that are not dependencies",
+    "optim_target_modules": "needs GaLore or APOLLO",
+    "parallelism_config": "needs several processes",
+    "project": _TRACKER,
+    "ref_model_mixup_alpha": "belongs to sync_ref_model, which is refused",
+    "ref_model_sync_steps": "belongs to sync_ref_model, which is refused",
+    "report_to": _TRACKER,
+    "router_aux_loss_coef": "needs a mixture of experts",
+    "tf32": _GPU,
+    "torch_compile_mode": "needs a compiler",
+    "trackio_bucket_id": _TRACKER,
+    "trackio_space_id": _TRACKER,
+    "trackio_static_space_id": _TRACKER,
+    "transformers_continuous_batching_config": "takes 20 seconds on a CPU",
+    "use_liger_kernel": _GPU,
+    "use_transformers_continuous_batching": "takes 20 seconds on a CPU, where it works",
+    "use_transformers_paged": _OLD,
+    "use_vllm": _VLLM,
+    "vllm_enable_sleep_mode": _VLLM,
+    "vllm_gpu_memory_utilization": _VLLM,
+    "vllm_group_port": _VLLM,
+    "vllm_importance_sampling_cap": _OLD,
+    "vllm_importance_sampling_clip_max": _VLLM,
+    "vllm_importance_sampling_clip_min": _VLLM,
+    "vllm_importance_sampling_correction": _VLLM,
+    "vllm_importance_sampling_mode": _VLLM,
+    "vllm_max_model_length": _VLLM,
+    "vllm_mode": _VLLM,
+    "vllm_model_impl": _VLLM,
+    "vllm_server_base_url": _VLLM,
+    "vllm_server_host": _VLLM,
+    "vllm_server_port": _VLLM,
+    "vllm_server_timeout": _VLLM,
+    "vllm_structured_outputs_regex": _VLLM,
+    "vllm_tensor_parallel_size": _VLLM,
+}
+
+
+def domains():
+    rewards = {"reward_funcs": [text_reward, length_reward]}
+    return [math_domain(**rewards), writing_domain(**rewards)]
+
+
+def length_reward(completions, **kwargs):
+    return [len(completion) / 40 for completion in completions]
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch):
+    """Options that outlive their run: environment variables and torch's mode."""
+    for name in ("DYNAMO_BACKEND", "DYNAMO_MODE", "MIXED_PRECISION"):
+        monkeypatch.setenv(f"ACCELERATE_{name}", "no")
+        monkeypatch.delenv(f"ACCELERATE_{name}")
+    for name in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "0")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_every_option_is_known():
+    known = [*{name for options in RUNS.values() for name in options}, *REFUSED, *NOT_HERE]
+    assert len(known) == len(set(known)), "an option stands in two lists"
+    names = {field.name for field in fields(GRPOConfig)}
+    assert names <= set(known), (
+        f"GRPOConfig has new options {sorted(names - set(known))}: find out whether they work through the stages, and "
+        "put them into RUNS, or into REFUSED here and REFUSED_OPTIONS in training/config.py, or into NOT_HERE"
+    )
+    assert set(known) <= names, f"GRPOConfig no longer has {sorted(set(known) - names)}"
+
+
+def test_the_values_that_run_are_not_the_defaults(tmp_path):
+    defaults = GRPOConfig(str(tmp_path))
+    tested = set()
+    for options in RUNS.values():
+        for name, value in options.items():
+            default = next(field.default for field in fields(GRPOConfig) if field.name == name)
+            resolved = getattr(defaults, name)
+            if value != default and value != (resolved.value if isinstance(resolved, Enum) else resolved):
+                tested.add(name)
+    # these are as the other tests have them, or resolve to what the machine has
+    usual = {"activation_checkpointing", "bf16", "logging_strategy", "dataloader_pin_memory"}
+    assert {name for options in RUNS.values() for name in options} - tested <= usual
+
+
+def has_five_tokens(folder, trainer):
+    log = [entry for entry in trainer.log_history if "completions/min_length" in entry]
+    assert len(log) == 2 and all(entry["completions/min_length"] >= 5 for entry in log)
+
+
+def has_tables(folder, trainer):
+    for stage in ("1-math", "2-writing"):
+        assert list((folder / "checkpoints" / stage / "completions").glob("*.parquet"))
+
+
+def is_evaluated(folder, trainer):
+    log = [(entry["stage"], entry["step"]) for entry in trainer.log_history if "eval_reward" in entry]
+    assert log == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def is_the_best(folder, trainer):
+    for stage in ("1-math", "2-writing"):
+        log = json.loads((folder / "stages" / stage / "log_history.json").read_text())
+        rewards = {entry["step"]: entry["eval_reward"] for entry in log if "eval_reward" in entry}
+        best = max(rewards, key=rewards.get)
+        checkpoint = folder / "checkpoints" / stage / f"checkpoint-{best}" / "model.safetensors"
+        assert_same(load_file(checkpoint), load_file(folder / "stages" / stage / "model.safetensors"))
+
+
+def has_only_models(folder, trainer):
+    checkpoint = folder / "checkpoints" / "1-math" / "checkpoint-1"
+    assert (checkpoint / "model.safetensors").exists() and not (checkpoint / "optimizer.pt").exists()
+
+
+def has_a_penalty(folder, trainer):
+    log = [entry for entry in trainer.log_history if "kl" in entry]
+    assert len(log) == 2 and log[1]["kl"] > 0
+
+
+def has_memory(folder, trainer):
+    assert sum("train_mem_cpu_alloc_delta" in entry for entry in trainer.log_history) == 2
+
+
+EFFECTS = {
+    "sampling": has_five_tokens,
+    "logging": has_tables,
+    "evaluation": is_evaluated,
+    "best at the end": is_the_best,
+    "checkpoints": has_only_models,
+    "loss grpo": has_a_penalty,
+    "memory": has_memory,
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_options_run_through_two_stages(tmp_path, name):
+    options = {"max_steps": 1, "keep_checkpoints": True, **RUNS[name]}
+    own = domains()
+    if name == "data":  # the columns are removed before a reward sees them
+        own = [
+            math_domain(reward_funcs=text_reward),
+            writing_domain(reward_funcs=text_reward, metric=length_reward),
+        ]
+    trainer = build(tmp_path, domains=own, **options)
+    trainer.train()
+    steps = max(options["max_steps"], 1)
+    assert [record.steps for record in trainer.manifest.stages] == [0, steps, steps]
+    base = load_file(MODEL_FOLDER / "model.safetensors")
+    first, second = (load_file(tmp_path / "stages" / stage / "model.safetensors") for stage in ("1-math", "2-writing"))
+    assert base.keys() == first.keys() == second.keys()
+    assert any(not torch.equal(base[key], first[key]) for key in base)
+    assert any(not torch.equal(first[key], second[key]) for key in base)
+    EFFECTS.get(name, lambda folder, trainer: None)(tmp_path, trainer)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_are_refused_with_a_reason(tmp_path, name):
+    more = {"log_completions": True} if name == "log_completions_hub_repo" else {}
+    with pytest.raises(ValueError, match=rf"{name}.*(not supported\W+\w+ \w+|belong to the domains)"):
+        build(tmp_path / "run", **{name: REFUSED[name]}, **more)
+    assert not (tmp_path / "run" / "stages.json").exists()
+
+
+def test_batches_cannot_be_dispatched(tmp_path):
+    with pytest.raises(ValueError, match="accelerator_config: dispatch_batches=True is not supported"):
+        config(tmp_path, accelerator_config={"dispatch_batches": True})
+
+
+RESUMED = {
+    "best at the end, one checkpoint": {**BEST, "save_total_limit": 1},
+    "best checkpoints only": {**BEST, "save_strategy": "best"},
+    "best, adapter per stage": {
+        **BEST,
+        "learning_rate": 1e-2,
+        "adapter_per_stage": True,
+        "peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    },
+    "evaluation at the start": {"eval_on_start": True},
+    "models only": {"save_only_model": True},
+    "noise": {"neftune_noise_alpha": 5.0},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_options_through_a_resume(tmp_path, name):
+    settings = RESUMED[name]
+    whole = build(tmp_path / "whole", **settings)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cut", callbacks=[Interrupt("2-writing", 2)], **settings).train()
+    resumed = build(tmp_path / "cut", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(weights(whole), weights(resumed))
+    rewards = [
+        [entry.get("eval_reward", entry.get("reward")) for entry in trainer.log_history]
+        for trainer in (whole, resumed)
+    ]
+    assert rewards[0] == rewards[1]
+
+
+def test_a_stream_after_a_dataset(tmp_path):
+    rows = [{"prompt": row["prompt"]} for row in lab_rows("writing", "train", 48)]
+    stream = writing_domain(reward_funcs=text_reward, train_dataset=Dataset.from_list(rows).to_iterable_dataset())
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 1}
+    trainer = build(tmp_path, domains=[math_domain(), stream], max_steps=1, **workers)
+    trainer.train()
+    assert [record.steps for record in trainer.manifest.stages] == [0, 1, 1]
+    assert trainer.args.dataloader_num_workers == 1
+
+
+def test_the_loss_scaler_begins_anew_with_each_stage(tmp_path):
+    trainer = build(tmp_path)
+    trainer.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    trainer._scaler_state = scaler.state_dict()
+    scaler.scale(torch.ones(1))
+    scaler.update(new_scale=2.0)
+    assert scaler.get_scale() == 2.0
+    trainer._reset()
+    assert trainer.accelerator.scaler.get_scale() == 4.0
