@@ -72,6 +72,12 @@ def load_resume_state(trainer: "SequentialGRPOTrainer", folder: str | Path) -> N
     """
     folder, rank = Path(folder), trainer.args.process_index
     path = folder / f"resume_state_{rank}.json"
+    surplus = folder / f"resume_state_{trainer.args.world_size}.json"
+    if surplus.exists():
+        raise ValueError(
+            f"{surplus}: found. The checkpoint was written by more than {trainer.args.world_size} processes; a run "
+            "goes on with as many processes as it began with"
+        )
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -121,7 +127,7 @@ def _fault(checkpoint: Path) -> str | None:
         try:
             json.loads((checkpoint / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return f"{name} is missing"
+            return f"{name} is missing" + (", as with save_only_model" if name.startswith("resume") else "")
         except (OSError, ValueError) as error:
             return f"{name}: {error}"
     for path in checkpoint.rglob("*"):

@@ -682,6 +682,17 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
         return sampler
 
+    def _run_epoch(self, **kwargs):
+        checkpoint = kwargs["resume_from_checkpoint"]
+        control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        ended = self.state.global_step >= self.state.max_steps or control.get("should_training_stop")
+        if checkpoint is not None and ended:
+            # transformers would make one more step from the checkpoint at the end of a stage.
+            self._load_rng_state(checkpoint)
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.adapter_per_stage:
