@@ -374,12 +374,32 @@ from trl_interfere import Domain, Scorer
 folder = sys.argv[1]
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
-domain = Domain("numbers", metric=lambda completions, **kwargs: [len(text) / 8 for text in completions])
+calls = []
+
+def length(completions, **kwargs):
+    calls.append(len(completions))
+    return [len(text) / 8 for text in completions]
+
+def fail(completions, **kwargs):
+    raise RuntimeError("out of paper")
+
+domain = Domain("numbers", metric=length)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="float64")
 scorer = Scorer(AutoTokenizer.from_pretrained(folder), max_new_tokens=6)
 scores = scorer.score_distributed(model, domain, load_from_disk(f"{folder}/prompts"), accelerator)
+# Fewer prompts than processes: every process takes part in generation nevertheless.
+generated = []
+complete_ids = scorer.complete_ids
+scorer.complete_ids = lambda model, prompts: generated.append(len(prompts)) or complete_ids(model, prompts)
+one = scorer.score_distributed(model, domain, load_from_disk(f"{folder}/prompts").select([0]), accelerator)
+assert generated == [1] and one.values.tolist() == scores.values[:1].tolist()
+assert calls == ([5, 1] if accelerator.is_main_process else [])  # the metric is called once
+try:
+    scorer.score_distributed(model, Domain("numbers", metric=fail), load_from_disk(f"{folder}/prompts"), accelerator)
+except ValueError as error:
+    message = str(error)
 with open(f"{folder}/{accelerator.process_index}.json", "w") as file:
-    json.dump({"values": scores.values.tolist(), "completions": scores.completions}, file)
+    json.dump({"values": scores.values.tolist(), "completions": scores.completions, "error": message}, file)
 accelerator.end_training()
 """
 
@@ -406,4 +426,5 @@ def test_two_processes_get_the_scores_of_one(make_model, tokenizer, make_domain,
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found.pop("error") == "domain 'numbers', fail: raised RuntimeError: out of paper"
         assert found == {"values": expected.values.tolist(), "completions": expected.completions}
