@@ -156,7 +156,10 @@ BAD_FILES = {
     ),
     "unknown reward": (change("domains.0.rewards", "exact_mtach"), "'exact_mtach' is neither a built-in reward"),
     "missing reward module": (change("domains.0.rewards", "nowhere.reward"), "cannot import 'nowhere.reward'"),
-    "reward without its column": (change("domains.0.rewards", "lab_code"), "domain 'math', code_reward: raised"),
+    "reward without its column": (
+        change("domains.0.rewards", "lab_code"),
+        "domain 'math', code_reward: expected a column",
+    ),
     "reward that raises": (
         change("domains.0.rewards", f"{__name__}.raising_reward"),
         "domain 'math', raising_reward: raised RuntimeError: out of paper",

@@ -118,9 +118,9 @@ class FullDisk(TrainerCallback):
             self._fill()
 
 
-def on_a_full_disk(size, step, folder, **settings):
+def on_a_full_disk(size, step, folder, **more):
     try:
-        go_on(folder, callbacks=[FullDisk(size, step)], **settings)
+        go_on(folder, callbacks=[FullDisk(size, step), *more.values()])
     finally:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -529,3 +529,20 @@ def test_a_tokenizer_without_a_pad_token_works(tmp_path):
     trainer.train()
     assert tokenizer.pad_token == tokenizer.eos_token  # TRL's way
     assert trainer.score_matrix.stages == ["0-base", "1-math", "2-writing"]
+
+
+def test_a_stage_that_was_stopped_early_stays_so(tmp_path, earned):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if args.output_dir.endswith("2-writing") and state.global_step == 2:
+                control.should_save = control.should_training_stop = True
+
+    folders = [tmp_path / name for name in ("whole", "full")]
+    for folder in folders:
+        shutil.copytree(earned, folder)
+    stopped = go_on(folders[0], callbacks=[Stop()])
+    with pytest.raises(OSError, match="stages/2-writing: cannot be written"):
+        on_a_full_disk(MEGABYTE, None, folders[1], stop=Stop())
+    resumed = go_on(folders[1])
+    assert_same(weights(stopped), weights(resumed))
+    assert resumed.manifest.stages[2].steps == 2
