@@ -311,7 +311,10 @@ class SequentialGRPOTrainer(GRPOTrainer):
             self.manifest.load()
             folders = [record.folder for record in self.manifest.stages if record.folder is not None]
             if folders:
+                # Nothing is sharded yet, and a stage folder holds no FSDP checkpoint but plain weights.
+                sharded, self.is_fsdp_enabled = self.is_fsdp_enabled, False
                 self._load_from_checkpoint(str(self.manifest.folder / folders[-1]))
+                self.is_fsdp_enabled = sharded
         elif self.accelerator.is_main_process:
             self.manifest.save()
         self.accelerator.wait_for_everyone()
@@ -363,6 +366,11 @@ class SequentialGRPOTrainer(GRPOTrainer):
         # What TRL and transformers carry from one `train()` to the next.
         self.optimizer = None
         self.lr_scheduler = None
+        if self.accelerator.is_fsdp2:
+            # Scoring leaves the weights of the root gathered: an optimizer built on those would not train them.
+            for module in self.model.modules():
+                if hasattr(module, "reshard"):
+                    module.reshard()
         self._step = 0
         self._buffered_inputs = None
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
