@@ -22,7 +22,6 @@ from transformers import TrainerCallback
 from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer, StageCallback
 from trl_interfere.lab.build import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
-from trl_interfere.training.manifest import Manifest
 from trl_interfere.training.schedule import Stage
 
 

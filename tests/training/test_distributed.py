@@ -21,10 +21,15 @@ from trl_interfere.lab.build import MODEL_FOLDER
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 STAGES = [("base", None, 0), ("train", "math", 2), ("train", "writing", 2), ("refresh", "writing", 2)]
-DISTRIBUTED = ["two processes", "fsdp2"]
 
 
-def launch(config: Path, folder: Path, *options: str) -> subprocess.CompletedProcess:
+def launch(way: str, folder: Path, *options: str) -> subprocess.CompletedProcess:
+    config = CONFIGS / "cpu.yaml"
+    if way == "fsdp2":
+        settings = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
+        config = folder.with_name("fsdp2-cpu.yaml")
+        config.write_text(yaml.safe_dump({**settings, "mixed_precision": "no", "num_processes": 2, "use_cpu": True}))
+        options = ("--fsdp-on-cpu", *options)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
@@ -32,39 +37,23 @@ def launch(config: Path, folder: Path, *options: str) -> subprocess.CompletedPro
     )
 
 
-def launched(config: Path, folder: Path, *options: str) -> Path:
-    result = launch(config, folder, *options)
+def launched(way: str, folder: Path, *options: str) -> None:
+    result = launch(way, folder, *options)
     assert result.returncode == 0, result.stderr[-4000:]
-    return folder
 
 
-def in_one_process(folder: Path, configs: Path) -> Path:
+def in_this_process(way: str, folder: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         main(folder)
     finally:
         torch.set_num_threads(threads)
-    return folder
 
 
-def in_two_processes(folder: Path, configs: Path) -> Path:
-    return launched(CONFIGS / "cpu.yaml", folder)
-
-
-def under_fsdp2(folder: Path, configs: Path) -> Path:
-    return launched(fsdp2_on_cpu(configs), folder, "--fsdp-on-cpu")
-
-
-# Each way takes the folder of the run and one for its files; `--process-per-stage` belongs here.
-WAYS = {"one process": in_one_process, "two processes": in_two_processes, "fsdp2": under_fsdp2}
-
-
-def fsdp2_on_cpu(folder: Path) -> Path:
-    config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
-    path = folder / "fsdp2-cpu.yaml"
-    path.write_text(yaml.safe_dump({**config, "mixed_precision": "no", "num_processes": 2, "use_cpu": True}))
-    return path
+# How the run can be run: functions that take the name of the way and the folder. `--process-per-stage` belongs here.
+WAYS = {"one process": in_this_process, "two processes": launched, "fsdp2": launched}
+DISTRIBUTED = [way for way, start in WAYS.items() if start is launched]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +63,8 @@ def runs(tmp_path_factory):
 
     def run(way: str) -> Path:
         if way not in finished:
-            folder = tmp_path_factory.mktemp("runs")
-            finished[way] = WAYS[way](folder / "run", folder)
+            finished[way] = tmp_path_factory.mktemp("runs") / "run"
+            WAYS[way](way, finished[way])
         return finished[way]
 
     return run
@@ -163,14 +152,11 @@ def test_two_processes_and_one_start_from_the_same_scores(runs):
     ("way", "stage", "step", "rank"), [("two processes", "2-writing", 1, 1), ("fsdp2", "3-refresh-writing", 1, 0)]
 )
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, runs, way, stage, step, rank):
-    config, options = (
-        (CONFIGS / "cpu.yaml", []) if way == "two processes" else (fsdp2_on_cpu(tmp_path), ["--fsdp-on-cpu"])
-    )
     folder = tmp_path / "cut"
-    result = launch(config, folder, *options, "--kill", stage, str(step), str(rank))
+    result = launch(way, folder, "--kill", stage, str(step), str(rank))
     assert result.returncode != 0 and "SIGKILL" in result.stderr
     assert len(stages(folder)) == int(stage[0]) and not list(folder.glob("rank-*"))
-    launched(config, folder, *options, "--resume")
+    launched(way, folder, "--resume")
     for rank in (0, 1):
         assert_same(folder / f"rank-{rank}.safetensors", runs(way) / f"rank-{rank}.safetensors")
     for before, after in zip(stages(runs(way)), stages(folder), strict=True):
