@@ -337,9 +337,9 @@ class SequentialGRPOTrainer(GRPOTrainer):
     def _restore_stage_start(self) -> None:
         """Go back to the weights that a stage starts from, after one was left in its middle."""
         folders = [record.folder for record in self.manifest.stages if record.folder is not None]
-        if not folders:
+        if not folders or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                f"{self.manifest.folder}: the first stage was left in its middle and its start is not in memory; "
+                f"{self.manifest.folder}: a stage was left in its middle and its start is not in memory; "
                 "build a new trainer and call train(resume_from_checkpoint=True)"
             )
         self._load_stage(self.manifest.folder / folders[-1])
@@ -348,7 +348,10 @@ class SequentialGRPOTrainer(GRPOTrainer):
         if self.args.adapter_per_stage:
             load_stage_adapters(self.accelerator.unwrap_model(self.model), folder)
         else:
+            # A stage folder holds plain weights and no FSDP checkpoint; nothing is sharded before the first stage.
+            sharded, self.is_fsdp_enabled = self.is_fsdp_enabled, False
             self._load_from_checkpoint(str(folder))
+            self.is_fsdp_enabled = sharded
 
     def _finish_stage(self, stage: Stage, steps: int, seconds: float) -> None:
         index = len(self.manifest.stages)
@@ -508,8 +511,13 @@ class SequentialGRPOTrainer(GRPOTrainer):
 
     def _reset(self) -> None:
         # What TRL and transformers carry from one `train()` to the next.
-        self.optimizer = None
-        self.lr_scheduler = None
+        self.optimizer = self.callback_handler.optimizer = None
+        self.lr_scheduler = self.callback_handler.lr_scheduler = None
+        if self.accelerator.is_fsdp2:
+            # Scoring leaves the weights of the root gathered: an optimizer built on those would not train them.
+            for module in self.model.modules():
+                if hasattr(module, "reshard"):
+                    module.reshard()
         self._step = 0
         self._buffered_inputs = None
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
