@@ -265,9 +265,7 @@ class Manifest:
         self._text = json.dumps(content, indent=2) + "\n"
         write_atomically(self.path, self._text)
 
-    def write_scores(
-        self, name: str, domain: str, values: np.ndarray, completions: list[str], write: bool = True
-    ) -> dict[str, Any]:
+    def write_scores(self, name: str, domain: str, values: np.ndarray, completions: list[str]) -> dict[str, Any]:
         """
         Keep per-prompt scores beside the manifest.
 
@@ -280,20 +278,17 @@ class Manifest:
                 Score of each prompt.
             completions (`list[str]`):
                 What the model wrote, the same number for each prompt.
-            write (`bool`, *optional*, defaults to `True`):
-                Whether to write the file; one process of several does.
 
         Returns:
             `dict`: `value`, `low`, `high`, `n` and `file`, as they stand in the manifest.
         """
         file = Path("scores") / name / f"{domain}.jsonl"
-        if write:
-            each = len(completions) // len(values)
-            lines = (
-                json.dumps({"score": float(value), "completions": completions[row * each : (row + 1) * each]})
-                for row, value in enumerate(values)
-            )
-            write_atomically(self.folder / file, "".join(line + "\n" for line in lines))
+        each = len(completions) // len(values)
+        lines = (
+            json.dumps({"score": float(value), "completions": completions[row * each : (row + 1) * each]})
+            for row, value in enumerate(values)
+        )
+        write_atomically(self.folder / file, "".join(line + "\n" for line in lines))
         return {**score(values).to_dict(), "file": file.as_posix()}
 
     def read_scores(self, record: StageRecord, domain: str) -> np.ndarray:

@@ -379,19 +379,20 @@ class SequentialGRPOTrainer(GRPOTrainer):
     def _score_stage(self) -> None:
         """Score the domains that the current stage lacks, and record it as finished."""
         record = self.manifest.current
-        with unwrap_model_for_generation(
+        unwrapped = unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-        ) as model:
+        )
+        # The base model is not prepared yet, and would be scored in another precision than the stages.
+        with unwrapped as model, self.accelerator.autocast():
             for domain in self.domains.values():
                 if domain.eval_dataset is None or domain.name in record.scores:
                     continue
                 result = self.scorer.score_distributed(model, domain, domain.eval_dataset, self.accelerator)
-                main = self.accelerator.is_main_process
-                entry = self.manifest.write_scores(
-                    record.name, domain.name, result.values, result.completions, write=main
-                )
+                entry = None
+                if self.accelerator.is_main_process:
+                    entry = self.manifest.write_scores(record.name, domain.name, result.values, result.completions)
                 record.scores[domain.name] = self._from_main(entry)  # callbacks must decide alike in every process
-                if main:
+                if self.accelerator.is_main_process:
                     self.manifest.save()
         if self.accelerator.is_main_process:
             self.manifest.append(record)
