@@ -168,7 +168,9 @@ class SequentialGRPOTrainer(GRPOTrainer):
         """Scores of every domain after every finished stage."""
         return self.manifest.score_matrix([name for name, domain in self.domains.items() if domain.eval_dataset])
 
-    def train(self, resume_from_checkpoint: bool | None = None, **kwargs) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: bool | None = None, max_stages: int | None = None, **kwargs
+    ) -> TrainOutput:
         """
         Run all stages that are not finished.
 
@@ -176,6 +178,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
             resume_from_checkpoint (`bool`, *optional*):
                 If `True`, continue the run in `args.output_dir`, wherever it stopped; an empty folder starts a new
                 run. Otherwise the folder must not hold a run.
+            max_stages (`int`, *optional*):
+                Return after so many stages; the scoring of the base model does not count. Defaults to all of them.
             **kwargs:
                 Further arguments of [`~transformers.Trainer.train`].
 
@@ -194,8 +198,10 @@ class SequentialGRPOTrainer(GRPOTrainer):
         output = TrainOutput(0, 0.0, {})
         if not self.manifest.stages:
             self._finish_stage(Stage(domain=None, kind="base"), steps=0, seconds=0.0)
-        while (stage := self.next_stage()) is not None:
+        ran = 0
+        while ran != max_stages and (stage := self.next_stage()) is not None:
             output = self._run_stage(stage, **kwargs)
+            ran += 1
         return output
 
     def next_stage(self) -> Stage | None:
