@@ -45,18 +45,27 @@ class StageProgress(StageCallback):
     Args:
         steps (`list[int]`):
             Optimizer steps of each stage of the schedule, see [`stage_steps`].
+        bars (`bool`, *optional*, defaults to `True`):
+            Whether to show bars on a terminal, too.
         interval (`float`, *optional*, defaults to `60.0`):
-            Seconds between two lines where there is no terminal.
+            Seconds between two lines where there are no bars.
         console ([`~rich.console.Console`], *optional*):
             Where to write. Defaults to standard error.
     """
 
-    def __init__(self, steps: list[int], interval: float = 60.0, console: Console | None = None):
+    def __init__(self, steps: list[int], bars: bool = True, interval: float = 60.0, console: Console | None = None):
         self.steps = steps
         self.interval = interval
         self.console = console or Console(stderr=True, soft_wrap=True, highlight=False)
-        self.bars: Progress | None = None
-        self.run_task = self.stage_task = None
+        # The mean over all steps so far, as a step may take minutes.
+        self.bars = progress_bars(
+            self.console,
+            disable=not (bars and self.console.is_terminal),
+            speed_estimate_period=math.inf,
+            transient=True,
+        )
+        self.run_task = self.bars.add_task("run", total=None)
+        self.stage_task = None
         self.trained = 0
 
     def request_stage(self, stages, score_matrix, schedule_finished):
@@ -72,13 +81,8 @@ class StageProgress(StageCallback):
         self.ahead = sum(self.steps[self.trained + (stage.kind == "train") :])
 
     def on_train_begin(self, args, state, control, **kwargs):
-        resumed = f", from step {state.global_step}" if state.global_step else ""
-        self.console.print(f"{self.label}, {state.max_steps} steps{resumed}")
-        if self.bars is None:  # the mean over all steps so far: a step may take minutes
-            self.bars = progress_bars(
-                self.console, disable=not self.console.is_terminal, speed_estimate_period=math.inf, transient=True
-            )
-            self.run_task = self.bars.add_task("run", total=None)
+        steps = "1 step" if state.max_steps == 1 else f"{state.max_steps} steps"
+        self.console.print(f"{self.label}, {steps}" + (f", from {state.global_step}" if state.global_step else ""))
         done = self.bars.tasks[0].completed + state.global_step
         total = done + state.max_steps - state.global_step + self.ahead
         self.bars.update(self.run_task, completed=done, total=total)
@@ -93,7 +97,7 @@ class StageProgress(StageCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.bars.advance(self.stage_task)
         self.bars.advance(self.run_task)
-        if not self.console.is_terminal and time.monotonic() - self.spoke >= self.interval:
+        if self.bars.disable and time.monotonic() - self.spoke >= self.interval:
             self.spoke = time.monotonic()
             run, stage = self.bars.tasks
             self.console.print(
@@ -114,11 +118,10 @@ class StageProgress(StageCallback):
 
     def close(self) -> None:
         """Take the bars off the terminal."""
-        if self.bars is not None:
-            self.bars.stop()
-            if self.stage_task is not None:
-                self.bars.remove_task(self.stage_task)
-                self.stage_task = None
+        self.bars.stop()
+        if self.stage_task is not None:
+            self.bars.remove_task(self.stage_task)
+            self.stage_task = None
 
 
 def _left(seconds: float | None) -> str:

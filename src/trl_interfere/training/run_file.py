@@ -39,6 +39,7 @@ def load_run(
     args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
     if run.refresh is not None:
         check_names(run.refresh, RefreshCallback.__init__.__annotations__, f"{path}, refresh")
+        RefreshCallback(**run.refresh)  # refuses values that do not fit
     return run, args
 
 
