@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model, set_seed
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -231,8 +231,9 @@ class SequentialGRPOTrainer(GRPOTrainer):
         self.train_dataset = self.domains[stage.domain].train_dataset
         folder = self.manifest.folder / "checkpoints" / stage_name(index, stage.kind, stage.domain)
         with self._stage_args(stage, folder, self._stage_seed(index)):
-            checkpoint = last_whole_checkpoint(folder)
-            set_seed(self.args.seed)
+            checkpoint = self._from_main(last_whole_checkpoint(folder))
+            # As TRL does at construction: processes that share a group of completions must not sample the same ones.
+            set_seed(self.args.seed, device_specific=True)
             start = time.perf_counter()
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             seconds = time.perf_counter() - start
@@ -261,6 +262,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
             reason=stage.reason,
             versions={"trl-interfere": __version__, **{package: version(package) for package in _PACKAGES}},
         )
+        record = self._from_main(record)  # callbacks must decide alike in every process
         if self.accelerator.is_main_process:
             self.manifest.append(record)
         else:
@@ -300,11 +302,16 @@ class SequentialGRPOTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
         return scores
 
+    def _from_main(self, value: Any) -> Any:
+        # Processes that look at the disk while another one writes may see different things.
+        return broadcast_object_list([value])[0]
+
     def _open_manifest(self, resume: bool) -> None:
+        exists = self._from_main(self.manifest.path.exists())
         if self.manifest.stages:  # a second train() of this object: the weights are live
             if not resume:
                 raise ValueError(f"{self.manifest.path}: {_HOLDS_A_RUN}")
-        elif self.manifest.path.exists():
+        elif exists:
             if not resume:
                 raise ValueError(f"{self.manifest.path}: {_HOLDS_A_RUN}")
             self.manifest.load()
@@ -387,6 +394,11 @@ class SequentialGRPOTrainer(GRPOTrainer):
             for column, name in enumerate(self._reward_domains):
                 rewards[[row != name for row in rows], column] = torch.nan
         return rewards
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # The main process writes trainer_state.json next, which must stand for the files of every process.
+        self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
