@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.filesize import decimal
 from rich.table import Table
@@ -104,7 +105,12 @@ class RunPlan:
             [`rich.console.Group`]: Tables and lines.
         """
         todo = [plan for plan in self.stages if not plan.done]
-        schedule = Table(title=f"{len(todo)} of {len(self.stages)} stages to do", caption="Tokens are upper bounds.")
+        schedule = Table(
+            title=f"{len(todo)} of {len(self.stages)} stages to do",
+            caption="Tokens are upper bounds.",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
         for name in ("stage", "kind", "domain"):
             schedule.add_column(name, overflow="fold")
         for name in ("steps", "learning\nrate", "prompts", "tokens\ngenerated", "tokens\ntrained on"):
@@ -126,7 +132,7 @@ class RunPlan:
         schedule.add_row("to do", "", "", steps, "", *totals)
 
         needed = sum(self.disk.values())
-        disk = Table(title=f"Disk for {self.output_dir}, at most")
+        disk = Table(title=f"Disk for {self.output_dir}, at most", box=SIMPLE_HEAD, pad_edge=False)
         disk.add_column("content")
         disk.add_column("size", justify="right")
         for content, size in self.disk.items():
@@ -136,7 +142,7 @@ class RunPlan:
         disk.add_row("free", decimal(self.free))
 
         lines = [
-            f"Scoring: {self.score_prompts:,} prompts, {self.score_rounds} times, "
+            f"Scoring: {self.score_prompts:,} prompts, {self.score_rounds} times over, "
             f"at most {self.score_tokens:,} tokens generated."
         ]
         if self.refresh is not None:
@@ -275,7 +281,7 @@ def model_bytes(run: RunFile, args: SequentialGRPOConfig) -> tuple[int, int]:
     known = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
     try:
         config = AutoConfig.from_pretrained(run.model, **{"trust_remote_code": args.trust_remote_code, **known})
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"model: {run.model!r} is neither a folder with a config and safetensors weights nor readable from the "
             f"Hub ({error})"
