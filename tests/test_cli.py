@@ -297,9 +297,12 @@ def test_dry_run_of_a_run_that_has_begun(tmp_path, content, run, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == files
 
 
-@pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
-def test_evaluate(tmp_path, content, run, peft):
+@pytest.mark.parametrize(
+    ("peft", "bf16"), [(None, False), ({"r": 4, "target_modules": ["q_proj", "v_proj"]}, False), (None, True)]
+)
+def test_evaluate(tmp_path, content, run, peft, bf16):
     content["peft"] = peft
+    content["training"]["bf16"] = bf16
     content["training"]["learning_rate"] = 1e-2
     content["domains"][0]["selection"] = {"path": "math_test.jsonl", "limit": 6}
     config = write(tmp_path, content)
@@ -319,10 +322,11 @@ def test_evaluate(tmp_path, content, run, peft):
         for domain, expected in record["scores"].items():
             found = entry["scores"][domain]
             written = [path.read_text() for path in (folder / found["file"], tmp_path / "out" / expected["file"])]
-            assert written[0] == written[1]
+            if not (bf16 and record["kind"] == "base"):  # the trainer scores the base model without autocast
+                assert written[0] == written[1]
             values[-1][domain] = np.array([json.loads(line)["score"] for line in written[0].splitlines()])
-            assert f"{expected['value']:.1f}" in out
-            assert {key: found[key] for key in ("value", "n")} == {key: expected[key] for key in ("value", "n")}
+            assert f"{found['value']:.1f} [{found['low']:.1f}, {found['high']:.1f}]" in " ".join(out.split())
+            assert found["n"] == expected["n"] and found["value"] == pytest.approx(100 * values[-1][domain].mean())
     change = scores["models"][1]["difference_from_first"]["math"]
     assert change == difference(values[1]["math"], values[0]["math"]).to_dict() and change["value"] != 0
     assert scores["schema_version"] == 1 and f"{change['value']:.1f} [{change['low']:.1f}" in out

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from rich.console import Console
@@ -73,7 +74,10 @@ def evaluate_checkpoints(
         "max_new_tokens": settings["score_max_new_tokens"] or settings["max_completion_length"],
         **sampling,
     }
+    # In the precision of the training, so that a stage gets the scores that it got there.
+    precision = "float16" if settings["fp16"] else "float32" if settings["bf16"] is False else "bfloat16"
     device = PartialState(cpu=bool(settings["use_cpu"])).device
+    autocast = torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
     dtype = (settings["model_init_kwargs"] or {}).get("dtype", "float32")
     store = Manifest(output_dir, {})
     results: list[dict[str, Any]] = []
@@ -86,7 +90,8 @@ def evaluate_checkpoints(
         scores = {}
         values.append({})
         for domain, dataset in chosen:
-            result = scorer.score(model.to(device), domain, dataset)
+            with autocast:
+                result = scorer.score(model.to(device), domain, dataset)
             label = f"{position}-{Path(name).name}"
             scores[domain.name] = store.write_scores(label, domain.name, result.values, result.completions)
             values[-1][domain.name] = result.values
@@ -97,7 +102,13 @@ def evaluate_checkpoints(
         )
         results.append({"model": name, "scores": scores, "difference_from_first": changes})
         del model
-    evaluation = {"schema_version": SCHEMA_VERSION, "split": split, "sampling": sampling, "models": results}
+    evaluation = {
+        "schema_version": SCHEMA_VERSION,
+        "split": split,
+        "sampling": sampling,
+        "precision": {"weights": dtype, "autocast": precision},
+        "models": results,
+    }
     write_atomically(output_dir / "scores.json", json.dumps(evaluation, indent=2) + "\n")
     return evaluation
 
