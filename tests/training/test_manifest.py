@@ -1,6 +1,7 @@
 import json
 import os
 import stat
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,10 +112,48 @@ def test_missing_files(missing, manifest):
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"schema_version": 1', "\x80", "[1,]"])
-def test_broken_json(content, manifest):
+def test_broken_json(content, manifest, caplog):
     (manifest.folder / "stages.json").write_bytes(content.encode("latin-1"))
+    assert reopened(manifest).stages == manifest.stages[:-1]  # the one before the last change
+    assert "going on from" in caplog.text and "stages.json.previous" in caplog.text
+    manifest.previous_path.unlink()
     with pytest.raises(ValueError, match="stages.json: expected JSON, found something else"):
         reopened(manifest)
+
+
+def test_a_half_written_manifest_is_skipped(manifest, caplog):
+    leftover = manifest.folder / ".stages.json.4242.tmp"
+    leftover.write_text('{"schema_version": 1, "stages": [')
+    assert reopened(manifest).stages == manifest.stages
+    assert "half-written" in caplog.text and not leftover.exists()
+
+
+def test_a_longer_schedule_and_more_domains_are_the_same_run(manifest):
+    first, second = ({"domain": name, "kind": "train", "overrides": {}} for name in ("math", "qa"))
+    manifest.run.update(schedule=[first], domains={"math": {"rows": 3}})
+    manifest.save()
+    domains = {"math": {"rows": 3}, "qa": {"rows": 5}}
+    longer = {**manifest.run, "schedule": [first, second], "domains": domains}
+    assert reopened(manifest, longer).stages == manifest.stages
+    for change in (
+        {"schedule": [second, first]},
+        {"schedule": []},
+        {"schedule": [{**first, "overrides": {"max_steps": 1}}]},
+        {"domains": {"qa": {"rows": 5}}},
+        {"domains": {"math": {"rows": 4}, "qa": {"rows": 5}}},
+    ):
+        with pytest.raises(ValueError, match="belongs to another run"):
+            reopened(manifest, {**longer, **change})
+
+
+def test_a_stage_that_is_not_scored_yet(manifest):
+    scores = {"math": manifest.stages[0].scores["math"]}
+    manifest.current = replace(manifest.stages[-1], index=3, scores=scores)
+    manifest.save()
+    again = reopened(manifest)
+    assert again.current == manifest.current and len(again.stages) == 3
+    again.append(again.current)
+    assert reopened(manifest).current is None and len(reopened(manifest).stages) == 4
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])

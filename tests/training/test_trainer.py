@@ -6,115 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from tiny_runs import (
+    SETTINGS,
+    AskOnce,
+    Interrupt,
+    assert_same,
+    build,
+    config,
+    math_domain,
+    text_reward,
+    weights,
+    writing_domain,
+)
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer, StageCallback
+from trl_interfere import SequentialGRPOTrainer
 from trl_interfere.lab.build import MODEL_FOLDER
-from trl_interfere.lab.domains import lab_rows
 from trl_interfere.lab.math import math_reward
-from trl_interfere.training.schedule import Stage
-from trl_interfere.training.trainer import last_whole_checkpoint
-
-
-SETTINGS = {
-    "max_steps": 3,
-    "learning_rate": 1e-3,
-    "per_device_train_batch_size": 8,
-    "num_generations": 4,
-    "max_completion_length": 8,
-    "bf16": False,
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "save_steps": 1,
-    "seed": 7,
-}
-
-
-def text_reward(completions, **kwargs):
-    """Differs between nearly any two texts, so that every step changes the weights."""
-    return [sum(map(ord, completion)) % 97 / 97 for completion in completions]
-
-
-def config(folder, **settings) -> SequentialGRPOConfig:
-    return SequentialGRPOConfig(output_dir=str(folder), **{**SETTINGS, **settings})
-
-
-def math_domain(**settings) -> Domain:
-    rows = lab_rows("math", "train", 64)
-    return Domain(
-        **{
-            "name": "math",
-            "train_dataset": Dataset.from_list(rows[:48]),
-            "eval_dataset": Dataset.from_list(rows[48:]),
-            "reward_funcs": [math_reward, text_reward],
-            **settings,
-        }
-    )
-
-
-def writing_domain(**settings) -> Domain:
-    # Other columns than math: a reward must only ever see rows of its own domain.
-    rows = [{"prompt": row["prompt"], "words": row["words"]} for row in lab_rows("writing", "train", 64)]
-
-    def words_reward(completions, words, **kwargs):
-        assert all(" " in pair for pair in words)
-        return text_reward(completions)
-
-    return Domain(
-        **{
-            "name": "writing",
-            "train_dataset": Dataset.from_list(rows[:48]),
-            "eval_dataset": Dataset.from_list(rows[48:]),
-            "reward_funcs": words_reward,
-            **settings,
-        }
-    )
-
-
-def build(folder, domains=None, callbacks=None, peft_config=None, **settings) -> SequentialGRPOTrainer:
-    return SequentialGRPOTrainer(
-        model=str(MODEL_FOLDER),
-        args=config(folder, **settings),
-        domains=domains or [math_domain(), writing_domain()],
-        callbacks=callbacks,
-        peft_config=peft_config,
-    )
-
-
-def weights(trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
-
-
-def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
-class Interrupt(TrainerCallback):
-    """Stops a run as a crash would, at one step of one stage."""
-
-    def __init__(self, domain_folder: str, step: int):
-        self.domain_folder, self.step = domain_folder, step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if args.output_dir.endswith(self.domain_folder) and state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-class AskOnce(StageCallback):
-    """Asks for one refresh of a domain when the schedule has finished."""
-
-    def request_stage(self, stages, score_matrix, schedule_finished):
-        if schedule_finished and not any(record.kind == "refresh" for record in stages):
-            return Stage("math", kind="refresh", overrides={"max_steps": 2})
-        return None
 
 
 @pytest.fixture(scope="module")
@@ -212,16 +123,6 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, run, stage, step,
     assert_same(weights(whole), weights(resumed))
     for name, values in whole.score_matrix.values[-1].items():
         assert values.tolist() == resumed.score_matrix.values[-1][name].tolist()
-
-
-def test_a_half_written_checkpoint_is_skipped(tmp_path):
-    for step, state in ((10, "{}"), (20, '{"cut": '), (30, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert last_whole_checkpoint(tmp_path / "missing") is None
 
 
 def test_stage_overrides_hold_for_their_stage_only(tmp_path):

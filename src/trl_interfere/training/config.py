@@ -1,6 +1,8 @@
 """Configuration of [`SequentialGRPOTrainer`]."""
 
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -31,6 +33,12 @@ class SequentialGRPOConfig(GRPOConfig):
         keep_checkpoints (`bool`, *optional*, defaults to `False`):
             Whether to keep the `checkpoint-*` folders of a stage after it has finished. They hold optimizer states;
             the finished stage itself is always kept under `stages/`.
+        kl_reference (`str`, *optional*, defaults to `"base"`):
+            Model that the KL penalty of `beta` measures from: `"base"`, the model before the first stage, as in
+            [`~trl.GRPOTrainer`], or `"stage"`, the model at the start of each stage.
+        adapter_per_stage (`bool`, *optional*, defaults to `False`):
+            With LoRA, whether each stage trains an adapter of its own on top of those of the earlier stages, which
+            stay active and frozen. Otherwise one adapter goes through all stages.
     """
 
     order: list[str] | None = field(
@@ -58,23 +66,150 @@ class SequentialGRPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Whether to keep the `checkpoint-*` folders of a stage after it has finished."},
     )
+    kl_reference: str = field(
+        default="base",
+        metadata={
+            "help": "Model that the KL penalty measures from: before the first stage, or at the start of each.",
+            "choices": ["base", "stage"],
+        },
+    )
+    adapter_per_stage: bool = field(
+        default=False,
+        metadata={"help": "With LoRA, whether each stage trains an adapter of its own on top of the earlier ones."},
+    )
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["stage_overrides"]
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name, (neutral, reason) in REFUSED_OPTIONS.items():
+            if getattr(self, name) != neutral:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not supported, {reason}")
+        if self.kl_reference not in ("base", "stage"):
+            raise ValueError(f"kl_reference: expected 'base' or 'stage', found {self.kl_reference!r}")
 
-# Settings that TRL reads anew for every `train()` and that may therefore differ between stages. Everything else
-# (temperature, completion length, beta, the vLLM engine, ...) is fixed when the trainer is built.
+    def stage_settings(self, overrides: dict[str, Any], where: str = "stage_overrides") -> dict[str, Any]:
+        """
+        Values that this configuration takes in a stage, with those that follow from them.
+
+        Args:
+            overrides (`dict`):
+                Settings of the stage, names of `STAGE_OPTIONS`.
+            where (`str`, *optional*, defaults to `"stage_overrides"`):
+                Where the settings stand, for the message.
+
+        Returns:
+            `dict`: The settings by name; `steps_per_generation` follows `gradient_accumulation_steps` where it does so
+            in the whole configuration, and `generation_batch_size` follows from the batch settings.
+
+        Raises:
+            `ValueError`: If a value has the wrong type, or the batch settings do not fit together.
+        """
+        settings = {name: self._stage_value(name, value, where) for name, value in overrides.items()}
+
+        def get(name: str) -> Any:
+            return settings.get(name, getattr(self, name))
+
+        batch = (
+            "gradient_accumulation_steps",
+            "num_generations",
+            "per_device_train_batch_size",
+            "steps_per_generation",
+        )
+        if any(name in settings for name in batch):
+            if (
+                "steps_per_generation" not in settings
+                and self.steps_per_generation == self.gradient_accumulation_steps
+            ):
+                settings["steps_per_generation"] = get("gradient_accumulation_steps")
+            size = get("per_device_train_batch_size") * self.world_size * get("steps_per_generation")
+            if size % get("num_generations") or get("num_generations") < 2:
+                raise ValueError(
+                    f"{where}: expected a generation batch ({size}) divisible by num_generations, at least 2; "
+                    f"found num_generations={get('num_generations')}"
+                )
+            settings["generation_batch_size"] = size
+        if get("eval_strategy") != "no":
+            generations = self.num_generations_eval or get("num_generations")
+            size = get("per_device_eval_batch_size") * self.world_size
+            if size % generations:
+                raise ValueError(
+                    f"{where}: expected an evaluation batch ({size}) that is divisible by its number of generations "
+                    f"({generations})"
+                )
+        return settings
+
+    def _stage_value(self, name: str, value: Any, where: str) -> Any:
+        current = getattr(self, name)
+        try:
+            if name == "scale_rewards":
+                return {True: "group", False: "none"}.get(value, value)
+            if isinstance(current, Enum):
+                # YAML reads a bare `no` as False
+                return type(current)("no" if value is False else value)
+            if isinstance(current, float):
+                return float(value)  # YAML reads 1e-5 as text
+            if isinstance(current, int) and (isinstance(value, bool) or int(value) != float(value)):
+                raise ValueError
+            return int(value) if isinstance(current, int) else value
+        except (TypeError, ValueError) as error:
+            kind = (
+                "one of " + str([member.value for member in type(current)])
+                if isinstance(current, Enum)
+                else ("a whole number" if isinstance(current, int) else "a number")
+            )
+            raise ValueError(f"{where}, {name}: expected {kind}, found {value!r}") from error
+
+
+# Settings that may differ between stages. Everything else (beta, the reward weights, the vLLM engine, ...) is fixed
+# when the trainer is built, and so is the temperature: TRL builds it into the forward pass of the model.
 STAGE_OPTIONS = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "epsilon",
+    "epsilon_high",
+    "eval_delay",
+    "eval_steps",
+    "eval_strategy",
+    "gradient_accumulation_steps",
     "learning_rate",
-    "max_steps",
-    "num_train_epochs",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
     "logging_steps",
+    "loss_type",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "max_completion_length",
+    "max_grad_norm",
+    "max_steps",
+    "num_generations",
+    "num_iterations",
+    "num_train_epochs",
+    "optim",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
     "save_steps",
     "save_strategy",
     "save_total_limit",
+    "scale_rewards",
+    "steps_per_generation",
+    "warmup_steps",
+    "weight_decay",
 )
+
+# Options of GRPOConfig that cannot be honoured, with the value that does nothing and the reason.
+REFUSED_OPTIONS = {
+    "ignore_data_skip": (False, "a resumed run would see other prompts than an uninterrupted one"),
+    "log_completions_hub_repo": (
+        None,
+        "completions are kept in a folder for each stage, which TRL's upload does not see; upload them afterwards",
+    ),
+    "push_to_hub": (
+        False,
+        "TRL would push the files of one stage over those of another; push the finished stage folder instead",
+    ),
+    "sync_ref_model": (
+        False,
+        "the reference that it moves is not part of a checkpoint, so that a resumed run would differ; use "
+        "kl_reference='stage' to move the reference between stages",
+    ),
+}

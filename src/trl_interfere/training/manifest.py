@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..evaluation.score_matrix import ScoreMatrix
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "stages.json"
+
+logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -135,7 +138,7 @@ class Manifest:
     The finished stages of a run, kept in `stages.json`.
 
     The file is replaced atomically, and only after all files of a stage are on disk. It alone decides what a resumed
-    run does next.
+    run does next. The manifest before the last change is kept as `stages.json.previous`.
 
     Args:
         folder (`str` or `pathlib.Path`):
@@ -148,47 +151,91 @@ class Manifest:
         self.folder = Path(folder)
         self.run = json.loads(json.dumps(run))
         self.stages: list[StageRecord] = []
+        self.current: StageRecord | None = None  # trained and saved, but not yet scored on every domain
+        self._text: str | None = None  # of the last whole manifest
 
     @property
     def path(self) -> Path:
         return self.folder / MANIFEST_NAME
 
+    @property
+    def previous_path(self) -> Path:
+        return self.folder / f"{MANIFEST_NAME}.previous"
+
+    def exists(self) -> bool:
+        """
+        Whether the folder holds a run.
+
+        Returns:
+            `bool`: `True` if there is a manifest, broken or not.
+        """
+        return self.path.exists() or self.previous_path.exists()
+
     def load(self) -> None:
         """
         Read the finished stages of an earlier process.
 
+        A manifest that is not JSON (cut off by a failing disk) is skipped with a warning where the one before it is
+        whole. The schedule may be longer than that of the earlier process, and there may be more domains.
+
         Raises:
             `ValueError`: If the file is broken, of another schema version, of another run, or names a missing folder.
         """
-        content = read_json(self.path, SCHEMA_VERSION)
+        for leftover in self.folder.glob(f".{MANIFEST_NAME}*.tmp"):
+            logger.warning("%s: half-written by a process that was killed, skipped", leftover)
+            leftover.unlink(missing_ok=True)
+        try:
+            content = read_json(self.path, SCHEMA_VERSION)
+        except (OSError, ValueError) as error:
+            broken = isinstance(error, OSError) or isinstance(error.__cause__, (json.JSONDecodeError, UnicodeError))
+            if not broken or not self.previous_path.exists():
+                raise
+            logger.warning("%s; going on from %s", error, self.previous_path)
+            content = read_json(self.previous_path, SCHEMA_VERSION)
         for key, kind in (("run", dict), ("stages", list)):
             if not isinstance(content.get(key), kind):
                 raise ValueError(f"{self.path}: expected {key!r} to be a {kind.__name__}, found {content.get(key)!r}")
-        if content["run"] != self.run:
-            before, now = (
-                json.dumps(run, indent=1, sort_keys=True).splitlines() for run in (content["run"], self.run)
-            )
-            changes = [
-                line
-                for line in difflib.unified_diff(before, now, lineterm="", n=0)
-                if line[:2] not in ("--", "++", "@@")
-            ]
-            raise ValueError(
-                f"{self.path}: this folder belongs to another run. Choose another output_dir or go back to its "
-                "settings. In the folder (-) and now (+):\n" + "\n".join(changes)
-            )
         try:
             stages = [StageRecord(**record) for record in content["stages"]]
-            parts = [[record.folder, *(entry["file"] for entry in record.scores.values())] for record in stages]
+            current = None if content.get("current") is None else StageRecord(**content["current"])
+            parts = [
+                [record.folder, *(entry["file"] for entry in record.scores.values())]
+                for record in [*stages, *([current] if current else [])]
+            ]
+            indices = [record.index for record in stages]
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path}: a stage does not have the expected fields ({error})") from error
-        for record, named in zip(stages, parts, strict=True):
+        if indices != list(range(len(stages))):
+            raise ValueError(f"{self.path}: expected stages 0, 1, 2, ..., found {indices}")
+        self._check_run(content["run"], sum(record.kind == "train" for record in stages))
+        for record, named in zip([*stages, *([current] if current else [])], parts, strict=True):
             for part in named:
                 if part is not None and not (self.folder / part).exists():
                     raise ValueError(
                         f"{self.path}: stage {record.name} is listed, but {self.folder / part} is missing"
                     )
-        self.stages = stages
+        self.stages, self.current = stages, current
+        self._text = json.dumps(content, indent=2) + "\n"
+
+    def _check_run(self, earlier: dict[str, Any], trained: int) -> None:
+        """Refuse another run. Stages that have not begun may change, and domains may be added."""
+        before, now = dict(earlier), dict(self.run)
+        if isinstance(before.get("schedule"), list):
+            # The stage after the trained ones may have checkpoints; only what comes later is free.
+            kept = min(len(before["schedule"]), trained + 1)
+            before["schedule"], now["schedule"] = before["schedule"][:kept], now.get("schedule", [])[:kept]
+        if isinstance(before.get("domains"), dict):
+            now["domains"] = {name: now["domains"].get(name) for name in before["domains"]}
+        if before == now:
+            return
+        before, now = (json.dumps(run, indent=1, sort_keys=True).splitlines() for run in (before, now))
+        changes = [
+            line for line in difflib.unified_diff(before, now, lineterm="", n=0) if line[:2] not in ("--", "++", "@@")
+        ]
+        raise ValueError(
+            f"{self.path}: this folder belongs to another run. Choose another output_dir or go back to its "
+            "settings. In the folder (-) and now (+):\n" + "\n".join(changes)
+        )
 
     def append(self, record: StageRecord) -> None:
         """
@@ -199,6 +246,7 @@ class Manifest:
                 The stage; its files must be on disk.
         """
         self.stages.append(record)
+        self.current = None
         self.save()
 
     def save(self) -> None:
@@ -207,10 +255,19 @@ class Manifest:
             "schema_version": SCHEMA_VERSION,
             "run": self.run,
             "stages": [vars(record) for record in self.stages],
+            "current": None if self.current is None else vars(self.current),
         }
-        write_atomically(self.path, json.dumps(content, indent=2) + "\n")
+        for leftover in self.folder.glob(f".{MANIFEST_NAME}.*.tmp"):
+            logger.warning("%s: half-written by a process that was killed, removed", leftover)
+            leftover.unlink(missing_ok=True)
+        if self._text is not None:
+            write_atomically(self.previous_path, self._text)
+        self._text = json.dumps(content, indent=2) + "\n"
+        write_atomically(self.path, self._text)
 
-    def write_scores(self, name: str, domain: str, values: np.ndarray, completions: list[str]) -> dict[str, Any]:
+    def write_scores(
+        self, name: str, domain: str, values: np.ndarray, completions: list[str], write: bool = True
+    ) -> dict[str, Any]:
         """
         Keep per-prompt scores beside the manifest.
 
@@ -223,17 +280,20 @@ class Manifest:
                 Score of each prompt.
             completions (`list[str]`):
                 What the model wrote, the same number for each prompt.
+            write (`bool`, *optional*, defaults to `True`):
+                Whether to write the file; one process of several does.
 
         Returns:
             `dict`: `value`, `low`, `high`, `n` and `file`, as they stand in the manifest.
         """
         file = Path("scores") / name / f"{domain}.jsonl"
-        each = len(completions) // len(values)
-        lines = (
-            json.dumps({"score": float(value), "completions": completions[row * each : (row + 1) * each]})
-            for row, value in enumerate(values)
-        )
-        write_atomically(self.folder / file, "".join(line + "\n" for line in lines))
+        if write:
+            each = len(completions) // len(values)
+            lines = (
+                json.dumps({"score": float(value), "completions": completions[row * each : (row + 1) * each]})
+                for row, value in enumerate(values)
+            )
+            write_atomically(self.folder / file, "".join(line + "\n" for line in lines))
         return {**score(values).to_dict(), "file": file.as_posix()}
 
     def read_scores(self, record: StageRecord, domain: str) -> np.ndarray:

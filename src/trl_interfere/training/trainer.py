@@ -9,7 +9,6 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import fields
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,17 @@ from ..evaluation.scorer import Scorer
 from .callbacks import StageCallback
 from .config import STAGE_OPTIONS, SequentialGRPOConfig
 from .manifest import Manifest, StageRecord, stage_name
+from .resume_state import epochs_done, last_whole_checkpoint, load_resume_state, save_resume_state
 from .schedule import Stage, build_schedule
+from .stage_adapters import (
+    activate_stage_adapters,
+    add_stage_adapter,
+    check_stage_adapters,
+    freeze_earlier_adapters,
+    load_stage_adapters,
+    save_stage_adapters,
+    set_reference_adapter,
+)
 
 
 # Settings that cannot change the weights; a resumed run may differ in them.
@@ -60,7 +69,11 @@ class SequentialGRPOTrainer(GRPOTrainer):
 
     One trainer, one `train()`: it loops over the stages, scores every domain after each of them, keeps the weights of
     each stage under `output_dir/stages/` and what has finished in `output_dir/stages.json`. Optimizer, learning-rate
-    schedule, data order and random state start anew with each stage; the KL reference stays the base model.
+    schedule, data order and random state start anew with each stage; the KL reference stays the base model unless
+    `args.kl_reference` says otherwise. With one domain it does what [`~trl.GRPOTrainer`] does.
+
+    Metrics go where `args.report_to` says, under TRL's names, with `stage` (position in the run), `<domain>/reward`
+    (the reward while the domain is trained) and `<domain>/score` (after each stage) added to them.
 
     Example:
 
@@ -89,7 +102,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             Callbacks. A [`StageCallback`], such as [`RefreshCallback`], is asked after each stage what to do next.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            PEFT configuration used to wrap the model: one adapter through all stages.
+            PEFT configuration used to wrap the model: one adapter through all stages, or one for each of them with
+            `args.adapter_per_stage`.
         **kwargs:
             Further arguments of [`~trl.GRPOTrainer`].
 
@@ -140,18 +154,38 @@ class SequentialGRPOTrainer(GRPOTrainer):
         rewards = [(domain.name, reward) for domain in domains for reward in domain.reward_funcs]
         args.reward_weights = [weight for domain in domains for weight in domain.reward_weights]
         self._reward_domains = [name for name, _ in rewards]
+        for stage in self.schedule:
+            settings = args.stage_settings(stage.overrides, f"stage_overrides[{stage.domain!r}]")
+            strategy = settings.get("eval_strategy", args.eval_strategy)
+            if strategy != "no" and self.domains[stage.domain].eval_dataset is None:
+                raise ValueError(f"eval_strategy: expected an eval_dataset of domain {stage.domain!r}, found none")
+        if args.kl_reference == "stage" and args.adapter_per_stage:
+            raise ValueError(
+                "kl_reference: 'stage' is not supported with adapter_per_stage, TRL measures from a single adapter or "
+                "from none"
+            )
         first = self.domains[self.schedule[0].domain]
+        self._stage: tuple[int, Stage] | None = None  # position and stage that is being trained
+        self._unfinished = False  # whether a stage was left with weights that no record stands for
+        self._epochs_done = 0
+        if peft_config is not None:
+            set_seed(args.seed)  # for the adapter's initial values
         super().__init__(
             model=model,
             reward_funcs=[_for_domain(reward, name, len(domains) > 1) for name, reward in rewards],
             args=args,
             train_dataset=first.train_dataset,
+            eval_dataset=first.eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             peft_config=peft_config,
             **kwargs,
         )
         args.reward_weights = None
+        if args.adapter_per_stage:
+            check_stage_adapters(self.model)
+        if args.kl_reference == "stage" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("kl_reference: 'stage' is not supported with FSDP or DeepSpeed")
         self.manifest = Manifest(args.output_dir, self._identity())
         self.scorer = Scorer(
             self._tokenizer,
@@ -167,6 +201,17 @@ class SequentialGRPOTrainer(GRPOTrainer):
     def score_matrix(self) -> ScoreMatrix:
         """Scores of every domain after every finished stage."""
         return self.manifest.score_matrix([name for name, domain in self.domains.items() if domain.eval_dataset])
+
+    @property
+    def log_history(self) -> list[dict[str, Any]]:
+        """Everything that was logged, over all stages: entries as in `state.log_history`, and the scores."""
+        entries = []
+        for record in self.manifest.stages:
+            if record.folder is not None:
+                path = self.manifest.folder / record.folder / "log_history.json"
+                entries += json.loads(path.read_text(encoding="utf-8"))
+            entries.append({"step": record.steps, **_score_logs(record)})
+        return entries + (self.state.log_history if self._stage is not None else [])
 
     def train(
         self, resume_from_checkpoint: bool | None = None, max_stages: int | None = None, **kwargs
@@ -196,13 +241,38 @@ class SequentialGRPOTrainer(GRPOTrainer):
             )
         self._open_manifest(resume=bool(resume_from_checkpoint))
         output = TrainOutput(0, 0.0, {})
-        if not self.manifest.stages:
+        if self.manifest.current is not None:
+            self._score_stage()
+        elif not self.manifest.stages:
             self._finish_stage(Stage(domain=None, kind="base"), steps=0, seconds=0.0)
         ran = 0
         while ran != max_stages and (stage := self.next_stage()) is not None:
             output = self._run_stage(stage, **kwargs)
             ran += 1
         return output
+
+    def evaluate(self, eval_dataset=None, **kwargs) -> dict[str, float]:
+        """
+        Evaluate the rewards of a domain, as [`~transformers.Trainer.evaluate`] does.
+
+        Args:
+            eval_dataset (`str` or [`~datasets.Dataset`], *optional*):
+                Name of a domain, or a dataset with the column `domain`. Defaults to the domain that is being trained,
+                or was trained last.
+            **kwargs:
+                Further arguments of [`~transformers.Trainer.evaluate`].
+
+        Returns:
+            `dict[str, float]`: Metrics; `eval_reward` is the mean reward.
+        """
+        if isinstance(eval_dataset, str):
+            if eval_dataset not in self.domains or self.domains[eval_dataset].eval_dataset is None:
+                names = [name for name, domain in self.domains.items() if domain.eval_dataset is not None]
+                raise ValueError(
+                    f"eval_dataset: expected a domain with an eval_dataset {names}, found {eval_dataset!r}"
+                )
+            eval_dataset = self.domains[eval_dataset].eval_dataset
+        return super().evaluate(eval_dataset, **kwargs)
 
     def next_stage(self) -> Stage | None:
         """
@@ -227,50 +297,111 @@ class SequentialGRPOTrainer(GRPOTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, StageCallback):
                 callback.on_stage_begin(index, stage)
-        self._reset()
-        self.train_dataset = self.domains[stage.domain].train_dataset
-        folder = self.manifest.folder / "checkpoints" / stage_name(index, stage.kind, stage.domain)
+        name = stage_name(index, stage.kind, stage.domain)
+        folder = self.manifest.folder / "checkpoints" / name
         with self._stage_args(stage, folder, self._stage_seed(index)):
+            self._reset()
+            self.train_dataset = self.domains[stage.domain].train_dataset
+            self.eval_dataset = self.domains[stage.domain].eval_dataset
             checkpoint = self._from_main(last_whole_checkpoint(folder))
+            if self._unfinished:
+                self._restore_stage_start()
+            self._unfinished = True
+            self._begin_adapter(index, name)
+            self._epochs_done = 0 if checkpoint is None else epochs_done(checkpoint)
             # As TRL does at construction: processes that share a group of completions must not sample the same ones.
             set_seed(self.args.seed, device_specific=True)
+            self._stage = index, stage
             start = time.perf_counter()
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            try:
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            finally:
+                self._stage = None
             seconds = time.perf_counter() - start
         self._finish_stage(stage, steps=output.global_step, seconds=seconds)
-        if not self.args.keep_checkpoints and self.accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
         return output
+
+    def _begin_adapter(self, index: int, name: str) -> None:
+        """What a stage starts from besides the weights: its adapter and the KL reference."""
+        if self.args.adapter_per_stage and index > 1:
+            set_seed(self.args.seed)
+            add_stage_adapter(self.accelerator.unwrap_model(self.model), name)
+            self.model_wrapped = self.model  # to be wrapped again, with the new parameters
+        if self.args.kl_reference == "stage" and self.beta != 0.0 and index > 1:
+            model = self.accelerator.unwrap_model(self.model)
+            if is_peft_model(model):
+                set_reference_adapter(model)
+            else:
+                self.accelerator.unwrap_model(self.ref_model).load_state_dict(model.state_dict())
+
+    def _restore_stage_start(self) -> None:
+        """Go back to the weights that a stage starts from, after one was left in its middle."""
+        folders = [record.folder for record in self.manifest.stages if record.folder is not None]
+        if not folders:
+            raise ValueError(
+                f"{self.manifest.folder}: the first stage was left in its middle and its start is not in memory; "
+                "build a new trainer and call train(resume_from_checkpoint=True)"
+            )
+        self._load_stage(self.manifest.folder / folders[-1])
+
+    def _load_stage(self, folder: Path) -> None:
+        if self.args.adapter_per_stage:
+            load_stage_adapters(self.accelerator.unwrap_model(self.model), folder)
+        else:
+            self._load_from_checkpoint(str(folder))
 
     def _finish_stage(self, stage: Stage, steps: int, seconds: float) -> None:
         index = len(self.manifest.stages)
-        name = stage_name(index, stage.kind, stage.domain)
-        folder = None if stage.kind == "base" else Path("stages") / name
+        folder = None if stage.kind == "base" else Path("stages") / stage_name(index, stage.kind, stage.domain)
         if folder is not None:
             self._save_stage(self.manifest.folder / folder)
-        scores = self._score(name)
-        record = StageRecord(
+        self._unfinished = False
+        self.manifest.current = StageRecord(
             index=index,
             kind=stage.kind,
             domain=stage.domain,
             folder=None if folder is None else folder.as_posix(),
             steps=steps,
             seconds=round(seconds, 3),
-            scores=scores,
+            scores={},
             seed=self._stage_seed(index),
             overrides=stage.overrides,
             reason=stage.reason,
             versions={"trl-interfere": __version__, **{package: version(package) for package in _PACKAGES}},
         )
-        record = self._from_main(record)  # callbacks must decide alike in every process
+        if self.accelerator.is_main_process:
+            self.manifest.save()
+        self._score_stage()
+
+    def _score_stage(self) -> None:
+        """Score the domains that the current stage lacks, and record it as finished."""
+        record = self.manifest.current
+        with unwrap_model_for_generation(
+            self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+        ) as model:
+            for domain in self.domains.values():
+                if domain.eval_dataset is None or domain.name in record.scores:
+                    continue
+                result = self.scorer.score_distributed(model, domain, domain.eval_dataset, self.accelerator)
+                main = self.accelerator.is_main_process
+                entry = self.manifest.write_scores(
+                    record.name, domain.name, result.values, result.completions, write=main
+                )
+                record.scores[domain.name] = self._from_main(entry)  # callbacks must decide alike in every process
+                if main:
+                    self.manifest.save()
         if self.accelerator.is_main_process:
             self.manifest.append(record)
         else:
             self.manifest.stages.append(record)
+            self.manifest.current = None
         self.accelerator.wait_for_everyone()
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, _score_logs(record))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, StageCallback):
                 callback.on_stage_end(record, self.score_matrix)
+        if not self.args.keep_checkpoints and self.accelerator.is_main_process:
+            shutil.rmtree(self.manifest.folder / "checkpoints" / record.name, ignore_errors=True)
 
     def _save_stage(self, folder: Path) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
@@ -279,35 +410,26 @@ class SequentialGRPOTrainer(GRPOTrainer):
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.save_model(str(partial))
+        if self.args.adapter_per_stage and self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            for path in [path for path in partial.iterdir() if path.name in model.peft_config]:
+                shutil.rmtree(path)  # as PEFT lays out several adapters
+            save_stage_adapters(model, partial)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle
+            shutil.rmtree(partial / "ref", ignore_errors=True)  # the adapter of the KL reference
             log = json.dumps(self.state.log_history, indent=1)
             (partial / "log_history.json").write_text(log + "\n", encoding="utf-8")
             os.replace(partial, folder)
         self.accelerator.wait_for_everyone()
-
-    def _score(self, name: str) -> dict[str, dict]:
-        scores = {}
-        with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-        ) as model:
-            for domain in self.domains.values():
-                if domain.eval_dataset is None:
-                    continue
-                result = self.scorer.score_distributed(model, domain, domain.eval_dataset, self.accelerator)
-                if self.accelerator.is_main_process:
-                    entry = self.manifest.write_scores(name, domain.name, result.values, result.completions)
-                    scores[domain.name] = entry
-        self.accelerator.wait_for_everyone()
-        return scores
 
     def _from_main(self, value: Any) -> Any:
         # Processes that look at the disk while another one writes may see different things.
         return broadcast_object_list([value])[0]
 
     def _open_manifest(self, resume: bool) -> None:
-        exists = self._from_main(self.manifest.path.exists())
+        exists = self._from_main(self.manifest.exists())
         if self.manifest.stages:  # a second train() of this object: the weights are live
             if not resume:
                 raise ValueError(f"{self.manifest.path}: {_HOLDS_A_RUN}")
@@ -315,9 +437,10 @@ class SequentialGRPOTrainer(GRPOTrainer):
             if not resume:
                 raise ValueError(f"{self.manifest.path}: {_HOLDS_A_RUN}")
             self.manifest.load()
-            folders = [record.folder for record in self.manifest.stages if record.folder is not None]
+            records = [*self.manifest.stages, *([self.manifest.current] if self.manifest.current else [])]
+            folders = [record.folder for record in records if record.folder is not None]
             if folders:
-                self._load_from_checkpoint(str(self.manifest.folder / folders[-1]))
+                self._load_stage(self.manifest.folder / folders[-1])
         elif self.accelerator.is_main_process:
             self.manifest.save()
         self.accelerator.wait_for_everyone()
@@ -353,17 +476,35 @@ class SequentialGRPOTrainer(GRPOTrainer):
 
     @contextlib.contextmanager
     def _stage_args(self, stage: Stage, folder: Path, seed: int) -> Iterator[None]:
-        settings = {"output_dir": str(folder), "seed": seed, **stage.overrides}
+        settings = {"output_dir": str(folder), "seed": seed, **self.args.stage_settings(stage.overrides)}
         before = {name: getattr(self.args, name) for name in settings}
-        for name, value in settings.items():
-            setattr(self.args, name, type(before[name])(value) if isinstance(before[name], Enum) else value)
+        self._set_args(settings)
         if self.log_completions and self.accelerator.is_main_process:
             os.makedirs(folder / "completions", exist_ok=True)
         try:
             yield
         finally:
-            for name, value in before.items():
-                setattr(self.args, name, value)
+            self._set_args(before)
+
+    def _set_args(self, settings: dict[str, Any]) -> None:
+        for name, value in settings.items():
+            setattr(self.args, name, value)
+        # What TRL copied out of its configuration when it was built.
+        self._train_batch_size = self.args.train_batch_size
+        self.num_generations = self.args.num_generations
+        self.num_generations_eval = self.args.num_generations_eval or self.args.num_generations
+        self.num_iterations = self.args.num_iterations
+        self.epsilon_low = self.args.epsilon
+        self.epsilon_high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
+        self.loss_type = self.args.loss_type
+        self.scale_rewards = self.args.scale_rewards
+        if "max_completion_length" in settings:
+            self.max_completion_length = self.args.max_completion_length
+            if self.use_vllm:
+                self.vllm_generation.max_completion_length = self.max_completion_length
+            else:
+                self.generation_kwargs["max_new_tokens"] = self.max_completion_length
+                self.generation_config.max_new_tokens = self.max_completion_length
 
     def _reset(self) -> None:
         # What TRL and transformers carry from one `train()` to the next.
@@ -372,12 +513,11 @@ class SequentialGRPOTrainer(GRPOTrainer):
         self._step = 0
         self._buffered_inputs = None
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        size = self.args.generation_batch_size
         for name, values in self._logs.items():
-            if isinstance(values, deque):
-                values.clear()
-            elif name in ("rewards", "extra"):
-                for column in values.values():
-                    column.clear()
+            self._logs[name] = (
+                deque(maxlen=size) if isinstance(values, deque) else defaultdict(lambda: deque(maxlen=size))
+            )
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
         self._eval_dataloaders = {}
@@ -395,16 +535,35 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 rewards[[row != name for row in rows], column] = torch.nan
         return rewards
 
+    def _generate_and_score_completions(self, inputs):
+        outputs = super()._generate_and_score_completions(inputs)
+        if self.args.adapter_per_stage:
+            freeze_earlier_adapters(self.accelerator.unwrap_model(self.model))
+        return outputs
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        if sampler.shuffle:
+            # TRL's sampler draws a new order for each pass from one generator, which a resume begins anew.
+            for _ in range(self._epochs_done):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return sampler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.adapter_per_stage:
+            activate_stage_adapters(self.accelerator.unwrap_model(self.model))
+
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
+        save_resume_state(self, output_dir)
         # The main process writes trainer_state.json next, which must stand for the files of every process.
         self.accelerator.wait_for_everyone()
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
         if checkpoint is not None:
-            # TRL counts micro-steps from 0 after a resume, which shifts the phase of its generation blocks.
-            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+            load_resume_state(self, checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Rewards of other domains have no value in this stage.
@@ -413,31 +572,16 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 metrics[name] = [value for value in metrics[name] if value == value]
                 if not metrics[name]:
                     del metrics[name]
+            if self._stage is not None and "reward" in metrics:
+                metrics[f"{self._stage[1].domain}/reward"] = list(metrics["reward"])
+        if self._stage is not None:
+            logs["stage"] = self._stage[0]
         super().log(logs, start_time)
 
 
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """
-    The newest checkpoint of a stage that was written to its end.
-
-    `trainer_state.json` is the last file that transformers writes, so that a checkpoint without a readable one was cut
-    off; such a checkpoint is skipped.
-
-    Args:
-        folder (`pathlib.Path`):
-            Folder with `checkpoint-*` folders; it may be missing.
-
-    Returns:
-        `str` or `None`: Folder of the checkpoint.
-    """
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            continue
-        return str(path)
-    return None
+def _score_logs(record: StageRecord) -> dict[str, float]:
+    scores = {f"{domain}/score": entry["value"] for domain, entry in record.scores.items()}
+    return {"stage": record.index, **scores}
 
 
 def _for_domain(reward: Any, domain: str, several: bool) -> Any:

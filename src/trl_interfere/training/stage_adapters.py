@@ -1,0 +1,166 @@
+"""One LoRA adapter for each stage: the earlier ones stay active and frozen, the newest is trained."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+
+
+FIRST_ADAPTER = "default"
+_COMBINED = "combined"
+_REFERENCE = "ref"  # the name under which TRL looks for the adapter of the KL reference
+
+
+def check_stage_adapters(model: torch.nn.Module) -> None:
+    """
+    Refuse a model whose adapter cannot be stacked exactly.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model.
+
+    Raises:
+        `ValueError`: If it has anything but one plain LoRA adapter called `"default"`.
+    """
+    adapters = dict(model.peft_config) if isinstance(model, PeftModel) else {}
+    adapters.pop(_REFERENCE, None)
+    if list(adapters) != [FIRST_ADAPTER] or not isinstance(adapters[FIRST_ADAPTER], LoraConfig):
+        raise ValueError(
+            f"adapter_per_stage: expected a model with one LoRA adapter, pass peft_config=LoraConfig(...); found "
+            f"{list(adapters) or 'no adapter'}"
+        )
+    config = adapters[FIRST_ADAPTER]
+    for option in ("use_dora", "use_rslora", "modules_to_save", "trainable_token_indices", "lora_bias"):
+        if getattr(config, option, None):
+            raise ValueError(
+                f"adapter_per_stage: {option}={getattr(config, option)!r} cannot be added up exactly over stages, "
+                "expected a plain LoRA"
+            )
+    if config.bias != "none":
+        raise ValueError(f"adapter_per_stage: expected bias='none' in the LoRA, found {config.bias!r}")
+
+
+def stage_adapters(model: PeftModel) -> list[str]:
+    """
+    Names of the adapters of all stages, the earliest first.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model.
+
+    Returns:
+        `list[str]`: `"default"`, then `"<index>-<domain>"`.
+    """
+    return sorted(
+        (name for name in model.peft_config if name not in (_COMBINED, _REFERENCE)),
+        key=lambda name: 0 if name == FIRST_ADAPTER else int(name.split("-", 1)[0]),
+    )
+
+
+def activate_stage_adapters(model: PeftModel) -> None:
+    """
+    Make all adapters take part in the forward pass, and the newest one trainable.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model.
+    """
+    names = stage_adapters(model)
+    model.set_adapter(names[-1])
+    model.base_model.set_adapter(names)
+    freeze_earlier_adapters(model)
+
+
+def freeze_earlier_adapters(model: PeftModel) -> None:
+    """
+    Leave only the newest adapter trainable; PEFT makes every active one trainable when it enables adapters.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model.
+    """
+    frozen = tuple(f".{name}." for name in stage_adapters(model)[:-1])
+    for name, parameter in model.named_parameters():
+        if any(part in f"{name}." for part in frozen):
+            parameter.requires_grad_(False)
+
+
+def add_stage_adapter(model: PeftModel, name: str) -> None:
+    """
+    Begin a stage with an adapter of its own, initialised from the current random state.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model.
+        name (`str`):
+            Name of the stage.
+    """
+    if name not in model.peft_config:
+        model.add_adapter(name, model.peft_config[FIRST_ADAPTER])
+    activate_stage_adapters(model)
+
+
+def save_stage_adapters(model: PeftModel, folder: Path) -> None:
+    """
+    Write each adapter under `adapters/` and, as the adapter of the folder itself, their exact sum: one LoRA of the sum
+    of their ranks, ``B = [B_1 ... B_k]``, ``A = [s_1 A_1; ...; s_k A_k]``, so that
+    ``PeftModel.from_pretrained(base, folder)`` is the whole model.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model.
+        folder (`pathlib.Path`):
+            Folder of the stage.
+    """
+    names = stage_adapters(model)
+    for name in names:
+        target = folder / "adapters" / name
+        model.save_pretrained(folder / "adapters" if name != FIRST_ADAPTER else target, selected_adapters=[name])
+    (folder / "adapters" / "README.md").unlink(missing_ok=True)
+    with torch.random.fork_rng():
+        model.base_model.add_weighted_adapter(names, [1.0] * len(names), _COMBINED, combination_type="cat")
+    try:
+        model.save_pretrained(folder, selected_adapters=[_COMBINED])
+    finally:
+        model.delete_adapter(_COMBINED)
+        activate_stage_adapters(model)
+    for path in (folder / _COMBINED).iterdir():
+        os.replace(path, folder / path.name)
+    shutil.rmtree(folder / _COMBINED)
+
+
+def load_stage_adapters(model: PeftModel, folder: Path) -> None:
+    """
+    Read what [`save_stage_adapters`] wrote.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model, with its first adapter.
+        folder (`pathlib.Path`):
+            Folder of the stage.
+    """
+    for path in (folder / "adapters").iterdir():
+        model.load_adapter(str(path), path.name, is_trainable=True)
+    activate_stage_adapters(model)
+
+
+def set_reference_adapter(model: PeftModel) -> None:
+    """
+    Make the adapter as it is now the KL reference of TRL.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model, with one adapter.
+    """
+    if _REFERENCE not in model.peft_config:
+        with torch.random.fork_rng():
+            model.add_adapter(_REFERENCE, model.peft_config[FIRST_ADAPTER])
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if f".{FIRST_ADAPTER}." in name:
+            reference = parameters[name.replace(f".{FIRST_ADAPTER}.", f".{_REFERENCE}.")]
+            reference.data.copy_(parameter.data)
+            reference.requires_grad_(False)
+    model.set_adapter(FIRST_ADAPTER)

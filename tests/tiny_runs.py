@@ -1,0 +1,108 @@
+"""Runs of seconds on the lab's model, for the tests of the trainer."""
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer, StageCallback
+from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab.domains import lab_rows
+from trl_interfere.lab.math import math_reward
+from trl_interfere.training.schedule import Stage
+
+
+SETTINGS = {
+    "max_steps": 3,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 8,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "seed": 7,
+}
+
+
+def text_reward(completions, **kwargs):
+    """Differs between nearly any two texts, so that every step changes the weights."""
+    return [sum(map(ord, completion)) % 97 / 97 for completion in completions]
+
+
+def config(folder, **settings) -> SequentialGRPOConfig:
+    return SequentialGRPOConfig(output_dir=str(folder), **{**SETTINGS, **settings})
+
+
+def math_domain(**settings) -> Domain:
+    rows = lab_rows("math", "train", 64)
+    return Domain(
+        **{
+            "name": "math",
+            "train_dataset": Dataset.from_list(rows[:48]),
+            "eval_dataset": Dataset.from_list(rows[48:]),
+            "reward_funcs": [math_reward, text_reward],
+            **settings,
+        }
+    )
+
+
+def writing_domain(**settings) -> Domain:
+    # Other columns than math: a reward must only ever see rows of its own domain.
+    rows = [{"prompt": row["prompt"], "words": row["words"]} for row in lab_rows("writing", "train", 64)]
+
+    def words_reward(completions, words, **kwargs):
+        assert all(" " in pair for pair in words)
+        return text_reward(completions)
+
+    return Domain(
+        **{
+            "name": "writing",
+            "train_dataset": Dataset.from_list(rows[:48]),
+            "eval_dataset": Dataset.from_list(rows[48:]),
+            "reward_funcs": words_reward,
+            **settings,
+        }
+    )
+
+
+def build(folder, domains=None, callbacks=None, peft_config=None, **settings) -> SequentialGRPOTrainer:
+    return SequentialGRPOTrainer(
+        model=str(MODEL_FOLDER),
+        args=config(folder, **settings),
+        domains=domains or [math_domain(), writing_domain()],
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+class Interrupt(TrainerCallback):
+    """Stops a run as a crash would, at one step of one stage."""
+
+    def __init__(self, domain_folder: str, step: int):
+        self.domain_folder, self.step = domain_folder, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if args.output_dir.endswith(self.domain_folder) and state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class AskOnce(StageCallback):
+    """Asks for one refresh of a domain when the schedule has finished."""
+
+    def request_stage(self, stages, score_matrix, schedule_finished):
+        if schedule_finished and not any(record.kind == "refresh" for record in stages):
+            return Stage("math", kind="refresh", overrides={"max_steps": 2})
+        return None
