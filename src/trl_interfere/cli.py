@@ -128,7 +128,9 @@ def train(
     trainer.scorer.progress = main_process and sys.stderr.isatty() and not args.disable_tqdm
     progress = StageProgress(
         [
-            stage_steps(ChainMap(stage.overrides, vars(args)), trainer.domains[stage.domain].train_dataset)
+            stage_steps(
+                ChainMap(args.stage_settings(stage.overrides), vars(args)), trainer.domains[stage.domain].train_dataset
+            )
             for stage in trainer.schedule
         ],
         bars=not args.disable_tqdm,

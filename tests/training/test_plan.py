@@ -68,7 +68,7 @@ def test_tokens_and_prompts(plan):
         steps_per_generation=4,
         num_iterations=2,
         learning_rate=1e-5,
-        stage_overrides={"b": {"max_steps": 3, "learning_rate": 2e-5}},
+        stage_overrides={"b": {"max_steps": 3, "learning_rate": 2e-5, "max_completion_length": 5}},
         score_temperature=1.0,
         score_samples=3,
         score_max_new_tokens=11,
@@ -77,7 +77,7 @@ def test_tokens_and_prompts(plan):
     # A batch of 4 x 4 completions lasts for 8 slices, that is 4 steps.
     assert (first.steps, first.prompts, first.generated_tokens) == (10, 3 * 4, 3 * 16 * 8)
     assert first.trained_tokens == 10 * 2 * 4 * 8
-    assert (second.steps, second.learning_rate, second.prompts, second.trained_tokens) == (3, 2e-5, 4, 3 * 2 * 4 * 8)
+    assert (second.steps, second.learning_rate, second.prompts, second.trained_tokens) == (3, 2e-5, 4, 3 * 2 * 4 * 5)
     assert (result.score_rounds, result.score_prompts, result.score_tokens) == (3, 10, 3 * 10 * 3 * 11)
 
 
@@ -102,18 +102,22 @@ def test_disk(plan, settings, stages, checkpoints):
     assert result.free == pytest.approx(shutil.disk_usage("/tmp").free, rel=0.1)
 
 
-def test_bytes_of_adapters_and_data_types(tmp_path):
+def test_bytes_of_adapters_and_data_types(plan, tmp_path):
     lora = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
     args = SequentialGRPOConfig(
         output_dir=str(tmp_path), model_init_kwargs={"dtype": "bfloat16"}, save_only_model=True, **SETTINGS
     )
-    assert model_bytes(RunFile(str(MODEL_FOLDER), []), args) == (WEIGHTS // 2, WEIGHTS // 2)
+    assert model_bytes(RunFile(str(MODEL_FOLDER), []), args) == WEIGHTS // 2
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL_FOLDER), LoraConfig(**lora))
     model.save_pretrained(tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
-    args = SequentialGRPOConfig(output_dir=str(tmp_path), **SETTINGS)
     adapter = 4 * sum(tensor.numel() for tensor in tensors)
-    assert model_bytes(RunFile(str(MODEL_FOLDER), [], peft=lora), args) == (adapter, 3 * adapter)
+    folders, held, _ = plan(peft=lora, max_steps=1).disk.values()
+    assert (folders, held) == (2 * adapter, 3 * adapter)
+    # The second folder holds two adapters and their sum; the checkpoint both, and the moments of the newer one.
+    folders, held, _ = plan(peft=lora, max_steps=1, adapter_per_stage=True).disk.values()
+    assert (folders, held) == ((2 + 4) * adapter, (2 + 2) * adapter)
+    assert sum(plan(max_steps=1, save_only_model=True).disk.values()) == pytest.approx(3 * WEIGHTS, rel=1e-3)
 
 
 def test_runs_that_could_not_start(plan, tmp_path):

@@ -45,10 +45,8 @@ class StagePlan:
             Upper bound on the tokens that are generated.
         trained_tokens (`int`):
             Upper bound on the completion tokens that gradients are taken on.
-        checkpoints (`int`):
-            Checkpoints that it leaves.
         done (`bool`):
-            Whether the run in the output folder has finished it.
+            Whether the run in the output folder has trained it.
     """
 
     stage: Stage
@@ -57,7 +55,6 @@ class StagePlan:
     prompts: int
     generated_tokens: int
     trained_tokens: int
-    checkpoints: int
     done: bool
 
 
@@ -75,6 +72,8 @@ class RunPlan:
             Names of the stages that the run in `output_dir` has finished; `None` if there is no run.
         refresh (`dict`, *optional*):
             Settings of the refresh.
+        evaluated (`bool`):
+            Whether any stage is evaluated while it trains.
         score_rounds (`int`):
             How often all domains are scored: the base model, and after each stage.
         score_prompts (`int`):
@@ -91,6 +90,7 @@ class RunPlan:
     stages: list[StagePlan]
     finished: list[str] | None
     refresh: dict[str, Any] | None
+    evaluated: bool
     score_rounds: int
     score_prompts: int
     score_tokens: int
@@ -132,7 +132,7 @@ class RunPlan:
         schedule.add_row("to do", "", "", steps, "", *totals)
 
         needed = sum(self.disk.values())
-        disk = Table(title=f"Disk for {self.output_dir}, at most", box=SIMPLE_HEAD, pad_edge=False)
+        disk = Table(title=f"Disk for {self.output_dir}, about", box=SIMPLE_HEAD, pad_edge=False)
         disk.add_column("content")
         disk.add_column("size", justify="right")
         for content, size in self.disk.items():
@@ -145,6 +145,8 @@ class RunPlan:
             f"Scoring: {self.score_prompts:,} prompts, {self.score_rounds} times over, "
             f"at most {self.score_tokens:,} tokens generated."
         ]
+        if self.evaluated:
+            lines.append("The evaluations of eval_strategy come on top.")
         if self.refresh is not None:
             settings = ", ".join(f"{name} {value}" for name, value in self.refresh.items())
             lines.append(f"Refresh stages come on top, if they are asked for ({settings or 'default settings'}).")
@@ -202,15 +204,16 @@ def plan_run(run: RunFile, args: SequentialGRPOConfig) -> RunPlan:
     datasets = {domain.name: domain.train_dataset for domain in run.domains if domain.train_dataset is not None}
     schedule = build_schedule(datasets, args.order, args.stage_overrides, STAGE_OPTIONS)
     rewards = {domain.name: domain.reward_funcs for domain in run.domains}
-    finished = _finished(Path(args.output_dir) / MANIFEST_NAME)
-    trained = sum(record.kind == "train" for record in finished or [])
-    saved, checkpoint = model_bytes(run, args)
-    completion = args.max_completion_length
-    stages = []
+    finished, current = _records(Path(args.output_dir) / MANIFEST_NAME)
+    trained = sum(record.kind == "train" for record in [*(finished or []), *current])
+    weights = model_bytes(run, args)
+    moments = 0 if args.save_only_model else 2 * weights  # those of Adam
+    stages, folders = [], 0
+    kept = peak = (0, 0)  # bytes and number of checkpoints
     for position, stage in enumerate(schedule):
         if not rewards[stage.domain]:
             raise ValueError(f"domain {stage.domain!r}: expected reward functions to train on, found none")
-        settings = ChainMap(stage.overrides, vars(args))
+        settings = ChainMap(args.stage_settings(stage.overrides), vars(args))
         group = settings["generation_batch_size"] // settings["num_generations"]
         dataset = datasets[stage.domain]
         if hasattr(dataset, "__len__") and len(dataset) < group:
@@ -222,6 +225,7 @@ def plan_run(run: RunFile, args: SequentialGRPOConfig) -> RunPlan:
         slices = steps * settings["gradient_accumulation_steps"]
         generations = math.ceil(slices / (settings["steps_per_generation"] * settings["num_iterations"]))
         batch = settings["per_device_train_batch_size"] * args.world_size
+        completion = settings["max_completion_length"]
         stages.append(
             StagePlan(
                 stage=stage,
@@ -230,40 +234,50 @@ def plan_run(run: RunFile, args: SequentialGRPOConfig) -> RunPlan:
                 prompts=generations * group,
                 generated_tokens=generations * settings["generation_batch_size"] * completion,
                 trained_tokens=slices * batch * completion,
-                checkpoints=_checkpoints(settings, steps, dataset),
                 done=position < trained,
             )
         )
+        if position < trained:
+            continue
+        adapters = position + 1 if args.adapter_per_stage else 1
+        folders += weights * (2 * adapters if args.adapter_per_stage else 1)  # each adapter, and their sum
+        written = _checkpoints(settings, steps, dataset)
+        limit = settings["save_total_limit"] or written
+        size = adapters * weights + moments
+        # A new checkpoint is written before the oldest one goes.
+        held = min(written, limit + 1)
+        peak = max(peak, (kept[0] + held * size, kept[1] + held))
+        if args.keep_checkpoints:
+            kept = kept[0] + min(written, limit) * size, kept[1] + min(written, limit)
     todo = [plan for plan in stages if not plan.done]
-    # The new checkpoint is written before the oldest one goes.
-    limit = args.save_total_limit or math.inf
-    kept = [min(plan.checkpoints, limit) for plan in todo]
-    peaks = [min(plan.checkpoints, limit + 1) for plan in todo]
-    held = sum(kept) + (peaks[-1] - kept[-1] if todo else 0) if args.keep_checkpoints else max(peaks, default=0)
     score_prompts = sum(len(domain.eval_dataset) for domain in run.domains if domain.eval_dataset is not None)
-    score_rounds = len(todo) + (not finished)
-    score_tokens = score_rounds * score_prompts * args.score_samples * (args.score_max_new_tokens or completion)
+    score_rounds = len(todo) + (not finished) + sum(record.kind != "base" for record in current)
+    completion = args.score_max_new_tokens or args.max_completion_length
+    score_tokens = score_rounds * score_prompts * args.score_samples * completion
     folder = Path(args.output_dir).absolute()
     return RunPlan(
         output_dir=args.output_dir,
         stages=stages,
-        finished=None if finished is None else [record.name for record in finished],
+        finished=None
+        if finished is None
+        else [record.name for record in finished] + [f"{record.name} (not yet scored)" for record in current],
         refresh=run.refresh,
+        evaluated=any(stage.overrides.get("eval_strategy", args.eval_strategy) != "no" for stage in schedule),
         score_rounds=score_rounds,
         score_prompts=score_prompts,
         score_tokens=score_tokens,
         disk={
-            f"stage folders: {len(todo)}": len(todo) * saved,
-            f"checkpoints at a time: {held}": held * checkpoint,
+            f"stage folders: {len(todo)}": folders,
+            f"checkpoints at a time: {peak[1]}": peak[0],
             "scores": score_tokens * _BYTES_PER_TOKEN,
         },
         free=shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free,
     )
 
 
-def model_bytes(run: RunFile, args: SequentialGRPOConfig) -> tuple[int, int]:
+def model_bytes(run: RunFile, args: SequentialGRPOConfig) -> int:
     """
-    Bytes of a stage folder and of a checkpoint with its optimizer state. Of the model only the configuration is read.
+    Bytes of the weights that are trained and saved. Of the model only the configuration is read.
 
     Args:
         run ([`RunFile`]):
@@ -272,7 +286,7 @@ def model_bytes(run: RunFile, args: SequentialGRPOConfig) -> tuple[int, int]:
             Settings of the training.
 
     Returns:
-        `tuple[int, int]`: Bytes of the weights or the adapter, and of a checkpoint.
+        `int`: Bytes of the whole weights, or of one adapter.
 
     Raises:
         `ValueError`: If there is no such model.
@@ -296,10 +310,8 @@ def model_bytes(run: RunFile, args: SequentialGRPOConfig) -> tuple[int, int]:
         )
         if run.peft is not None:
             model = get_peft_model(model, build_dataclass(LoraConfig, run.peft, "peft"))
-    saved = sum(
-        parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad
-    )
-    return saved, saved if args.save_only_model else 3 * saved  # Adam keeps two moments
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(parameter.numel() * parameter.element_size() for parameter in trained)
 
 
 def _checkpoints(settings: Mapping[str, Any], steps: int, dataset: Dataset | IterableDataset) -> int:
@@ -311,10 +323,13 @@ def _checkpoints(settings: Mapping[str, Any], steps: int, dataset: Dataset | Ite
     return math.ceil(steps / (math.ceil(steps * every) if every < 1 else every))
 
 
-def _finished(path: Path) -> list[StageRecord] | None:
+def _records(path: Path) -> tuple[list[StageRecord] | None, list[StageRecord]]:
+    """Finished stages of the run in a folder, if there is one, and the stage that is trained but not yet scored."""
     if not path.exists():
-        return None
+        return None, []
+    content = read_json(path, SCHEMA_VERSION)
     try:
-        return [StageRecord(**record) for record in read_json(path, SCHEMA_VERSION)["stages"]]
+        current = [content["current"]] if content.get("current") else []
+        return tuple([StageRecord(**record) for record in records] for records in (content["stages"], current))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: a stage does not have the expected fields ({error})") from error
