@@ -11,11 +11,12 @@ INSTALLED := .venv/.installed
 DOCS_INSTALLED := .venv-docs/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test lint docs build clean distclean
+.PHONY: help lab test test-resume lint docs build clean distclean
 
 help:
 	@echo "make lab        run the lab into $(LAB_DIR)/; started again, it goes on where it stopped"
 	@echo "make test       run the tests"
+	@echo "make test-resume  kill runs at 50 points each and resume them"
 	@echo "make lint       check style and imports"
 	@echo "make docs       build the documentation into site/"
 	@echo "make build      build wheel and sdist into dist/"
@@ -27,6 +28,9 @@ lab: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-resume: $(INSTALLED)
+	RESUME_POINTS=50 $(BIN)/python -m pytest -s tests/test_resume.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

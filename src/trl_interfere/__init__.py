@@ -13,6 +13,8 @@ _EXPORTS = {
     "InterferenceReport": "analysis.report",
     "RefreshCallback": "training.refresh",
     "RouteRollback": "repair.rollback",
+    "ScoreMatrix": "evaluation.score_matrix",
+    "ScoreSummary": "evaluation.score_summary",
     "Scorer": "evaluation.scorer",
     "SequentialGRPOConfig": "training.config",
     "SequentialGRPOTrainer": "training.trainer",
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from .analysis.config import InterferenceConfig as InterferenceConfig
     from .analysis.report import InterferenceReport as InterferenceReport
     from .domains.domain import Domain as Domain
+    from .evaluation.score_matrix import ScoreMatrix as ScoreMatrix
+    from .evaluation.score_summary import ScoreSummary as ScoreSummary
     from .evaluation.scorer import Scorer as Scorer
     from .repair.rollback import RouteRollback as RouteRollback
     from .training.callbacks import StageCallback as StageCallback

@@ -25,6 +25,13 @@ def test_score_matrix():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0-base", "1-math"]
 
 
+def test_score_matrix_with_a_domain_that_came_later():
+    matrix = ScoreMatrix(["math", "qa"])
+    matrix.append("0-base", {"math": np.array([0.0, 1.0])})
+    matrix.append("1-math", {"math": np.array([1.0, 1.0]), "qa": np.array([0.0, 0.5])})
+    assert texts(plot_score_matrix(matrix).axes[0]) == ["50.0", "—", "100.0", "25.0"]
+
+
 def test_module_cosines(make_report):
     report = make_report(5)
     left, right = plot_module_cosines(report).axes[:2]

@@ -1,5 +1,5 @@
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from trl_interfere.domains.domain import Domain
 
@@ -34,6 +34,19 @@ def test_streamed_datasets_with_a_domain_column_of_their_own():
         list(Domain("math", IterableDataset.from_generator(lambda: iter(rows)), reward_funcs=reward).train_dataset)
     with pytest.raises(ValueError, match="column 'domain' is used to route rewards"):
         Domain("math", Dataset.from_list(rows).to_iterable_dataset(), reward_funcs=reward)
+
+
+@pytest.mark.parametrize("field", ["eval_dataset", "selection_dataset"])
+def test_only_the_training_may_be_streamed(field):
+    message = rf"domain 'math', {field}: expected a Dataset, .*, found an IterableDataset; pass `Dataset.from_list\("
+    with pytest.raises(ValueError, match=message):
+        Domain("math", reward_funcs=reward, **{field: ROWS.to_iterable_dataset()})
+
+
+@pytest.mark.parametrize("dataset", [ROWS.to_list(), DatasetDict(train=ROWS)])
+def test_other_types(dataset):
+    with pytest.raises(ValueError, match="domain 'math', train_dataset: expected a Dataset, found (list|DatasetDict)"):
+        Domain("math", dataset, reward_funcs=reward)
 
 
 def test_rewards_and_weights():

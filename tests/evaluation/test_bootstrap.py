@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from trl_interfere.evaluation.bootstrap import Interval, bootstrap, difference, recovered, score
+from trl_interfere.evaluation.bootstrap import Interval, average, bootstrap, difference, recovered, score
 
 
 def close_to_normal(interval, mean, error):
@@ -57,6 +57,31 @@ def test_what_does_not_vary_has_no_width(value, n):
 def test_integers_and_booleans():
     assert score(np.array([True, False, True, True])) == score(np.array([1, 0, 1, 1])) == score([1.0, 0.0, 1.0, 1.0])
     assert difference([True, True], [False, False]).value == 100
+
+
+@pytest.mark.parametrize("samples", [([0.0, 1.0], [1.0]), ([], [])])
+def test_samples_that_are_not_paired(samples):
+    with pytest.raises(ValueError, match=r"expected the same prompts in every sample, found \["):
+        difference(*samples)
+
+
+def test_average_of_domains(close_to_loops):
+    rng = np.random.default_rng(1)
+    samples = [rng.uniform(size=30), rng.uniform(size=300) - 0.5, np.full(7, 0.25)]
+    close_to_loops(average(samples), samples)
+    assert average(samples, seed=1) != average(samples, seed=2)
+    assert average(samples[:1]) == score(samples[0])
+
+
+def test_average_without_variation_or_domains():
+    assert average([[1.0, 1.0], [0.5]]) == Interval(75.0, 75.0, 75.0, 3)
+    nothing = average([])
+    assert np.isnan([nothing.value, nothing.low, nothing.high]).all() and nothing.n == 0
+
+
+def test_format():
+    assert f"{Interval(1.25, 0.5, 2.0, 7):.1f}" == "1.2 [0.5, 2.0]"
+    assert f"{Interval(0.5, 0.25, 1.0, 7):.0%}" == "50% [25%, 100%]"
 
 
 def test_to_dict():

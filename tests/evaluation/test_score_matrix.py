@@ -1,6 +1,8 @@
 import io
+import json
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from trl_interfere.evaluation.bootstrap import score
@@ -39,3 +41,58 @@ def test_table():
 
 def test_empty_table():
     assert [column.header for column in ScoreMatrix(["math"]).to_table().columns] == ["stage", "math (n=0)"]
+
+
+def test_rows_without_a_value(matrix):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(matrix.to_table())
+    text = console.export_text()
+    assert "law (n=50)" in text
+    assert ["—" in line for line in text.splitlines() if line.startswith("│")] == [True] * 4 + [False] * 4
+    means = [values["law"].mean() for values in matrix.values[4:]]
+    assert matrix.peak("law") == 4 + int(np.argmax(means))
+    assert matrix.peak("law", last=4) == 4
+    with pytest.raises(ValueError, match=r"domain 'law': expected a score after one of \['0-base', '1-math'\], found"):
+        matrix.peak("law", last=1)
+    with pytest.raises(ValueError, match="stage '3-refresh-math': expected a score of domain 'law', found scores of"):
+        matrix.interval(3, "law")
+
+
+def test_peak_up_to_a_stage(matrix):
+    for domain in ("math", "poems"):
+        means = [values[domain].mean() for values in matrix.values]
+        assert [matrix.peak(domain, last) for last in range(8)] == [int(np.argmax(means[: n + 1])) for n in range(8)]
+
+
+def test_average_score(matrix, close_to_loops):
+    close_to_loops(matrix.average_score(), list(matrix.values[-1].values()))
+    close_to_loops(matrix.average_score(3), [matrix.values[3][domain] for domain in ("math", "code", "qa", "poems")])
+
+
+def test_kinds_of_stages(matrix):
+    assert [matrix.stage_kind(position) for position in (0, 1, 3, -1)] == [
+        ("base", None),
+        ("train", "math"),
+        ("refresh", "math"),
+        ("refresh", "code"),
+    ]
+    assert [matrix.last_training(position) for position in range(8)] == [None, 1, 2, 2, 4, 5, 6, 6]
+    other = ScoreMatrix(
+        ["base", "refresh-math", "a-b"], ["0-base", "1-base", "2-refresh-math", "3-a-b", "4-refresh-a-b"]
+    )
+    assert [other.stage_kind(position) for position in range(5)] == [
+        ("base", None),
+        ("train", "base"),
+        ("train", "refresh-math"),
+        ("train", "a-b"),
+        ("refresh", "a-b"),
+    ]
+
+
+def test_to_dict(matrix):
+    content = matrix.to_dict()
+    assert json.loads(json.dumps(content)) == content
+    assert content["domains"] == matrix.domains
+    assert [entry["stage"] for entry in content["stages"]] == matrix.stages
+    assert content["stages"][0]["scores"]["math"] == matrix.interval(0, "math").to_dict()
+    assert "law" not in content["stages"][3]["scores"] and "law" in content["stages"][4]["scores"]

@@ -1,3 +1,4 @@
+import asyncio
 import json
 import logging
 import os
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
 
 from trl_interfere.domains.domain import Domain
 from trl_interfere.evaluation.scorer import Scorer, apply_metric
+from trl_interfere.lab.build import MODEL_FOLDER
 
 
 PROMPTS = ["1+2=", "a", "ff 00 12?", "3=", "9999999999", "h?", "8+8+8=", "cd"]
@@ -147,6 +150,35 @@ def test_dropout_is_off_while_scoring(make_model, tokenizer):
     assert Scorer(tokenizer, max_new_tokens=8).complete_ids(model.train(), PROMPTS) == expected
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, found 0"),
+        ({"batch_size": -1}, "batch_size: expected at least 1, found -1"),
+        ({"num_samples": 0}, "num_samples: expected at least 1, found 0"),
+        ({"temperature": -0.5}, "temperature: expected 0 or more, found -0.5"),
+        ({"temperature": float("nan")}, "temperature: expected 0 or more, found nan"),
+    ],
+)
+def test_settings_out_of_range(settings, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        Scorer(tokenizer, **settings)
+
+
+def test_prompts_are_batched_by_length(make_model, tokenizer, monkeypatch):
+    model, widths = make_model(), []
+    generate = model.generate
+
+    def recorded(input_ids, **kwargs):
+        widths.append(tuple(input_ids.shape))
+        return generate(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "generate", recorded)
+    Scorer(tokenizer, max_new_tokens=2, batch_size=3).complete_ids(model, PROMPTS)
+    lengths = sorted(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
+    assert widths == [(3, lengths[2]), (3, lengths[5]), (2, lengths[7])]
+
+
 def test_several_greedy_completions_are_refused(tokenizer):
     with pytest.raises(ValueError, match=r"num_samples: expected 1 with temperature 0 \(greedy\), found 4"):
         Scorer(tokenizer, num_samples=4)
@@ -196,6 +228,80 @@ def test_weighted_rewards():
     assert apply_metric(domain, ROWS, ["a", "bb", ""]).tolist() == [1, 2, 0]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.tensor([1.0, 0.5, 2.0]),
+        torch.tensor([1.0, 0.5, 2.0], dtype=torch.bfloat16, requires_grad=True),
+        [torch.tensor(1), torch.tensor(0.5), torch.tensor(2.0, dtype=torch.float64)],
+        np.array([1.0, 0.5, 2.0], dtype=np.float32),
+        (1, np.float32(0.5), 2.0),
+    ],
+)
+def test_kinds_of_values(values):
+    domain = Domain("numbers", metric=lambda completions, **kwargs: values)
+    assert apply_metric(domain, ROWS, ["a", "b", "c"]).tolist() == [1, 0.5, 2]
+
+
+def test_async_rewards_where_an_event_loop_runs():
+    class Judge:
+        async def __call__(self, completions, **kwargs):
+            await asyncio.sleep(0)
+            return torch.tensor([float(len(completion)) for completion in completions])
+
+    async def notebook():
+        return apply_metric(Domain("numbers", reward_funcs=[Judge(), later]), ROWS, ["a", "bb", ""])
+
+    assert asyncio.run(notebook()).tolist() == [11, 22, 30]
+
+
+def test_functions_get_what_training_gives_them(make_model, tokenizer):
+    rows = Dataset.from_dict(
+        {"prompt": ["1", "22"], "answer": ["x", "y"], "completion": ["p", "q"], "completion_ids": [[9], [9]]}
+    )
+    seen = {}
+
+    def reward(prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric, domain):
+        log_extra("answer", answer)
+        log_metric("share", 0.5)
+        seen.update(locals())
+        return [float(len(ids)) for ids in completion_ids]
+
+    model, domain = make_model(seed=4), Domain("numbers", reward_funcs=reward, eval_dataset=rows)
+    scorer = Scorer(tokenizer, max_new_tokens=7, batch_size=1)
+    scores = scorer.score(model, domain, domain.eval_dataset)
+    assert seen["completion_ids"] == scorer.complete_ids(model, ["1", "22"])
+    assert scores.values.tolist() == [len(ids) for ids in seen["completion_ids"]]
+    assert seen["completions"] == scores.completions
+    assert seen["trainer_state"] is None and seen["answer"] == ["x", "y"]
+
+
+def test_names_are_those_of_trl(tmp_path):
+    """Arguments of a reward function in a training step of TRL, but for the trainer's own state."""
+    seen = []
+
+    def reward(**kwargs):
+        seen.append(kwargs)
+        return [0.0] * len(kwargs["prompts"])
+
+    rows = Dataset.from_dict({"prompt": ["1", "2"], "answer": ["x", "y"]})
+    domain = Domain("numbers", rows, reward_funcs=reward)
+    GRPOTrainer(
+        model=str(MODEL_FOLDER),
+        reward_funcs=reward,
+        args=GRPOConfig(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=2, num_generations=2, max_completion_length=2,
+            report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=domain.train_dataset,
+    ).train()  # fmt: skip
+    apply_metric(domain, domain.train_dataset.to_list(), ["a", "b"], [[1], [2]])
+    assert seen[0].keys() == seen[-1].keys() and len(seen) == 2
+    lists = [{name for name, value in kwargs.items() if isinstance(value, list)} for kwargs in seen]
+    assert lists[0] == lists[1] == {"prompts", "completions", "completion_ids", "answer", "domain"}
+    assert all(callable(kwargs[name]) for kwargs in seen for name in ("log_extra", "log_metric"))
+
+
 def test_completions_of_conversations_are_messages():
     def metric(completions, **kwargs):
         return [
@@ -227,6 +333,12 @@ def broken(completions, **kwargs):
         ),
         (lambda completions, **kwargs: None, "domain 'numbers', <lambda>: .*None"),
         (lambda completions, **kwargs: 1.0, "domain 'numbers', <lambda>: .*float"),
+        (lambda completions, **kwargs: torch.tensor(1.0), "domain 'numbers', <lambda>: .*float"),
+        (lambda completions, **kwargs: torch.ones(2), "<lambda>: expected 3 values, one per completion, found 2"),
+        (
+            lambda completions, **kwargs: torch.ones(3, 1),
+            "domain 'numbers', <lambda>: expected a list with one number",
+        ),
         (lambda completions, **kwargs: ["good", "bad", "good"], "domain 'numbers', <lambda>: .*'?good"),
         (lambda completions, **kwargs: [[1.0, 2.0]] * 3, "domain 'numbers', <lambda>: "),
         (

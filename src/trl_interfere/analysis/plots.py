@@ -26,7 +26,11 @@ def plot_score_matrix(matrix: ScoreMatrix) -> Figure:
         [`matplotlib.figure.Figure`]: The figure.
     """
     values = np.array(
-        [[100 * stage[domain].mean() for domain in matrix.domains] for stage in matrix.values], dtype=float
+        [
+            [100 * stage[domain].mean() if domain in stage else np.nan for domain in matrix.domains]
+            for stage in matrix.values
+        ],
+        dtype=float,
     )
     figure = Figure(figsize=(1.6 + 1.2 * len(matrix.domains), 1.2 + 0.5 * len(matrix.stages)), layout="constrained")
     axes = figure.subplots()
@@ -35,7 +39,8 @@ def plot_score_matrix(matrix: ScoreMatrix) -> Figure:
     axes.set_yticks(range(len(matrix.stages)), matrix.stages)
     for row, column in np.ndindex(values.shape):
         color = "white" if values[row, column] < 55 else "black"
-        axes.text(column, row, f"{values[row, column]:.1f}", ha="center", va="center", color=color)
+        label = "—" if np.isnan(values[row, column]) else f"{values[row, column]:.1f}"
+        axes.text(column, row, label, ha="center", va="center", color=color)
     axes.set_title("Score (0 to 100) of each domain after each stage", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure

@@ -124,7 +124,7 @@ def collect_references(
         ]
         return References(domain.name, prompts, completions, len(rows))
     completions = scorer.complete_ids(model, [row["prompt"] for row in rows])
-    values = apply_metric(domain, rows, tokenizer.batch_decode(completions, skip_special_tokens=True))
+    values = apply_metric(domain, rows, tokenizer.batch_decode(completions, skip_special_tokens=True), completions)
     kept = np.flatnonzero(values >= config.correct_threshold)
     if len(kept) == 0:
         raise ValueError(

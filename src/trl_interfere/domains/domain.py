@@ -36,7 +36,8 @@ class Domain:
             One weight per reward function. Defaults to 1 each.
 
     Raises:
-        `ValueError`: If the name is malformed, a dataset is empty or lacks `"prompt"`, or the weights do not match.
+        `ValueError`: If the name is malformed, a dataset is empty, of another type or lacks `"prompt"`, or the
+            weights do not match.
     """
 
     name: str
@@ -68,6 +69,13 @@ class Domain:
                 setattr(self, field, self._checked(getattr(self, field), field))
 
     def _checked(self, dataset: Any, field: str) -> Any:
+        if isinstance(dataset, IterableDataset) and field != "train_dataset":
+            raise ValueError(
+                f"domain {self.name!r}, {field}: expected a Dataset, since scores are compared prompt by prompt, "
+                "found an IterableDataset; pass `Dataset.from_list(list(stream.take(n)))`"
+            )
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            raise ValueError(f"domain {self.name!r}, {field}: expected a Dataset, found {type(dataset).__name__}")
         columns = dataset.column_names
         if columns is not None and "prompt" not in columns:
             raise ValueError(f"domain {self.name!r}, {field}: expected a column 'prompt', found {sorted(columns)}")

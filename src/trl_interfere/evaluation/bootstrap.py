@@ -1,6 +1,7 @@
 """Bootstrap intervals over prompts."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +29,14 @@ class Interval:
     high: float
     n: int
 
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
     def to_dict(self) -> dict[str, float]:
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+
+UNDEFINED = Interval(float("nan"), float("nan"), float("nan"), 0)
 
 
 def bootstrap(
@@ -53,13 +60,30 @@ def bootstrap(
 
     Returns:
         [`Interval`]: The statistic and its 95% interval, which is the value itself where nothing varies.
+
+    Raises:
+        `ValueError`: If the samples are empty or differ in length.
     """
+    _check_paired(*samples)
     n = len(samples[0])
     value = float(statistic(*samples, axis=0))
     if n < 2 or all(np.ptp(sample) == 0 for sample in samples):
         return Interval(value, value, value, n)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        result = stats.bootstrap(
+    return _percentiles(value, _resampled(statistic, samples, resamples, np.random.default_rng(seed)), n)
+
+
+def _check_paired(*samples: np.ndarray) -> None:
+    lengths = [len(sample) for sample in samples]
+    if not lengths[0] or len(set(lengths)) > 1:
+        raise ValueError(f"expected the same prompts in every sample, found {lengths} values")
+
+
+def _resampled(
+    statistic: Callable[..., np.ndarray], samples: Sequence[np.ndarray], resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # resamples without a value are left out below
+        return stats.bootstrap(
             samples,
             statistic,
             paired=True,
@@ -67,9 +91,11 @@ def bootstrap(
             n_resamples=resamples,
             batch=200,
             method="percentile",
-            rng=np.random.default_rng(seed),
-        )
-        distribution = result.bootstrap_distribution
+            rng=rng,
+        ).bootstrap_distribution
+
+
+def _percentiles(value: float, distribution: np.ndarray, n: int) -> Interval:
     finite = distribution[np.isfinite(distribution)]
     low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
     return Interval(value, float(low), float(high), n)
@@ -91,6 +117,39 @@ def score(values: np.ndarray, seed: int = 0) -> Interval:
     return bootstrap(np.mean, 100 * np.asarray(values, dtype=np.float64), seed=seed)
 
 
+def average(samples: Sequence[np.ndarray], seed: int = 0) -> Interval:
+    """
+    Average over domains of their mean scores, 0 to 100, every domain with the same weight.
+
+    ```
+    average = 1/D sum_d 100/n_d sum_p v_dp
+    ```
+
+    The domains have prompts of their own, so that the prompts of each are resampled by themselves (Davison and
+    Hinkley, 1997, section 3.2: several samples).
+
+    Args:
+        samples (`list[numpy.ndarray]`):
+            Values per prompt of each domain; differences of paired values are values as well.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the resampling.
+
+    Returns:
+        [`Interval`]: The average, with `n` the number of all prompts; undefined (`nan`) without domains.
+    """
+    samples = [100 * np.asarray(sample, dtype=np.float64) for sample in samples]
+    if not samples:
+        return UNDEFINED
+    n = sum(len(sample) for sample in samples)
+    value = float(np.mean([sample.mean() for sample in samples]))
+    varying = [sample for sample in samples if len(sample) > 1 and np.ptp(sample) > 0]
+    if not varying:
+        return Interval(value, value, value, n)
+    rng = np.random.default_rng(seed)
+    deviations = sum(_resampled(np.mean, [sample], 2000, rng) - sample.mean() for sample in varying)
+    return _percentiles(value, value + deviations / len(samples), n)
+
+
 def difference(after: np.ndarray, before: np.ndarray, seed: int = 0) -> Interval:
     """
     Change of the score, in points, on the same prompts.
@@ -106,6 +165,7 @@ def difference(after: np.ndarray, before: np.ndarray, seed: int = 0) -> Interval
     Returns:
         [`Interval`]: Mean of `100 * (after - before)`.
     """
+    _check_paired(after, before)
     return score(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64), seed=seed)
 
 

@@ -1,11 +1,12 @@
 """Scores of every domain after every stage."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from .bootstrap import Interval, score
+from .bootstrap import Interval, average, score
 
 
 @dataclass
@@ -13,11 +14,14 @@ class ScoreMatrix:
     """
     Stages x domains.
 
+    A run that was extended with another domain has no scores of it in its earlier rows; they are left out wherever
+    stages are compared.
+
     Args:
         domains (`list[str]`):
             Names of the domains: the columns.
         stages (`list[str]`, *optional*):
-            Names of the stages, `"<index>-<domain>"`: the rows, in order.
+            Names of the stages, `"0-base"`, `"<index>-<domain>"` or `"<index>-refresh-<domain>"`: the rows, in order.
         values (`list[dict[str, numpy.ndarray]]`, *optional*):
             For each stage, the per-prompt scores (0 to 1) of each domain.
     """
@@ -29,6 +33,24 @@ class ScoreMatrix:
     def append(self, stage: str, values: dict[str, np.ndarray]) -> None:
         self.stages.append(stage)
         self.values.append(values)
+
+    def position(self, stage: int) -> int:
+        """
+        Position of a stage, counted from the first one.
+
+        Args:
+            stage (`int`):
+                Position of the stage; negative positions count from the end.
+
+        Returns:
+            `int`: The position, 0 or more.
+
+        Raises:
+            `ValueError`: If there is no such stage.
+        """
+        if not -len(self.stages) <= stage < len(self.stages):
+            raise ValueError(f"stage: expected the position of one of {len(self.stages)} stages, found {stage}")
+        return stage % len(self.stages)
 
     def interval(self, stage: int, domain: str) -> Interval:
         """
@@ -42,35 +64,123 @@ class ScoreMatrix:
 
         Returns:
             [`Interval`]: Score, 0 to 100, with its 95% interval over prompts.
-        """
-        return score(self.values[stage][domain])
 
-    def peak(self, domain: str) -> int:
+        Raises:
+            `ValueError`: If the domain was not scored after that stage.
+        """
+        values = self.values[self.position(stage)]
+        if domain not in values:
+            raise ValueError(
+                f"stage {self.stages[stage]!r}: expected a score of domain {domain!r}, found scores of {list(values)}"
+            )
+        return score(values[domain])
+
+    def average_score(self, stage: int = -1) -> Interval:
+        """
+        Average score over the domains after one stage.
+
+        ```
+        ACC_T = 1/D sum_i R_(T,i)
+        ```
+
+        with `R_(T,i)` the score of domain i after stage T (Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS
+        2017, equation 2).
+
+        Args:
+            stage (`int`, *optional*, defaults to `-1`):
+                Position of the stage; negative positions count from the end.
+
+        Returns:
+            [`Interval`]: Average, 0 to 100, of the domains that were scored after that stage.
+        """
+        values = self.values[self.position(stage)]
+        return average([values[domain] for domain in self.domains if domain in values])
+
+    def peak(self, domain: str, last: int = -1) -> int:
         """
         Position of the stage with the highest score of a domain, the first one among equals.
 
         Args:
             domain (`str`):
                 Name of the domain.
+            last (`int`, *optional*, defaults to `-1`):
+                Position of the last stage to look at; negative positions count from the end.
 
         Returns:
             `int`: Position of the stage.
+
+        Raises:
+            `ValueError`: If the domain was not scored after any of these stages.
         """
-        return int(np.argmax([values[domain].mean() for values in self.values]))
+        rows = [row for row in range(self.position(last) + 1) if domain in self.values[row]]
+        if not rows:
+            stages = self.stages[: self.position(last) + 1]
+            raise ValueError(f"domain {domain!r}: expected a score after one of {stages}, found none")
+        return max(rows, key=lambda row: self.values[row][domain].mean())
+
+    def stage_kind(self, stage: int) -> tuple[str, str | None]:
+        """
+        What a stage was, by its name.
+
+        Args:
+            stage (`int`):
+                Position of the stage; negative positions count from the end.
+
+        Returns:
+            `tuple[str, str]`: `"base"` and `None`, or `"train"` or `"refresh"` and the name of the domain.
+        """
+        name = self.stages[stage].partition("-")[2]
+        if self.stages[stage] == "0-base":
+            return "base", None
+        if name.startswith("refresh-") and name not in self.domains:
+            return "refresh", name.removeprefix("refresh-")
+        return "train", name
+
+    def last_training(self, stage: int = -1) -> int | None:
+        """
+        Position of the last stage of kind `train` up to a stage: what comes after it are refreshes.
+
+        Args:
+            stage (`int`, *optional*, defaults to `-1`):
+                Position of the stage; negative positions count from the end.
+
+        Returns:
+            `int` or `None`: Position, or `None` where nothing was trained yet.
+        """
+        rows = range(self.position(stage), -1, -1)
+        return next((row for row in rows if self.stage_kind(row)[0] == "train"), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The matrix as JSON values, without the per-prompt scores.
+
+        Returns:
+            `dict`: `domains`, and for each of `stages` its `stage` and `scores` with `value`, `low`, `high` and `n`.
+        """
+        return {
+            "domains": list(self.domains),
+            "stages": [
+                {
+                    "stage": stage,
+                    "scores": {domain: score(values[domain]).to_dict() for domain in self.domains if domain in values},
+                }
+                for stage, values in zip(self.stages, self.values, strict=True)
+            ],
+        }
 
     def to_table(self) -> Table:
         """
         The matrix as a table for the terminal.
 
         Returns:
-            [`rich.table.Table`]: One row per stage, scores with their 95% intervals.
+            [`rich.table.Table`]: One row per stage, scores with their 95% intervals, a dash where there is none.
         """
-        counts = {domain: len(self.values[0][domain]) for domain in self.domains} if self.values else {}
         table = Table(title="Score after each stage (0 to 100, 95% interval)")
         table.add_column("stage")
         for domain in self.domains:
-            table.add_column(f"{domain} (n={counts.get(domain, 0)})", justify="right")
-        for position, stage in enumerate(self.stages):
-            cells = [self.interval(position, domain) for domain in self.domains]
-            table.add_row(stage, *(f"{cell.value:.1f} [{cell.low:.1f}, {cell.high:.1f}]" for cell in cells))
+            count = next((len(values[domain]) for values in self.values if domain in values), 0)
+            table.add_column(f"{domain} (n={count})", justify="right")
+        for stage, values in zip(self.stages, self.values, strict=True):
+            cells = (score(values[domain]) if domain in values else None for domain in self.domains)
+            table.add_row(stage, *("—" if cell is None else f"{cell:.1f}" for cell in cells))
         return table

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +54,9 @@ class Scorer:
     """
     Scores of a model on domains.
 
-    Prompts are sorted by length, batched, completed and handed to the metric of the domain. The same weights always
-    get the same scores: greedy completions have no randomness, sampled ones a seed of their own.
+    Prompts are sorted by length, batched, completed and handed to the metric of the domain: its `metric`, or the
+    weighted sum of the rewards that it is trained with. The same weights always get the same scores: greedy
+    completions have no randomness, sampled ones a seed of their own.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -75,7 +77,7 @@ class Scorer:
             Whether to show a progress bar over prompts.
 
     Raises:
-        `ValueError`: If several greedy completions are asked for.
+        `ValueError`: If an argument is out of range, or several greedy completions are asked for.
     """
 
     def __init__(
@@ -89,6 +91,15 @@ class Scorer:
         seed: int = 0,
         progress: bool = False,
     ):
+        for name, value in (
+            ("max_new_tokens", max_new_tokens),
+            ("batch_size", batch_size),
+            ("num_samples", num_samples),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature: expected 0 or more, found {temperature}")
         if num_samples > 1 and temperature == 0:
             raise ValueError(f"num_samples: expected 1 with temperature 0 (greedy), found {num_samples}")
         self.tokenizer = tokenizer
@@ -118,8 +129,8 @@ class Scorer:
         Raises:
             `ValueError`: If the metric fails or returns the wrong number of values.
         """
-        completions = self.complete(model, [row["prompt"] for row in self._repeated(dataset)])
-        return self._scores(domain, dataset, completions)
+        completion_ids = self.complete_ids(model, [row["prompt"] for row in self._repeated(dataset)])
+        return self._scores(domain, dataset, completion_ids)
 
     def score_distributed(self, model: PreTrainedModel, domain: Domain, dataset: Dataset, accelerator) -> DomainScores:
         """
@@ -143,14 +154,15 @@ class Scorer:
         prompts = [row["prompt"] for row in self._repeated(dataset)]
         shards = np.array_split(np.arange(len(prompts)), accelerator.num_processes)
         mine = [prompts[index] for index in shards[accelerator.process_index]]
-        completions = gather_object(self.complete(model, mine) if mine else [])
-        return self._scores(domain, dataset, completions)
+        completion_ids = gather_object(self.complete_ids(model, mine) if mine else [])
+        return self._scores(domain, dataset, completion_ids)
 
     def _repeated(self, dataset: Dataset) -> list[dict]:
         return [row for row in dataset for _ in range(self.num_samples)]
 
-    def _scores(self, domain: Domain, dataset: Dataset, completions: list[str]) -> DomainScores:
-        values = apply_metric(domain, self._repeated(dataset), completions)
+    def _scores(self, domain: Domain, dataset: Dataset, completion_ids: list[list[int]]) -> DomainScores:
+        completions = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        values = apply_metric(domain, self._repeated(dataset), completions, completion_ids)
         return DomainScores(values=values.reshape(-1, self.num_samples).mean(axis=1), completions=completions)
 
     def complete(self, model: PreTrainedModel, prompts: list[Any]) -> list[str]:
@@ -250,9 +262,15 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def apply_metric(domain: Domain, rows: list[dict], completions: list[str]) -> np.ndarray:
+def apply_metric(
+    domain: Domain, rows: list[dict], completions: list[str], completion_ids: list[list[int]] | None = None
+) -> np.ndarray:
     """
     Values of a domain's metric for given completions.
+
+    Functions are called with everything that [`~trl.GRPOTrainer`] calls them with, so that one that works in training
+    works here: the columns of the dataset, `completion_ids`, `trainer_state` (which is `None`, as nothing is trained),
+    and a `log_extra` and a `log_metric` that do nothing.
 
     Args:
         domain ([`Domain`]):
@@ -261,17 +279,25 @@ def apply_metric(domain: Domain, rows: list[dict], completions: list[str]) -> np
             Rows of the dataset.
         completions (`list[str]`):
             One completion per row.
+        completion_ids (`list[list[int]]`, *optional*):
+            Their token ids, for functions that look at them.
 
     Returns:
-        `numpy.ndarray` of shape `(n,)`: One value per row.
+        `numpy.ndarray` of shape `(n,)`: One value per row, the weighted sum of the functions; `None` counts as 0.
 
     Raises:
         `ValueError`: If a function fails, or returns the wrong number of values or one that is not a finite number.
     """
     prompts = [row["prompt"] for row in rows]
-    if is_conversational(rows[0]):
+    if is_conversational({"prompt": prompts[0]}):
         completions = [[{"role": "assistant", "content": completion}] for completion in completions]
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    arguments: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0]}
+    arguments.update(prompts=prompts, completions=completions, trainer_state=None)
+    arguments.update(log_extra=lambda column, values: None, log_metric=lambda name, value: None)
+    for key in ("prompt", "completion", "completion_ids"):  # TRL keeps these names to itself
+        arguments.pop(key, None)
+    if completion_ids is not None:
+        arguments["completion_ids"] = completion_ids
     if domain.metric is not None:
         functions, weights = [domain.metric], [1.0]
     else:
@@ -282,22 +308,25 @@ def apply_metric(domain: Domain, rows: list[dict], completions: list[str]) -> np
             raise ValueError(
                 f"domain {domain.name!r}: a reward model cannot score completions outside training, set `metric`"
             )
-        total += weight * _call(domain.name, function, prompts, completions, columns)
+        total += weight * _call(domain.name, function, len(rows), arguments)
     return total
 
 
-def _call(name: str, function: Callable, prompts: list, completions: list, columns: dict[str, list]) -> np.ndarray:
+def _call(name: str, function: Callable, n: int, arguments: dict[str, Any]) -> np.ndarray:
     label = f"domain {name!r}, {getattr(function, '__name__', type(function).__name__)}"
     try:
-        values = function(prompts=prompts, completions=completions, **columns)
+        values = function(**arguments)
         if asyncio.iscoroutine(values):
-            values = asyncio.run(values)
+            with ThreadPoolExecutor(1) as thread:  # a notebook already runs an event loop in its own
+                values = thread.submit(asyncio.run, values).result()
     except Exception as error:
         raise ValueError(f"{label}: raised {type(error).__name__}: {error}") from error
+    if isinstance(values, torch.Tensor):
+        values = values.tolist()
     if not isinstance(values, (list, tuple, np.ndarray)):
         raise ValueError(f"{label}: expected a list with one number per completion, found {type(values).__name__}")
-    if len(values) != len(prompts):
-        raise ValueError(f"{label}: expected {len(prompts)} values, one per completion, found {len(values)}")
+    if len(values) != n:
+        raise ValueError(f"{label}: expected {n} values, one per completion, found {len(values)}")
     try:
         values = np.array([0.0 if value is None else float(value) for value in values], dtype=np.float64)
     except (TypeError, ValueError) as error:

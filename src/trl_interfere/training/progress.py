@@ -112,6 +112,7 @@ class StageProgress(StageCallback):
         scores = ", ".join(
             f"{domain} {score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
             for domain in score_matrix.domains
+            if domain in score_matrix.values[-1]
             for score in [score_matrix.interval(-1, domain)]
         )
         self.console.print(f"after {record.name}: {scores}", markup=False)

@@ -1,72 +1,177 @@
 """The refresh: a short RL pass on a domain that a later stage has damaged."""
 
-from ..evaluation.bootstrap import difference
+import copy
+import difflib
+import logging
+import math
+
+from ..domains.loading import check_names
+from ..evaluation.bootstrap import difference, recovered
+from ..evaluation.collateral import collateral
 from ..evaluation.score_matrix import ScoreMatrix
 from .callbacks import StageCallback
+from .config import STAGE_OPTIONS
 from .manifest import StageRecord
 from .schedule import Stage
 
 
+logger = logging.getLogger(__name__)
+
+
 class RefreshCallback(StageCallback):
     """
-    Ask [`SequentialGRPOTrainer`] for a short RL pass on each domain that has dropped from its peak, worst first.
+    Ask [`SequentialGRPOTrainer`] for short RL passes on the domains that the stages of others have damaged.
 
-    A domain is refreshed when its score is more than `max_drop` points below its own highest score of the run and the
-    95% interval of that drop (paired bootstrap over prompts) excludes zero.
+    A domain is damaged when its score after the last stage of the schedule is more than `max_drop` points below its
+    highest score of the run so far, and the 95% interval of that drop (paired bootstrap over prompts) excludes zero.
+    Only domains that have been trained are refreshed. The damaged domains take turns, the worst one first: the next
+    refresh goes to the domain with the fewest refreshes in this round, among those to the one furthest below its peak.
+
+    A domain is finished when
+
+    - the recovered share, `(now - damaged) / (peak - damaged)`, has reached `until_recovered`, or the interval of what
+      is missing includes zero: there is no refresh for noise;
+    - its refreshes have used up `max_steps`;
+    - its last `patience` refreshes brought no score above its best one of this round.
+
+    The whole round ends when all damaged domains are finished, or when a refresh costs too much: any other domain,
+    trained or not, is more than `max_drop` points below its score after the last stage of the schedule, with an
+    interval that excludes zero. The next stage of the schedule begins a new round.
+
+    What is asked for follows from the manifest and the scores alone, so that a resumed run takes the same way. The
+    manifest keeps the `reason` of each refresh: `drop` (what is missing to the peak), `recovered`, `steps` and
+    `refreshes` of the domain in this round, `without_improvement`, and the names of the stages `peak` and `damaged`.
 
     Args:
-        max_steps (`int`, *optional*, defaults to `10`):
-            Optimizer steps of one refresh.
-        max_drop (`float`, *optional*, defaults to `2.0`):
-            Drop, in points of 100, that is tolerated.
         domains (`list[str]`, *optional*):
             Domains to watch. Defaults to all domains that have been trained.
+        max_drop (`float`, *optional*, defaults to `2.0`):
+            Drop, in points of 100, that is tolerated: before a domain is refreshed, and of the others when it is.
         at (`str`, *optional*, defaults to `"end"`):
             `"end"`: once all stages of the schedule have finished. `"stage"`: after each of them.
+        max_steps (`int`, *optional*, defaults to `10`):
+            Optimizer steps that a domain gets in one round. A refresh counts as one step at least.
+        until_recovered (`float`, *optional*, defaults to `0.95`):
+            Recovered share, up to 1, at which a domain is finished.
+        patience (`int`, *optional*, defaults to `2`):
+            Refreshes without improvement, one after the other, after which a domain is given up.
+        steps_per_check (`int`, *optional*):
+            Optimizer steps of one refresh, after which all domains are scored. The last refresh of a domain is
+            shortened to what is left of `max_steps`. Defaults to `max_steps`: one refresh per domain.
         overrides (`dict`, *optional*):
-            Further settings of the refresh stage, e.g. `{"learning_rate": 1e-6}`.
+            Further settings of the refresh stages, e.g. `{"learning_rate": 1e-6}`.
+
+    Raises:
+        `ValueError`: If an argument is out of range.
     """
 
     def __init__(
         self,
-        max_steps: int = 10,
-        max_drop: float = 2.0,
         domains: list[str] | None = None,
+        max_drop: float = 2.0,
         at: str = "end",
+        max_steps: int = 10,
+        until_recovered: float = 0.95,
+        patience: int = 2,
+        steps_per_check: int | None = None,
         overrides: dict | None = None,
     ):
+        if domains is not None and not (
+            isinstance(domains, (list, tuple)) and all(isinstance(name, str) for name in domains)
+        ):
+            raise ValueError(f"domains: expected a list of names, found {domains!r}")
+        if not _is_number(max_drop) or not 0 <= max_drop < math.inf:
+            raise ValueError(f"max_drop: expected points of 100, 0 or more, found {max_drop!r}")
         if at not in ("end", "stage"):
             raise ValueError(f"at: expected 'end' or 'stage', found {at!r}")
-        if max_steps < 1:
-            raise ValueError(f"max_steps: expected at least 1, found {max_steps}")
-        self.max_steps = max_steps
-        self.max_drop = max_drop
+        for name, value in (("max_steps", max_steps), ("patience", patience)):
+            if not _is_number(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a whole number, at least 1, found {value!r}")
+        if not _is_number(until_recovered) or not 0 < until_recovered <= 1:
+            raise ValueError(f"until_recovered: expected a share above 0 and up to 1, found {until_recovered!r}")
+        steps_per_check = max_steps if steps_per_check is None else steps_per_check
+        if not _is_number(steps_per_check, int) or not 1 <= steps_per_check <= max_steps:
+            raise ValueError(f"steps_per_check: expected 1 to {max_steps} (max_steps), found {steps_per_check!r}")
+        overrides = {} if overrides is None else overrides
+        if not isinstance(overrides, dict):
+            raise ValueError(f"overrides: expected settings by name, found {overrides!r}")
+        for name in ("max_steps", "num_train_epochs"):
+            if name in overrides:
+                raise ValueError(f"overrides: the length of a refresh is set by steps_per_check, found {name!r}")
+        check_names(overrides, STAGE_OPTIONS, "overrides")
         self.domains = domains
+        self.max_drop = max_drop
         self.at = at
-        self.overrides = overrides or {}
+        self.max_steps = max_steps
+        self.until_recovered = until_recovered
+        self.patience = patience
+        self.steps_per_check = steps_per_check
+        self.overrides = overrides
 
     def request_stage(
         self, stages: list[StageRecord], score_matrix: ScoreMatrix, schedule_finished: bool
     ) -> Stage | None:
-        if self.at == "end" and not schedule_finished:
+        for name in self.domains or []:
+            if name not in score_matrix.domains:
+                nearest = difflib.get_close_matches(name, score_matrix.domains, n=1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected some of {score_matrix.domains}"
+                raise ValueError(f"RefreshCallback, domains: {name!r} is not a domain with an eval_dataset, {hint}")
+        trained = [row for row, record in enumerate(stages) if record.kind == "train"]
+        if not trained or (self.at == "end" and not schedule_finished):
             return None
-        refreshed = set()  # since the last stage of the schedule: one refresh per domain
-        for record in reversed(stages):
-            if record.kind != "refresh":
-                break
-            refreshed.add(record.domain)
-        trained = [record.domain for record in stages if record.kind == "train"]
-        drops = {}
-        for domain in dict.fromkeys(trained):
-            if domain in refreshed or domain not in score_matrix.domains:
-                continue
-            if self.domains is not None and domain not in self.domains:
-                continue
-            peak = score_matrix.values[score_matrix.peak(domain)][domain]
-            drop = difference(peak, score_matrix.values[-1][domain])
-            if drop.value > self.max_drop and drop.low > 0:
-                drops[domain] = drop.value
-        if not drops:
+        since = trained[-1]
+        if len(stages) > since + 1:
+            last = stages[-1]
+            for domain, change in collateral(score_matrix, since, [last.domain]).items():
+                if change.value < -self.max_drop and change.high < 0:
+                    logger.warning(
+                        f"{last.name}: domain {domain!r} is {change:.1f} points from its score after "
+                        f"{stages[since].name}, more than max_drop={self.max_drop}; no further refresh"
+                    )
+                    return None
+        # Fewest refreshes, then the largest drop, then the order of the domains.
+        turns = []
+        for domain in dict.fromkeys(stages[row].domain for row in trained):
+            if self.domains is None or domain in self.domains:
+                reason = self._reason(domain, stages, score_matrix, since)
+                if reason is not None:
+                    turns.append((reason["refreshes"], -reason["drop"]["value"], len(turns), domain, reason))
+        if not turns:
             return None
-        worst = max(drops, key=drops.get)
-        return Stage(domain=worst, kind="refresh", overrides={"max_steps": self.max_steps, **self.overrides})
+        *_, domain, reason = min(turns)
+        steps = min(self.steps_per_check, self.max_steps - reason["steps"])
+        return Stage(domain, "refresh", {**copy.deepcopy(self.overrides), "max_steps": steps}, reason)
+
+    def _reason(self, domain: str, stages: list[StageRecord], score_matrix: ScoreMatrix, since: int) -> dict | None:
+        """Why the domain should be refreshed, or `None` where it should not."""
+        rows = score_matrix.values
+        if domain not in rows[since] or domain not in rows[-1]:
+            return None
+        position = score_matrix.peak(domain, since)
+        peak, damaged, now = (row[domain] for row in (rows[position], rows[since], rows[-1]))
+        damage, drop = difference(peak, damaged), difference(peak, now)
+        if damage.value <= self.max_drop or damage.low <= 0 or drop.low <= 0:
+            return None
+        own = [row for row in range(since + 1, len(stages)) if stages[row].domain == domain]
+        steps = sum(max(stages[row].steps, 1) for row in own)
+        best, without_improvement = damaged.mean(), 0
+        for row in own:
+            score = rows[row][domain].mean() if domain in rows[row] else -math.inf
+            without_improvement = 0 if score > best else without_improvement + 1
+            best = max(best, score)
+        share = recovered(now, damaged, peak)
+        if share.value >= self.until_recovered or steps >= self.max_steps or without_improvement >= self.patience:
+            return None
+        return {
+            "drop": drop.to_dict(),
+            "recovered": share.to_dict(),
+            "steps": steps,
+            "refreshes": len(own),
+            "without_improvement": without_improvement,
+            "peak": score_matrix.stages[position],
+            "damaged": score_matrix.stages[since],
+        }
+
+
+def _is_number(value: object, kind: type = float) -> bool:
+    return isinstance(value, (int, kind)) and not isinstance(value, bool)
