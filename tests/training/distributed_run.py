@@ -99,6 +99,25 @@ def refuse(*args, **kwargs):
     raise AssertionError("only the main process writes the manifest and the scores")
 
 
+def settings(processes: int) -> dict:
+    """Settings of the training in so many processes."""
+    return {
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": GLOBAL_BATCH // processes,
+        "num_generations": GLOBAL_BATCH,  # one group, so that two processes share it
+        "max_completion_length": 8,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "seed": 7,
+    }
+
+
 def main(folder: Path, resume: bool = False, kill: tuple[str, int, int] | None = None) -> None:
     """
     Run, and leave `rank-<rank>.safetensors` and `seen-<rank>.json` in the folder.
@@ -115,22 +134,7 @@ def main(folder: Path, resume: bool = False, kill: tuple[str, int, int] | None =
     seen = []
     trainer = SequentialGRPOTrainer(
         model=str(MODEL_FOLDER),
-        args=SequentialGRPOConfig(
-            output_dir=str(folder),
-            max_steps=2,
-            learning_rate=1e-3,
-            per_device_train_batch_size=GLOBAL_BATCH // processes,
-            num_generations=GLOBAL_BATCH,  # one group, so that two processes share it
-            max_completion_length=8,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to=[],
-            disable_tqdm=True,
-            logging_steps=1,
-            save_steps=1,
-            seed=7,
-        ),
+        args=SequentialGRPOConfig(output_dir=str(folder), **settings(processes)),
         domains=make_domains(seen),
         callbacks=[RefreshWorst(), *([Kill(*kill)] if kill else [])],
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from distributed_run import GLOBAL_BATCH, SCORED, main, make_domains
+from distributed_run import GLOBAL_BATCH, SCORED, main, make_domains, settings
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,7 +51,7 @@ def in_this_process(way: str, folder: Path) -> None:
         torch.set_num_threads(threads)
 
 
-# How the run can be run: functions that take the name of the way and the folder. `--process-per-stage` belongs here.
+# How the run can be run: functions that take the name of the way and the folder.
 WAYS = {"one process": in_this_process, "two processes": launched, "fsdp2": launched}
 DISTRIBUTED = [way for way, start in WAYS.items() if start is launched]
 
@@ -161,3 +161,41 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, runs, way, stage, step,
         assert_same(folder / f"rank-{rank}.safetensors", runs(way) / f"rank-{rank}.safetensors")
     for before, after in zip(stages(runs(way)), stages(folder), strict=True):
         assert {**before, "seconds": 0} == {**after, "seconds": 0}
+
+
+@pytest.mark.parametrize(("way", "processes"), [("one process", 1), ("two processes", 2)])
+def test_a_process_per_stage_trains_the_same(tmp_path, runs, way, processes):
+    # The command knows no callback that asks for the refresh: the stages before it are compared.
+    content = {
+        "model": str(MODEL_FOLDER),
+        "training": {"output_dir": str(tmp_path / "run"), **settings(processes)},
+        "domains": [],
+    }
+    for domain in make_domains():
+        entry = {
+            "name": domain.name,
+            "rewards": "distributed_run.text_reward",
+            "metric": "distributed_run.text_reward",
+        }
+        for part, dataset in (("train", domain.train_dataset), ("eval", domain.eval_dataset)):
+            entry[part] = f"{domain.name}-{part}.jsonl"
+            dataset.select_columns("prompt").to_json(tmp_path / entry[part])
+        content["domains"].append(entry)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu.yaml"), "-m"]
+    command += ["trl_interfere", "train", "--config", str(tmp_path / "run.yaml"), "--threads", "1"]
+    path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    result = subprocess.run(
+        [*command, "--process-per-stage"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    expected, found = runs(way), tmp_path / "run"
+    assert [stage["domain"] for stage in stages(found)] == [None, "math", "writing"]
+    for before, after in zip(stages(expected), stages(found), strict=False):
+        for domain, entry in before["scores"].items():
+            assert read_scores(expected, entry) == read_scores(found, after["scores"][domain])
+        if before["folder"] is not None:
+            assert_same(*(folder / before["folder"] / "model.safetensors" for folder in (expected, found)))

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from trl_interfere.training import processes
 
@@ -71,23 +72,22 @@ def test_a_signal_ends_the_child(tmp_path, child, signum):
     assert str(program) not in listing
 
 
-@pytest.mark.parametrize(
-    ("given", "name", "expected"),
-    [
-        ({"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": "7"}, "TORCHELASTIC_RESTART_COUNT", ["0", "1"]),
-        (
-            {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"},
-            "TORCHELASTIC_RESTART_COUNT",
-            ["20000", "20001"],
-        ),
-        ({"MASTER_PORT": "29500"}, "MASTER_PORT", ["29500", "29501"]),
-    ],
-)
-def test_each_stage_has_a_rendezvous_of_its_own(tmp_path, child, monkeypatch, given, name, expected):
-    for variable in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"):
-        monkeypatch.delenv(variable, raising=False)
-    for variable, value in given.items():
-        monkeypatch.setenv(variable, value)
+def test_each_stage_has_a_port_of_its_own(tmp_path, child, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29500")
     child("sys.exit(75 if number == 0 else 0)")
     assert processes.train_in_processes(["train"]) == 0
-    assert [environment[name] for _, environment in calls(tmp_path)] == expected
+    assert [environment["MASTER_PORT"] for _, environment in calls(tmp_path)] == ["29500", "29501"]
+
+
+def test_processes_of_a_launcher_agree_on_the_port_of_each_stage(monkeypatch):
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    launcher = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    found = {}
+    for rank in ("0", "1"):
+        for name, value in {**launcher, "RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        found[rank] = [processes._rendezvous(number) for number in range(2)]
+    assert found["0"] == found["1"]
+    assert all(environment["TORCHELASTIC_USE_AGENT_STORE"] == "False" for environment in found["0"])
+    assert len({str(store.port), *(environment["MASTER_PORT"] for environment in found["0"])}) == 3

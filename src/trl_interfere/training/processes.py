@@ -6,6 +6,9 @@ import subprocess
 import sys
 from itertools import count
 
+from accelerate.utils.other import get_free_port
+from torch.distributed import TCPStore
+
 
 STAGES_LEFT = 75
 """Exit code of `trl-interfere train --max-stages` when stages are left (EX_TEMPFAIL of sysexits.h)."""
@@ -60,9 +63,13 @@ def train_in_processes(arguments: list[str], resume: bool = False) -> int:
 def _rendezvous(number: int) -> dict[str, str]:
     """Environment in which the processes of one stage find each other and nothing of the stage before."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # The store outlives the stages, and torch puts this number before its keys. A restart by the agent counts too.
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        return {"TORCHELASTIC_RESTART_COUNT": str(10_000 * restarts + number)}
+        # The launcher's store outlives the stages and would hand out the addresses of the stage before. It is used
+        # once, to agree on the port of a store for this stage alone.
+        agreed = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        key = f"trl_interfere/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{number}"
+        if os.environ["RANK"] == "0":
+            agreed.set(key, str(get_free_port()))
+        return {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": agreed.get(key).decode()}
     if "MASTER_PORT" in os.environ:
         # Rank 0 of the stage before may still be listening when another rank is already at the next stage.
         return {"MASTER_PORT": str(int(os.environ["MASTER_PORT"]) + number)}
