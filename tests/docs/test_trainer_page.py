@@ -1,4 +1,4 @@
-"""The page on the trainer: its examples run, in order, and print what it says they print."""
+"""The examples of the page on the trainer print what it says they print, and the page on the API is whole."""
 
 import re
 from contextlib import redirect_stdout
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import trl_interfere
 from trl_interfere.training.config import REFUSED_OPTIONS
 
 
@@ -41,3 +42,9 @@ def test_examples_print_what_the_page_says(tmp_path, monkeypatch):
 @pytest.mark.parametrize("option", REFUSED_OPTIONS)
 def test_refused_options_are_named(option):
     assert f"| `{option}` |" in TEXT
+
+
+@pytest.mark.parametrize("name", trl_interfere.__all__[1:])
+def test_everything_that_can_be_imported_is_listed(name):
+    module = getattr(trl_interfere, name).__module__
+    assert f"\n::: {module}.{name}\n" in (PAGE.parent / "api.md").read_text(encoding="utf-8")
