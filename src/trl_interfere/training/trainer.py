@@ -187,6 +187,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
         if args.kl_reference == "stage" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("kl_reference: 'stage' is not supported with FSDP or DeepSpeed")
         self.manifest = Manifest(args.output_dir, self._identity())
+        self.manifest.run_name = args.run_name
         self.scorer = Scorer(
             self._tokenizer,
             max_new_tokens=args.score_max_new_tokens or args.max_completion_length,
@@ -400,12 +401,16 @@ class SequentialGRPOTrainer(GRPOTrainer):
             self.manifest.stages.append(record)
             self.manifest.current = None
         self.accelerator.wait_for_everyone()
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, _score_logs(record))
+        logs = {**_score_logs(record), "run_step": self._steps_before()}
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, StageCallback):
                 callback.on_stage_end(record, self.score_matrix)
         if not self.args.keep_checkpoints and self.accelerator.is_main_process:
-            shutil.rmtree(self.manifest.folder / "checkpoints" / record.name, ignore_errors=True)
+            checkpoints = self.manifest.folder / "checkpoints" / record.name
+            if record.folder is not None and (checkpoints / "completions").exists():
+                os.replace(checkpoints / "completions", self.manifest.folder / record.folder / "completions")
+            shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _save_stage(self, folder: Path) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
@@ -447,6 +452,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 self._load_stage(self.manifest.folder / folders[-1])
         elif self.accelerator.is_main_process:
             self.manifest.save()
+        # transformers ends the run of trackio with each `train()`, and finds it again by its name alone.
+        self.args.run_name = self.manifest.run_name
         self.accelerator.wait_for_everyone()
 
     def _identity(self) -> dict[str, Any]:
@@ -474,6 +481,9 @@ class SequentialGRPOTrainer(GRPOTrainer):
             },
             "config": json.loads(json.dumps(config, default=str)),
         }
+
+    def _steps_before(self) -> int:
+        return sum(record.steps for record in self.manifest.stages)
 
     def _stage_seed(self, index: int) -> int:
         return self.args.seed + max(index - 1, 0)
@@ -581,10 +591,12 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 metrics[name] = [value for value in metrics[name] if value == value]
                 if not metrics[name]:
                     del metrics[name]
-            if self._stage is not None and "reward" in metrics:
-                metrics[f"{self._stage[1].domain}/reward"] = list(metrics["reward"])
+        metrics = self._metrics["train"]
+        if self._stage is not None and "reward" in metrics:
+            metrics[f"{self._stage[1].domain}/reward"] = list(metrics["reward"])
         if self._stage is not None:
             logs["stage"] = self._stage[0]
+            logs["run_step"] = self._steps_before() + self.state.global_step
         super().log(logs, start_time)
 
 
