@@ -1,16 +1,21 @@
 """The command line: the real thing in small, and one clear message with exit code 2 for bad input."""
 
 import json
+import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from trl_interfere import InterferenceReport
 from trl_interfere.cli import main
+from trl_interfere.evaluation.bootstrap import difference
 from trl_interfere.lab.build import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
 
@@ -113,9 +118,11 @@ def test_extending_nothing_else_the_identity_of_a_run_is_kept(tmp_path, content,
 
 
 def test_help_names_every_option(run):
-    for command in ("lab", "train", "analyze"):
+    for command in ("lab", "train", "evaluate", "analyze"):
         code, out, _ = run(command, "--help")
         assert code == 0 and "--help" in out
+    code, out, _ = run("train", "--help-options")
+    assert code == 0 and "--score_samples" in out
 
 
 def change(path: str, value):
@@ -224,3 +231,168 @@ def test_the_lab_leaves_other_files_alone(tmp_path, run):
     code, _, err = run("lab", "--output-dir", tmp_path)
     assert code == 2 and "holds files that are not of a lab run" in err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_the_command_line_goes_over_the_file(tmp_path, content, run):
+    content["training"] |= {"learning_rate": 1e-3, "output_dir": str(tmp_path / "unused")}
+    content["model"] = str(tmp_path / "nowhere")
+    overrides = json.dumps({"writing": {"learning_rate": 2e-3}})
+    code, _, err = run("train", "--config", write(tmp_path, content), "--output_dir", tmp_path / "out", "--threads", 1,
+                       "--model", MODEL_FOLDER, "--learning-rate", 1e-4, "--max_steps", 1, "--order", "math,writing",
+                       "--stage_overrides", overrides, "--max_stages", 1)  # fmt: skip
+    assert code == 75, err
+    manifest = json.loads((tmp_path / "out" / "stages.json").read_text())
+    assert manifest["run"]["config"]["learning_rate"] == 1e-4
+    assert [(stage["domain"], stage["overrides"]) for stage in manifest["run"]["schedule"]] == [
+        ("math", {}), ("writing", {"learning_rate": 2e-3})
+    ]  # fmt: skip
+    assert [(stage["kind"], stage["steps"]) for stage in manifest["stages"]] == [("base", 0), ("train", 1)]
+    assert "stage 1 of 2: math, 1 step\n" in err and "after 1-math: math" in err and "%|" not in err
+    assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rat", "1e-5"], "unknown option 'learning_rat', did you mean 'learning_rate'?"),
+        (["--proces-per-stage"], "unknown option 'proces_per_stage', did you mean 'process_per_stage'?"),
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["--per_device_train_batch_size", "6"], "divisible"),
+        (["--stage_overrides", '{"math": {"temperature": 2}}'], "'temperature' cannot differ between stages"),
+        (["--process-per-stage", "--max-stages", "1"], "--max-stages: expected without --process-per-stage"),
+    ],
+)
+def test_bad_arguments_of_train(tmp_path, content, run, arguments, message):
+    for further in ([], ["--dry-run"]):
+        if "--process-per-stage" in arguments and further:
+            continue
+        code, _, err = run("train", "--config", write(tmp_path, content), *arguments, *further)
+        assert code == 2 and message in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--dry_run"])
+def test_dry_run(tmp_path, content, run, monkeypatch, option):
+    monkeypatch.setenv("COLUMNS", "80")
+    before = sorted(tmp_path.rglob("*"))
+    config = write(tmp_path, content)
+    code, out, err = run("train", "--config", config, "--learning_rate", 3e-5, "--max_steps", 250, option)
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines()]
+    weights = 4 * sum(tensor.numel() for tensor in load_file(MODEL_FOLDER / "model.safetensors").values())
+    tokens = 8 * 12  # of a step
+    assert ["1", "train", "math", "250", "3e-05", "500", f"{250 * tokens:,}", f"{250 * tokens:,}"] in rows
+    assert ["2", "train", "writing", "1", "0.0001", "2", "96", "96"] in rows
+    assert ["to", "do", "251", "502", f"{251 * tokens:,}", f"{251 * tokens:,}"] in rows
+    assert f"48 prompts, 3 times over, at most {3 * 48 * 12:,} tokens" in " ".join(out.split())
+    assert ["stage", "folders:", "2", f"{2 * weights / 1e6:.1f}", "MB"] in rows
+    assert ["checkpoints", "at", "a", "time:", "1", f"{3 * weights / 1e6:.1f}", "MB"] in rows
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, config])
+
+
+def test_dry_run_of_a_run_that_has_begun(tmp_path, content, run, monkeypatch):
+    config = write(tmp_path, content)
+    assert run("train", "--config", config, "--max-stages", 1)[0] == 75
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    code, out, _ = run("train", "--config", config, "--dry-run")
+    assert code == 0 and "1 done" in out and "2 done" not in out and "1 of 2 stages to do" in out
+    assert "Finished: 0-base, 1-math." in " ".join(out.split()) and "48 prompts, 1 times over" in out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == files
+
+
+@pytest.mark.parametrize(
+    ("peft", "bf16"), [(None, False), ({"r": 4, "target_modules": ["q_proj", "v_proj"]}, False), (None, True)]
+)
+def test_evaluate(tmp_path, content, run, peft, bf16):
+    content["peft"] = peft
+    content["training"]["bf16"] = bf16
+    content["training"]["learning_rate"] = 1e-2
+    content["domains"][0]["selection"] = {"path": "math_test.jsonl", "limit": 6}
+    config = write(tmp_path, content)
+    assert run("train", "--config", config, "--threads", 1, "--max-stages", 1)[0] == 75
+    stage = tmp_path / "out" / "stages" / "1-math"
+    assert (stage / "adapter_config.json").exists() == (peft is not None)
+
+    folder = tmp_path / "scores"
+    arguments = ("evaluate", "--config", config, "--threads", 1, "--output_dir", folder)
+    code, out, err = run(*arguments, "--model", MODEL_FOLDER, "--model", stage)
+    assert code == 0, err
+    scores = json.loads((folder / "scores.json").read_text())
+    manifest = json.loads((tmp_path / "out" / "stages.json").read_text())
+    values = []
+    for entry, record in zip(scores["models"], manifest["stages"], strict=True):
+        values.append({})
+        for domain, expected in record["scores"].items():
+            found = entry["scores"][domain]
+            written = [path.read_text() for path in (folder / found["file"], tmp_path / "out" / expected["file"])]
+            assert written[0] == written[1]
+            values[-1][domain] = np.array([json.loads(line)["score"] for line in written[0].splitlines()])
+            assert f"{found['value']:.1f} [{found['low']:.1f}, {found['high']:.1f}]" in " ".join(out.split())
+            assert found["n"] == expected["n"] and found["value"] == pytest.approx(100 * values[-1][domain].mean())
+    change = scores["models"][1]["difference_from_first"]["math"]
+    assert change == difference(values[1]["math"], values[0]["math"]).to_dict() and change["value"] != 0
+    assert scores["schema_version"] == 1 and f"{change['value']:.1f} [{change['low']:.1f}" in out
+
+    before = (folder / "scores.json").read_bytes()
+    code, _, err = run(*arguments)
+    assert code == 2 and "expected an empty or a new folder" in err
+    assert (folder / "scores.json").read_bytes() == before
+
+    arguments = (*arguments[:-1], tmp_path / "selection", "--split", "selection")
+    code, _, err = run(*arguments, "--temperature", 1.0, "--num_samples", 2, "--max_new_tokens", 4, "--model", stage)
+    assert code == 0, err
+    scores = json.loads((tmp_path / "selection" / "scores.json").read_text())
+    assert scores["sampling"] == {"temperature": 1.0, "num_samples": 2, "batch_size": 64, "max_new_tokens": 4}
+    assert list(scores["models"][0]["scores"]) == ["math"] and scores["models"][0]["scores"]["math"]["n"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--domains", "math,chess"], "unknown domain 'chess', expected some of ['math', 'writing']"),
+        (["--domains", "writing", "--split", "selection"], "domain 'writing' has no selection prompts"),
+        (["--split", "selection"], "expected at least one with selection prompts"),
+        (["--model", "nowhere"], "nowhere: expected the folder or Hub id of a model or an adapter"),
+        (["--num_samples", "2"], "num_samples: expected 1 with temperature 0"),
+        (["--split", "test"], "'test' is not one of"),
+    ],
+)
+def test_bad_arguments_of_evaluate(tmp_path, content, run, arguments, message):
+    folder = tmp_path / "scores"
+    code, _, err = run("evaluate", "--config", write(tmp_path, content), "--output-dir", folder, *arguments)
+    assert code == 2 and message in " ".join(err.replace("│", " ").split()), err
+    assert not folder.exists()
+
+
+FRAIL = """
+from pathlib import Path
+
+def frail_reward(completions, **kwargs):
+    if Path(__file__).with_name("broken").exists():
+        raise RuntimeError("out of order")
+    return [sum(map(ord, completion)) % 97 / 97 for completion in completions]
+"""
+
+
+def test_a_process_per_stage_gives_the_same_run(tmp_path, content, run, monkeypatch):
+    (tmp_path / "frail.py").write_text(FRAIL)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    content["training"]["learning_rate"] = 1e-3
+    content["domains"][1] |= {"rewards": "frail.frail_reward", "metric": "lab_math", "eval": "math_test.jsonl"}
+    config = write(tmp_path, content)
+    assert run("train", "--config", config, "--threads", 1)[0] == 0
+
+    arguments = ("train", "--config", config, "--threads", 1, "--process_per_stage", "--output-dir", tmp_path / "each")
+    (tmp_path / "broken").touch()
+    assert run(*arguments)[0] == 2
+    manifest = json.loads((tmp_path / "each" / "stages.json").read_text())
+    assert [stage["domain"] for stage in manifest["stages"]] == [None, "math"]
+    (tmp_path / "broken").unlink()
+    assert run(*arguments, "--resume")[0] == 0
+
+    for name in ("1-math", "2-writing"):
+        first, second = (load_file(tmp_path / run / "stages" / name / "model.safetensors") for run in ("out", "each"))
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    for path in (tmp_path / "out" / "scores").rglob("*.jsonl"):
+        assert path.read_bytes() == (tmp_path / "each" / path.relative_to(tmp_path / "out")).read_bytes()

@@ -3,6 +3,8 @@
 import os
 import sys
 import warnings
+from collections import ChainMap
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,9 @@ import typer
 from rich.console import Console
 
 
+# `--output_dir` is `--output-dir`: TRL's users write the one, the shell's the other.
 app = typer.Typer(
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
     help="Sequential GRPO with TRL, interference analysis and route repair.",
     no_args_is_help=True,
     add_completion=False,
@@ -19,6 +23,14 @@ app = typer.Typer(
 
 _CORES = os.cpu_count() or 1
 Threads = Annotated[int, typer.Option(min=1, help="Threads to compute with; results repeat for the same number.")]
+_PARENT_OPTIONS = ("--process-per-stage", "--resume")  # the parent's, and not passed on to its children
+
+
+class Split(StrEnum):
+    """Part of a domain that is scored."""
+
+    eval = "eval"
+    selection = "selection"
 
 
 @app.command()
@@ -46,21 +58,138 @@ def lab(
     Console().print(f"Everything is in {output_dir}: results.json, report.md, figures/, stages/, analysis/.")
 
 
-@app.command()
+def _print_training_options(show: bool) -> None:
+    if show:
+        from .training.options import options_parser
+
+        print(options_parser().format_help())
+        raise typer.Exit()
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
+    context: typer.Context,
     config: Annotated[Path, typer.Option(help="YAML file with the model, the domains and the settings.")],
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id; over the one in the file.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder of the run; over the one in the file.")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue the run in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print schedule, steps, tokens and disk, and write nothing.")
+    ] = False,
+    max_stages: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many stages; exit code 75 if more are left.")
+    ] = None,
+    process_per_stage: Annotated[
+        bool, typer.Option("--process-per-stage", help="Run each stage in a process of its own.")
+    ] = False,
+    help_options: Annotated[
+        bool,
+        typer.Option(
+            "--help-options", is_eager=True, callback=_print_training_options, help="Show all training options."
+        ),
+    ] = False,
     threads: Threads = _CORES,
 ) -> None:
-    """Train a causal language model through domains in sequence."""
-    _prepare(threads)
-    from .training.run_file import build_trainer
+    """
+    Train a causal language model through domains in sequence.
 
-    trainer = build_trainer(config, output_dir)
-    trainer.train(resume_from_checkpoint=resume)
-    Console().print(trainer.score_matrix.to_table())
-    Console().print(f"Stages, scores and the manifest are in {trainer.args.output_dir}.")
+    All settings of SequentialGRPOConfig are options too, e.g. `--learning_rate 1e-5`, and go before those in the file.
+    """
+    if process_per_stage and not dry_run:
+        if max_stages is not None:
+            raise ValueError("--max-stages: expected without --process-per-stage, which runs all stages")
+        from .training.processes import train_in_processes
+
+        arguments = [argument for argument in sys.argv[1:] if argument.replace("_", "-") not in _PARENT_OPTIONS]
+        raise typer.Exit(train_in_processes(arguments, resume))
+
+    _prepare(threads)
+    from transformers import PrinterCallback, ProgressCallback
+
+    from .training.options import parse_options
+    from .training.plan import plan_run, stage_steps
+    from .training.processes import STAGES_LEFT
+    from .training.progress import StageProgress
+    from .training.run_file import build_trainer, load_run
+
+    options = parse_options(context.args, known=[name for name in context.params if name != "help_options"])
+    if output_dir is not None:
+        options["output_dir"] = str(output_dir)
+    if dry_run:
+        plan = plan_run(*load_run(config, options, model))
+        if os.environ.get("RANK", "0") == "0":
+            Console().print(plan.render())
+        return
+
+    trainer = build_trainer(config, options, model)
+    args, main_process = trainer.args, trainer.is_world_process_zero()
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.scorer.progress = main_process and sys.stderr.isatty() and not args.disable_tqdm
+    progress = StageProgress(
+        [
+            stage_steps(
+                ChainMap(args.stage_settings(stage.overrides), vars(args)), trainer.domains[stage.domain].train_dataset
+            )
+            for stage in trainer.schedule
+        ],
+        bars=not args.disable_tqdm,
+    )
+    if main_process:
+        trainer.add_callback(progress)
+    try:
+        trainer.train(resume_from_checkpoint=resume, max_stages=max_stages)
+    finally:
+        progress.close()
+    if max_stages is not None and trainer.next_stage() is not None:
+        raise typer.Exit(STAGES_LEFT)
+    if main_process:
+        Console().print(trainer.score_matrix.to_table())
+        Console().print(f"Stages, scores and the manifest are in {args.output_dir}.")
+
+
+@app.command()
+def evaluate(
+    config: Annotated[Path, typer.Option(help="YAML file of the training: it names the domains.")],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder, adapter folder or Hub id; may be repeated. Defaults to the model of the file."),
+    ] = None,
+    domains: Annotated[str | None, typer.Option(help="Names separated by commas. Defaults to all.")] = None,
+    split: Annotated[Split, typer.Option(help="Prompts to score on.")] = Split.eval,
+    output_dir: Annotated[Path, typer.Option(help="Folder of scores.json and the scores per prompt.")] = Path(
+        "evaluation"
+    ),
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy. Defaults to the file's.")] = None,
+    num_samples: Annotated[int | None, typer.Option(min=1, help="Completions per prompt.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts to generate for at once.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest completion.")] = None,
+    threads: Threads = _CORES,
+) -> None:
+    """Score checkpoints on the domains, and compare them with the first one prompt by prompt."""
+    _prepare(threads)
+    from .domains.loading import load_run_file
+    from .evaluation.checkpoints import evaluate_checkpoints, print_evaluation
+
+    run = load_run_file(config)
+    names = None if domains is None else [name.strip() for name in domains.split(",") if name.strip()]
+    sampling = {
+        "temperature": temperature,
+        "num_samples": num_samples,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+    }
+    evaluation = evaluate_checkpoints(
+        run,
+        model or [run.model],
+        output_dir,
+        domains=names,
+        split=split.value,
+        progress=sys.stderr.isatty(),
+        **{name: value for name, value in sampling.items() if value is not None},
+    )
+    print_evaluation(evaluation, Console())
+    Console().print(f"The scores are in {output_dir}: scores.json and scores/.")
 
 
 @app.command()

@@ -46,7 +46,7 @@ def test_round_trip(manifest):
     assert other.stages == manifest.stages and len(other.stages) == 3
     assert other.run == manifest.run == {**RUN, "steps": [1, 2]}
     content = json.loads((manifest.folder / "stages.json").read_text())
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 1 and content["run_name"].startswith("run-")
     assert content["stages"][1] == vars(manifest.stages[1])
     assert [entry.name for entry in other.stages] == ["0-base", "1-math", "2-refresh-math"]
 

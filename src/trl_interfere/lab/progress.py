@@ -1,9 +1,10 @@
 """Progress bars of the lab."""
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from ..training.callbacks import StageCallback
+from ..training.progress import progress_bars
 
 
 class LabProgress(StageCallback):
@@ -31,14 +32,7 @@ class LabProgress(StageCallback):
             total (`int`):
                 Number of units of work.
         """
-        self.bars = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
+        self.bars = progress_bars(self.console)
         self.label = label
         self.task = self.bars.add_task(label, total=total)
         self.bars.start()

@@ -4,6 +4,7 @@ import difflib
 import json
 import logging
 import os
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,7 @@ class Manifest:
         self.run = json.loads(json.dumps(run))
         self.stages: list[StageRecord] = []
         self.current: StageRecord | None = None  # trained and saved, but not yet scored on every domain
+        self.run_name: str | None = None  # under which trackers know the run
         self._text: str | None = None  # of the last whole manifest
 
     @property
@@ -215,6 +217,7 @@ class Manifest:
                         f"{self.path}: stage {record.name} is listed, but {self.folder / part} is missing"
                     )
         self.stages, self.current = stages, current
+        self.run_name = self.run_name or content.get("run_name")
         self._text = json.dumps(content, indent=2) + "\n"
 
     def _check_run(self, earlier: dict[str, Any], trained: int) -> None:
@@ -251,8 +254,10 @@ class Manifest:
 
     def save(self) -> None:
         """Write `stages.json`."""
+        self.run_name = self.run_name or f"{self.folder.absolute().name}-{secrets.token_hex(3)}"
         content = {
             "schema_version": SCHEMA_VERSION,
+            "run_name": self.run_name,
             "run": self.run,
             "stages": [vars(record) for record in self.stages],
             "current": None if self.current is None else vars(self.current),
@@ -265,9 +270,7 @@ class Manifest:
         self._text = json.dumps(content, indent=2) + "\n"
         write_atomically(self.path, self._text)
 
-    def write_scores(
-        self, name: str, domain: str, values: np.ndarray, completions: list[str], write: bool = True
-    ) -> dict[str, Any]:
+    def write_scores(self, name: str, domain: str, values: np.ndarray, completions: list[str]) -> dict[str, Any]:
         """
         Keep per-prompt scores beside the manifest.
 
@@ -280,20 +283,17 @@ class Manifest:
                 Score of each prompt.
             completions (`list[str]`):
                 What the model wrote, the same number for each prompt.
-            write (`bool`, *optional*, defaults to `True`):
-                Whether to write the file; one process of several does.
 
         Returns:
             `dict`: `value`, `low`, `high`, `n` and `file`, as they stand in the manifest.
         """
         file = Path("scores") / name / f"{domain}.jsonl"
-        if write:
-            each = len(completions) // len(values)
-            lines = (
-                json.dumps({"score": float(value), "completions": completions[row * each : (row + 1) * each]})
-                for row, value in enumerate(values)
-            )
-            write_atomically(self.folder / file, "".join(line + "\n" for line in lines))
+        each = len(completions) // len(values)
+        lines = (
+            json.dumps({"score": float(value), "completions": completions[row * each : (row + 1) * each]})
+            for row, value in enumerate(values)
+        )
+        write_atomically(self.folder / file, "".join(line + "\n" for line in lines))
         return {**score(values).to_dict(), "file": file.as_posix()}
 
     def read_scores(self, record: StageRecord, domain: str) -> np.ndarray:

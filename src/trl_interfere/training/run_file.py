@@ -5,21 +5,57 @@ from typing import Any
 
 from peft import LoraConfig
 
-from ..domains.loading import build_dataclass, check_names, load_run_file
+from ..domains.loading import RunFile, build_dataclass, check_names, load_run_file
 from .config import SequentialGRPOConfig
 from .refresh import RefreshCallback
 from .trainer import SequentialGRPOTrainer
 
 
-def build_trainer(path: str | Path, output_dir: str | Path | None = None) -> SequentialGRPOTrainer:
+def load_run(
+    path: str | Path, options: dict[str, Any] | None = None, model: str | None = None
+) -> tuple[RunFile, SequentialGRPOConfig]:
+    """
+    Read a YAML file and put the settings of the command line over those under `training:`.
+
+    Args:
+        path (`str` or `pathlib.Path`):
+            The file, see [`load_run_file`].
+        options (`dict`, *optional*):
+            Settings of [`SequentialGRPOConfig`] that go before those of the file.
+        model (`str`, *optional*):
+            Folder or Hub id of the model. Defaults to the one of the file.
+
+    Returns:
+        `tuple`: The [`RunFile`] and the [`SequentialGRPOConfig`].
+
+    Raises:
+        `ValueError`: If anything is unknown, missing or does not fit.
+    """
+    run = load_run_file(path)
+    run.model = run.model if model is None else model
+    options = options or {}
+    where = f"{path}, training" + "".join(f" --{name}" for name in options)
+    args = build_dataclass(SequentialGRPOConfig, {**run.training, **options}, where)
+    args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
+    if run.refresh is not None:
+        check_names(run.refresh, RefreshCallback.__init__.__annotations__, f"{path}, refresh")
+        RefreshCallback(**run.refresh)  # refuses values that do not fit
+    return run, args
+
+
+def build_trainer(
+    path: str | Path, options: dict[str, Any] | None = None, model: str | None = None
+) -> SequentialGRPOTrainer:
     """
     Build the trainer that a YAML file describes.
 
     Args:
         path (`str` or `pathlib.Path`):
             The file, see [`load_run_file`].
-        output_dir (`str` or `pathlib.Path`, *optional*):
-            Folder of the run. Defaults to `training.output_dir` of the file.
+        options (`dict`, *optional*):
+            Settings of [`SequentialGRPOConfig`] that go before those of the file.
+        model (`str`, *optional*):
+            Folder or Hub id of the model. Defaults to the one of the file.
 
     Returns:
         [`SequentialGRPOTrainer`]: The trainer.
@@ -27,17 +63,9 @@ def build_trainer(path: str | Path, output_dir: str | Path | None = None) -> Seq
     Raises:
         `ValueError`: If anything in the file is unknown, missing or does not fit.
     """
-    run = load_run_file(path)
-    settings: dict[str, Any] = dict(run.training)
-    if output_dir is not None:
-        settings["output_dir"] = str(output_dir)
-    args = build_dataclass(SequentialGRPOConfig, settings, f"{path}, training")
-    args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
+    run, args = load_run(path, options, model)
     peft_config = None if run.peft is None else build_dataclass(LoraConfig, run.peft, f"{path}, peft")
-    callbacks = []
-    if run.refresh is not None:
-        check_names(run.refresh, RefreshCallback.__init__.__annotations__, f"{path}, refresh")
-        callbacks.append(RefreshCallback(**run.refresh))
+    callbacks = [] if run.refresh is None else [RefreshCallback(**run.refresh)]
     try:
         return SequentialGRPOTrainer(
             model=run.model, args=args, domains=run.domains, callbacks=callbacks, peft_config=peft_config

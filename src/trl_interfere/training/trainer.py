@@ -223,6 +223,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
         if args.kl_reference == "stage" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("kl_reference: 'stage' is not supported with FSDP or DeepSpeed")
         self.manifest = Manifest(args.output_dir, self._identity())
+        self.manifest.run_name = args.run_name
         self.scorer = Scorer(
             self._tokenizer,
             max_new_tokens=args.score_max_new_tokens or args.max_completion_length,
@@ -392,21 +393,26 @@ class SequentialGRPOTrainer(GRPOTrainer):
     def _restore_stage_start(self) -> None:
         """Go back to the weights that a stage starts from, after one was left in its middle."""
         folders = [record.folder for record in self.manifest.stages if record.folder is not None]
-        if not folders:
+        if not folders or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                f"{self.manifest.folder}: the first stage was left in its middle and its start is not in memory; "
+                f"{self.manifest.folder}: a stage was left in its middle and its start is not in memory; "
                 "build a new trainer and call train(resume_from_checkpoint=True)"
             )
         self._load_stage(self.manifest.folder / folders[-1])
 
     def _load_stage(self, folder: Path) -> None:
+        # A stage folder holds plain weights and no FSDP checkpoint; nothing is sharded before the first stage.
+        sharded = self.is_fsdp_enabled
         try:
             if self.args.adapter_per_stage:
                 load_stage_adapters(self.accelerator.unwrap_model(self.model), folder)
             else:
+                self.is_fsdp_enabled = False
                 self._load_from_checkpoint(str(folder))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder}: the weights of this stage cannot be read ({error})") from error
+        finally:
+            self.is_fsdp_enabled = sharded
 
     def _finish_stage(self, stage: Stage, steps: int, seconds: float) -> None:
         index = len(self.manifest.stages)
@@ -435,9 +441,11 @@ class SequentialGRPOTrainer(GRPOTrainer):
     def _score_stage(self) -> None:
         """Score the domains that the current stage lacks, and record it as finished."""
         record = self.manifest.current
-        with unwrap_model_for_generation(
+        unwrapped = unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-        ) as model:
+        )
+        # The base model is not prepared yet, and would be scored in another precision than the stages.
+        with unwrapped as model, self.accelerator.autocast():
             for domain in self.domains.values():
                 if domain.eval_dataset is None or domain.name in record.scores:
                     continue
@@ -445,13 +453,12 @@ class SequentialGRPOTrainer(GRPOTrainer):
                     result = self.scorer.score_distributed(model, domain, domain.eval_dataset, self.accelerator)
                 except ValueError as error:
                     raise ValueError(f"stage {record.name}, scores after step {record.steps}, {error}") from error
-                main = self.accelerator.is_main_process
-                with _writing(self.manifest.folder / "scores" / record.name):
-                    entry = self.manifest.write_scores(
-                        record.name, domain.name, result.values, result.completions, write=main
-                    )
+                entry = None
+                if self.accelerator.is_main_process:
+                    with _writing(self.manifest.folder / "scores" / record.name):
+                        entry = self.manifest.write_scores(record.name, domain.name, result.values, result.completions)
                 record.scores[domain.name] = self._from_main(entry)  # callbacks must decide alike in every process
-                if main:
+                if self.accelerator.is_main_process:
                     with _writing(self.manifest.path):
                         self.manifest.save()
         if self.accelerator.is_main_process:
@@ -461,12 +468,16 @@ class SequentialGRPOTrainer(GRPOTrainer):
             self.manifest.stages.append(record)
             self.manifest.current = None
         self.accelerator.wait_for_everyone()
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, _score_logs(record))
+        logs = {**_score_logs(record), "run_step": self._steps_before()}
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, StageCallback):
                 callback.on_stage_end(record, self.score_matrix)
         if not self.args.keep_checkpoints and self.accelerator.is_main_process:
-            shutil.rmtree(self.manifest.folder / "checkpoints" / record.name, ignore_errors=True)
+            checkpoints = self.manifest.folder / "checkpoints" / record.name
+            if record.folder is not None and (checkpoints / "completions").exists():
+                os.replace(checkpoints / "completions", self.manifest.folder / record.folder / "completions")
+            shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _save_stage(self, folder: Path) -> None:
         with _writing(folder):
@@ -513,6 +524,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 self._load_stage(self.manifest.folder / folders[-1])
         elif self.accelerator.is_main_process:
             self.manifest.save()
+        # transformers ends the run of trackio with each `train()`, and finds it again by its name alone.
+        self.args.run_name = self.manifest.run_name
         self.accelerator.wait_for_everyone()
 
     def _check_records(self) -> None:
@@ -565,6 +578,9 @@ class SequentialGRPOTrainer(GRPOTrainer):
             "config": json.loads(json.dumps(config, default=str)),
         }
 
+    def _steps_before(self) -> int:
+        return sum(record.steps for record in self.manifest.stages)
+
     def _stage_seed(self, index: int) -> int:
         return self.args.seed + max(index - 1, 0)
 
@@ -608,8 +624,13 @@ class SequentialGRPOTrainer(GRPOTrainer):
 
     def _reset(self) -> None:
         # What TRL and transformers carry from one `train()` to the next.
-        self.optimizer = None
-        self.lr_scheduler = None
+        self.optimizer = self.callback_handler.optimizer = None
+        self.lr_scheduler = self.callback_handler.lr_scheduler = None
+        if self.accelerator.is_fsdp2:
+            # Scoring leaves the weights of the root gathered: an optimizer built on those would not train them.
+            for module in self.model.modules():
+                if hasattr(module, "reshard"):
+                    module.reshard()
         self._step = 0
         self._buffered_inputs = None
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -725,10 +746,12 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 metrics[name] = [value for value in metrics[name] if value == value]
                 if not metrics[name]:
                     del metrics[name]
-            if self._stage is not None and "reward" in metrics:
-                metrics[f"{self._stage[1].domain}/reward"] = list(metrics["reward"])
+        metrics = self._metrics["train"]
+        if self._stage is not None and "reward" in metrics:
+            metrics[f"{self._stage[1].domain}/reward"] = list(metrics["reward"])
         if self._stage is not None:
             logs["stage"] = self._stage[0]
+            logs["run_step"] = self._steps_before() + self.state.global_step
         super().log(logs, start_time)
 
 

@@ -1,0 +1,218 @@
+"""
+What SequentialGRPOTrainer costs over a hand-written loop of GRPOTrainers.
+
+    python benchmarks/trainer_overhead.py --pairs 3 --steps 20
+
+Side A trains the lab model on three lab domains with one `SequentialGRPOTrainer` in one process. Side B does the same
+with plain `trl.GRPOTrainer`s, one after the other in fresh processes, each starting from the weights that the one
+before has saved. Model, data, order, steps and seeds are the same, and so must be the final weights, to the bit. The
+sides run in turn, A B A B, pinned to the same cores.
+
+Time is that from the beginning of the first to the end of the last optimizer step of each stage, as seen by a callback
+that both sides have, divided by the number of steps: generation, rewards, forward, backward, optimizer and logging.
+Imports, construction, checkpoints (none are written), scoring (there is none) and saving a stage are not in it. Memory
+is the peak resident memory of the process, of the largest one on side B; imports are most of it with this small model.
+
+Prints a line per pair, and on the last line the medians over pairs of A / B as one JSON object. Where other programs
+use the same cores, wall-clock time is mostly theirs: the lines give the ratio of processor time as well.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+
+DOMAINS = ["code", "math", "writing"]
+SEED = 0
+
+
+def settings(folder: Path, steps: int, batch: int) -> dict:
+    """
+    Options that both sides share.
+
+    Args:
+        folder (`pathlib.Path`):
+            Folder of the run.
+        steps (`int`):
+            Optimizer steps of a stage.
+        batch (`int`):
+            Completions of a step.
+
+    Returns:
+        `dict`: Options of [`~trl.GRPOConfig`].
+    """
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "learning_rate": 1e-4,
+        "per_device_train_batch_size": batch,
+        "num_generations": 8,
+        "max_completion_length": 16,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Train one side, or one stage of side B, in this process, and leave `figures.json` in its folder."""
+    import torch
+    from datasets import disable_progress_bars
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer
+    from trl_interfere.lab.domains import REWARDS, Dataset, lab_rows
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    disable_progress_bars()
+    imported = peak_memory()
+
+    class Clock(TrainerCallback):
+        """Wall-clock and processor time from the first step of a stage to its last."""
+
+        def __init__(self):
+            self.wall = self.processor = 0.0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                self.began = time.perf_counter(), time.process_time()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == state.max_steps:
+                self.wall += time.perf_counter() - self.began[0]
+                self.processor += time.process_time() - self.began[1]
+
+    clock = Clock()
+    options = settings(arguments.worker, arguments.steps, arguments.batch)
+    if arguments.stage is None:
+        trainer = SequentialGRPOTrainer(
+            model=str(arguments.model),
+            args=SequentialGRPOConfig(**options, seed=SEED),
+            domains=[
+                Domain(name, Dataset.from_list(lab_rows(name, "train", arguments.rows)), REWARDS[name])
+                for name in DOMAINS
+            ],
+            callbacks=[clock],
+        )
+    else:
+        name = DOMAINS[arguments.stage]
+        trainer = GRPOTrainer(
+            model=str(arguments.model),
+            args=GRPOConfig(**options, seed=SEED + arguments.stage),
+            reward_funcs=REWARDS[name],
+            train_dataset=Dataset.from_list(lab_rows(name, "train", arguments.rows)),
+            callbacks=[clock],
+        )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    if arguments.stage is not None:
+        trainer.save_model()
+    figures = {"wall": clock.wall, "processor": clock.processor, "imported": imported, "peak": peak_memory()}
+    (arguments.worker / "figures.json").write_text(json.dumps(figures))
+
+
+def peak_memory() -> float:
+    """Peak resident memory of this process in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def start(folder: Path, model: Path, stage: int | None, arguments: argparse.Namespace, cores: list[int]) -> dict:
+    folder.mkdir(parents=True)
+    command = [sys.executable, __file__, "--worker", str(folder), "--model", str(model)]
+    command += ["--steps", str(arguments.steps), "--batch", str(arguments.batch), "--rows", str(arguments.rows)]
+    command += ["--cores", *map(str, cores)] + ([] if stage is None else ["--stage", str(stage)])
+    # Threads must be known before the first import of a library that starts some.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores)), "TOKENIZERS_PARALLELISM": "false"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SystemExit(f"{folder.name} failed:\n{result.stderr}")
+    return json.loads((folder / "figures.json").read_text())
+
+
+def sequential(folder: Path, arguments: argparse.Namespace, cores: list[int]) -> tuple[dict, list[Path]]:
+    """Side A: its figures, and the folders of its stages."""
+    figures = start(folder, arguments.model, None, arguments, cores)
+    return figures, [folder / "stages" / f"{index}-{name}" for index, name in enumerate(DOMAINS, start=1)]
+
+
+def loop(folder: Path, arguments: argparse.Namespace, cores: list[int]) -> tuple[dict, list[Path]]:
+    """Side B: its figures, summed or the largest of its processes, and the folders of its stages."""
+    parts, folders, model = [], [], arguments.model
+    for stage, name in enumerate(DOMAINS):
+        folders.append(folder / name)
+        parts.append(start(folders[-1], model, stage, arguments, cores))
+        model = folders[-1]
+    combine = {"wall": sum, "processor": sum, "imported": max, "peak": max}
+    return {name: how(part[name] for part in parts) for name, how in combine.items()}, folders
+
+
+def assert_same(first: Path, second: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    first, second = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    if first.keys() != second.keys() or different:
+        raise SystemExit(f"the sides did not train the same: {different or first.keys() ^ second.keys()} differ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=3, help="how often both sides run")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of a stage")
+    parser.add_argument("--batch", type=int, default=32, help="completions of a step")
+    parser.add_argument("--rows", type=int, default=1000, help="training prompts of a domain")
+    parser.add_argument("--threads", type=int, default=1, help="cores that both sides are pinned to")
+    parser.add_argument("--model", type=Path, default=None, help="folder of a model. Defaults to that of the lab")
+    for name, kind in (
+        ("--worker", {"type": Path}),
+        ("--stage", {"type": int}),
+        ("--cores", {"type": int, "nargs": "+"}),
+    ):
+        parser.add_argument(name, **kind, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        os.sched_setaffinity(0, arguments.cores)
+        work(arguments)
+        return
+    if arguments.model is None:
+        from trl_interfere.lab.build import MODEL_FOLDER
+
+        arguments.model = MODEL_FOLDER
+    cores = sorted(os.sched_getaffinity(0))[-arguments.threads :]
+    steps = arguments.steps * len(DOMAINS)
+    ratios = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for pair in range(arguments.pairs):
+            ours, our_stages = sequential(Path(scratch) / f"{pair}-a", arguments, cores)
+            theirs, their_stages = loop(Path(scratch) / f"{pair}-b", arguments, cores)
+            for first, second in zip(our_stages, their_stages, strict=True):
+                assert_same(first, second)
+            ratios.append({name: ours[name] / theirs[name] for name in ours})
+            print(
+                f"pair {pair + 1}: same weights; "
+                f"ms per step {1000 * ours['wall'] / steps:.1f} / {1000 * theirs['wall'] / steps:.1f} "
+                f"= {ratios[-1]['wall']:.4f}; of processor time {ratios[-1]['processor']:.4f}; "
+                f"peak MiB {ours['peak']:.1f} / {theirs['peak']:.1f} = {ratios[-1]['peak']:.4f} "
+                f"({ours['imported']:.1f} / {theirs['imported']:.1f} after the imports)",
+                flush=True,
+            )
+    print(json.dumps({f"{name}_ratio": round(median(ratio[key] for ratio in ratios), 4)
+                      for name, key in (("time", "wall"), ("memory", "peak"))}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

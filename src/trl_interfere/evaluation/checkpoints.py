@@ -1,0 +1,182 @@
+"""Scores of checkpoints on the domains of a run."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from peft import PeftConfig, PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import find_adapter_config_file
+
+from ..analysis.analyzer import load_model
+from ..domains.domain import Domain
+from ..domains.loading import RunFile
+from ..training.config import SequentialGRPOConfig
+from ..training.manifest import Manifest, write_atomically
+from .bootstrap import difference
+from .scorer import Scorer
+
+
+SCHEMA_VERSION = 1
+
+
+def evaluate_checkpoints(
+    run: RunFile,
+    models: list[str],
+    output_dir: str | Path,
+    domains: list[str] | None = None,
+    split: str = "eval",
+    progress: bool = False,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """
+    Score checkpoints one after the other, and compare them with the first one.
+
+    Writes `scores.json`, and for each checkpoint and domain a file with the score and the completions of each prompt.
+
+    Args:
+        run ([`RunFile`]):
+            Names the domains, and the settings of scoring that `sampling` leaves open.
+        models (`list[str]`):
+            Folders or Hub ids of models or adapters.
+        output_dir (`str` or `pathlib.Path`):
+            Folder of the files; a new or an empty one.
+        domains (`list[str]`, *optional*):
+            Domains to score. Defaults to all that have the split.
+        split (`str`, *optional*, defaults to `"eval"`):
+            `"eval"` or `"selection"`.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar over prompts.
+        **sampling:
+            `temperature`, `num_samples`, `batch_size` and `max_new_tokens` of the [`Scorer`].
+
+    Returns:
+        `dict`: The content of `scores.json`.
+
+    Raises:
+        `ValueError`: If the folder is not empty, or a domain or checkpoint does not exist.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"{output_dir}: expected an empty or a new folder")
+    chosen = _chosen_domains(run, domains, split)
+    settings = {field.name: field.default for field in fields(SequentialGRPOConfig)} | run.training
+    sampling = {
+        "temperature": settings["score_temperature"],
+        "num_samples": settings["score_samples"],
+        "batch_size": settings["score_batch_size"],
+        "max_new_tokens": settings["score_max_new_tokens"] or settings["max_completion_length"],
+        **sampling,
+    }
+    # In the precision of the training, so that a stage gets the scores that it got there.
+    precision = "float16" if settings["fp16"] else "float32" if settings["bf16"] is False else "bfloat16"
+    device = PartialState(cpu=bool(settings["use_cpu"])).device
+    autocast = torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+    dtype = (settings["model_init_kwargs"] or {}).get("dtype", "float32")
+    store = Manifest(output_dir, {})
+    results: list[dict[str, Any]] = []
+    values: list[dict[str, np.ndarray]] = []
+    for position, name in enumerate(models):
+        model, tokenizer = load_checkpoint(name, dtype, trust_remote_code=bool(settings["trust_remote_code"]))
+        scorer = Scorer(
+            tokenizer, chat_template_kwargs=settings["chat_template_kwargs"], progress=progress, **sampling
+        )
+        scores = {}
+        values.append({})
+        for domain, dataset in chosen:
+            with autocast:
+                result = scorer.score(model.to(device), domain, dataset)
+            label = f"{position}-{Path(name).name}"
+            scores[domain.name] = store.write_scores(label, domain.name, result.values, result.completions)
+            values[-1][domain.name] = result.values
+        changes = (
+            {}
+            if position == 0
+            else {domain: difference(values[-1][domain], values[0][domain]).to_dict() for domain in scores}
+        )
+        results.append({"model": name, "scores": scores, "difference_from_first": changes})
+        del model
+    evaluation = {
+        "schema_version": SCHEMA_VERSION,
+        "split": split,
+        "sampling": sampling,
+        "precision": {"weights": dtype, "autocast": precision},
+        "models": results,
+    }
+    write_atomically(output_dir / "scores.json", json.dumps(evaluation, indent=2) + "\n")
+    return evaluation
+
+
+def load_checkpoint(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
+    """
+    Load a checkpoint: whole weights, or an adapter together with the model that it names.
+
+    Args:
+        name (`str`):
+            Folder or Hub id.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Data type of the weights.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the checkpoint.
+
+    Returns:
+        `tuple`: The model and its tokenizer.
+
+    Raises:
+        `ValueError`: If there is no such checkpoint.
+    """
+    try:
+        adapter = find_adapter_config_file(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        base = name if adapter is None else PeftConfig.from_pretrained(name).base_model_name_or_path
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: expected the folder or Hub id of a model or an adapter ({error})") from error
+    model = load_model(base, dtype, trust_remote_code=trust_remote_code)
+    return (model if adapter is None else PeftModel.from_pretrained(model, name).eval()), tokenizer
+
+
+def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
+    """
+    Print scores, and differences from the first checkpoint if there are several.
+
+    Args:
+        evaluation (`dict`):
+            Result of [`evaluate_checkpoints`].
+        console ([`~rich.console.Console`]):
+            Where to.
+    """
+    titles = {
+        "scores": f"Score on the {evaluation['split']} split (0 to 100, 95% interval)",
+        "difference_from_first": "Difference from the first model (points, 95% interval, paired over prompts)",
+    }
+    for part, title in titles.items():
+        rows = [entry for entry in evaluation["models"] if entry[part]]
+        if not rows:
+            continue
+        table = Table(title=title)
+        table.add_column("model", overflow="fold")
+        for domain, entry in rows[0][part].items():
+            table.add_column(f"{domain} (n={entry['n']})", justify="right")
+        for row in rows:
+            cells = row[part].values()
+            table.add_row(row["model"], *(f"{c['value']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for c in cells))
+        console.print(table)
+
+
+def _chosen_domains(run: RunFile, names: list[str] | None, split: str) -> list[tuple[Domain, Any]]:
+    available = {domain.name: (domain, getattr(domain, f"{split}_dataset")) for domain in run.domains}
+    for name in names or []:
+        if name not in available:
+            raise ValueError(f"domains: unknown domain {name!r}, expected some of {sorted(available)}")
+        if available[name][1] is None:
+            raise ValueError(f"domains: domain {name!r} has no {split} prompts")
+    chosen = [available[name] for name in names or available if available[name][1] is not None]
+    if not chosen:
+        raise ValueError(f"domains: expected at least one with {split} prompts, found {sorted(available)} without")
+    return chosen

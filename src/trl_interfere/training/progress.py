@@ -1,0 +1,129 @@
+"""Progress of a run on standard error."""
+
+import math
+import time
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .callbacks import StageCallback
+
+
+def progress_bars(console: Console, **kwargs) -> Progress:
+    """
+    Bars with a description, a count, the time that has passed and the time that is left.
+
+    Args:
+        console ([`~rich.console.Console`]):
+            Where they are shown.
+        **kwargs:
+            Further arguments of [`~rich.progress.Progress`].
+
+    Returns:
+        [`~rich.progress.Progress`]: The bars, not started.
+    """
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        **kwargs,
+    )
+
+
+class StageProgress(StageCallback):
+    """
+    Says on standard error which stage runs, how far it is, and how long it and the whole run will take.
+
+    On a terminal it shows one bar for the stage and one for the run, elsewhere a line every `interval` seconds. Add it
+    in the main process only. The time left of the run counts the steps of the schedule: a refresh that nobody has
+    asked for yet is not in it.
+
+    Args:
+        steps (`list[int]`):
+            Optimizer steps of each stage of the schedule, see [`stage_steps`].
+        bars (`bool`, *optional*, defaults to `True`):
+            Whether to show bars on a terminal, too.
+        interval (`float`, *optional*, defaults to `60.0`):
+            Seconds between two lines where there are no bars.
+        console ([`~rich.console.Console`], *optional*):
+            Where to write. Defaults to standard error.
+    """
+
+    def __init__(self, steps: list[int], bars: bool = True, interval: float = 60.0, console: Console | None = None):
+        self.steps = steps
+        self.interval = interval
+        self.console = console or Console(stderr=True, soft_wrap=True, highlight=False)
+        # The mean over all steps so far, as a step may take minutes.
+        self.bars = progress_bars(
+            self.console,
+            disable=not (bars and self.console.is_terminal),
+            speed_estimate_period=math.inf,
+            transient=True,
+        )
+        self.run_task = self.bars.add_task("run", total=None)
+        self.stage_task = None
+        self.trained = 0
+
+    def request_stage(self, stages, score_matrix, schedule_finished):
+        # Nothing is asked for, but this is where a resumed run shows how far it is.
+        self.trained = sum(record.kind == "train" for record in stages)
+        return None
+
+    def on_stage_begin(self, index, stage):
+        if stage.kind == "train":
+            self.label = f"stage {self.trained + 1} of {len(self.steps)}: {stage.domain}"
+        else:
+            self.label = f"{stage.kind}: {stage.domain}"
+        self.ahead = sum(self.steps[self.trained + (stage.kind == "train") :])
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        steps = "1 step" if state.max_steps == 1 else f"{state.max_steps} steps"
+        self.console.print(f"{self.label}, {steps}" + (f", from {state.global_step}" if state.global_step else ""))
+        done = self.bars.tasks[0].completed + state.global_step
+        total = done + state.max_steps - state.global_step + self.ahead
+        self.bars.update(self.run_task, completed=done, total=total)
+        self.stage_task = self.bars.add_task(self.label, total=state.max_steps, completed=state.global_step)
+        self.bars.start()
+        self.spoke = time.monotonic()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.stage_task is not None and "reward" in (logs or {}):
+            self.bars.update(self.stage_task, description=f"{self.label}, reward {logs['reward']:.3g}")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bars.advance(self.stage_task)
+        self.bars.advance(self.run_task)
+        if self.bars.disable and time.monotonic() - self.spoke >= self.interval:
+            self.spoke = time.monotonic()
+            run, stage = self.bars.tasks
+            self.console.print(
+                f"{stage.description}, step {state.global_step} of {state.max_steps}, "
+                f"{_left(stage.time_remaining)} left, run {_left(run.time_remaining)}"
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def on_stage_end(self, record, score_matrix):
+        scores = ", ".join(
+            f"{domain} {score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
+            for domain in score_matrix.domains
+            if domain in score_matrix.values[-1]
+            for score in [score_matrix.interval(-1, domain)]
+        )
+        self.console.print(f"after {record.name}: {scores}", markup=False)
+
+    def close(self) -> None:
+        """Take the bars off the terminal."""
+        self.bars.stop()
+        if self.stage_task is not None:
+            self.bars.remove_task(self.stage_task)
+            self.stage_task = None
+
+
+def _left(seconds: float | None) -> str:
+    return "?" if seconds is None else str(timedelta(seconds=round(seconds)))

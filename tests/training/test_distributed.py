@@ -1,0 +1,201 @@
+"""The same training in one process and in several, and what of it is the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from distributed_run import GLOBAL_BATCH, SCORED, main, make_domains, settings
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_interfere.evaluation.scorer import Scorer
+from trl_interfere.lab.build import MODEL_FOLDER
+
+
+SCRIPT = Path(__file__).with_name("distributed_run.py")
+CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
+STAGES = [("base", None, 0), ("train", "math", 2), ("train", "writing", 2), ("refresh", "writing", 2)]
+
+
+def launch(way: str, folder: Path, *options: str) -> subprocess.CompletedProcess:
+    config = CONFIGS / "cpu.yaml"
+    if way == "fsdp2":
+        settings = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
+        config = folder.with_name("fsdp2-cpu.yaml")
+        config.write_text(yaml.safe_dump({**settings, "mixed_precision": "no", "num_processes": 2, "use_cpu": True}))
+        options = ("--fsdp-on-cpu", *options)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(SCRIPT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*command, str(folder), *options], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def launched(way: str, folder: Path, *options: str) -> None:
+    result = launch(way, folder, *options)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def in_this_process(way: str, folder: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        main(folder)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# How the run can be run: functions that take the name of the way and the folder.
+WAYS = {"one process": in_this_process, "two processes": launched, "fsdp2": launched}
+DISTRIBUTED = [way for way, start in WAYS.items() if start is launched]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Function that returns the folder of the run in one of `WAYS`; each is run once."""
+    finished = {}
+
+    def run(way: str) -> Path:
+        if way not in finished:
+            finished[way] = tmp_path_factory.mktemp("runs") / "run"
+            WAYS[way](way, finished[way])
+        return finished[way]
+
+    return run
+
+
+def stages(folder: Path) -> list[dict]:
+    return json.loads((folder / "stages.json").read_text())["stages"]
+
+
+def read_scores(folder: Path, entry: dict) -> list[float]:
+    return [json.loads(line)["score"] for line in (folder / entry["file"]).read_text().splitlines()]
+
+
+def assert_same(first: Path, second: Path) -> None:
+    first, second = load_file(first), load_file(second)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_manifest_is_the_same_and_all_scores_are_kept(runs, way):
+    # In two processes, the second one raises if it writes scores or the manifest.
+    folder = runs(way)
+    assert [(stage["kind"], stage["domain"], stage["steps"]) for stage in stages(folder)] == STAGES
+    assert [stage["seed"] for stage in stages(folder)] == [7, 7, 8, 9]
+    files = {path.relative_to(folder).as_posix() for path in (folder / "scores").rglob("*") if path.is_file()}
+    assert files == {entry["file"] for stage in stages(folder) for entry in stage["scores"].values()}
+    for stage in stages(folder):
+        assert stage["scores"].keys() == {"math", "writing"}
+        for entry in stage["scores"].values():
+            values = read_scores(folder, entry)
+            assert len(values) == entry["n"] == SCORED and entry["value"] == pytest.approx(100 * np.mean(values))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_are_those_of_the_saved_stage_in_one_process(runs, way):
+    folder = runs(way)
+    scorer = Scorer(AutoTokenizer.from_pretrained(MODEL_FOLDER), max_new_tokens=8)
+    for stage in stages(folder):
+        path = MODEL_FOLDER if stage["folder"] is None else folder / stage["folder"]
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for domain in make_domains():
+            values = scorer.score(model, domain, domain.eval_dataset).values
+            assert values.tolist() == read_scores(folder, stage["scores"][domain.name])
+
+
+@pytest.mark.parametrize("way", DISTRIBUTED)
+def test_processes_end_with_the_same_weights(runs, way):
+    folder = runs(way)
+    assert_same(folder / "rank-0.safetensors", folder / "rank-1.safetensors")
+    live = load_file(folder / "rank-0.safetensors")
+    saved = load_file(folder / "stages" / "3-refresh-writing" / "model.safetensors")
+    assert [name for name, tensor in saved.items() if not torch.equal(tensor, live[name])] == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_stage_trains_every_weight(runs, way):
+    names = [MODEL_FOLDER, *(runs(way) / stage["folder"] for stage in stages(runs(way))[1:])]
+    weights = [load_file(name / "model.safetensors") for name in names]
+    for before, after in zip(weights, weights[1:], strict=False):
+        assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("way", DISTRIBUTED)
+def test_processes_share_a_group_and_sample_different_completions(runs, way):
+    # Each process draws random numbers of its own, so that a group of completions gets no doubles, and a run in two
+    # processes is not the run in one process: they agree on prompts, not on completions or weights.
+    alone = json.loads((runs("one process") / "seen-0.json").read_text())
+    parts = [json.loads((runs(way) / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+    for whole, first, second in zip(alone, *parts, strict=True):
+        assert whole["domain"] == first["domain"] == second["domain"]
+        assert len(whole["prompts"]) == GLOBAL_BATCH and len(set(whole["prompts"])) == 1
+        assert whole["prompts"] == first["prompts"] + second["prompts"]
+    assert any(first["completions"] != second["completions"] for first, second in zip(*parts, strict=True))
+
+
+def test_two_processes_and_one_start_from_the_same_scores(runs):
+    for way in DISTRIBUTED:
+        for domain in ("math", "writing"):
+            alone, together = (stages(runs(name))[0]["scores"][domain] for name in ("one process", way))
+            assert read_scores(runs("one process"), alone) == read_scores(runs(way), together)
+
+
+@pytest.mark.parametrize(
+    ("way", "stage", "step", "rank"), [("two processes", "2-writing", 1, 1), ("fsdp2", "3-refresh-writing", 1, 0)]
+)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, runs, way, stage, step, rank):
+    folder = tmp_path / "cut"
+    result = launch(way, folder, "--kill", stage, str(step), str(rank))
+    assert result.returncode != 0 and "SIGKILL" in result.stderr
+    assert len(stages(folder)) == int(stage[0]) and not list(folder.glob("rank-*"))
+    launched(way, folder, "--resume")
+    for rank in (0, 1):
+        assert_same(folder / f"rank-{rank}.safetensors", runs(way) / f"rank-{rank}.safetensors")
+    for before, after in zip(stages(runs(way)), stages(folder), strict=True):
+        assert {**before, "seconds": 0} == {**after, "seconds": 0}
+
+
+@pytest.mark.parametrize(("way", "processes"), [("one process", 1), ("two processes", 2)])
+def test_a_process_per_stage_trains_the_same(tmp_path, runs, way, processes):
+    # The command knows no callback that asks for the refresh: the stages before it are compared.
+    content = {
+        "model": str(MODEL_FOLDER),
+        "training": {"output_dir": str(tmp_path / "run"), **settings(processes)},
+        "domains": [],
+    }
+    for domain in make_domains():
+        entry = {
+            "name": domain.name,
+            "rewards": "distributed_run.text_reward",
+            "metric": "distributed_run.text_reward",
+        }
+        for part, dataset in (("train", domain.train_dataset), ("eval", domain.eval_dataset)):
+            entry[part] = f"{domain.name}-{part}.jsonl"
+            dataset.select_columns("prompt").to_json(tmp_path / entry[part])
+        content["domains"].append(entry)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu.yaml"), "-m"]
+    command += ["trl_interfere", "train", "--config", str(tmp_path / "run.yaml"), "--threads", "1"]
+    path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    result = subprocess.run(
+        [*command, "--process-per-stage"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    expected, found = runs(way), tmp_path / "run"
+    assert [stage["domain"] for stage in stages(found)] == [None, "math", "writing"]
+    for before, after in zip(stages(expected), stages(found), strict=False):
+        for domain, entry in before["scores"].items():
+            assert read_scores(expected, entry) == read_scores(found, after["scores"][domain])
+        if before["folder"] is not None:
+            assert_same(*(folder / before["folder"] / "model.safetensors" for folder in (expected, found)))

@@ -1,0 +1,72 @@
+"""What is said about stages, without a terminal and with one."""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from trl_interfere.evaluation.score_matrix import ScoreMatrix
+from trl_interfere.training.progress import StageProgress
+from trl_interfere.training.schedule import Stage
+
+
+def stage_record(index, kind, domain=None):
+    return SimpleNamespace(kind=kind, domain=domain, name=f"{index}-{domain or kind}")
+
+
+def follow(progress: StageProgress, stages: list[tuple[Stage, int]], finished=()) -> None:
+    """The events of a run."""
+    records = list(finished)
+    for stage, steps in stages:
+        progress.request_stage(records, None, schedule_finished=False)
+        progress.on_stage_begin(len(records), stage)
+        state = SimpleNamespace(max_steps=steps, global_step=0)
+        progress.on_train_begin(None, state, None)
+        for step in range(1, steps + 1):
+            state.global_step = step
+            progress.on_step_end(None, state, None)
+            progress.on_log(None, state, None, logs={"reward": 0.25})
+        progress.on_train_end(None, state, None)
+        records.append(stage_record(len(records), stage.kind, stage.domain))
+        matrix = ScoreMatrix(["math"], [records[-1].name], [{"math": np.array([0.0, 1.0])}])
+        progress.on_stage_end(records[-1], matrix)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_stages_and_scores(terminal):
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, soft_wrap=True, highlight=False)
+    progress = StageProgress([3, 1], console=console)
+    stages = [(Stage("math"), 3), (Stage("qa"), 1), (Stage("math", kind="refresh"), 2)]
+    follow(progress, stages, finished=[stage_record(0, "base")])
+    for line in ("stage 1 of 2: math, 3 steps", "stage 2 of 2: qa, 1 step", "refresh: math, 2 steps"):
+        assert line in text.getvalue()
+    assert "after 1-math: math 50.0 [0.0, 100.0]" in text.getvalue()
+    assert ("━" in text.getvalue()) == terminal
+    if not terminal:
+        assert len(text.getvalue().splitlines()) == 6
+
+
+def test_a_resumed_run_counts_the_finished_stages():
+    text = io.StringIO()
+    progress = StageProgress([3, 1, 5], console=Console(file=text, soft_wrap=True))
+    finished = [stage_record(0, "base"), stage_record(1, "train", "math"), stage_record(2, "refresh", "math")]
+    follow(progress, [(Stage("qa"), 1)], finished=finished)
+    assert "stage 2 of 3: qa, 1 step" in text.getvalue()
+    assert progress.bars.tasks[0].total == 6
+
+
+def test_time_left_without_a_terminal():
+    text = io.StringIO()
+    progress = StageProgress([4, 4], interval=0.0, console=Console(file=text, soft_wrap=True))
+    clock = iter(range(1000))
+    progress.bars.get_time = lambda: next(clock)
+    for task in progress.bars.tasks:
+        task._get_time = progress.bars.get_time
+    follow(progress, [(Stage("math"), 4)])
+    lines = [line for line in text.getvalue().splitlines() if "step 3 of 4" in line]
+    assert len(lines) == 1 and lines[0].startswith("stage 1 of 2: math, reward 0.25, step 3 of 4, 0:00:")
+    # The clock is read three times in a step: one step is left of the stage, five of the run.
+    assert lines[0].endswith("0:00:03 left, run 0:00:15")
