@@ -15,7 +15,7 @@ DOCS_INSTALLED := .venv-docs/.installed
 
 help:
 	@echo "make lab        run the lab into $(LAB_DIR)/; started again, it goes on where it stopped"
-	@echo "make test       run the tests"
+	@echo "make test       run the tests, in two processes"
 	@echo "make test-resume  kill runs at 50 points each and resume them"
 	@echo "make lint       check style and imports"
 	@echo "make docs       build the documentation into site/"
@@ -27,7 +27,7 @@ lab: $(INSTALLED)
 	$(BIN)/trl-interfere lab --output-dir "$(LAB_DIR)" $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 test-resume: $(INSTALLED)
 	RESUME_POINTS=50 $(BIN)/python -m pytest -s tests/test_resume.py $(ARGS)
