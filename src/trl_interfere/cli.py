@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_CORES = os.cpu_count() or 1
+_CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # shared by the processes
 Threads = Annotated[int, typer.Option(min=1, help="Threads to compute with; results repeat for the same number.")]
 _PARENT_OPTIONS = ("--process-per-stage", "--resume")  # the parent's, and not passed on to its children
 
@@ -106,6 +106,7 @@ def train(
     _prepare(threads)
     from transformers import PrinterCallback, ProgressCallback
 
+    from .evaluation.score_summary import ScoreSummary
     from .training.options import parse_options
     from .training.plan import plan_run, stage_steps
     from .training.processes import STAGES_LEFT
@@ -144,7 +145,8 @@ def train(
     if max_stages is not None and trainer.next_stage() is not None:
         raise typer.Exit(STAGES_LEFT)
     if main_process:
-        Console().print(trainer.score_matrix.to_table())
+        matrix = trainer.score_matrix
+        Console().print(matrix.to_table(), ScoreSummary.from_matrix(matrix).to_table())
         Console().print(f"Stages, scores and the manifest are in {args.output_dir}.")
 
 
