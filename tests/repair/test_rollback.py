@@ -18,8 +18,8 @@ NUM_ROUTES = 36
 
 
 @pytest.fixture
-def update(family, make_model, moved):
-    before = make_model(family)
+def update(architecture, make_model, moved):
+    before = make_model(architecture)
     return before, moved(before), RouteMap(before.config)
 
 
