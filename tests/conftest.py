@@ -199,8 +199,8 @@ def token_loss():
 @pytest.fixture(scope="session")
 def owned_slices():
     """
-    Function of a model: for each route, in order, `(kind, layer, position, slices)`, written out by hand. The last slice
-    of a channel or of a query head is the one that it writes through.
+    Function of a model: for each route, in order, `(kind, layer, position, slices)`, written out by hand. The last
+    slice of a channel or of a query head is the one that it writes through.
     """
 
     def llama_channel(model, layer, channel):
@@ -295,7 +295,7 @@ def contributions(owned_slices):
         for handle in handles:
             handle.remove()
         written = {key: [] for key in inputs}
-        for kind, layer, position, owned in owned_slices(model):
+        for kind, layer, _, owned in owned_slices(model):
             if kind == "key_value":
                 continue
             name, index = owned[-1]

@@ -41,8 +41,8 @@ class Architecture:
     """
     Description of an architecture, from which [`RouteMap`] counts routes and finds their slices.
 
-    Tensors that are not described lie outside routes: embeddings, the output layer, norms, routers, and biases that are
-    added once for all routes.
+    Tensors that are not described lie outside routes: embeddings, the output layer, norms, routers, and biases that
+    are added once for all routes.
 
     Args:
         tensors (`dict[str, Slices]`):

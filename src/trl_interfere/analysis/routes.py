@@ -107,6 +107,8 @@ class RouteMap:
             Number of layers.
         counts (`dict[str, tuple[int, ...]]`):
             Number of routes of each kind in each layer.
+        experts (`tuple[int, ...]`):
+            Number of experts in each layer, 0 in one without.
 
     Raises:
         `ValueError`: If the architecture is unknown, or its description does not fit the configuration.
@@ -126,7 +128,9 @@ class RouteMap:
             kind: tuple(_count(config, self.description, kind, layer) for layer in range(self.num_layers))
             for kind in KINDS
         }
-        self._experts = [_setting(config, self.description.experts, layer) or 0 for layer in range(self.num_layers)]
+        self.experts = tuple(
+            _setting(config, self.description.experts, layer) or 0 for layer in range(self.num_layers)
+        )
         self._starts, total = {}, 0
         for kind in KINDS:
             self._starts[kind] = total + np.cumsum((0, *self.counts[kind]))
@@ -159,7 +163,7 @@ class RouteMap:
         slices = self.description.tensors.get(_NUMBER.sub("*", tensor))
         if slices is None:
             return None
-        experts, parts = self._experts[layer], []
+        experts, parts = self.experts[layer], []
         if (expert is not None and int(expert[0]) >= experts) or (slices.experts_axis is not None and not experts):
             raise ValueError(f"tensor {name}: expected an expert of {experts} in layer {layer}")
         for kind in slices.kinds:
@@ -265,8 +269,8 @@ class RouteMap:
                 Index of the route.
 
         Returns:
-            `tuple[str, int, int]`: Kind, layer, and position in the layer. Channels of experts are counted through: the
-            position divided by the number of channels per expert is the expert.
+            `tuple[str, int, int]`: Kind, layer, and position in the layer. In a layer of experts the channels of the
+            first expert come first, then those of the second, and so on.
         """
         kind = next(kind for kind in KINDS if route < self._starts[kind][-1])
         layer = int(np.searchsorted(self._starts[kind], route, side="right")) - 1
