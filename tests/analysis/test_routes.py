@@ -288,6 +288,26 @@ def test_description_that_names_a_setting_that_the_configuration_lacks():
         RouteMap(AutoConfig.for_model("llama"), description=description)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((0, "mlp"), r"kinds: expected a tuple of some of \('mlp', 'query', 'key_value'\), found 'mlp'"),
+        ((0, ("value",)), r"found \('value',\)"),
+        ((0, ()), r"found \(\)"),
+        ((1, ("mlp",), False, 1), r"experts_axis: expected an axis before 1, found 1"),
+    ],
+)
+def test_slices_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Slices(*arguments)
+
+
+def test_kinds_of_unequal_number_cannot_take_turns(make_model):
+    tensors = {"a": Slices(0, ("query", "key_value"), interleaved=True)}
+    with pytest.raises(ValueError, match=r"tensor layers.0.a: .* found \['4 query', '2 key_value'\]"):
+        RouteMap(make_model("llama").config, Architecture(tensors)).cut("layers.0.a")
+
+
 def test_kinds_that_take_turns():
     config = AutoConfig.for_model("llama", num_hidden_layers=1, num_attention_heads=2, intermediate_size=3)
     tensors = {

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from transformers import PretrainedConfig
 
 
+KINDS = ("mlp", "query", "key_value")
 Count = str | Callable[[PretrainedConfig, int], int]
 
 
@@ -27,6 +28,9 @@ class Slices:
             Axis that counts experts, if one tensor holds them all. It lies before `axis`.
         writes (`bool`, *optional*, defaults to `False`):
             Whether the routes write to the residual stream through the tensor: down and output projections.
+
+    Raises:
+        `ValueError`: If a kind is unknown, or the axis of experts does not lie first.
     """
 
     axis: int
@@ -34,6 +38,12 @@ class Slices:
     interleaved: bool = False
     experts_axis: int | None = None
     writes: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.kinds, str) or not self.kinds or not set(self.kinds) <= set(KINDS):
+            raise ValueError(f"kinds: expected a tuple of some of {KINDS}, found {self.kinds!r}")
+        if self.experts_axis is not None and self.experts_axis >= self.axis:
+            raise ValueError(f"experts_axis: expected an axis before {self.axis}, found {self.experts_axis}")
 
 
 @dataclass(frozen=True)

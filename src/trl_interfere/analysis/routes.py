@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from .architectures import ARCHITECTURES, Architecture, Count
+from .architectures import ARCHITECTURES, KINDS, Architecture, Count
 
 
-KINDS = ("mlp", "query", "key_value")
 SCOPES = {"mlp": ("mlp",), "attention": ("query", "key_value"), "joint": KINDS}
 # Modules that any model may be wrapped in.
 WRAPPERS = ("base_model", "module", "_orig_mod")
@@ -173,6 +172,11 @@ class RouteMap:
             parts.append(routes if expert is None else routes[int(expert[0])])
         owners = np.concatenate(parts, axis=-1)
         if slices.interleaved:
+            if len({part.shape for part in parts}) > 1:
+                raise ValueError(
+                    f"tensor {name}: expected as many routes of each kind, since they take turns, found "
+                    f"{[f'{part.size} {kind}' for kind, part in zip(slices.kinds, parts, strict=True)]}"
+                )
             owners = np.stack(parts, axis=-1).reshape(owners.shape)
         axes = (slices.axis,) if slices.experts_axis is None else (slices.experts_axis, slices.axis)
         return Cut(axes, owners, slices.writes)
