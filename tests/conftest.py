@@ -30,6 +30,31 @@ FAMILIES = {
     "qwen2": ("qwen2", {}),
     "mistral": ("mistral", {"head_dim": 6}),
 }
+# The others that the route map knows. Some of them compute parts in float32, or choose experts in jumps.
+ARCHITECTURES = {
+    **FAMILIES,
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 6,
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 5,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3-moe-every-second": (
+        "qwen3_moe",
+        {"num_experts": 5, "num_experts_per_tok": 1, "moe_intermediate_size": 3, "decoder_sparse_step": 2},
+    ),
+    "gemma2": ("gemma2", {"head_dim": 6, "query_pre_attn_scalar": 6}),
+    "gemma3-text": ("gemma3_text", {"head_dim": 6, "query_pre_attn_scalar": 6, "num_key_value_heads": 1}),
+    "gemma3": ("gemma3", {"head_dim": 6, "query_pre_attn_scalar": 6}),
+    "phi3": ("phi3", {}),
+    "gpt2": ("gpt2", {"n_inner": 12}),
+    "gpt2-default-width": ("gpt2", {}),
+    "smollm3": ("smollm3", {}),
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,6 +68,12 @@ def _datasets_cache(tmp_path_factory):
 @pytest.fixture(params=FAMILIES)
 def family(request):
     """Each family of `FAMILIES`."""
+    return request.param
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
+    """Each architecture of `ARCHITECTURES`."""
     return request.param
 
 
@@ -63,36 +94,44 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def make_model():
-    """Function that builds a random model of a type or of a family of `FAMILIES`."""
+    """Function that builds a random model of a type or of a family of `ARCHITECTURES`."""
 
     def make(family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float64, **overrides):
-        model_type, settings = FAMILIES.get(family, (family, {}))
-        config = AutoConfig.for_model(
-            model_type,
-            **{
-                "vocab_size": len(VOCABULARY),
-                "hidden_size": 16,
-                "intermediate_size": 12,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 64,
-                "initializer_range": 0.3,
-                "tie_word_embeddings": False,
-                "pad_token_id": VOCABULARY["<pad>"],
-                "bos_token_id": None,
-                "eos_token_id": VOCABULARY["<eos>"],
-                **settings,
-                **overrides,
-            },
-        )
+        model_type, settings = ARCHITECTURES.get(family, (family, {}))
+        settings = {
+            "vocab_size": len(VOCABULARY),
+            "hidden_size": 16,
+            "intermediate_size": 12,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.3,
+            "tie_word_embeddings": False,
+            "pad_token_id": VOCABULARY["<pad>"],
+            "bos_token_id": None,
+            "eos_token_id": VOCABULARY["<eos>"],
+            **settings,
+            **overrides,
+        }
+        if model_type == "gemma3":
+            vision = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4}
+            settings = {
+                "text_config": {**settings, "model_type": "gemma3_text"},
+                "vision_config": {**vision, "image_size": 28, "patch_size": 14},
+                "mm_tokens_per_image": 4,
+            }
+        config = AutoConfig.for_model(model_type, **settings)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if model_type == "qwen3_moe":  # the other implementations know no float64
+                model.set_experts_implementation("eager")
             # The norms of transformers compute in float32, whatever the model's data type: these do not.
             for name, module in list(model.named_modules()):
                 if type(module).__name__.endswith("RMSNorm"):
-                    exact = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=dtype)
+                    eps = getattr(module, "variance_epsilon", None) or module.eps
+                    exact = torch.nn.RMSNorm(module.weight.shape, eps=eps, dtype=dtype)
                     model.set_submodule(name, exact)
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -159,37 +198,124 @@ def token_loss():
 
 @pytest.fixture(scope="session")
 def owned_slices():
-    """Function of a model: for each route, in order, `(kind, layer, position, slices)`, written out by hand."""
+    """
+    Function of a model: for each route, in order, `(kind, layer, position, slices)`, written out by hand. The last
+    slice of a channel or of a query head is the one that it writes through.
+    """
+
+    def llama_channel(model, layer, channel):
+        parts = [f"mlp.{name}_proj.{part}" for name in ("gate", "up") for part in ("weight", "bias")]
+        return [(part, np.s_[channel]) for part in parts] + [("mlp.down_proj.weight", np.s_[:, channel])]
+
+    def expert_channel(model, layer, channel):
+        width = model.config.moe_intermediate_size
+        expert, row = divmod(channel, width)
+        rows = [("mlp.experts.gate_up_proj", np.s_[expert, start + row]) for start in (0, width)]
+        return rows + [("mlp.experts.down_proj", np.s_[expert, :, row])]
+
+    def phi_channel(model, layer, channel):
+        rows = [("mlp.gate_up_proj.weight", np.s_[start + channel]) for start in (0, model.config.intermediate_size)]
+        return rows + [("mlp.down_proj.weight", np.s_[:, channel])]
+
+    def gpt_channel(model, layer, channel):
+        columns = [("mlp.c_fc.weight", np.s_[:, channel]), ("mlp.c_fc.bias", np.s_[channel])]
+        return columns + [("mlp.c_proj.weight", np.s_[channel])]
+
+    def rows_of(name, block):
+        return [(f"self_attn.{name}_proj.{part}", np.s_[block]) for part in ("weight", "bias")]
 
     def write_out(model):
-        config, names = model.config, dict(model.named_parameters())
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        config, names = model.config.get_text_config(), {name for name, _ in model.named_parameters()}
+        kind_of_model = model.config.model_type
+        heads = config.num_attention_heads
+        keys = heads if kind_of_model == "gpt2" else config.num_key_value_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
         routes = []
 
-        def add(kind, layer, position, rows, row_names, column_names):
-            prefix = f"model.layers.{layer}."
-            owned = [(prefix + name, np.s_[rows]) for name in row_names]
-            owned += [(prefix + name, np.s_[:, rows]) for name in column_names]
-            routes.append((kind, layer, position, [entry for entry in owned if entry[0] in names]))
+        def add(kind, layer, position, owned):
+            prefix = {"gpt2": "transformer.h", "gemma3": "model.language_model.layers"}
+            prefix = f"{prefix.get(kind_of_model, 'model.layers')}.{layer}."
+            owned = [(prefix + name, index) for name, index in owned if prefix + name in names]
+            routes.append((kind, layer, position, owned))
 
-        layers = range(config.num_hidden_layers)
-        for layer in layers:
-            for channel in range(config.intermediate_size):
-                rows = [f"mlp.{name}_proj.{part}" for name in ("gate", "up") for part in ("weight", "bias")]
-                add("mlp", layer, channel, slice(channel, channel + 1), rows, ["mlp.down_proj.weight"])
-        for layer in layers:
-            for query in range(config.num_attention_heads):
-                block = slice(query * head, (query + 1) * head)
-                rows = ["self_attn.q_proj.weight", "self_attn.q_proj.bias"]
-                add("query", layer, query, block, rows, ["self_attn.o_proj.weight"])
-        for layer in layers:
-            for key in range(config.num_key_value_heads):
-                block = slice(key * head, (key + 1) * head)
-                rows = [f"self_attn.{name}_proj.{part}" for name in "kv" for part in ("weight", "bias")]
-                add("key_value", layer, key, block, rows, [])
+        def block(head, start=0):
+            return slice((start + head) * size, (start + head + 1) * size)
+
+        for layer in range(config.num_hidden_layers):
+            if f"model.layers.{layer}.mlp.experts.down_proj" in names:
+                count, channel_of = config.num_experts * config.moe_intermediate_size, expert_channel
+            elif kind_of_model == "gpt2":
+                count, channel_of = 4 * 16 if config.n_inner is None else config.n_inner, gpt_channel
+            else:
+                count, channel_of = config.intermediate_size, phi_channel if kind_of_model == "phi3" else llama_channel
+            for channel in range(count):
+                add("mlp", layer, channel, channel_of(model, layer, channel))
+        for layer in range(config.num_hidden_layers):
+            for head in range(heads):
+                if kind_of_model == "gpt2":
+                    columns = [("attn.c_attn.weight", np.s_[:, block(head)]), ("attn.c_attn.bias", np.s_[block(head)])]
+                    owned = columns + [("attn.c_proj.weight", np.s_[block(head)])]
+                else:
+                    rows = rows_of("q", block(head)) + [("self_attn.qkv_proj.weight", np.s_[block(head)])]
+                    owned = rows + [("self_attn.o_proj.weight", np.s_[:, block(head)])]
+                add("query", layer, head, owned)
+        for layer in range(config.num_hidden_layers):
+            for head in range(keys):
+                owned = rows_of("k", block(head)) + rows_of("v", block(head))
+                for start in (heads, heads + keys):
+                    owned.append(("self_attn.qkv_proj.weight", np.s_[block(head, start)]))
+                    owned.append(("attn.c_attn.weight", np.s_[:, block(head, start)]))
+                    owned.append(("attn.c_attn.bias", np.s_[block(head, start)]))
+                add("key_value", layer, head, owned)
         return routes
 
     return write_out
+
+
+@pytest.fixture(scope="session")
+def contributions(owned_slices):
+    """
+    Function of a model and token ids: what each channel and each query head writes into the residual stream,
+    `{(kind, layer): (routes, tokens, hidden size)}`, and what the module itself put out, by the same keys.
+    """
+
+    def compute(model, ids):
+        inputs, outputs, handles = {}, {}, []
+        for kind, layer, position, owned in owned_slices(model):
+            if kind == "key_value" or position > 0:
+                continue
+            module = model.get_submodule(owned[-1][0].rpartition(".")[0])
+
+            def keep(module, args, output, key=(kind, layer)):
+                inputs[key], outputs[key] = args, output
+
+            handles.append(module.register_forward_hook(keep))
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids]))
+        for handle in handles:
+            handle.remove()
+        written = {key: [] for key in inputs}
+        for kind, layer, _, owned in owned_slices(model):
+            if kind == "key_value":
+                continue
+            name, index = owned[-1]
+            column = model.get_parameter(name).detach()[index]
+            if "experts" in name:
+                (gate_name, gate), (_, up), _ = owned
+                hidden, experts, weights = inputs[kind, layer]
+                fused = model.get_parameter(gate_name).detach()
+                inner = torch.nn.functional.silu(hidden @ fused[gate]) * (hidden @ fused[up])
+                inner = inner * torch.where(experts == index[0], weights, 0).sum(dim=-1)
+            else:
+                inner = inputs[kind, layer][0][0][:, index[-1] if isinstance(index, tuple) else index]
+            if inner.ndim == 1:
+                written[kind, layer].append(inner[:, None] * column)
+            else:
+                written[kind, layer].append(inner @ (column if len(column) == inner.shape[1] else column.T))
+        outputs = {key: output.reshape(len(ids), -1) for key, output in outputs.items()}
+        return {key: torch.stack(parts) for key, parts in written.items()}, outputs
+
+    return compute
 
 
 @pytest.fixture(scope="session")

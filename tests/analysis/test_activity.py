@@ -1,55 +1,71 @@
 import numpy as np
+import pytest
 import torch
 
 from trl_interfere.analysis.activity import route_activity
+from trl_interfere.analysis.architectures import Architecture, Slices
 from trl_interfere.analysis.routes import RouteMap
 
 
-def record_inputs(model, ids):
-    """Inputs of every down and o projection, by layer and kind, one sequence at a time and without padding."""
-    inputs, handles = {}, []
-    for layer, block in enumerate(model.model.layers):
-        for kind, module in (("mlp", block.mlp.down_proj), ("query", block.self_attn.o_proj)):
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda module, args, key=(kind, layer): inputs.__setitem__(key, args[0][0].detach())
-                )
-            )
-    with torch.no_grad():
-        model(input_ids=torch.tensor([ids]))
-    for handle in handles:
-        handle.remove()
-    return inputs
-
-
-def test_activity_by_brute_force(family, make_model, sequences, make_batches, owned_slices):
-    model = make_model(family)
-    slices = owned_slices(model)
-    expected, tokens = np.zeros(len(slices)), 0
-    for prompt, completion in sequences:
-        inputs = record_inputs(model, prompt + completion)
-        for position in range(len(prompt), len(prompt) + len(completion)):
-            tokens += 1
-            for route, (kind, layer, _, owned) in enumerate(slices):
-                if kind == "key_value":
-                    continue
-                name, index = owned[-1]  # the columns of down or o
-                columns = model.get_parameter(name).detach()[index]
-                written = columns @ inputs[kind, layer][position - 1][index[1]]
-                expected[route] += written.norm().item()
+def test_activity_by_brute_force(architecture, make_model, sequences, make_batches, owned_slices, contributions):
+    model = make_model(architecture)
+    entries = [entry[:3] for entry in owned_slices(model)]
+    located = {entry: route for route, entry in enumerate(entries)}
+    expected, tokens = np.zeros(len(entries)), 0
+    for prompt, completion in sequences:  # one at a time and without padding
+        written, _ = contributions(model, prompt + completion)
+        tokens += len(completion)
+        for (kind, layer), parts in written.items():
+            for position, part in enumerate(parts):
+                sizes = [part[token - 1].norm() for token in range(len(prompt), len(prompt) + len(completion))]
+                expected[located[kind, layer, position]] += sum(sizes).item()
     expected /= tokens
-    located = {entry[:3]: route for route, entry in enumerate(slices)}
     for (kind, layer, position), route in located.items():
-        if kind == "key_value":  # two query heads read each key/value head
-            readers = [located["query", layer, 2 * position + reader] for reader in range(2)]
-            expected[route] = np.mean(expected[readers])
+        if kind == "key_value":
+            heads = [sum(entry[:2] == (kind, layer) for entry in entries) for kind in ("query", "key_value")]
+            readers = range(position * heads[0] // heads[1], (position + 1) * heads[0] // heads[1])
+            expected[route] = np.mean([expected[located["query", layer, reader]] for reader in readers])
 
     for batch_size in (2, 5):
         activity = route_activity(model, make_batches(sequences, batch_size), RouteMap(model.config))
         np.testing.assert_allclose(activity, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_hooks_are_removed(make_model, sequences, make_batches):
-    model = make_model()
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_activity_of_experts_under_every_implementation(implementation, make_model, sequences, make_batches):
+    model = make_model("qwen3-moe", dtype=torch.float32, moe_intermediate_size=8)  # grouped_mm wants 16 bytes
+    expected = route_activity(model, make_batches(sequences), RouteMap(model.config))
+    model.set_experts_implementation(implementation)
+    activity = route_activity(model, make_batches(sequences), RouteMap(model.config))
+    np.testing.assert_allclose(activity, expected, rtol=1e-4)
+
+
+def test_an_expert_is_silent_where_the_router_passes_it_by(make_model, sequences, make_batches):
+    model = make_model("qwen3-moe-every-second")
+    model.model.layers[1].mlp.gate.weight.data[3:] = 0
+    model.model.layers[1].mlp.gate.weight.data[:3] *= 100
+    route_map = RouteMap(model.config)
+    activity = route_activity(model, make_batches(sequences), route_map)[route_map.of_layer("mlp", 1)].reshape(5, 3)
+    assert (activity[:3].sum(axis=1) > 0).any()
+    assert (activity.sum(axis=1) == 0).any()
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3-moe", "gpt2"])
+def test_hooks_are_removed(architecture, make_model, sequences, make_batches):
+    model = make_model(architecture)
     route_activity(model, make_batches(sequences), RouteMap(model.config))
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_description_without_a_tensor_to_write_through(make_model, sequences, make_batches):
+    model = make_model("llama")
+    tensors = {
+        "mlp.down_proj.weight": Slices(1, ("mlp",), writes=True),
+        "self_attn.out_proj.weight": Slices(1, ("query",), writes=True),
+    }
+    message = (
+        r"LlamaForCausalLM: expected a module through which the query routes of layer 0 write, one of "
+        r"\['mlp.down_proj.weight', 'self_attn.out_proj.weight'\], found none"
+    )
+    with pytest.raises(ValueError, match=message):
+        route_activity(model, make_batches(sequences), RouteMap(model.config, Architecture(tensors)))

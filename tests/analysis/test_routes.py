@@ -1,20 +1,25 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, GPT2Config
+from safetensors.torch import load_file
+from transformers import AutoConfig, BloomConfig
 
+from trl_interfere.analysis.architectures import ARCHITECTURES, LLAMA, Architecture, Slices
 from trl_interfere.analysis.routes import KINDS, SCOPES, RouteMap, module_of
 
 
-OUTSIDE = ("norm", "embed_tokens", "lm_head", "o_proj.bias", "down_proj.bias")
+OUTSIDE = (
+    *("norm", "embed_tokens", "lm_head", "o_proj.bias", "down_proj.bias", "mlp.gate.weight", "vision_tower"),
+    *("mm_input_projection", "wte", "wpe", "ln_1", "ln_2", "ln_f", "c_proj.bias"),
+)
 
 
 def lies_outside(name):
     return any(part in name for part in OUTSIDE)
 
 
-def test_each_element_has_one_owner_or_none(family, make_model, owned_slices):
-    model = make_model(family)
+def test_each_element_has_one_owner_or_none(architecture, make_model, owned_slices):
+    model = make_model(architecture)
     route_map = RouteMap(model.config)
     owners = {name: torch.full(tensor.shape, -1.0) for name, tensor in model.named_parameters()}
     for route, (*_, owned) in enumerate(owned_slices(model)):
@@ -35,13 +40,17 @@ def test_biases_and_norms_are_there_to_be_assigned(make_model):
         return {name.split("layers.0.")[-1] for name, _ in make_model(family).named_parameters()}
 
     assert {"self_attn.q_norm.weight", "self_attn.k_norm.weight", "input_layernorm.weight"} <= names("qwen3")
+    assert {"self_attn.q_norm.weight", "self_attn.k_norm.weight"} <= names("gemma3")
     assert {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"} <= names("qwen2")
     assert {"mlp.gate_proj.bias", "mlp.down_proj.bias", "self_attn.o_proj.bias"} <= names("llama-biases")
+    assert {"mlp.experts.gate_up_proj", "mlp.gate.weight", "self_attn.q_norm.weight"} <= names("qwen3-moe")
+    assert {f"transformer.h.0.{name}.bias" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc")} <= names("gpt2")
+    assert any("vision_tower" in name and "self_attn.q_proj" in name for name in names("gemma3"))
     assert "lm_head.weight" in names("llama") - names("qwen3")
 
 
-def test_sums_of_ones_count_every_element_once(family, make_model, owned_slices):
-    model = make_model(family)
+def test_sums_of_ones_count_every_element_once(architecture, make_model, owned_slices):
+    model = make_model(architecture)
     parameters = dict(model.named_parameters())
     ones = {name: torch.ones_like(tensor) for name, tensor in parameters.items()}
     sums, outside = RouteMap(model.config).sum_by_route(ones)
@@ -51,8 +60,8 @@ def test_sums_of_ones_count_every_element_once(family, make_model, owned_slices)
     assert sums.sum() + outside == sum(tensor.numel() for tensor in parameters.values())
 
 
-def test_sum_by_route_against_written_out_slices(family, make_model, dense_sums):
-    model = make_model(family, seed=3)
+def test_sum_by_route_against_written_out_slices(architecture, make_model, dense_sums):
+    model = make_model(architecture, seed=3)
     tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
     sums, outside = RouteMap(model.config).sum_by_route(tensors)
     expected, expected_outside = dense_sums(model, tensors)
@@ -60,63 +69,157 @@ def test_sum_by_route_against_written_out_slices(family, make_model, dense_sums)
     assert outside == pytest.approx(expected_outside, rel=1e-10, abs=1e-10)
 
 
-def contributions(model, ids):
-    """What each channel and each query head writes into the residual stream: `{(kind, layer): (routes, ...)}`."""
-    written, handles = {}, []
-    for layer, block in enumerate(model.model.layers):
-        for kind, module, count in (
-            ("mlp", block.mlp.down_proj, model.config.intermediate_size),
-            ("query", block.self_attn.o_proj, model.config.num_attention_heads),
-        ):
-
-            def keep(module, inputs, key=(kind, layer), count=count):
-                hidden = inputs[0].unflatten(-1, (count, -1))
-                columns = module.weight.unflatten(-1, (count, -1))
-                written[key] = torch.einsum("btca,oca->cbto", hidden, columns)
-
-            handles.append(module.register_forward_pre_hook(keep))
-    with torch.no_grad():
-        model(input_ids=ids)
-    for handle in handles:
-        handle.remove()
-    return written
-
-
-def perturb(model, route_map, route, seed=0):
+def perturb(model, route_map, route, only=None, seed=0):
+    """Add noise to the slices that the map gives a route, or to given slices."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = np.zeros(route_map.num_routes)
-    chosen[route] = 1
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            spread = route_map.spread(name, chosen, parameter)
-            if spread is not None:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-                parameter.add_(spread * noise)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            if only is None:
+                spread = route_map.spread(name, np.eye(route_map.num_routes)[route], parameter)
+                parameter.add_(0 if spread is None else spread * noise)
+            for other, index in only or []:
+                if other == name:
+                    parameter[index] += noise[index]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-@pytest.mark.parametrize("kind, position", [("mlp", 0), ("mlp", 7), ("query", 1), ("query", 3), ("key_value", 1)])
+def test_what_routes_write_adds_up_to_the_output_of_the_module(architecture, make_model, contributions):
+    model = make_model(architecture)
+    written, outputs = contributions(model, [4, 9, 13, 5, 20, 7])
+    assert len(written) == 4
+    for key, parts in written.items():
+        bias = getattr(WRITER[model.config.model_type](model, *key), "bias", None)
+        torch.testing.assert_close(parts.sum(dim=0) + (0 if bias is None else bias), outputs[key])
+
+
+def _llama_writer(model, kind, layer):
+    block = model.get_decoder().layers[layer]
+    return block.self_attn.o_proj if kind == "query" else getattr(block.mlp, "down_proj", None)
+
+
+def _gpt_writer(model, kind, layer):
+    block = model.transformer.h[layer]
+    return block.attn.c_proj if kind == "query" else block.mlp.c_proj
+
+
+WRITER = {**dict.fromkeys(ARCHITECTURES, _llama_writer), "gpt2": _gpt_writer}
+
+
 @pytest.mark.parametrize("layer", [0, 1])
-def test_noise_on_one_route_changes_what_this_route_writes(family, kind, position, layer, make_model):
-    model, changed_model = make_model(family), make_model(family)
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_on_one_route_changes_what_this_route_writes(architecture, kind, layer, make_model, contributions):
+    model = make_model(architecture)
     route_map = RouteMap(model.config)
-    route = np.flatnonzero(route_map.of_layer(kind, layer))[position]
-    perturb(changed_model, route_map, route)
-    ids = torch.tensor([[4, 9, 13, 5, 20, 7]])
-    before, after = contributions(model, ids), contributions(changed_model, ids)
-    # Four query heads read two key/value heads: a key/value head changes what its pair of query heads writes.
-    expected = [2 * position, 2 * position + 1] if kind == "key_value" else [position]
+    ids = [4, 9, 13, 5, 20, 7, 11, 3]
+    before, output_before = contributions(model, ids)
+    routes = np.flatnonzero(route_map.of_layer(kind, layer))
+    readers = route_map.counts["query"][layer] // len(routes)
     key = ("query" if kind == "key_value" else kind, layer)
-    changed = [index for index in range(len(before[key])) if not torch.equal(before[key][index], after[key][index])]
-    assert changed == expected
-    for other in before:  # the attention of a layer comes before its MLP
-        if (other[1], other[0] == "mlp") < (key[1], key[0] == "mlp"):
-            assert torch.equal(before[other], after[other]), other
+    for position in {0, len(routes) // 2, len(routes) - 1}:
+        changed_model = make_model(architecture)
+        perturb(changed_model, route_map, routes[position])
+        after, output_after = contributions(changed_model, ids)
+        expected = list(range(position * readers, (position + 1) * readers)) if kind == "key_value" else [position]
+        changed = [
+            route for route in range(len(before[key])) if not torch.equal(before[key][route], after[key][route])
+        ]
+        if (before[key][expected] == 0).all():  # an expert that no token was routed to
+            assert changed == [] and torch.equal(output_before[key], output_after[key])
+            continue
+        assert changed == expected
+        by_routes = (after[key][expected] - before[key][expected]).sum(dim=0)
+        torch.testing.assert_close(output_after[key] - output_before[key], by_routes)
+        for other in before:  # the attention of a layer comes before its MLP
+            if (other[1], other[0] == "mlp") < (key[1], key[0] == "mlp"):
+                assert torch.equal(before[other], after[other]), other
 
 
-def test_locate_and_masks_agree(family, make_model, owned_slices):
+@pytest.mark.parametrize("kind", ["mlp", "query"])
+def test_noise_on_what_a_route_reads_changes_one_block_of_what_it_writes_from(
+    architecture, kind, make_model, owned_slices, contributions
+):
+    # Without a change of its columns, the output of the module moves along these columns alone.
+    model, ids = make_model(architecture), [4, 9, 13, 5, 20, 7, 11, 3]
+    before = contributions(model, ids)[1]
+    for _, layer, position, owned in [entry for entry in owned_slices(model) if entry[0] == kind][::7]:
+        changed_model = make_model(architecture)
+        perturb(changed_model, RouteMap(model.config), route=None, only=owned[:-1])
+        change = contributions(changed_model, ids)[1][kind, layer] - before[kind, layer]
+        column = model.get_parameter(owned[-1][0]).detach()[owned[-1][1]]
+        basis = column[:, None] if column.ndim == 1 else column if len(column) == change.shape[1] else column.T
+        rest = change - change @ torch.linalg.pinv(basis).T @ basis.T
+        assert rest.abs().max() < 1e-12 * max(1, change.abs().max()), (layer, position)
+
+
+@pytest.mark.parametrize("family, layer, routed", [("qwen3-moe", 0, 3), ("qwen3-moe-every-second", 1, 4)])
+def test_number_of_experts_that_the_tokens_above_are_routed_to(family, layer, routed, make_model, contributions):
+    written, _ = contributions(make_model(family), [4, 9, 13, 5, 20, 7, 11, 3])
+    experts = make_model(family).config.num_experts
+    assert (written["mlp", layer].reshape(experts, -1).abs().sum(dim=1) > 0).sum() == routed
+
+
+def test_names_in_files_give_the_sums_of_names_in_memory(architecture, make_model, tmp_path):
+    model = make_model(architecture, seed=5)
+    route_map = RouteMap(model.config)
+    in_memory = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    on_disk = load_file(tmp_path / "model.safetensors")
+    if architecture in ("qwen3-moe", "qwen3-moe-every-second", "gemma3"):
+        assert not on_disk.keys() <= in_memory.keys()  # the names do differ
+    for tensors in ({name: torch.ones_like(tensor) for name, tensor in in_memory.items()}, in_memory):
+        expected, expected_outside = route_map.sum_by_route(tensors)
+        if tensors is not in_memory:
+            on_disk_tensors = {name: torch.ones_like(tensor) for name, tensor in on_disk.items()}
+        else:
+            on_disk_tensors = on_disk
+        sums, outside = route_map.sum_by_route(on_disk_tensors)
+        np.testing.assert_allclose(sums, expected, rtol=1e-12, atol=1e-12)
+        assert outside == pytest.approx(expected_outside, rel=1e-10, abs=1e-10)
+    for name, tensor in on_disk.items():
+        spread = route_map.spread(name, np.arange(route_map.num_routes), tensor)
+        assert (spread is None) == lies_outside(name), name
+        if spread is not None:
+            assert set(spread.long().unique().tolist()) == set(route_map.cut(name).owners.ravel().tolist()), name
+
+
+@pytest.mark.parametrize(
+    "family, name, other",
+    [
+        ("gpt2", "h.1.attn.c_attn.weight", "transformer.h.1.attn.c_attn.weight"),
+        (
+            "gemma3",
+            "language_model.model.layers.1.mlp.up_proj.weight",
+            "model.language_model.layers.1.mlp.up_proj.weight",
+        ),
+        ("gemma3", "model.layers.1.mlp.up_proj.weight", "model.language_model.layers.1.mlp.up_proj.weight"),
+        ("llama", "layers.1.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"),
+        ("llama", "base_model.model.model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("llama", "module.model.layers.0.mlp.up_proj.weight", "_orig_mod.model.layers.0.mlp.up_proj.weight"),
+    ],
+)
+def test_other_names_of_the_same_tensor(family, name, other, make_model):
     route_map = RouteMap(make_model(family).config)
-    slices = owned_slices(make_model(family))
+    first, second = route_map.cut(name), route_map.cut(other)
+    assert first.axes == second.axes and np.array_equal(first.owners, second.owners)
+
+
+@pytest.mark.parametrize(
+    "family, name",
+    [
+        ("gpt2", "h.0.attn.bias"),  # the causal mask in the files of GPT-2
+        ("gemma3", "vision_tower.encoder.layers.0.self_attn.q_proj.weight"),
+        ("gemma3", "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight"),
+        ("qwen3-moe", "model.layers.0.mlp.gate.weight"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+    ],
+)
+def test_tensors_outside(family, name, make_model):
+    assert RouteMap(make_model(family).config).cut(name) is None
+
+
+def test_locate_and_masks_agree(architecture, make_model, owned_slices):
+    model = make_model(architecture)
+    route_map, slices = RouteMap(model.config), owned_slices(model)
     assert [route_map.locate(route) for route in range(route_map.num_routes)] == [entry[:3] for entry in slices]
     kinds = np.array([entry[0] for entry in slices])
     layers = np.array([entry[1] for entry in slices])
@@ -124,19 +227,97 @@ def test_locate_and_masks_agree(family, make_model, owned_slices):
         assert np.array_equal(np.arange(route_map.num_routes)[route_map.of_kind(kind)], np.flatnonzero(kinds == kind))
         for layer in range(2):
             assert np.array_equal(route_map.of_layer(kind, layer), (kinds == kind) & (layers == layer))
+            assert route_map.counts[kind][layer] == route_map.of_layer(kind, layer).sum()
     assert np.array_equal(route_map.scope("mlp"), kinds == "mlp")
     assert np.array_equal(route_map.scope("attention"), kinds != "mlp")
     assert route_map.scope("joint").all()
 
 
+def test_counts_by_layer(make_model):
+    experts = [RouteMap(make_model(f"qwen3-moe{family}").config).experts for family in ("", "-every-second")]
+    assert experts == [(3, 0), (0, 5)]
+    counts = {family: RouteMap(make_model(family).config).counts["mlp"] for family in ("llama", "qwen3-moe", "gpt2")}
+    assert counts == {"llama": (12, 12), "qwen3-moe": (15, 12), "gpt2": (12, 12)}
+    assert RouteMap(make_model("qwen3-moe-every-second").config).counts["mlp"] == (12, 15)
+    assert RouteMap(make_model("gpt2-default-width").config).counts["mlp"] == (64, 64)
+
+
 def test_multi_head_attention_without_a_number_of_key_value_heads():
     config = AutoConfig.for_model("llama", hidden_size=16, num_attention_heads=4, num_key_value_heads=None)
-    assert RouteMap(config).counts["key_value"] == 4
+    assert set(RouteMap(config).counts["key_value"]) == {4}
 
 
 def test_unknown_model_type():
-    with pytest.raises(ValueError, match=r"no route map for model type 'gpt2', expected one of .*'llama'.*'qwen3'"):
-        RouteMap(GPT2Config())
+    message = (
+        r"no route map for model type 'bloom', expected one of .*'gpt2'.*'qwen3_moe'.*; "
+        r"describe it with `RouteMap\(config, description=Architecture\(\.\.\.\)\)`"
+    )
+    with pytest.raises(ValueError, match=message):
+        RouteMap(BloomConfig())
+
+
+@pytest.mark.parametrize(
+    "family, name, shape, message",
+    [
+        (
+            "llama",
+            "model.layers.0.mlp.up_proj.weight",
+            (13, 16),
+            r"tensor model.layers.0.mlp.up_proj.weight: expected axis 0 to hold 12 equal blocks, found .*\(13, 16\)",
+        ),
+        ("llama", "model.layers.0.mlp.down_proj.weight", (12,), r"expected axis 1 to hold 12 equal blocks"),
+        ("llama", "model.layers.2.mlp.up_proj.weight", (12, 16), r"layers.2.*expected a layer below 2, found 2"),
+        ("qwen3-moe", "model.layers.0.mlp.experts.3.up_proj.weight", (5, 16), r"expected an expert of 3 in layer 0"),
+        ("qwen3-moe", "model.layers.1.mlp.experts.down_proj", (3, 16, 5), r"expected an expert of 0 in layer 1"),
+        ("qwen3-moe", "model.layers.0.mlp.gate_proj.weight", (12, 16), r"expected axis 0 to hold 15 equal blocks"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_configuration(family, name, shape, message, make_model):
+    route_map = RouteMap(make_model(family).config)
+    with pytest.raises(ValueError, match=message):
+        route_map.sum_by_route({name: torch.ones(shape)})
+    with pytest.raises(ValueError, match=message):
+        route_map.spread(name, np.ones(route_map.num_routes), torch.ones(shape))
+
+
+def test_description_that_names_a_setting_that_the_configuration_lacks():
+    description = Architecture(LLAMA.tensors, counts={"mlp": "n_inner", "query": "num_attention_heads"})
+    with pytest.raises(
+        ValueError, match=r"counts\['mlp'\]: expected a setting of .* 'llama' or a function, found 'n_in"
+    ):
+        RouteMap(AutoConfig.for_model("llama"), description=description)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((0, "mlp"), r"kinds: expected a tuple of some of \('mlp', 'query', 'key_value'\), found 'mlp'"),
+        ((0, ("value",)), r"found \('value',\)"),
+        ((0, ()), r"found \(\)"),
+        ((1, ("mlp",), False, 1), r"experts_axis: expected an axis before 1, found 1"),
+    ],
+)
+def test_slices_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Slices(*arguments)
+
+
+def test_kinds_of_unequal_number_cannot_take_turns(make_model):
+    tensors = {"a": Slices(0, ("query", "key_value"), interleaved=True)}
+    with pytest.raises(ValueError, match=r"tensor layers.0.a: .* found \['4 query', '2 key_value'\]"):
+        RouteMap(make_model("llama").config, Architecture(tensors)).cut("layers.0.a")
+
+
+def test_kinds_that_take_turns():
+    config = AutoConfig.for_model("llama", num_hidden_layers=1, num_attention_heads=2, intermediate_size=3)
+    tensors = {
+        "a": Slices(0, ("query", "key_value", "key_value"), interleaved=True),
+        "b": Slices(2, ("mlp", "mlp"), interleaved=True, experts_axis=0),
+    }
+    counts = {"mlp": lambda config, layer: 4, "query": "num_attention_heads"}
+    route_map = RouteMap(config, Architecture(tensors, counts, experts=lambda config, layer: 2))
+    assert route_map.cut("layers.0.a").owners.tolist() == [4, 6, 6, 5, 7, 7]
+    assert route_map.cut("layers.0.b").owners.tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]
 
 
 def test_unknown_scope(make_model):
@@ -155,7 +336,27 @@ def test_unknown_scope(make_model):
         ("model.embed_tokens.weight", "embed_tokens"),
         ("model.norm.weight", "norm"),
         ("lm_head.weight", "lm_head"),
+        ("model.layers.3.mlp.experts.gate_up_proj", "layers.3.mlp"),
+        ("model.layers.3.mlp.experts.7.gate_proj.weight", "layers.3.mlp"),
+        ("model.layers.3.mlp.gate.weight", "layers.3.mlp"),
+        ("model.layers.3.pre_feedforward_layernorm.weight", "layers.3.norm"),
+        ("model.language_model.layers.3.self_attn.o_proj.weight", "layers.3.attention"),
+        ("language_model.model.layers.3.self_attn.o_proj.weight", "layers.3.attention"),
+        ("language_model.model.embed_tokens.weight", "embed_tokens"),
+        ("model.vision_tower.encoder.layers.0.self_attn.q_proj.weight", "vision_tower"),
+        ("model.multi_modal_projector.mm_soft_emb_norm.weight", "multi_modal_projector.mm_soft_emb_norm"),
+        ("transformer.h.3.attn.c_attn.bias", "layers.3.attention"),
+        ("transformer.h.3.mlp.c_fc.weight", "layers.3.mlp"),
+        ("h.3.ln_1.bias", "layers.3.norm"),
+        ("transformer.wte.weight", "wte"),
+        ("transformer.ln_f.bias", "ln_f"),
     ],
 )
 def test_module_of(name, module):
     assert module_of(name) == module
+
+
+def test_modules_of_a_model(architecture, make_model):
+    modules = {module_of(name) for name, _ in make_model(architecture).named_parameters()}
+    of_layers = {f"layers.{layer}.{part}" for layer in range(2) for part in ("attention", "mlp", "norm")}
+    assert {name for name in modules if name.startswith("layers.")} == of_layers

@@ -18,8 +18,8 @@ NUM_ROUTES = 36
 
 
 @pytest.fixture
-def update(family, make_model, moved):
-    before = make_model(family)
+def update(architecture, make_model, moved):
+    before = make_model(architecture)
     return before, moved(before), RouteMap(before.config)
 
 
@@ -46,7 +46,7 @@ def test_step_1_restores_to_the_bit(dtype, make_model, moved):
             assert torch.equal(parameter, before.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama-biases"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama-biases", "qwen3-moe", "phi3", "gpt2"])
 @pytest.mark.parametrize("step", [0.5, 1.0, 4.0, -1.0])
 def test_only_the_slices_of_chosen_routes_move(step, update, owned_slices):
     before, after, route_map = update
@@ -136,7 +136,7 @@ def test_random_selections_are_reproducible(criterion, make_model, make_report):
     assert len(set(selected)) == 4
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
 @pytest.mark.parametrize("best", STEPS)
 def test_line_search_finds_the_lowest_step(best, update):
     before, after, route_map = update

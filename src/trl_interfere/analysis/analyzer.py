@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .. import __version__
 from ..domains.domain import Domain
 from .activity import route_activity
+from .architectures import Architecture
 from .config import InterferenceConfig
 from .damage import RouteTerms, UpdatePath, _dot, attribution, second_order
 from .gradients import Batches, Tensors, cosines, mean_gradient, mean_loss
@@ -45,6 +46,8 @@ class InterferenceAnalyzer:
             Model that the earlier domain's own training started from. Without it there is no `route_conflict`.
         config ([`InterferenceConfig`], *optional*):
             Settings.
+        description ([`Architecture`], *optional*):
+            Description of the architecture, if it is none of those that are known.
 
     Raises:
         `ValueError`: If the checkpoints differ in architecture or shapes, or are identical.
@@ -57,6 +60,7 @@ class InterferenceAnalyzer:
         tokenizer: PreTrainedTokenizerBase,
         base: PreTrainedModel | None = None,
         config: InterferenceConfig | None = None,
+        description: Architecture | None = None,
     ):
         self.config = config or InterferenceConfig()
         self.tokenizer = tokenizer
@@ -64,7 +68,7 @@ class InterferenceAnalyzer:
         for label, model in (("after", after), ("base", base)):
             if model is not None:
                 _check_same_shape(before, model, label)
-        self.route_map = RouteMap(before.config)
+        self.route_map = RouteMap(before.config, description)
         if all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)):
             raise ValueError(f"{_name(before)} and {_name(after)} are identical: there is no update to analyse")
 
@@ -78,6 +82,7 @@ class InterferenceAnalyzer:
         dtype: str | torch.dtype = "float32",
         device_map: str | dict | None = None,
         trust_remote_code: bool = False,
+        description: Architecture | None = None,
     ) -> "InterferenceAnalyzer":
         """
         Load the checkpoints.
@@ -97,6 +102,8 @@ class InterferenceAnalyzer:
                 Placement, as in transformers.
             trust_remote_code (`bool`, *optional*, defaults to `False`):
                 Whether to run code that comes with the checkpoint.
+            description ([`Architecture`], *optional*):
+                Description of the architecture, if it is none of those that are known.
 
         Returns:
             [`InterferenceAnalyzer`]: The analyzer.
@@ -106,7 +113,7 @@ class InterferenceAnalyzer:
             for checkpoint in (before, after, base)
         ]
         tokenizer = AutoTokenizer.from_pretrained(str(before), trust_remote_code=trust_remote_code)
-        return cls(models[0], models[1], tokenizer, base=models[2], config=config)
+        return cls(models[0], models[1], tokenizer, base=models[2], config=config, description=description)
 
     def references(self, earlier: Domain, later: list[Domain]) -> dict[str, References]:
         """

@@ -7,88 +7,136 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from .architectures import ARCHITECTURES, KINDS, Architecture, Count
 
-# For each kind of route, the tensors of a layer that it owns slices of, and the axis along which they are cut.
-# An axis is cut into as many equal blocks as there are routes of the kind in the layer.
-LLAMA_LIKE = {
-    "mlp.gate_proj.weight": ("mlp", 0),
-    "mlp.up_proj.weight": ("mlp", 0),
-    "mlp.gate_proj.bias": ("mlp", 0),
-    "mlp.up_proj.bias": ("mlp", 0),
-    "mlp.down_proj.weight": ("mlp", 1),
-    "self_attn.q_proj.weight": ("query", 0),
-    "self_attn.q_proj.bias": ("query", 0),
-    "self_attn.o_proj.weight": ("query", 1),
-    "self_attn.k_proj.weight": ("key_value", 0),
-    "self_attn.k_proj.bias": ("key_value", 0),
-    "self_attn.v_proj.weight": ("key_value", 0),
-    "self_attn.v_proj.bias": ("key_value", 0),
-}
-ARCHITECTURES = {"llama": LLAMA_LIKE, "mistral": LLAMA_LIKE, "qwen2": LLAMA_LIKE, "qwen3": LLAMA_LIKE}
-KINDS = ("mlp", "query", "key_value")
+
 SCOPES = {"mlp": ("mlp",), "attention": ("query", "key_value"), "joint": KINDS}
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+# Modules that any model may be wrapped in.
+WRAPPERS = ("base_model", "module", "_orig_mod")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cut:
     """
-    How the routes of one layer share a tensor.
+    How routes share a tensor: in blocks along one axis, or along an axis of experts and another.
 
     Args:
-        start (`int`):
-            Index of the first of these routes.
-        count (`int`):
-            Number of routes.
-        axis (`int`):
-            Axis of the tensor that is cut into `count` equal blocks.
+        axes (`tuple[int, ...]`):
+            Axes that are cut.
+        owners (`numpy.ndarray`):
+            Route that owns each block, with one axis for each of `axes`. A fused tensor has more than one block of a
+            route.
+        writes (`bool`):
+            Whether the routes write to the residual stream through the tensor.
     """
 
-    start: int
-    count: int
-    axis: int
+    axes: tuple[int, ...]
+    owners: np.ndarray
+    writes: bool
 
-    @property
-    def routes(self) -> slice:
-        return slice(self.start, self.start + self.count)
+    def blocks(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """
+        Bring a tensor into blocks.
+
+        Args:
+            name (`str`):
+                Its name, for the error.
+            tensor (`torch.Tensor`):
+                The tensor.
+
+        Returns:
+            `torch.Tensor` of shape `(number of blocks, elements per block)`: Blocks in the order of `owners`.
+
+        Raises:
+            `ValueError`: If an axis cannot be cut into as many equal blocks.
+        """
+        self.block_sizes(name, tensor)
+        order = tuple(range(len(self.axes)))
+        return tensor.movedim(self.axes, order).reshape(self.owners.size, -1)
+
+    def block_sizes(self, name: str, tensor: torch.Tensor) -> list[int]:
+        """
+        Length of a block along each of `axes`.
+
+        Args:
+            name (`str`):
+                Name of the tensor, for the error.
+            tensor (`torch.Tensor`):
+                The tensor.
+
+        Returns:
+            `list[int]`: Lengths.
+
+        Raises:
+            `ValueError`: If an axis cannot be cut into as many equal blocks.
+        """
+        sizes = []
+        for axis, count in zip(self.axes, self.owners.shape, strict=True):
+            length = tensor.shape[axis] if axis < tensor.ndim else 0
+            if length == 0 or length % count:
+                raise ValueError(
+                    f"tensor {name}: expected axis {axis} to hold {count} equal blocks, "
+                    f"found shape {tuple(tensor.shape)}"
+                )
+            sizes.append(length // count)
+        return sizes
 
 
 class RouteMap:
     """
     Which slices of which tensors a route owns.
 
-    A route is an MLP intermediate channel (its row of gate and up, its column of down), a query head (its rows of q,
-    its columns of o) or a key/value head (its rows of k and v). Every element of a parameter belongs to exactly one
-    route or to none; embeddings, norms and the output layer lie outside routes. Routes are numbered by kind, then by
-    layer, then within the layer.
+    A route is an MLP intermediate channel (its row of gate and up, its column of down), also one of an expert, a query
+    head (its rows of q, its columns of o) or a key/value head (its rows of k and v). Every element of a parameter
+    belongs to exactly one route or to none; what lies outside routes is said in [`Architecture`]. Routes are numbered
+    by kind, then by layer, then within the layer.
+
+    Names of tensors may be those of the model in memory or those in its files, where these differ.
 
     Args:
         config ([`~transformers.PretrainedConfig`]):
             Configuration of a causal language model.
+        description ([`Architecture`], *optional*):
+            Description of the architecture. Defaults to the one of `ARCHITECTURES` for the model type.
+
+    Attributes:
+        num_routes (`int`):
+            Number of routes.
+        num_layers (`int`):
+            Number of layers.
+        counts (`dict[str, tuple[int, ...]]`):
+            Number of routes of each kind in each layer.
+        experts (`tuple[int, ...]`):
+            Number of experts in each layer, 0 in one without.
 
     Raises:
-        `ValueError`: If the architecture is unknown.
+        `ValueError`: If the architecture is unknown, or its description does not fit the configuration.
     """
 
-    def __init__(self, config: PretrainedConfig):
-        if config.model_type not in ARCHITECTURES:
+    def __init__(self, config: PretrainedConfig, description: Architecture | None = None):
+        if description is None and config.model_type not in ARCHITECTURES:
             raise ValueError(
                 f"no route map for model type {config.model_type!r}, expected one of {sorted(ARCHITECTURES)}; "
-                "a new one is described by the tensors of a layer, see `trl_interfere.analysis.routes.ARCHITECTURES`"
+                "describe it with `RouteMap(config, description=Architecture(...))`, see "
+                "`trl_interfere.analysis.architectures` and the examples in it"
             )
-        self.cuts = ARCHITECTURES[config.model_type]
+        self.description = description or ARCHITECTURES[config.model_type]
+        config = config.get_text_config()
         self.num_layers = config.num_hidden_layers
-        heads = config.num_attention_heads
         self.counts = {
-            "mlp": config.intermediate_size,
-            "query": heads,
-            "key_value": getattr(config, "num_key_value_heads", None) or heads,
+            kind: tuple(_count(config, self.description, kind, layer) for layer in range(self.num_layers))
+            for kind in KINDS
         }
+        self.experts = tuple(
+            _setting(config, self.description.experts, layer) or 0 for layer in range(self.num_layers)
+        )
         self._starts, total = {}, 0
         for kind in KINDS:
-            self._starts[kind] = total
-            total += self.counts[kind] * self.num_layers
+            self._starts[kind] = total + np.cumsum((0, *self.counts[kind]))
+            total += sum(self.counts[kind])
         self.num_routes = total
+        parents = "|".join(map(re.escape, (*WRAPPERS, *self.description.parents)))
+        self._layer = re.compile(rf"(?:(?:{parents})\.)*{re.escape(self.description.layers)}\.(\d+)\.(.+)")
 
     def cut(self, name: str) -> Cut | None:
         """
@@ -96,16 +144,42 @@ class RouteMap:
 
         Args:
             name (`str`):
-                Name of a parameter.
+                Name of a parameter, in the model or in its files.
 
         Returns:
             [`Cut`] or `None`: `None` if the tensor lies outside routes.
+
+        Raises:
+            `ValueError`: If the configuration has no such layer or expert.
         """
-        match = _LAYER.search(name)
-        if match is None or match[2] not in self.cuts:
+        match = self._layer.fullmatch(name)
+        if match is None:
             return None
-        kind, axis = self.cuts[match[2]]
-        return Cut(self._starts[kind] + int(match[1]) * self.counts[kind], self.counts[kind], axis)
+        layer, tensor = int(match[1]), match[2]
+        if layer >= self.num_layers:
+            raise ValueError(f"tensor {name}: expected a layer below {self.num_layers}, found {layer}")
+        expert = _NUMBER.search(tensor)
+        slices = self.description.tensors.get(_NUMBER.sub("*", tensor))
+        if slices is None:
+            return None
+        experts, parts = self.experts[layer], []
+        if (expert is not None and int(expert[0]) >= experts) or (slices.experts_axis is not None and not experts):
+            raise ValueError(f"tensor {name}: expected an expert of {experts} in layer {layer}")
+        for kind in slices.kinds:
+            routes = np.arange(*self._starts[kind][layer : layer + 2])
+            if expert is not None or slices.experts_axis is not None:
+                routes = routes.reshape(experts, -1)
+            parts.append(routes if expert is None else routes[int(expert[0])])
+        owners = np.concatenate(parts, axis=-1)
+        if slices.interleaved:
+            if len({part.shape for part in parts}) > 1:
+                raise ValueError(
+                    f"tensor {name}: expected as many routes of each kind, since they take turns, found "
+                    f"{[f'{part.size} {kind}' for kind, part in zip(slices.kinds, parts, strict=True)]}"
+                )
+            owners = np.stack(parts, axis=-1).reshape(owners.shape)
+        axes = (slices.axis,) if slices.experts_axis is None else (slices.experts_axis, slices.axis)
+        return Cut(axes, owners, slices.writes)
 
     def sum_by_route(self, tensors: dict[str, torch.Tensor]) -> tuple[np.ndarray, float]:
         """
@@ -124,8 +198,8 @@ class RouteMap:
             if cut is None:
                 outside += tensor.sum(dtype=torch.float64).item()
             else:
-                blocks = tensor.movedim(cut.axis, 0).reshape(cut.count, -1)
-                sums[cut.routes] += blocks.sum(dim=1, dtype=torch.float64).cpu().numpy()
+                blocks = cut.blocks(name, tensor).sum(dim=1, dtype=torch.float64)
+                np.add.at(sums, cut.owners.ravel(), blocks.cpu().numpy())
         return sums, outside
 
     def spread(self, name: str, values: np.ndarray, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -146,9 +220,10 @@ class RouteMap:
         cut = self.cut(name)
         if cut is None:
             return None
-        column = torch.as_tensor(values[cut.routes], dtype=tensor.dtype, device=tensor.device)
-        column = column.repeat_interleave(tensor.shape[cut.axis] // cut.count)
-        return column.reshape([-1 if axis == cut.axis else 1 for axis in range(tensor.ndim)])
+        blocks = torch.as_tensor(values[cut.owners], dtype=tensor.dtype, device=tensor.device)
+        for axis, size in enumerate(cut.block_sizes(name, tensor)):
+            blocks = blocks.repeat_interleave(size, dim=axis)
+        return blocks.reshape([tensor.shape[axis] if axis in cut.axes else 1 for axis in range(tensor.ndim)])
 
     def scope(self, name: str) -> np.ndarray:
         """
@@ -170,7 +245,7 @@ class RouteMap:
 
     def of_kind(self, kind: str) -> slice:
         """Routes of a kind: `"mlp"`, `"query"` or `"key_value"`."""
-        return slice(self._starts[kind], self._starts[kind] + self.counts[kind] * self.num_layers)
+        return slice(int(self._starts[kind][0]), int(self._starts[kind][-1]))
 
     def of_layer(self, kind: str, layer: int) -> np.ndarray:
         """
@@ -186,8 +261,7 @@ class RouteMap:
             `numpy.ndarray` of shape `(num_routes,)`: Whether each route belongs to them.
         """
         mask = np.zeros(self.num_routes, dtype=bool)
-        start = self._starts[kind] + layer * self.counts[kind]
-        mask[start : start + self.counts[kind]] = True
+        mask[slice(*self._starts[kind][layer : layer + 2])] = True
         return mask
 
     def locate(self, route: int) -> tuple[str, int, int]:
@@ -199,25 +273,62 @@ class RouteMap:
                 Index of the route.
 
         Returns:
-            `tuple[str, int, int]`: Kind, layer, and position in the layer.
+            `tuple[str, int, int]`: Kind, layer, and position in the layer. In a layer of experts the channels of the
+            first expert come first, then those of the second, and so on.
         """
-        kind = max((kind for kind in KINDS if self._starts[kind] <= route), key=lambda kind: self._starts[kind])
-        return kind, *divmod(route - self._starts[kind], self.counts[kind])
+        kind = next(kind for kind in KINDS if route < self._starts[kind][-1])
+        layer = int(np.searchsorted(self._starts[kind], route, side="right")) - 1
+        return kind, layer, int(route - self._starts[kind][layer])
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def _setting(config: PretrainedConfig, setting: Count | None, layer: int) -> int | None:
+    if setting is None or callable(setting):
+        return setting and setting(config, layer)
+    return getattr(config, setting, None)
+
+
+def _count(config: PretrainedConfig, description: Architecture, kind: str, layer: int) -> int:
+    count = _setting(config, description.counts.get(kind), layer)
+    if count is None and kind == "key_value":
+        return _count(config, description, "query", layer)
+    if count is None:
+        raise ValueError(
+            f"counts[{kind!r}]: expected a setting of the configuration of {config.model_type!r} or a function, "
+            f"found {description.counts.get(kind)!r}"
+        )
+    return int(count)
+
+
+# Where a layer's tensors stand in its name, whatever the architecture; and what is not the language model.
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(\w+)")
+_TOWER = re.compile(r"(?:^|\.)((?:vision|audio)_(?:tower|model)|visual)\.")
+_PARENTS = re.compile(rf"^(?:(?:{'|'.join(WRAPPERS)}|model|language_model|transformer)\.)+")
+_MODULES = {
+    "self_attn": "attention",
+    "attn": "attention",
+    "attention": "attention",
+    "crossattention": "attention",
+    "mlp": "mlp",
+}
 
 
 def module_of(name: str) -> str:
     """
-    Module that a parameter is counted with: attention or MLP of a layer, or what lies outside layers.
+    Module that a parameter is counted with: attention, MLP or norms of a layer, or what lies outside layers.
 
     Args:
         name (`str`):
-            Name of a parameter, e.g. `"model.layers.3.self_attn.q_proj.weight"`.
+            Name of a parameter, e.g. `"model.layers.3.self_attn.q_proj.weight"` or `"transformer.h.3.ln_1.bias"`.
 
     Returns:
-        `str`: E.g. `"layers.3.attention"`, `"layers.3.mlp"`, `"layers.3.norm"`, `"embed_tokens"`.
+        `str`: E.g. `"layers.3.attention"`, `"layers.3.mlp"`, `"layers.3.norm"`, `"embed_tokens"`, `"vision_tower"`.
     """
-    match = _LAYER.search(name)
-    if match is None:
-        return name.removeprefix("model.").removesuffix(".weight").removesuffix(".bias")
-    part = match[2].split(".")[0]
-    return f"layers.{match[1]}." + {"self_attn": "attention", "mlp": "mlp"}.get(part, "norm")
+    tower, layer = _TOWER.search(name), _LAYER.search(name)
+    if tower is not None:
+        return tower[1]
+    if layer is None:
+        return _PARENTS.sub("", name).removesuffix(".weight").removesuffix(".bias")
+    return f"layers.{layer[1]}.{_MODULES.get(layer[2], 'norm')}"

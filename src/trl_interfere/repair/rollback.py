@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..analysis.analyzer import load_model
+from ..analysis.architectures import Architecture
 from ..analysis.gradients import Tensors
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import SCOPES, RouteMap
@@ -103,6 +104,7 @@ class RouteRollback:
         report: InterferenceReport,
         model: PreTrainedModel | None = None,
         objective: Callable[[PreTrainedModel], float] | None = None,
+        description: Architecture | None = None,
     ) -> PreTrainedModel:
         """
         Roll back.
@@ -114,6 +116,8 @@ class RouteRollback:
                 Model that holds the weights after the update; it is changed in place. Defaults to loading them.
             objective (`Callable[[PreTrainedModel], float]`, *optional*):
                 What `step="optimal"` minimises, such as a loss on the selection split.
+            description ([`Architecture`], *optional*):
+                Description of the architecture, if it is none of those that are known.
 
         Returns:
             [`~transformers.PreTrainedModel`]: The repaired model.
@@ -125,7 +129,7 @@ class RouteRollback:
             raise ValueError("step: 'optimal' needs an objective, such as a loss on the selection split")
         model = load_model(report.after) if model is None else model
         before = dict(load_model(report.before).named_parameters())
-        route_map = RouteMap(model.config)
+        route_map = RouteMap(model.config, description)
         routes = self.select(report, route_map)
         step = self.step if self.step != "optimal" else line_search(model, before, route_map, routes, objective)
         roll_back(model, before, route_map, routes, step)
