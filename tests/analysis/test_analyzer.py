@@ -15,7 +15,9 @@ from trl_interfere.domains.domain import Domain
 from trl_interfere.evaluation.scorer import Scorer
 
 
-CONFIG = InterferenceConfig(reference="dataset", quadrature_nodes=8, difference_step=1e-3, batch_size=2)
+CONFIG = InterferenceConfig(
+    reference="dataset", quadrature_nodes=8, later_quadrature_nodes=8, difference_step=1e-3, batch_size=2
+)
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from trl_interfere.analysis.gradients import cosines, mean_gradient, mean_loss
+from trl_interfere.analysis.cosines import cosines
+from trl_interfere.analysis.gradients import mean_gradient, mean_loss
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_interfere.analysis.gradients import cosines
+from trl_interfere.analysis.cosines import cosines
 from trl_interfere.analysis.report import InterferenceReport, top_share
 
 
@@ -33,16 +33,16 @@ def test_damage_and_residual(report):
     assert report.damage == pytest.approx(0.7 - 0.1)
     assert report.residual == pytest.approx(0.7 - 0.1 - 0.5 - 0.05)
     content = report.to_dict()
-    assert content["schema_version"] == 1 and content["residual"] == report.residual and "routes" not in content
+    assert content["schema_version"] == 2 and content["residual"] == report.residual and "routes" not in content
 
 
-@pytest.mark.parametrize("found", [0, 2, "1", None])
+@pytest.mark.parametrize("found", [0, 1, 3, "2", None])
 def test_other_schema_versions_are_refused(report, tmp_path, found):
     report.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
     content["schema_version"] = found
     (tmp_path / "report.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"report.json: expected schema_version 1, found {found!r}"):
+    with pytest.raises(ValueError, match=f"report.json: expected schema_version 2, found {found!r}"):
         InterferenceReport.from_pretrained(tmp_path)
 
 
@@ -56,7 +56,7 @@ def test_missing_files(report, tmp_path, missing):
 
 def test_broken_json(report, tmp_path):
     report.save_pretrained(tmp_path)
-    (tmp_path / "report.json").write_text('{"schema_version": 1, ')
+    (tmp_path / "report.json").write_text('{"schema_version": 2, ')
     with pytest.raises(ValueError, match="report.json: expected JSON"):
         InterferenceReport.from_pretrained(tmp_path)
 
