@@ -140,11 +140,12 @@ class RouteTerms:
         return RouteTerms(factor * self.routes, factor * self.outside)
 
 
-def dot(route_map: RouteMap, first: Direction, second: Direction) -> RouteTerms:
+def dot(route_map: RouteMap, first: Direction, second: Direction, consume: bool = False) -> RouteTerms:
     """
     Inner product of two vectors over all parameters, split by route.
 
-    Products of half-precision tensors are taken in float32, sums in float64.
+    Products of half-precision tensors are taken in float32. Sums are in float64, but for those over the last axis of
+    tensors outside routes: rows of embeddings are summed in the type of the products, and then in float64.
 
     Args:
         route_map ([`RouteMap`]):
@@ -153,6 +154,8 @@ def dot(route_map: RouteMap, first: Direction, second: Direction) -> RouteTerms:
             One vector.
         second (`Mapping[str, torch.Tensor]`):
             The other.
+        consume (`bool`, *optional*, defaults to `False`):
+            Whether the tensors of `first` may be overwritten, which spares an allocation each.
 
     Returns:
         [`RouteTerms`]: The inner product.
@@ -161,7 +164,11 @@ def dot(route_map: RouteMap, first: Direction, second: Direction) -> RouteTerms:
     def product(name: str) -> torch.Tensor:
         a, b = first[name], second[name]
         dtype = torch.float32 if torch.finfo(a.dtype).bits < 32 else a.dtype
-        return a.to(dtype) * b.to(a.device, dtype)
+        b = b.to(a.device, dtype)
+        product = a.mul_(b) if consume and a.dtype == dtype else a.to(dtype) * b
+        # The sum of a whole tensor is all that is asked for outside routes, and float64 makes that of an embedding
+        # slow enough to show.
+        return product if route_map.cut(name) is not None else product.sum(dim=-1).double()
 
     return RouteTerms(*route_map.sum_by_route(Elementwise(first, product)))
 
@@ -189,7 +196,8 @@ def difference_step(path: UpdatePath) -> float:
     ε = min(1, (u |θ0| / |δ|)^(1/3))
     ```
 
-    with u the machine epsilon of the parameters. The central difference leaves a truncation of order ε², relative to
+    with u the machine epsilon of the parameters, or that of float32 if it is smaller, since the norms of transformers
+    compute in float32 whatever the model does. The central difference leaves a truncation of order ε², relative to
     the update, which is the scale on which the loss is known to change; rounding the parameters moves them by about
     u |θ0|, which against a step of ε |δ| is a relative error of u |θ0| / (ε |δ|). Their sum is least near this ε (for
     the balance of both see Nocedal and Wright, Numerical Optimization, section 8.1). Above 1 the difference would
@@ -209,7 +217,8 @@ def difference_step(path: UpdatePath) -> float:
     if update == 0:
         raise ValueError("update: expected parameters that differ, found a δ of zero")
     dtype = next(iter(path.start.values())).dtype
-    return float(min(1.0, (torch.finfo(dtype).eps * norm(path.start) / update) ** (1 / 3)))
+    rounding = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    return min(1.0, (rounding * norm(path.start) / update) ** (1 / 3))
 
 
 def first_order(
@@ -276,7 +285,9 @@ def hessian_terms(
     total = RouteTerms(np.zeros(route_map.num_routes), 0.0)
     for sign in (1, -1):
         _, gradient = mean_gradient(path.offset(direction, sign * step), batches, objective)
-        total += dot(route_map, gradient, path.delta if against is None else against) * (sign / (2 * step))
+        total += dot(route_map, gradient, path.delta if against is None else against, consume=True) * (
+            sign / (2 * step)
+        )
     return total
 
 
@@ -373,6 +384,6 @@ def attribution(
     total = RouteTerms(np.zeros(route_map.num_routes), 0.0)
     for position, weight in zip(positions, weights, strict=True):
         _, gradient = mean_gradient(path.move((position + 1) / 2), batches)
-        total += dot(route_map, gradient, path.delta) * (weight / 2)
+        total += dot(route_map, gradient, path.delta, consume=True) * (weight / 2)
         progress()
     return total
