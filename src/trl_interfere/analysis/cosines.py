@@ -165,8 +165,8 @@ class GradientProducts:
                 A module. Defaults to the whole model.
 
         Returns:
-            `list[float]` or `None`: Lower and upper end, within -1 and 1; `None` without two halves of each, or where a half has no
-            gradient.
+            `list[float]` or `None`: Lower and upper end, within -1 and 1; `None` without two halves of each, or where
+            a half has no gradient.
         """
         grams = self._products["global"] if module is None else self._products["modules"]
         gram = grams["" if module is None else module]

@@ -27,8 +27,11 @@ class Elementwise(Mapping):
     """
 
     def __init__(self, names, compute: Callable[[str], torch.Tensor]):
-        self._names = list(names)
+        self._names = dict.fromkeys(names)
         self._compute = compute
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # that of Mapping would compute the tensor
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._compute(name)

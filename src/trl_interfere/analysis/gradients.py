@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -125,17 +127,21 @@ def checkpointed(model: PreTrainedModel, enabled: bool = True) -> Iterator[PreTr
             The model, in evaluation mode.
         enabled (`bool`, *optional*, defaults to `True`):
             Whether to do it at all.
+
+    Raises:
+        `ValueError`: If the model has no layer that supports it.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not enabled:
         yield model
         return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not layers:
+        raise ValueError(f"gradient_checkpointing: expected a model with layers that support it, found {type(model)}")
     for layer in layers:
-        layer.training = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.gradient_checkpointing = layer.training = True
     try:
         yield model
     finally:
         for layer in layers:
-            layer.training = False
-        model.gradient_checkpointing_disable()
+            layer.gradient_checkpointing = layer.training = False

@@ -112,6 +112,8 @@ def route_operator(
         size = norm(direction)
         if size == 0:
             return np.zeros(route_map.num_routes)
+        if not np.isfinite(size):
+            raise ValueError(f"update: expected finite tensors, found a norm of {size}")
         terms = hessian_terms(path, batches, route_map, direction, length / size, against=update)
         progress()
         return terms.routes
@@ -171,7 +173,7 @@ def conflict_subspace(
     operator = route_operator(path, batches, route_map, update, step, tick)
     parts = 0.5 * operator.matvec(np.ones(count))
     if not np.isfinite(parts).all():
-        raise ValueError("update: expected finite Hessian products, found NaN or infinity")
+        raise ValueError("update: expected a finite Hessian product, found NaN or infinity")
     start = np.random.default_rng(seed).standard_normal(count)
     converged = True
     try:
