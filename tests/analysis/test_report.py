@@ -112,3 +112,28 @@ def test_markdown_shows_the_figures(report, tmp_path):
     assert rows["most synergistic module"] == "layers.0.attention (+0.750)"
     assert rows["references"] == "math: 3 of 4 prompts, 17 tokens (correct)"
     assert rows["stored dtype"] == "float32"
+
+
+def test_markdown_shows_what_was_asked_for(report, tmp_path):
+    report.second_order_error, report.difference_step = 0.00123, 0.0167
+    report.cosines["by_domain"]["qa"] |= {"interval": [-0.25, 0.75], "ceiling": 0.875}
+    spectrum = {
+        "eigenvalues": [4.0, -1.0],
+        "shares": [0.5, 0.125],
+        "effective_dimension": 1.47,
+        "second_order": 0.25,
+        "top_routes": {"0.02": 0.3},
+        "applications": 9,
+        "converged": True,
+    }
+    none = {**spectrum, "shares": [], "top_routes": {}, "effective_dimension": 1.9}
+    report.subspace = {"update": spectrum, "random": none, "references": 8, "seed": 0}
+    page = report.to_markdown()
+    rows = dict(line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| "))
+    assert rows["second order ½ δᵀHδ"] == "+0.2500 ± 1.2e-03 (step 0.017 δ)"
+    assert rows["gradient cosine, math and qa"] == "+0.500 [-0.250, +0.750], noise allows ±0.875"
+    assert rows["second order in the top 2 directions (random update)"] == "62.5% (undefined)"
+    assert rows["second order in the top 2% of routes (random update)"] == "30.0% (undefined)"
+    assert rows["effective dimension of 2 eigenvalues (random update)"] == "1.47 (1.90)"
+    report.save_pretrained(tmp_path)
+    assert InterferenceReport.from_pretrained(tmp_path).to_dict() == report.to_dict()
