@@ -167,7 +167,7 @@ def test_products_and_norms_of_half_precision(make_model, moved, dense_sums):
     np.testing.assert_allclose(found.routes, expected[0], rtol=1e-5, atol=1e-5)
     assert found.outside == pytest.approx(expected[1], rel=1e-4)
     squares = sum((path.delta[name].double() ** 2).sum().item() for name in path.delta)
-    assert norm(path.delta) == pytest.approx(squares**0.5, rel=1e-9)
+    assert norm(path.delta) == pytest.approx(squares**0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.1, 3.0])
@@ -196,9 +196,9 @@ def test_error_of_the_second_order(step, make_model, moved, sequences, make_batc
 
 
 # Largest relative errors that the rounding of parameters, activations and gradients costs, by data type: of the total
-# of the second order (against the sum of the sizes of its parts), of its parts (Euclidean norm over routes), and of the
-# parts of the attribution.
-ROUNDING = {torch.float32: (1e-3, 1e-3, 1e-5), torch.bfloat16: (0.2, 0.4, 0.1)}
+# of the second order (against the sum of the sizes of its parts), of these parts (Euclidean norm over routes), and of
+# the parts of the attribution.
+ROUNDING = {torch.float32: (1e-3, 1e-3, 1e-5), torch.bfloat16: (0.3, 0.4, 0.03)}
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

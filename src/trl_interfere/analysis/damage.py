@@ -185,10 +185,15 @@ def norm(tensors: Direction) -> float:
             The vector.
 
     Returns:
-        `float`: The norm, summed in float64; one copy to the host.
+        `float`: The norm; over the last axis of each tensor in float32 or more, over the rest in float64.
     """
-    parts = [torch.linalg.vector_norm(tensors[name], dtype=torch.float64).cpu() for name in tensors]
-    return float(torch.linalg.vector_norm(torch.stack(parts)))
+
+    def part(tensor: torch.Tensor) -> torch.Tensor:
+        rows = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.promote_types(tensor.dtype, torch.float32))
+        return torch.linalg.vector_norm(rows, dtype=torch.float64)
+
+    parts = [part(tensors[name]) for name in tensors]
+    return float(torch.linalg.vector_norm(torch.stack([entry.to(parts[0].device) for entry in parts])))
 
 
 def difference_step(path: UpdatePath) -> float:
