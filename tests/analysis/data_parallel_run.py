@@ -1,4 +1,4 @@
-"""An analysis in as many processes as it is started with: `data_parallel_run.py FOLDER`. See `test_data_parallel.py`."""
+"""An analysis in as many processes as it is started with; `test_data_parallel.py` starts it."""
 
 import sys
 from pathlib import Path
@@ -30,4 +30,4 @@ def main(folder: Path, data_parallel: bool, output: Path) -> None:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    main(root, True, root / f"report-{PartialState().process_index}")
+    main(root, True, root / f"report-{PartialState(cpu=True).process_index}")
