@@ -33,7 +33,7 @@ class InterferenceConfig:
             The same for the later domains, whose terms only serve to protect them.
         difference_step (`float`, *optional*):
             Step of the central difference behind Hessian products, as a share of the update. Defaults to the one that
-            balances truncation and rounding, see [`difference_step`][trl_interfere.analysis.damage.difference_step].
+            balances truncation and rounding, see [`difference_step`].
         check_prompts (`int`, *optional*, defaults to `8`):
             References that the error of the central difference is estimated on; 0 leaves it out.
         objective (`str`, *optional*, defaults to `"nll"`):

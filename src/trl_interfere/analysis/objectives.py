@@ -66,7 +66,7 @@ def grpo(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
     There all probability ratios are 1 and nothing is clipped, so that this has the gradient of the surrogate, summed
     over tokens (TRL's `loss_type="dapo"` divides by the number of tokens of all completions, as
-    [`mean_gradient`][trl_interfere.analysis.gradients.mean_gradient] does).
+    [`mean_gradient`] does).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

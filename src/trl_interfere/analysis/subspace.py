@@ -78,7 +78,7 @@ def route_operator(
 
     so that ½ cᵀMc is the second-order damage of an update whose routes are scaled by c. Each application is one
     Hessian product by central difference: two gradient passes. Its step makes a displacement as long as that of
-    [`second_order`][trl_interfere.analysis.damage.second_order], ε |δ|, whatever c.
+    [`second_order`], ε |δ|, whatever c.
 
     Args:
         path ([`UpdatePath`]):
@@ -90,7 +90,7 @@ def route_operator(
         update (`Mapping[str, torch.Tensor]`, *optional*):
             δ. Defaults to the update of the path.
         step (`float`, *optional*):
-            ε. Defaults to [`difference_step`][trl_interfere.analysis.damage.difference_step].
+            ε. Defaults to [`difference_step`].
         progress (`Callable`, *optional*):
             Called after each application.
 
@@ -148,7 +148,7 @@ def conflict_subspace(
         update (`Mapping[str, torch.Tensor]`, *optional*):
             δ. Defaults to the update of the path; see [`random_update`] for the control.
         step (`float`, *optional*):
-            ε. Defaults to [`difference_step`][trl_interfere.analysis.damage.difference_step].
+            ε. Defaults to [`difference_step`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of the first Lanczos vector.
         progress (`Callable`, *optional*):
