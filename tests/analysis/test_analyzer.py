@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from trl_interfere.domains.domain import Domain
 from trl_interfere.evaluation.scorer import Scorer
 
 
-CONFIG = InterferenceConfig(reference="dataset", quadrature_nodes=8, difference_step=1e-3, batch_size=2)
+CONFIG = InterferenceConfig(
+    reference="dataset", quadrature_nodes=8, later_quadrature_nodes=8, difference_step=1e-3, batch_size=2
+)
 
 
 @pytest.fixture
@@ -98,6 +101,19 @@ def test_every_figure_of_a_report(models, domains, tokenizer, token_loss, dense_
     assert report.config == CONFIG.to_dict()
     assert report.versions["torch"] == torch.__version__
 
+    halves = [references.halves() for references in analyzer.references(math, [qa, writing]).values()]
+    assert [[len(half.prompts) for half in pair] for pair in halves] == [[2, 1], [1, 1], [2, 1]]
+    assert set(report.cosines["reliability"]) == {"math", "qa", "writing"}
+    assert report.cosines["pairs"]["math"]["qa"] == report.cosines["by_domain"]["qa"]["global"]
+    expected = cosine(flat(gradients["qa"]), flat(gradients["writing"]), dim=0).item()
+    assert report.cosines["pairs"]["qa"]["writing"] == pytest.approx(expected, rel=1e-8)
+    low, high = report.cosines["by_domain"]["qa"]["interval"]
+    assert low <= report.cosines["by_domain"]["qa"]["global"] <= high
+    assert report.difference_step == 1e-3 and 0 <= report.second_order_error < 1e-3 * abs(report.second_order)
+    for name, residual in report.later_residual.items():
+        assert abs(residual) < 1e-5 * abs(losses[name][1] - losses[name][0])
+    assert report.subspace is None
+
 
 def test_later_damage_is_the_mean_over_later_domains(models, domains, tokenizer):
     base, before, after = models
@@ -124,6 +140,88 @@ def test_correct_completions_come_from_the_model_that_was_trained_on_them(models
         prompts = domain.selection_dataset["prompt"]
         assert references[domain.name].completions == scorer.complete_ids(model, prompts)
         assert references[domain.name].completions != scorer.complete_ids(other, prompts)
+
+
+@pytest.mark.parametrize("setting", ["offload", "gradient_checkpointing", "data_parallel"])
+def test_ways_to_compute_change_nothing(setting, models, domains, tokenizer):
+    base, before, after = models
+    reports = [
+        InterferenceAnalyzer(before, after, tokenizer, base=base, config=replace(CONFIG, **settings)).analyze(
+            *domains[:2]
+        )
+        for settings in ({}, {setting: True})
+    ]
+    for name, values in reports[0].routes.items():
+        np.testing.assert_allclose(reports[1].routes[name], values, rtol=1e-9, atol=1e-12, err_msg=name)
+    assert reports[1].cosines["global"] == pytest.approx(reports[0].cosines["global"], rel=1e-9)
+    assert reports[1].loss_after == pytest.approx(reports[0].loss_after, rel=1e-12)
+
+
+def test_divergence_as_the_objective(models, domains, tokenizer):
+    base, before, after = models
+    config = replace(CONFIG, objective="kl")
+    found = InterferenceAnalyzer(before, after, tokenizer, base=base, config=config).analyze(*domains[:2])
+    plain = InterferenceAnalyzer(before, after, tokenizer, base=base, config=CONFIG).analyze(*domains[:2])
+    gradients = []
+    for domain in domains[:2]:
+        total, tokens = 0, 0
+        for prompt, completion in as_sequences(tokenizer, domain):
+            ids, span = torch.tensor([prompt + completion]), slice(len(prompt) - 1, -1)
+            with torch.no_grad():
+                expected = base(ids).logits[0, span].log_softmax(-1)
+            total += (expected.exp() * (expected - before(ids).logits[0, span].log_softmax(-1))).sum()
+            tokens += len(completion)
+        gradients.append(flat(torch.autograd.grad(total / tokens, list(before.parameters()))))
+    expected = torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+    assert found.cosines["global"] == pytest.approx(expected, rel=1e-7)
+    assert found.cosines["global"] != pytest.approx(plain.cosines["global"], rel=1e-3)
+    assert found.loss_before == pytest.approx(plain.loss_before, rel=1e-12)  # damage stays one of the token loss
+    for name in ("damage", "first_order", "second_order"):
+        np.testing.assert_allclose(found.routes[name], plain.routes[name], rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="objective: 'kl' needs `base`"):
+        InterferenceAnalyzer(before, after, tokenizer, config=config).analyze(*domains[:2])
+
+
+def test_surrogate_of_grpo_as_the_objective(models, make_domain, tokenizer):
+    _, before, after = models
+
+    def count(letters):
+        def reward(completions, **kwargs):
+            return [sum(character in letters for character in completion) for completion in completions]
+
+        return reward
+
+    domains = [
+        replace(make_domain(name), metric=None, reward_funcs=[count(letters)], reward_weights=[1.0])
+        for name, letters in (("math", "0123456789"), ("qa", "abcdefgh"), ("opposite", "0123456789"))
+    ]
+    domains[2].reward_weights = [-1.0]
+    config = replace(CONFIG, objective="grpo", num_generations=6, max_new_tokens=8)
+    first, again = (
+        InterferenceAnalyzer(before, after, tokenizer, config=config).analyze(domains[0], domains[1:]) for _ in "12"
+    )
+    assert first.cosines == again.cosines
+    # The same completions, sampled with one seed, with advantages of opposite sign.
+    assert first.cosines["by_domain"]["opposite"]["global"] == pytest.approx(-1, abs=1e-5)
+    assert abs(first.cosines["by_domain"]["qa"]["global"]) < 1
+
+
+def test_conflict_subspace_in_a_report(models, domains, tokenizer, tmp_path):
+    _, before, after = models
+    config = replace(CONFIG, subspace_size=3, subspace_prompts=2)
+    parts = []
+    report = InterferenceAnalyzer(before, after, tokenizer, config=config).analyze(*domains[:2], progress=parts.append)
+    assert parts[-1] == "conflict subspace"
+    assert report.subspace["references"] == 2 and report.subspace["seed"] == 0
+    for name in ("update", "random"):
+        entry = report.subspace[name]
+        sizes = np.abs(entry["eigenvalues"])
+        assert len(sizes) == 3 and (np.diff(sizes) <= 0).all() and len(entry["shares"]) == 3
+        assert 1 <= entry["effective_dimension"] <= 3
+    assert report.subspace["update"] != report.subspace["random"]
+    report.save_pretrained(tmp_path)
+    assert InterferenceReport.from_pretrained(tmp_path).subspace == report.subspace
+    assert "| second order in the top 3 directions (random update) |" in (tmp_path / "report.md").read_text()
 
 
 def test_model_is_restored_after_a_failure(models, domains, tokenizer):

@@ -14,10 +14,22 @@ def test_round_trips(tmp_path):
         max_new_tokens=9,
         batch_size=5,
         quadrature_nodes=6,
+        later_quadrature_nodes=12,
         difference_step=0.125,
-        active_share=0.25,
+        check_prompts=7,
+        objective="grpo",
+        num_generations=10,
+        temperature=0.625,
+        seed=11,
+        subspace_size=13,
+        subspace_prompts=14,
+        active_share=0.375,
+        gradient_checkpointing=True,
+        offload=True,
+        data_parallel=True,
     )
-    assert set(config.to_dict().values()).isdisjoint(InterferenceConfig().to_dict().values())  # no default left
+    defaults = InterferenceConfig().to_dict()
+    assert all(value != defaults[name] for name, value in config.to_dict().items())
     assert InterferenceConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     config.save_pretrained(tmp_path / "new" / "folder")
     assert InterferenceConfig.from_pretrained(tmp_path / "new" / "folder") == config
@@ -33,6 +45,13 @@ def test_round_trips(tmp_path):
         ({"batch_size": -1}, "batch_size: expected at least 1, found -1"),
         ({"quadrature_nodes": 0}, "quadrature_nodes: expected at least 1, found 0"),
         ({"difference_step": 0}, "difference_step: expected a share above 0 and up to 1, found 0"),
+        ({"objective": "ppo"}, r"objective: expected one of \['grpo', 'kl', 'nll'\], found 'ppo'"),
+        ({"later_quadrature_nodes": 0}, "later_quadrature_nodes: expected at least 1, found 0"),
+        ({"check_prompts": -1}, "check_prompts: expected at least 0, found -1"),
+        ({"num_generations": 1}, "num_generations: expected at least 2, found 1"),
+        ({"temperature": 0.0}, "temperature: expected a number above 0, found 0.0"),
+        ({"subspace_size": -1}, "subspace_size: expected at least 0, found -1"),
+        ({"subspace_prompts": 0}, "subspace_prompts: expected at least 1, found 0"),
         ({"active_share": 1.5}, "active_share: expected a share above 0 and up to 1, found 1.5"),
         ({"active_shar": 0.5}, r"unknown settings \['active_shar'\], expected some of .*'active_share'"),
     ],

@@ -5,7 +5,16 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from trl_interfere.analysis.damage import UpdatePath, attribution, first_order, second_order
+from trl_interfere.analysis.damage import (
+    UpdatePath,
+    attribution,
+    difference_step,
+    dot,
+    first_order,
+    norm,
+    second_order,
+    second_order_error,
+)
 from trl_interfere.analysis.routes import RouteMap
 
 
@@ -147,3 +156,83 @@ def test_update_path(dtype, make_model, moved):
     path.move(0.0)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, start[name]), name
+
+
+def test_products_and_norms_of_half_precision(make_model, moved, dense_sums):
+    model = make_model("llama", dtype=torch.bfloat16)
+    path = UpdatePath(model, dict(moved(model, scale=0.5).named_parameters()))
+    exact = {name: path.delta[name].double() * path.start[name].double() for name in path.start}
+    expected = dense_sums(model, exact)
+    found = dot(RouteMap(model.config), path.delta, path.start)
+    np.testing.assert_allclose(found.routes, expected[0], rtol=1e-5, atol=1e-5)
+    assert found.outside == pytest.approx(expected[1], rel=1e-4)
+    squares = sum((path.delta[name].double() ** 2).sum().item() for name in path.delta)
+    assert norm(path.delta) == pytest.approx(squares**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.1, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_step_by_rule(dtype, scale, make_model):
+    model = make_model(dtype=dtype)
+    path = UpdatePath(model, {name: (1 + scale) * p.detach() for name, p in model.named_parameters()})
+    size = sum((p.detach().double() ** 2).sum().item() for p in model.parameters()) ** 0.5
+    update = sum((path.delta[name].double() ** 2).sum().item() for name in path.delta) ** 0.5
+    if update == 0:
+        with pytest.raises(ValueError, match="expected parameters that differ"):
+            difference_step(path)
+    else:
+        rounding = {torch.bfloat16: 2**-7}.get(dtype, 2**-23)
+        assert difference_step(path) == pytest.approx(min(1, (rounding * size / update) ** (1 / 3)), rel=1e-6)
+
+
+@pytest.mark.parametrize("step", [0.4, 0.1, 0.03])
+def test_error_of_the_second_order(step, make_model, moved, sequences, make_batches):
+    model = make_model("llama")
+    path = UpdatePath(model, dict(moved(model).named_parameters()))
+    route_map, batches = RouteMap(model.config), make_batches(sequences)
+    exact = second_order(path, batches, route_map, 1e-4).total
+    error = abs(second_order(path, batches, route_map, step).total / exact - 1)
+    assert second_order_error(path, batches, route_map, step) == pytest.approx(error, rel=0.2)
+
+
+# Largest relative errors that the rounding of parameters, activations and gradients costs, by data type: of the total
+# of the second order (against the sum of the sizes of its parts), of these parts (Euclidean norm over routes), and of
+# the parts of the attribution.
+ROUNDING = {torch.float32: (1e-3, 1e-3, 1e-5), torch.bfloat16: (0.3, 0.4, 0.03)}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_of_the_data_type(dtype, seed, make_model, moved, sequences, make_batches):
+    model = make_model("llama", seed=seed, dtype=dtype)
+    after = dict(moved(model, scale=0.01, seed=seed + 10).named_parameters())
+    reference = make_model("llama", seed=seed)
+    with torch.no_grad():  # of the same, rounded weights
+        for name, parameter in reference.named_parameters():
+            parameter.copy_(model.get_parameter(name))
+    path = UpdatePath(model, after)
+    exact = UpdatePath(reference, {name: tensor.detach().double() for name, tensor in after.items()})
+    route_map, batches = RouteMap(model.config), make_batches(sequences)
+    expected = second_order(exact, batches, route_map, 1e-3)
+    found = second_order(path, batches, route_map)
+
+    def error(found, expected):
+        return np.linalg.norm(found.routes - expected.routes) / np.linalg.norm(expected.routes)
+
+    errors = (
+        abs(found.total - expected.total) / np.abs(expected.routes).sum(),
+        error(found, expected),
+        error(attribution(path, batches, route_map, 4), attribution(exact, batches, route_map, 4)),
+    )
+    assert all(found < bound for found, bound in zip(errors, ROUNDING[dtype], strict=True)), errors
+
+
+def test_only_the_start_is_copied(make_model, moved):
+    model = make_model()
+    after = dict(moved(model).named_parameters())
+    path = UpdatePath(model, after)
+    assert all(path.end[name].data_ptr() == after[name].data_ptr() for name in after)
+    for t, expected in ((1.0, path.end), (0.0, path.start)):
+        for name, parameter in path.move(t).named_parameters():
+            assert torch.equal(parameter, expected[name])
+    assert "no.such.tensor" not in path.delta and len(path.delta) == len(after)

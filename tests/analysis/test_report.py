@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_interfere.analysis.gradients import cosines
+from trl_interfere.analysis.cosines import cosines
 from trl_interfere.analysis.report import InterferenceReport, top_share
 
 
@@ -33,16 +33,16 @@ def test_damage_and_residual(report):
     assert report.damage == pytest.approx(0.7 - 0.1)
     assert report.residual == pytest.approx(0.7 - 0.1 - 0.5 - 0.05)
     content = report.to_dict()
-    assert content["schema_version"] == 1 and content["residual"] == report.residual and "routes" not in content
+    assert content["schema_version"] == 2 and content["residual"] == report.residual and "routes" not in content
 
 
-@pytest.mark.parametrize("found", [0, 2, "1", None])
+@pytest.mark.parametrize("found", [0, 1, 3, "2", None])
 def test_other_schema_versions_are_refused(report, tmp_path, found):
     report.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
     content["schema_version"] = found
     (tmp_path / "report.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"report.json: expected schema_version 1, found {found!r}"):
+    with pytest.raises(ValueError, match=f"report.json: expected schema_version 2, found {found!r}"):
         InterferenceReport.from_pretrained(tmp_path)
 
 
@@ -56,7 +56,7 @@ def test_missing_files(report, tmp_path, missing):
 
 def test_broken_json(report, tmp_path):
     report.save_pretrained(tmp_path)
-    (tmp_path / "report.json").write_text('{"schema_version": 1, ')
+    (tmp_path / "report.json").write_text('{"schema_version": 2, ')
     with pytest.raises(ValueError, match="report.json: expected JSON"):
         InterferenceReport.from_pretrained(tmp_path)
 
@@ -112,3 +112,28 @@ def test_markdown_shows_the_figures(report, tmp_path):
     assert rows["most synergistic module"] == "layers.0.attention (+0.750)"
     assert rows["references"] == "math: 3 of 4 prompts, 17 tokens (correct)"
     assert rows["stored dtype"] == "float32"
+
+
+def test_markdown_shows_what_was_asked_for(report, tmp_path):
+    report.second_order_error, report.difference_step = 0.00123, 0.0167
+    report.cosines["by_domain"]["qa"] |= {"interval": [-0.25, 0.75], "ceiling": 0.875}
+    spectrum = {
+        "eigenvalues": [4.0, -1.0],
+        "shares": [0.5, 0.125],
+        "effective_dimension": 1.47,
+        "second_order": 0.25,
+        "top_routes": {"0.02": 0.3},
+        "applications": 9,
+        "converged": True,
+    }
+    none = {**spectrum, "shares": [], "top_routes": {}, "effective_dimension": 1.9}
+    report.subspace = {"update": spectrum, "random": none, "references": 8, "seed": 0}
+    page = report.to_markdown()
+    rows = dict(line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| "))
+    assert rows["second order ½ δᵀHδ"] == "+0.2500 ± 1.2e-03 (step 0.017 δ)"
+    assert rows["gradient cosine, math and qa"] == "+0.500 [-0.250, +0.750], noise allows ±0.875"
+    assert rows["second order in the top 2 directions (random update)"] == "62.5% (undefined)"
+    assert rows["second order in the top 2% of routes (random update)"] == "30.0% (undefined)"
+    assert rows["effective dimension of 2 eigenvalues (random update)"] == "1.47 (1.90)"
+    report.save_pretrained(tmp_path)
+    assert InterferenceReport.from_pretrained(tmp_path).to_dict() == report.to_dict()

@@ -1,6 +1,7 @@
 """InterferenceAnalyzer: what an update did to an earlier domain, and through which routes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,11 +15,33 @@ from ..domains.domain import Domain
 from .activity import route_activity
 from .architectures import Architecture
 from .config import InterferenceConfig
-from .damage import RouteTerms, UpdatePath, _dot, attribution, second_order
-from .gradients import Batches, Tensors, cosines, mean_gradient, mean_loss
-from .references import References, collect_references
+from .cosines import GradientProducts
+from .damage import (
+    Direction,
+    Elementwise,
+    UpdatePath,
+    attribution,
+    difference_step,
+    dot,
+    first_order,
+    second_order,
+    second_order_error,
+)
+from .gradients import Batches, Shard, Tensors, checkpointed, mean_gradient, mean_loss, num_tokens
+from .objectives import ForwardKL, Objective, grpo, nll
+from .references import References, collect_references, collect_rollouts
 from .report import InterferenceReport
 from .routes import RouteMap
+from .subspace import conflict_subspace, random_update
+
+
+@dataclass
+class _DomainBatches:
+    """Batches of the references of one domain: of both halves, of all, and those of this process."""
+
+    halves: list[Batches]
+    all: Batches
+    mine: Batches
 
 
 class InterferenceAnalyzer:
@@ -83,6 +106,7 @@ class InterferenceAnalyzer:
         device_map: str | dict | None = None,
         trust_remote_code: bool = False,
         description: Architecture | None = None,
+        max_memory: dict | None = None,
     ) -> "InterferenceAnalyzer":
         """
         Load the checkpoints.
@@ -104,16 +128,32 @@ class InterferenceAnalyzer:
                 Whether to run code that comes with the checkpoint.
             description ([`Architecture`], *optional*):
                 Description of the architecture, if it is none of those that are known.
+            max_memory (`dict`, *optional*):
+                Memory of each device that `device_map` may use, as in transformers.
 
         Returns:
             [`InterferenceAnalyzer`]: The analyzer.
         """
-        models = [
-            None if checkpoint is None else load_model(checkpoint, dtype, device_map, trust_remote_code)
-            for checkpoint in (before, after, base)
-        ]
+        config = config or InterferenceConfig()
+        # With `offload` one model computes; of the others only the weights are read, tensor by tensor. The base model
+        # never computes, but for the divergence from it.
+        placed = {"before": True, "after": not config.offload, "base": config.objective == "kl"}
+        models = {
+            name: None
+            if checkpoint is None
+            else load_model(
+                checkpoint,
+                dtype,
+                device_map if placed[name] else None,
+                trust_remote_code,
+                max_memory if placed[name] else None,
+            )
+            for name, checkpoint in (("before", before), ("after", after), ("base", base))
+        }
         tokenizer = AutoTokenizer.from_pretrained(str(before), trust_remote_code=trust_remote_code)
-        return cls(models[0], models[1], tokenizer, base=models[2], config=config, description=description)
+        return cls(
+            models["before"], models["after"], tokenizer, base=models["base"], config=config, description=description
+        )
 
     def references(self, earlier: Domain, later: list[Domain]) -> dict[str, References]:
         """
@@ -129,17 +169,21 @@ class InterferenceAnalyzer:
             `dict[str, References]`: References by domain.
         """
         references = {earlier.name: collect_references(self.before, self.tokenizer, earlier, self.config)}
-        for domain in later:
-            references[domain.name] = collect_references(self.after, self.tokenizer, domain, self.config)
+        path = None
+        if self.config.reference == "correct" and self.after.device != self.before.device:
+            path = UpdatePath(self.before, dict(self.after.named_parameters()), self.config.offload)
+        try:
+            writer = self.after if path is None else path.move(1.0)
+            for domain in later:
+                references[domain.name] = collect_references(writer, self.tokenizer, domain, self.config)
+        finally:
+            if path is not None:
+                path.move(0.0)
         return references
 
     def batches(self, references: dict[str, References]) -> dict[str, Batches]:
-        """References by domain as padded batches on the device of the model."""
-        pad_id = self.tokenizer.pad_token_id or 0
-        return {
-            name: entry.batches(self.config.batch_size, pad_id, self.before.device)
-            for name, entry in references.items()
-        }
+        """References by domain as padded batches on the device of the model, one half after the other."""
+        return {name: self._split(entry).all for name, entry in references.items()}
 
     def analyze(
         self, earlier: Domain, later: Domain | list[Domain], progress: Callable[[str], None] = lambda _: None
@@ -159,39 +203,70 @@ class InterferenceAnalyzer:
             [`InterferenceReport`]: The figures, and one array per measure over routes.
 
         Raises:
-            `ValueError`: If a domain has no references.
+            `ValueError`: If a domain has no references, or the objective is `"kl"` and there is no base.
         """
         later = [later] if isinstance(later, Domain) else list(later)
-        config, route_map = self.config, self.route_map
+        config = self.config
+        if config.objective == "kl" and self.base is None:
+            raise ValueError("objective: 'kl' needs `base`, from which the divergence is taken, found none")
         progress("reference completions")
         references = self.references(earlier, later)
-        batches = self.batches(references)
+        with checkpointed(self.before, config.gradient_checkpointing):
+            return self._analyze(earlier, later, references, progress)
+
+    def _analyze(
+        self,
+        earlier: Domain,
+        later: list[Domain],
+        references: dict[str, References],
+        progress: Callable[[str], None],
+    ) -> InterferenceReport:
+        config, route_map, later_names = self.config, self.route_map, [domain.name for domain in later]
+        batches = {name: self._split(entry) for name, entry in references.items()}
 
         progress("activity")
-        activity = {name: route_activity(self.before, entry, route_map) for name, entry in batches.items()}
+        activity = {name: route_activity(self.before, entry.all, route_map) for name, entry in batches.items()}
 
         progress("gradients of the domains")
-        loss_before, gradient = mean_gradient(self.before, batches[earlier.name])
-        by_domain, mean_later, later_loss_before = {}, {}, {}
-        for domain in later:
-            later_loss_before[domain.name], other = mean_gradient(self.before, batches[domain.name])
-            by_domain[domain.name] = cosines(gradient, other)
-            for name, tensor in other.items():
-                mean_later[name] = mean_later.get(name, 0) + tensor / len(later)
-        loss_after = mean_loss(self.after, batches[earlier.name])
-        later_loss_after = {domain.name: mean_loss(self.after, batches[domain.name]) for domain in later}
+        objective, rollouts = self._objective([earlier, *later])
+        sources = batches if rollouts is None else {name: self._split(entry) for name, entry in rollouts.items()}
+        losses, halves = {}, {}
+        for name, entry in sources.items():
+            losses[name], halves[name] = self._half_gradients(entry, objective)
+        products = GradientProducts(halves)
+        gradient = None
+        if config.objective == "nll":
+            gradient, *rest = halves[earlier.name]
+            for part in rest:
+                for name, tensor in part.items():
+                    gradient[name] += tensor
+            loss_before = losses
+        else:
+            loss_before = {name: mean_loss(self.before, entry.mine) for name, entry in batches.items()}
+        del halves
 
         progress("damage of the earlier domain")
-        path = UpdatePath(self.before, dict(self.after.named_parameters()))
+        path = UpdatePath(self.before, dict(self.after.named_parameters()), config.offload)
+        damaged = batches[earlier.name].mine
+        subspace = None
         try:
-            first = _dot(route_map, gradient, path.delta)
-            second = second_order(path, batches[earlier.name], route_map, config.difference_step)
-            damage = attribution(path, batches[earlier.name], route_map, config.quadrature_nodes)
+            first = first_order(path, damaged, route_map, gradient)
+            del gradient
+            check = self._thinned(references[earlier.name], config.check_prompts)
+            step = config.difference_step or difference_step(path)
+            second = second_order(path, damaged, route_map, step)
+            error = abs(second.total) * second_order_error(path, check, route_map, step) if check else None
+            damage = attribution(path, damaged, route_map, config.quadrature_nodes)
             progress("damage of the later domains")
-            later_damage = RouteTerms(np.zeros(route_map.num_routes), 0.0)
-            for domain in later:
-                terms = attribution(path, batches[domain.name], route_map, config.quadrature_nodes)
-                later_damage.routes += terms.routes / len(later)
+            terms = {
+                name: attribution(path, batches[name].mine, route_map, config.later_quadrature_nodes)
+                for name in later_names
+            }
+            path.move(1.0)
+            loss_after = {name: mean_loss(self.before, entry.mine) for name, entry in batches.items()}
+            if config.subspace_size:
+                progress("conflict subspace")
+                subspace = self._subspace(path, references[earlier.name], step)
         finally:
             path.move(0.0)
 
@@ -199,10 +274,10 @@ class InterferenceAnalyzer:
             "damage": damage.routes,
             "first_order": first.routes,
             "second_order": second.routes,
-            "later_damage": later_damage.routes,
-            "edit_size": np.sqrt(_dot(route_map, path.delta, path.delta).routes),
+            "later_damage": np.mean([entry.routes for entry in terms.values()], axis=0),
+            "edit_size": np.sqrt(dot(route_map, path.delta, path.delta).routes),
             "activity_earlier": activity[earlier.name],
-            "activity_later": np.mean([activity[domain.name] for domain in later], axis=0),
+            "activity_later": np.mean([activity[name] for name in later_names], axis=0),
         }
         if self.base is not None:
             routes |= opposed_edits(route_map, self.base, path.start, path.delta)
@@ -222,15 +297,19 @@ class InterferenceAnalyzer:
                 }
                 for name, entry in references.items()
             },
-            loss_before=loss_before,
-            loss_after=loss_after,
+            loss_before=loss_before[earlier.name],
+            loss_after=loss_after[earlier.name],
             first_order=first.total,
             second_order=second.total,
+            second_order_error=error,
+            difference_step=step,
             attributed=float(damage.routes.sum()),
             outside_routes=damage.outside,
-            later_loss_before=later_loss_before,
-            later_loss_after=later_loss_after,
-            cosines={**cosines(gradient, mean_later), "by_domain": by_domain},
+            later_loss_before={name: loss_before[name] for name in later_names},
+            later_loss_after={name: loss_after[name] for name in later_names},
+            later_residual={name: loss_after[name] - loss_before[name] - entry.total for name, entry in terms.items()},
+            cosines=_cosine_figures(products, earlier.name, later_names),
+            subspace=subspace,
             config=config.to_dict(),
             versions={
                 "trl-interfere": __version__,
@@ -239,8 +318,71 @@ class InterferenceAnalyzer:
             routes=routes,
         )
 
+    def _split(self, references: References) -> _DomainBatches:
+        size, pad_id = self.config.batch_size, self.tokenizer.pad_token_id or 0
+        parts = [half.batches(size, pad_id, self.before.device) for half in references.halves()]
+        whole = [batch for part in parts for batch in part]
+        if not self.config.data_parallel:
+            return _DomainBatches(parts, whole, whole)
+        return _DomainBatches([Shard(part) for part in parts], whole, Shard(whole))
 
-def opposed_edits(route_map: RouteMap, base: PreTrainedModel, start: Tensors, delta: Tensors) -> dict[str, np.ndarray]:
+    def _thinned(self, references: References, count: int) -> Batches:
+        """Batches of some references, evenly spread over their lengths."""
+        order = sorted(range(len(references.prompts)), key=lambda index: len(references.completions[index]))
+        chosen = [
+            order[index] for index in np.unique(np.linspace(0, len(order) - 1, min(count, len(order)), dtype=int))
+        ]
+        return self._split(references.take(chosen)).mine if chosen else []
+
+    def _objective(self, domains: list[Domain]) -> tuple[Objective, dict[str, References] | None]:
+        if self.config.objective == "kl":
+            return ForwardKL(self.base), None
+        if self.config.objective == "nll":
+            return nll, None
+        return grpo, {
+            domain.name: collect_rollouts(self.before, self.tokenizer, domain, self.config) for domain in domains
+        }
+
+    def _half_gradients(self, batches: _DomainBatches, objective: Objective) -> tuple[float, list[Tensors]]:
+        # On an accelerator the gradients of all domains would not fit; in host memory they often do.
+        device = None if self.before.device.type == "cpu" else "cpu"
+        tokens = num_tokens(batches.mine)
+        parts = [mean_gradient(self.before, half, objective, tokens, device) for half in batches.halves]
+        return sum(loss for loss, _ in parts), [gradient for _, gradient in parts]
+
+    def _subspace(self, path: UpdatePath, references: References, step: float) -> dict:
+        config, route_map = self.config, self.route_map
+        batches = self._thinned(references, config.subspace_prompts)
+        size = min(config.subspace_size, route_map.num_routes - 1)
+        found = {}
+        for name, update in (("update", path.delta), ("random", random_update(path, config.seed))):
+            spectrum, _ = conflict_subspace(path, batches, route_map, size, update, step, config.seed)
+            found[name] = spectrum.to_dict()
+        return {**found, "references": min(config.subspace_prompts, len(references.prompts)), "seed": config.seed}
+
+
+def _cosine_figures(products: GradientProducts, earlier: str, later: list[str]) -> dict:
+    return {
+        **products.cosines(earlier, later),
+        "by_domain": {
+            name: {
+                **products.cosines(earlier, name),
+                "interval": products.interval(earlier, name),
+                "ceiling": products.ceiling(earlier, name),
+            }
+            for name in later
+        },
+        "pairs": {
+            first: {second: entry["global"] for second, entry in row.items()}
+            for first, row in products.matrix().items()
+        },
+        "reliability": {name: products.reliability(name) for name in (earlier, *later)},
+    }
+
+
+def opposed_edits(
+    route_map: RouteMap, base: PreTrainedModel, start: Direction, delta: Direction
+) -> dict[str, np.ndarray]:
     """
     How far the update opposes, on each route, what the earlier domain's own training had done.
 
@@ -253,18 +395,23 @@ def opposed_edits(route_map: RouteMap, base: PreTrainedModel, start: Tensors, de
             The routes.
         base ([`~transformers.PreTrainedModel`]):
             Model that the earlier domain's training started from.
-        start (`dict[str, torch.Tensor]`):
+        start (`Mapping[str, torch.Tensor]`):
             Parameters before the update.
-        delta (`dict[str, torch.Tensor]`):
+        delta (`Mapping[str, torch.Tensor]`):
             The update δ.
 
     Returns:
         `dict[str, numpy.ndarray]`: `opposed` and `earlier_edit_size`, each of shape `(num_routes,)`.
     """
     parameters = dict(base.named_parameters())
-    earlier = {name: tensor - parameters[name].detach().to(tensor) for name, tensor in start.items()}
-    size = np.sqrt(_dot(route_map, earlier, earlier).routes)
-    inner = _dot(route_map, earlier, delta).routes
+
+    def edit(name: str) -> torch.Tensor:
+        like = delta[name]
+        return start[name].to(like.device) - parameters[name].detach().to(like)
+
+    earlier = Elementwise(start, edit)
+    size = np.sqrt(dot(route_map, earlier, earlier).routes)
+    inner = dot(route_map, earlier, delta).routes
     opposed = np.divide(-inner, size, out=np.zeros_like(inner), where=size > 0).clip(min=0)
     return {"opposed": opposed, "earlier_edit_size": size}
 
@@ -274,6 +421,7 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     device_map: str | dict | None = None,
     trust_remote_code: bool = False,
+    max_memory: dict | None = None,
 ) -> PreTrainedModel:
     """
     Load a causal language model from safetensors, with a clear error if it cannot be.
@@ -287,6 +435,8 @@ def load_model(
             Placement, as in transformers.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the checkpoint.
+        max_memory (`dict`, *optional*):
+            Memory of each device that `device_map` may use, as in transformers.
 
     Returns:
         [`~transformers.PreTrainedModel`]: The model, in evaluation mode. `config.dtype` keeps the stored data type.
@@ -299,6 +449,7 @@ def load_model(
             str(checkpoint),
             dtype=dtype,
             device_map=device_map,
+            max_memory=max_memory,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,

@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from .objectives import OBJECTIVES
+
 
 @dataclass
 class InterferenceConfig:
@@ -27,10 +29,41 @@ class InterferenceConfig:
             Number of sequences of one forward and backward pass. It changes memory, not results.
         quadrature_nodes (`int`, *optional*, defaults to `4`):
             Gauss-Legendre nodes of the damage attribution: gradient passes over the references.
-        difference_step (`float`, *optional*, defaults to `0.05`):
-            Step of the central difference behind the Hessian product, as a share of the update.
+        later_quadrature_nodes (`int`, *optional*, defaults to `2`):
+            The same for the later domains, whose terms only serve to protect them.
+        difference_step (`float`, *optional*):
+            Step of the central difference behind Hessian products, as a share of the update. Defaults to the one that
+            balances truncation and rounding, see [`difference_step`].
+        check_prompts (`int`, *optional*, defaults to `8`):
+            References that the error of the central difference is estimated on; 0 leaves it out.
+        objective (`str`, *optional*, defaults to `"nll"`):
+            What the gradients behind the cosines are taken of. `"nll"`: the mean token loss on the references.
+            `"grpo"`: the surrogate of GRPO on completions sampled from `before`, with the rewards of the domains.
+            `"kl"`: the divergence of `before` from `base` on the references. Damage is always one of the token loss.
+        num_generations (`int`, *optional*, defaults to `8`):
+            Completions of each prompt with `objective="grpo"`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of these completions.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of these completions, of the Lanczos vectors and of the random update.
+        subspace_size (`int`, *optional*, defaults to `0`):
+            Eigenpairs of the conflict subspace, for the update and for a random one; 0 leaves it out. It takes
+            `2 * subspace_size + 2` Hessian products and more for each of the two, on `subspace_prompts` references.
+        subspace_prompts (`int`, *optional*, defaults to `32`):
+            References of the earlier domain that the conflict subspace is taken on.
         active_share (`float`, *optional*, defaults to `0.5`):
             Share of routes, by activity, that count as active on a domain in `route_conflict`.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            Whether backward passes recompute the activations of each layer: less memory, a third more time.
+        offload (`bool`, *optional*, defaults to `False`):
+            Whether the weights before and after the update are kept in host memory, so that the device holds one set
+            of weights and one gradient.
+        data_parallel (`bool`, *optional*, defaults to `False`):
+            Whether the processes of accelerate share out references and sum their gradients. All of them must run the
+            analysis.
+
+    Raises:
+        `ValueError`: If a setting is out of range.
     """
 
     reference: str = field(
@@ -46,22 +79,56 @@ class InterferenceConfig:
     max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of a written reference completion."})
     batch_size: int = field(default=32, metadata={"help": "Number of sequences of one forward and backward pass."})
     quadrature_nodes: int = field(default=4, metadata={"help": "Gauss-Legendre nodes of the damage attribution."})
-    difference_step: float = field(
-        default=0.05, metadata={"help": "Step of the central difference, as a share of the update."}
+    later_quadrature_nodes: int = field(
+        default=2, metadata={"help": "Gauss-Legendre nodes of the attribution for the later domains."}
     )
+    difference_step: float | None = field(
+        default=None, metadata={"help": "Step of the central difference, as a share of the update; by rule if unset."}
+    )
+    check_prompts: int = field(
+        default=8, metadata={"help": "References that the error of the central difference is estimated on."}
+    )
+    objective: str = field(
+        default="nll", metadata={"help": "What gradients are taken of: 'nll', 'grpo' or 'kl' (from base)."}
+    )
+    num_generations: int = field(default=8, metadata={"help": "Completions of each prompt with objective='grpo'."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of completions of objective='grpo'."})
+    seed: int = field(default=0, metadata={"help": "Seed of completions, Lanczos vectors and the random update."})
+    subspace_size: int = field(default=0, metadata={"help": "Eigenpairs of the conflict subspace; 0 leaves it out."})
+    subspace_prompts: int = field(default=32, metadata={"help": "References that the conflict subspace is taken on."})
     active_share: float = field(
         default=0.5, metadata={"help": "Share of routes that count as active on a domain in route_conflict."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Whether backward passes recompute activations, to save memory."}
+    )
+    offload: bool = field(
+        default=False, metadata={"help": "Whether both checkpoints are kept in host memory, to save device memory."}
+    )
+    data_parallel: bool = field(
+        default=False, metadata={"help": "Whether the processes of accelerate share out the references."}
     )
 
     def __post_init__(self):
         if self.reference not in ("correct", "dataset"):
             raise ValueError(f"reference: expected 'correct' or 'dataset', found {self.reference!r}")
-        for name in ("max_prompts", "max_new_tokens", "batch_size", "quadrature_nodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective: expected one of {sorted(OBJECTIVES)}, found {self.objective!r}")
+        for least, names in (
+            (0, ("check_prompts", "subspace_size", "seed")),
+            (1, ("max_prompts", "max_new_tokens", "batch_size", "quadrature_nodes", "later_quadrature_nodes")),
+            (1, ("subspace_prompts",)),
+            (2, ("num_generations",)),
+        ):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name}: expected at least {least}, found {getattr(self, name)}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: expected a number above 0, found {self.temperature}")
         for name in ("difference_step", "active_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share above 0 and up to 1, found {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}: expected a share above 0 and up to 1, found {value}")
 
     def to_dict(self) -> dict:
         """The settings by name."""

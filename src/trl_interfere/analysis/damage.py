@@ -1,6 +1,6 @@
 """Damage of an update to an earlier domain: first order, second order, and its attribution to routes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,28 +8,71 @@ import torch
 from transformers import PreTrainedModel
 
 from .gradients import Batches, Tensors, mean_gradient
+from .objectives import Objective, nll
 from .routes import RouteMap
+
+
+Direction = Mapping[str, torch.Tensor]
+
+
+class Elementwise(Mapping):
+    """
+    Tensors that are computed when they are asked for, so that one of them is in memory at a time.
+
+    Args:
+        names (`Iterable[str]`):
+            Names of the tensors.
+        compute (`Callable[[str], torch.Tensor]`):
+            Computes the tensor of a name.
+    """
+
+    def __init__(self, names, compute: Callable[[str], torch.Tensor]):
+        self._names = dict.fromkeys(names)
+        self._compute = compute
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # that of Mapping would compute the tensor
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class UpdatePath:
     """
     The straight line between two checkpoints, walked by one model in memory: θ(t) = θ0 + t δ.
 
+    Besides the weights of the model itself there are two model-sized copies: θ0, which is made here, and θ1, which is
+    only referred to. δ is computed tensor by tensor. Both copies may lie on the host.
+
     Args:
         model ([`~transformers.PreTrainedModel`]):
             A model that holds the parameters of `before`; they are overwritten.
-        after (`dict[str, torch.Tensor]`):
-            Parameters of `after`, by name.
+        after (`Mapping[str, torch.Tensor]`):
+            Parameters of `after`, by name, on any device.
+        offload (`bool`, *optional*, defaults to `False`):
+            Whether to keep θ0 in host memory, and to send it to the device tensor by tensor.
     """
 
-    def __init__(self, model: PreTrainedModel, after: Tensors):
+    def __init__(self, model: PreTrainedModel, after: Direction, offload: bool = False):
         self.model = model
-        self.start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        self.delta = {name: after[name].detach().to(start) - start for name, start in self.start.items()}
+        parameters = dict(model.named_parameters())
+        self.start = {
+            name: parameter.detach().to("cpu", copy=True) if offload else parameter.detach().clone()
+            for name, parameter in parameters.items()
+        }
+        self.end = {name: after[name].detach() for name in parameters}
+        self._devices = {name: parameter.device for name, parameter in parameters.items()}
+        self.delta: Direction = Elementwise(parameters, self._difference)
 
     def move(self, t: float) -> PreTrainedModel:
         """
-        Put the model at θ(t).
+        Put the model at θ(t). 0 and 1 restore θ0 and θ1 to the bit.
 
         Args:
             t (`float`):
@@ -40,8 +83,37 @@ class UpdatePath:
         """
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                torch.add(self.start[name], self.delta[name], alpha=t, out=parameter.data)
+                if t == 0 or t == 1:
+                    parameter.copy_(self.start[name] if t == 0 else self.end[name])
+                else:
+                    start, end = (tensors[name].to(parameter) for tensors in (self.start, self.end))
+                    torch.lerp(start, end, t, out=parameter.data)
         return self.model
+
+    def offset(self, direction: Direction, step: float) -> PreTrainedModel:
+        """
+        Put the model at θ0 + step * direction.
+
+        Args:
+            direction (`Mapping[str, torch.Tensor]`):
+                Direction, by parameter name; parameters without one stay at θ0.
+            step (`float`):
+                Length of the step.
+
+        Returns:
+            [`~transformers.PreTrainedModel`]: The model.
+        """
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in direction:
+                    torch.add(self.start[name].to(parameter), direction[name], alpha=step, out=parameter.data)
+                else:
+                    parameter.copy_(self.start[name])
+        return self.model
+
+    def _difference(self, name: str) -> torch.Tensor:
+        device, start = self._devices[name], self.start[name]
+        return self.end[name].to(device, start.dtype) - start.to(device)
 
 
 @dataclass
@@ -64,13 +136,102 @@ class RouteTerms:
         """The whole sum."""
         return float(self.routes.sum()) + self.outside
 
+    def __add__(self, other: "RouteTerms") -> "RouteTerms":
+        return RouteTerms(self.routes + other.routes, self.outside + other.outside)
 
-def _dot(route_map: RouteMap, first: Tensors, second: Tensors, scale: float = 1.0) -> RouteTerms:
-    routes, outside = route_map.sum_by_route({name: first[name] * second[name] for name in first})
-    return RouteTerms(scale * routes, scale * outside)
+    def __mul__(self, factor: float) -> "RouteTerms":
+        return RouteTerms(factor * self.routes, factor * self.outside)
 
 
-def first_order(path: UpdatePath, batches: Batches, route_map: RouteMap) -> RouteTerms:
+def dot(route_map: RouteMap, first: Direction, second: Direction, consume: bool = False) -> RouteTerms:
+    """
+    Inner product of two vectors over all parameters, split by route.
+
+    Products of half-precision tensors are taken in float32. Sums are in float64, but for those over the last axis of
+    tensors outside routes: rows of embeddings are summed in the type of the products, and then in float64.
+
+    Args:
+        route_map ([`RouteMap`]):
+            The routes.
+        first (`Mapping[str, torch.Tensor]`):
+            One vector.
+        second (`Mapping[str, torch.Tensor]`):
+            The other.
+        consume (`bool`, *optional*, defaults to `False`):
+            Whether the tensors of `first` may be overwritten, which spares an allocation each.
+
+    Returns:
+        [`RouteTerms`]: The inner product.
+    """
+
+    def product(name: str) -> torch.Tensor:
+        a, b = first[name], second[name]
+        dtype = torch.float32 if torch.finfo(a.dtype).bits < 32 else a.dtype
+        b = b.to(a.device, dtype)
+        product = a.mul_(b) if consume and a.dtype == dtype else a.to(dtype) * b
+        # The sum of a whole tensor is all that is asked for outside routes, and float64 makes that of an embedding
+        # slow enough to show.
+        return product if route_map.cut(name) is not None else product.sum(dim=-1).double()
+
+    return RouteTerms(*route_map.sum_by_route(Elementwise(first, product)))
+
+
+def norm(tensors: Direction) -> float:
+    """
+    Euclidean norm of a vector over all parameters.
+
+    Args:
+        tensors (`Mapping[str, torch.Tensor]`):
+            The vector.
+
+    Returns:
+        `float`: The norm; over the last axis of each tensor in float32 or more, over the rest in float64.
+    """
+
+    def part(tensor: torch.Tensor) -> torch.Tensor:
+        rows = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.promote_types(tensor.dtype, torch.float32))
+        return torch.linalg.vector_norm(rows, dtype=torch.float64)
+
+    parts = [part(tensors[name]) for name in tensors]
+    return float(torch.linalg.vector_norm(torch.stack([entry.to(parts[0].device) for entry in parts])))
+
+
+def difference_step(path: UpdatePath) -> float:
+    """
+    Step of the central difference, as a share of the update.
+
+    ```
+    ε = min(1, (u |θ0| / |δ|)^(1/3))
+    ```
+
+    with u the machine epsilon of the parameters, or that of float32 if it is smaller, since the norms of transformers
+    compute in float32 whatever the model does. The central difference leaves a truncation of order ε², relative to
+    the update, which is the scale on which the loss is known to change; rounding the parameters moves them by about
+    u |θ0|, which against a step of ε |δ| is a relative error of u |θ0| / (ε |δ|). Their sum is least near this ε (for
+    the balance of both see Nocedal and Wright, Numerical Optimization, section 8.1). Above 1 the difference would
+    reach beyond the update.
+
+    Args:
+        path ([`UpdatePath`]):
+            The update.
+
+    Returns:
+        `float`: ε.
+
+    Raises:
+        `ValueError`: If the update is zero.
+    """
+    update = norm(path.delta)
+    if update == 0:
+        raise ValueError("update: expected parameters that differ, found a δ of zero")
+    dtype = next(iter(path.start.values())).dtype
+    rounding = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    return min(1.0, (rounding * norm(path.start) / update) ** (1 / 3))
+
+
+def first_order(
+    path: UpdatePath, batches: Batches, route_map: RouteMap, gradient: Tensors | None = None
+) -> RouteTerms:
     """
     First-order damage, ∇L(θ0)·δ, by route. One gradient pass.
 
@@ -81,15 +242,64 @@ def first_order(path: UpdatePath, batches: Batches, route_map: RouteMap) -> Rout
             References of the damaged domain.
         route_map ([`RouteMap`]):
             The routes.
+        gradient (`dict[str, torch.Tensor]`, *optional*):
+            ∇L(θ0), if it is known; then there is no pass.
 
     Returns:
         [`RouteTerms`]: Terms in nats per token.
     """
-    _, gradient = mean_gradient(path.move(0.0), batches)
-    return _dot(route_map, gradient, path.delta)
+    if gradient is None:
+        _, gradient = mean_gradient(path.move(0.0), batches)
+    return dot(route_map, gradient, path.delta)
 
 
-def second_order(path: UpdatePath, batches: Batches, route_map: RouteMap, step: float) -> RouteTerms:
+def hessian_terms(
+    path: UpdatePath,
+    batches: Batches,
+    route_map: RouteMap,
+    direction: Direction,
+    step: float,
+    against: Direction | None = None,
+    objective: Objective = nll,
+) -> RouteTerms:
+    """
+    δ_r·(H v)_r by route, for a direction v. Two gradient passes.
+
+    ```
+    H v = (∇L(θ0 + ε v) - ∇L(θ0 - ε v)) / (2 ε)
+    ```
+
+    Each gradient is reduced to routes before the next one is taken, so that one gradient is in memory at a time.
+
+    Args:
+        path ([`UpdatePath`]):
+            The update.
+        batches (`list[dict[str, torch.Tensor]]`):
+            References of the domain.
+        route_map ([`RouteMap`]):
+            The routes.
+        direction (`Mapping[str, torch.Tensor]`):
+            v, by parameter name.
+        step (`float`):
+            ε.
+        against (`Mapping[str, torch.Tensor]`, *optional*):
+            What stands in the place of δ. Defaults to the update of the path.
+        objective (`Callable`, *optional*):
+            Objective whose Hessian is meant.
+
+    Returns:
+        [`RouteTerms`]: Terms in nats per token.
+    """
+    total = RouteTerms(np.zeros(route_map.num_routes), 0.0)
+    for sign in (1, -1):
+        _, gradient = mean_gradient(path.offset(direction, sign * step), batches, objective)
+        total += dot(route_map, gradient, path.delta if against is None else against, consume=True) * (
+            sign / (2 * step)
+        )
+    return total
+
+
+def second_order(path: UpdatePath, batches: Batches, route_map: RouteMap, step: float | None = None) -> RouteTerms:
     """
     Second-order damage, ½ δᵀHδ, by route: ½ δ_r·(Hδ)_r. Two gradient passes.
 
@@ -106,16 +316,43 @@ def second_order(path: UpdatePath, batches: Batches, route_map: RouteMap, step: 
             References of the damaged domain.
         route_map ([`RouteMap`]):
             The routes.
-        step (`float`):
-            ε, as a share of the update.
+        step (`float`, *optional*):
+            ε, as a share of the update. Defaults to [`difference_step`].
 
     Returns:
         [`RouteTerms`]: Terms in nats per token.
     """
-    _, ahead = mean_gradient(path.move(step), batches)
-    _, behind = mean_gradient(path.move(-step), batches)
-    product = {name: (ahead[name] - behind[name]) / (2 * step) for name in ahead}
-    return _dot(route_map, product, path.delta, scale=0.5)
+    step = difference_step(path) if step is None else step
+    return hessian_terms(path, batches, route_map, path.delta, step) * 0.5
+
+
+def second_order_error(path: UpdatePath, batches: Batches, route_map: RouteMap, step: float | None = None) -> float:
+    """
+    Relative error of the total of [`second_order`], estimated on a few references. Four gradient passes over these.
+
+    ```
+    4/3 |S(ε) - S(ε/2)| / |S(ε/2)|
+    ```
+
+    The truncation is of order ε², so that half the step leaves a quarter of it (Richardson, 1911). Rounding adds to
+    the difference and is therefore counted.
+
+    Args:
+        path ([`UpdatePath`]):
+            The update.
+        batches (`list[dict[str, torch.Tensor]]`):
+            The references.
+        route_map ([`RouteMap`]):
+            The routes.
+        step (`float`, *optional*):
+            ε, as a share of the update. Defaults to [`difference_step`].
+
+    Returns:
+        `float`: The error as a share of the total; infinite where the total is zero.
+    """
+    step = difference_step(path) if step is None else step
+    whole, half = (second_order(path, batches, route_map, part).total for part in (step, step / 2))
+    return 4 / 3 * abs(whole - half) / abs(half) if half else float("inf")
 
 
 def attribution(
@@ -155,7 +392,6 @@ def attribution(
     total = RouteTerms(np.zeros(route_map.num_routes), 0.0)
     for position, weight in zip(positions, weights, strict=True):
         _, gradient = mean_gradient(path.move((position + 1) / 2), batches)
-        terms = _dot(route_map, gradient, path.delta, scale=weight / 2)
-        total = RouteTerms(total.routes + terms.routes, total.outside + terms.outside)
+        total += dot(route_map, gradient, path.delta, consume=True) * (weight / 2)
         progress()
     return total

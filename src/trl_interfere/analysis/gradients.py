@@ -1,103 +1,147 @@
-"""Loss, gradient, and the cosines between the gradients of domains."""
+"""Loss and gradient of a domain."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
-import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .routes import module_of
+from .objectives import Objective, nll
 
 
 Tensors = dict[str, torch.Tensor]
 Batches = list[dict[str, torch.Tensor]]
 
 
-def mean_loss(model: PreTrainedModel, batches: Batches) -> float:
+class Shard(list):
     """
-    Mean negative log-likelihood of the completion tokens, in nats.
+    Every n-th of a list of batches, for one of n processes of accelerate.
+
+    [`mean_loss`] and [`mean_gradient`] of a shard are those of the whole list, in every process: all of them must call
+    together.
+
+    Args:
+        batches (`list[dict[str, torch.Tensor]]`):
+            All batches, the same in every process.
+    """
+
+    def __init__(self, batches: Batches):
+        state = PartialState()
+        super().__init__(batches[state.process_index :: state.num_processes])
+        self.tokens = num_tokens(batches)
+
+
+def num_tokens(batches: Batches) -> int:
+    """Number of completion tokens of batches, in all processes."""
+    if isinstance(batches, Shard):
+        return batches.tokens
+    if not batches:
+        return 0
+    return int(torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum())
+
+
+def mean_loss(model: PreTrainedModel, batches: Batches, objective: Objective = nll) -> float:
+    """
+    Mean objective over the completion tokens, in nats; by default their negative log-likelihood.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model.
         batches (`list[dict[str, torch.Tensor]]`):
             Batches of [`References`].
+        objective (`Callable`, *optional*):
+            Sum of the objective over the tokens of a batch.
 
     Returns:
         `float`: The loss.
     """
-    total, tokens = 0.0, sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     with torch.no_grad():
         for batch in batches:
-            total += _summed_loss(model, batch).item()
-    return total / tokens
+            total += objective(model, batch).double().to(total.device)
+    if isinstance(batches, Shard):
+        total = reduce(total, "sum")
+    return float(total) / num_tokens(batches)
 
 
-def mean_gradient(model: PreTrainedModel, batches: Batches) -> tuple[float, Tensors]:
+def mean_gradient(
+    model: PreTrainedModel,
+    batches: Batches,
+    objective: Objective = nll,
+    tokens: int | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[float, Tensors]:
     """
     Gradient of [`mean_loss`] with respect to every parameter.
+
+    It is summed over batches in the data type of the parameters.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model, in evaluation mode.
         batches (`list[dict[str, torch.Tensor]]`):
             Batches of [`References`].
+        objective (`Callable`, *optional*):
+            Sum of the objective over the tokens of a batch.
+        tokens (`int`, *optional*):
+            Number of tokens that the sum is divided by. Defaults to those of `batches`; with those of a larger set,
+            the parts of disjoint subsets sum to the gradient of the whole.
+        device (`torch.device` or `str`, *optional*):
+            Where to keep the gradient. Defaults to the devices of the parameters.
 
     Returns:
         `tuple[float, dict[str, torch.Tensor]]`: The loss in nats per token, and the gradient by parameter name.
     """
-    tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-    parameters = dict(model.named_parameters())
+    tokens = num_tokens(batches) if tokens is None else tokens
     model.zero_grad(set_to_none=True)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch in batches:
-        loss = _summed_loss(model, batch) / tokens
+        loss = objective(model, batch) / tokens
         loss.backward()
-        total += loss.item()
-    gradient = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in parameters.items()
-    }
-    model.zero_grad(set_to_none=True)
-    return total, gradient
+        total += loss.detach().double().to(total.device)
+    shared = isinstance(batches, Shard)
+    gradient = {}
+    for name, parameter in model.named_parameters():
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
+        parameter.grad = None
+        found = reduce(found, "sum") if shared else found
+        gradient[name] = found if device is None else found.to(device)
+    return float(reduce(total, "sum") if shared else total), gradient
 
 
-def _summed_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    targets = batch["labels"][:, 1:]
-    chosen = targets != -100
-    return F.cross_entropy(logits[:, :-1][chosen], targets[chosen], reduction="sum")
-
-
-def cosines(first: Tensors, second: Tensors) -> dict[str, dict[str, float] | float]:
+@contextmanager
+def checkpointed(model: PreTrainedModel, enabled: bool = True) -> Iterator[PreTrainedModel]:
     """
-    Cosines between two gradients: of each tensor, of each module, and of the whole model.
+    Context in which backward passes recompute the activations of each layer: gradient checkpointing.
 
-    ```
-    cos = <g_A, g_B> / (|g_A| |g_B|)
-    ```
+    The layers alone are told that they train, which is when transformers checkpoints; their parts stay in evaluation
+    mode, so that dropout stays off.
 
     Args:
-        first (`dict[str, torch.Tensor]`):
-            Gradient of one domain.
-        second (`dict[str, torch.Tensor]`):
-            Gradient of another.
+        model ([`~transformers.PreTrainedModel`]):
+            The model, in evaluation mode.
+        enabled (`bool`, *optional*, defaults to `True`):
+            Whether to do it at all.
 
-    Returns:
-        `dict`: `"tensors"` and `"modules"` by name, and `"global"`. A part in which either gradient is zero has no
-        cosine and is left out; a whole without one is `None`.
+    Raises:
+        `ValueError`: If the model has no layer that supports it.
     """
-    sums: dict[str, dict[str, torch.Tensor]] = {"tensors": {}, "modules": {}, "global": {}}
-    for name, a in first.items():
-        b = second[name]
-        a, b = a.flatten().double(), b.flatten().double()
-        products = torch.stack([a @ b, a @ a, b @ b])
-        for level, key in (("tensors", name), ("modules", module_of(name)), ("global", "")):
-            sums[level][key] = sums[level].get(key, 0) + products
-    result = {
-        level: {
-            key: (products[0] / (products[1] * products[2]).sqrt()).item()
-            for key, products in parts.items()
-            if products[1] > 0 and products[2] > 0
-        }
-        for level, parts in sums.items()
-    }
-    return {**result, "global": result["global"].get("")}
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not enabled:
+        yield model
+        return
+    if not layers:
+        raise ValueError(f"gradient_checkpointing: expected a model with layers that support it, found {type(model)}")
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.gradient_checkpointing = layer.training = True
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = False

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from ..training.manifest import read_json, write_atomically
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 REPORT_NAME = "report.json"
 ROUTES_NAME = "routes.safetensors"
 
@@ -56,8 +56,11 @@ class InterferenceReport:
         later_loss_after (`dict[str, float]`):
             Loss of each later domain after it.
         cosines (`dict`):
-            `"global"`, `"modules"` and `"tensors"`: cosines at θ0 between the gradient of the earlier domain and the
-            mean gradient of the later ones; `"by_domain"` holds the same for each later domain.
+            `"global"`, `"layers"`, `"modules"` and `"tensors"`: cosines at θ0 between the gradient of the earlier
+            domain and the mean gradient of the later ones; `"by_domain"` holds the same for each later domain, with
+            the `"interval"` of the whole-model cosine and the `"ceiling"` that noise sets it; `"pairs"` the
+            whole-model cosine of every pair of domains, and `"reliability"` that of each domain's gradient (see
+            [`GradientProducts`]).
         config (`dict`):
             Settings of the analysis.
         versions (`dict[str, str]`):
@@ -65,6 +68,15 @@ class InterferenceReport:
         routes (`dict[str, numpy.ndarray]`):
             Arrays of shape `(num_routes,)`: `damage`, `first_order`, `second_order`, `later_damage`, `edit_size`,
             `activity_earlier`, `activity_later` and, with a base, `opposed` and `earlier_edit_size`.
+        second_order_error (`float`, *optional*):
+            Estimated error of `second_order`.
+        difference_step (`float`, *optional*):
+            ε of the central difference behind it, as a share of the update.
+        later_residual (`dict[str, float]`, *optional*):
+            For each later domain, the part of its damage that its attribution misses.
+        subspace (`dict`, *optional*):
+            The conflict subspace: `"update"` and `"random"` (a random update of equal norm in every tensor), each with
+            the fields of [`Spectrum`], `"references"` and `"seed"`. `None` if it was not asked for.
     """
 
     before: str
@@ -86,6 +98,10 @@ class InterferenceReport:
     config: dict[str, Any]
     versions: dict[str, str]
     routes: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    second_order_error: float | None = None
+    difference_step: float | None = None
+    later_residual: dict[str, float] = field(default_factory=dict)
+    subspace: dict[str, Any] | None = None
 
     @property
     def damage(self) -> float:
@@ -171,12 +187,14 @@ class InterferenceReport:
             ("loss before, after", f"{self.loss_before:.4f}, {self.loss_after:.4f} nats per token"),
             ("damage", f"{self.damage:+.4f}"),
             ("first order ∇L·δ", f"{self.first_order:+.4f}"),
-            ("second order ½ δᵀHδ", f"{self.second_order:+.4f}"),
+            ("second order ½ δᵀHδ", self._second_order_cell()),
             ("attributed to routes", f"{self.attributed:+.4f}"),
             ("outside routes", f"{self.outside_routes:+.4f}"),
             ("residual of the quadrature", f"{self.residual:+.2e}"),
             ("damage in the top 2% of routes", share),
+            *self._subspace_rows(),
             ("gradient cosine, whole model", _signed(self.cosines["global"])),
+            *self._cosine_rows(),
             ("most conflicting module", f"{conflicting['module']} ({_signed(conflicting['cosine'])})"),
             ("most synergistic module", f"{synergistic['module']} ({_signed(synergistic['cosine'])})"),
             ("references", f"{references} ({self.config['reference']})"),
@@ -184,6 +202,45 @@ class InterferenceReport:
         ]
         table = "\n".join(f"| {name} | {value} |" for name, value in rows)
         return f"# Interference: {later} on {self.earlier}\n\n| figure | value |\n| --- | --- |\n{table}\n"
+
+    def _second_order_cell(self) -> str:
+        if self.second_order_error is None:
+            return f"{self.second_order:+.4f}"
+        return f"{self.second_order:+.4f} ± {self.second_order_error:.1e} (step {self.difference_step:.2g} δ)"
+
+    def _cosine_rows(self) -> list[tuple[str, str]]:
+        rows = []
+        for name, entry in self.cosines.get("by_domain", {}).items():
+            if entry.get("interval") is not None:
+                low, high = entry["interval"]
+                ceiling = "undefined" if entry["ceiling"] is None else f"{entry['ceiling']:.3f}"
+                value = f"{_signed(entry['global'])} [{low:+.3f}, {high:+.3f}], noise allows ±{ceiling}"
+                rows.append((f"gradient cosine, {self.earlier} and {name}", value))
+        return rows
+
+    def _subspace_rows(self) -> list[tuple[str, str]]:
+        if self.subspace is None:
+            return []
+        found, random = self.subspace["update"], self.subspace["random"]
+        count = len(found["eigenvalues"])
+
+        def share(entry: dict[str, Any]) -> str:
+            return f"{100 * sum(entry['shares']):.1f}%" if entry["shares"] else "undefined"
+
+        def top(entry: dict[str, Any]) -> str:
+            return f"{100 * entry['top_routes']['0.02']:.1f}%" if entry["top_routes"] else "undefined"
+
+        def dimension(entry: dict[str, Any]) -> str:
+            return f"{entry['effective_dimension']:.2f}"
+
+        return [
+            (f"{name} (random update)", f"{value(found)} ({value(random)})")
+            for name, value in (
+                (f"second order in the top {count} directions", share),
+                ("second order in the top 2% of routes", top),
+                (f"effective dimension of {count} eigenvalues", dimension),
+            )
+        ]
 
 
 def top_share(damage: np.ndarray, share: float) -> float:

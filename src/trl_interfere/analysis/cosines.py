@@ -1,0 +1,218 @@
+"""Cosines between the gradients of domains, from the inner products of their halves."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .gradients import Tensors
+from .routes import module_of
+
+
+LEVELS = ("tensors", "modules", "layers", "global")
+# Elements of a tensor that are turned into float64 at a time; few enough to stay in the cache of a processor.
+_CHUNK = 1 << 17
+# 97.5% quantile of Student's t with 2 degrees of freedom: one for each of two domains with two halves.
+_T2 = 4.302652729911275
+
+
+class GradientProducts:
+    """
+    Inner products of the gradients of several domains, by tensor, module, layer, and for the whole model.
+
+    Each domain comes as the gradients of two disjoint halves of its references, scaled so that they sum to the
+    gradient of the domain. One gradient per domain then gives the cosines of all pairs, and the halves say how far
+    they are to be trusted. The products are summed in float64 on the devices of the gradients, tensor by tensor, and
+    copied to the host once.
+
+    Args:
+        halves (`dict[str, Sequence[dict[str, torch.Tensor]]]`):
+            For each domain its one or two parts. With one part there is a cosine but no interval.
+
+    Raises:
+        `ValueError`: If the gradients have not the same tensors.
+    """
+
+    def __init__(self, halves: dict[str, Sequence[Tensors]]):
+        self.parts: dict[str, list[int]] = {}
+        flat: list[Tensors] = []
+        for domain, tensors in halves.items():
+            self.parts[domain] = list(range(len(flat), len(flat) + len(tensors)))
+            flat += tensors
+        names = list(flat[0])
+        for tensors in flat:
+            if tensors.keys() != flat[0].keys():
+                raise ValueError(f"gradients: expected the tensors {names}, found {list(tensors)}")
+        sums: dict[str, dict[str, torch.Tensor]] = {level: {} for level in LEVELS}
+        for name in names:
+            module = module_of(name)
+            layer = module.rsplit(".", 1)[0] if module.startswith("layers.") else None
+            products = _gram([tensors[name] for tensors in flat])
+            for level, key in zip(LEVELS, (name, module, layer, ""), strict=True):
+                if key is not None:
+                    # Tensors of one module lie on one device, those of a sharded model on several.
+                    previous = sums[level].get(key)
+                    sums[level][key] = products if previous is None else previous + products.to(previous.device)
+        self._products: dict[str, dict[str, np.ndarray]] = {}
+        for level, entries in sums.items():
+            self._products[level] = {}
+            if entries:
+                device = next(iter(entries.values())).device
+                host = torch.stack([entry.to(device) for entry in entries.values()]).cpu().numpy()
+                self._products[level] = dict(zip(entries, host, strict=True))
+
+    def cosines(self, first: str, second: str | Sequence[str]) -> dict:
+        """
+        Cosines between the gradient of one domain and that of another, or the mean of several.
+
+        ```
+        cos = <g_A, g_B> / (|g_A| |g_B|)
+        ```
+
+        Args:
+            first (`str`):
+                A domain.
+            second (`str` or `Sequence[str]`):
+                Another, or several of which the mean gradient is taken.
+
+        Returns:
+            `dict`: `"tensors"`, `"modules"` and `"layers"` by name, and `"global"`. A part in which either gradient is
+            zero has no cosine and is left out; a whole without one is `None`.
+        """
+        a, b = self._weights([first]), self._weights([second] if isinstance(second, str) else second)
+        levels = {
+            level: {key: value for key, gram in grams.items() if (value := _cosine(gram, a, b)) is not None}
+            for level, grams in self._products.items()
+        }
+        return {**levels, "global": levels["global"].get("")}
+
+    def matrix(self) -> dict[str, dict[str, dict]]:
+        """
+        Cosines of all pairs of domains, each pair once.
+
+        Returns:
+            `dict[str, dict[str, dict]]`: By the first and the second domain, in their order, what
+            [`~GradientProducts.cosines`] returns.
+        """
+        domains = list(self.parts)
+        return {
+            first: {second: self.cosines(first, second) for second in domains[index + 1 :]}
+            for index, first in enumerate(domains[:-1])
+        }
+
+    def reliability(self, domain: str) -> float | None:
+        """
+        How well the gradient of a domain would be found again on as many other references.
+
+        ```
+        R = 2 ρ / (1 + ρ)        ρ = cos(g_1, g_2) of the two halves
+        ```
+
+        the Spearman-Brown formula for a sample twice as large as each half. A measured cosine of two domains is that
+        of their true gradients times about sqrt(R_A R_B), which is the highest that noise allows.
+
+        Args:
+            domain (`str`):
+                The domain.
+
+        Returns:
+            `float` or `None`: Between 0 and 1 (0 where the halves do not agree at all), and `None` without two halves
+            or with a zero gradient.
+        """
+        if len(self.parts[domain]) != 2:
+            return None
+        size = len(self._products["global"][""])
+        first, second = (np.eye(size)[index] for index in self.parts[domain])
+        rho = _cosine(self._products["global"][""], first, second)
+        return None if rho is None else max(0.0, 2 * rho / (1 + rho)) if rho > -1 else 0.0
+
+    def ceiling(self, first: str, second: str) -> float | None:
+        """
+        Highest cosine that the noise of two gradients allows: `sqrt(R_A R_B)` of [`~GradientProducts.reliability`].
+
+        Args:
+            first (`str`):
+                A domain.
+            second (`str`):
+                Another.
+
+        Returns:
+            `float` or `None`: `None` where a reliability is missing.
+        """
+        found = [self.reliability(domain) for domain in (first, second)]
+        return None if None in found else float(np.sqrt(found[0] * found[1]))
+
+    def interval(self, first: str, second: str, module: str | None = None) -> list[float] | None:
+        """
+        95% interval of a cosine over the draw of references.
+
+        Balanced repeated replication (McCarthy, 1969), the domains being two strata of two halves each: the variance
+        is the mean squared deviation of the four cosines between halves from the whole one,
+
+        ```
+        s² = ¼ Σ_ij (cos(g_Ai, g_Bj) - cos(g_A, g_B))²
+        ```
+
+        with two degrees of freedom, so that the interval is `cos ± 4.30 s`. It is wide, and wider than it need be:
+        halves are noisier than wholes, so that their cosines lie nearer to zero, and this counts as deviation.
+
+        Args:
+            first (`str`):
+                A domain.
+            second (`str`):
+                Another.
+            module (`str`, *optional*):
+                A module. Defaults to the whole model.
+
+        Returns:
+            `list[float]` or `None`: Lower and upper end, within -1 and 1; `None` without two halves of each, or where
+            a half has no gradient.
+        """
+        grams = self._products["global"] if module is None else self._products["modules"]
+        gram = grams["" if module is None else module]
+        if any(len(self.parts[domain]) != 2 for domain in (first, second)):
+            return None
+        unit = np.eye(len(gram))
+        whole = _cosine(gram, self._weights([first]), self._weights([second]))
+        halves = [_cosine(gram, unit[i], unit[j]) for i in self.parts[first] for j in self.parts[second]]
+        if whole is None or None in halves:
+            return None
+        spread = _T2 * float(np.sqrt(np.mean((np.array(halves) - whole) ** 2)))
+        return [max(-1.0, whole - spread), min(1.0, whole + spread)]
+
+    def _weights(self, domains: Sequence[str]) -> np.ndarray:
+        weights = np.zeros(len(self._products["global"][""]))
+        for domain in domains:
+            weights[self.parts[domain]] += 1 / len(domains)
+        return weights
+
+
+def _gram(tensors: list[torch.Tensor]) -> torch.Tensor:
+    device, size = tensors[0].device, tensors[0].numel()
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=device)
+    for start in range(0, size, _CHUNK):
+        rows = torch.stack([tensor[start : start + _CHUNK].to(device, torch.float64) for tensor in flat])
+        total += rows @ rows.T
+    return total
+
+
+def _cosine(gram: np.ndarray, first: np.ndarray, second: np.ndarray) -> float | None:
+    squares = (first @ gram @ first) * (second @ gram @ second)
+    return None if squares <= 0 else float(np.clip(first @ gram @ second / np.sqrt(squares), -1, 1))
+
+
+def cosines(first: Tensors, second: Tensors) -> dict:
+    """
+    Cosines between two gradients: of each tensor, module and layer, and of the whole model.
+
+    Args:
+        first (`dict[str, torch.Tensor]`):
+            Gradient of one domain.
+        second (`dict[str, torch.Tensor]`):
+            Gradient of another.
+
+    Returns:
+        `dict`: What [`GradientProducts.cosines`] returns.
+    """
+    return GradientProducts({"first": [first], "second": [second]}).cosines("first", "second")

@@ -1,0 +1,162 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from trl_interfere.analysis.cosines import GradientProducts, cosines
+from trl_interfere.analysis.gradients import mean_gradient
+
+
+def flat(tensors, names):
+    return np.concatenate([tensors[name].numpy().ravel() for name in names])
+
+
+def cosine(first, second):
+    return first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+
+
+def test_cosines_against_flattened_vectors(make_model, sequences, make_batches):
+    model = make_model("llama")
+    _, first = mean_gradient(model, make_batches(sequences[:2]))
+    _, second = mean_gradient(model, make_batches(sequences[2:]))
+    found = cosines(first, second)
+    modules = {
+        "embed_tokens": ["model.embed_tokens."],
+        "norm": ["model.norm."],
+        "lm_head": ["lm_head."],
+        **{f"layers.{layer}.attention": [f"layers.{layer}.self_attn."] for layer in range(2)},
+        **{f"layers.{layer}.mlp": [f"layers.{layer}.mlp."] for layer in range(2)},
+        **{
+            f"layers.{layer}.norm": [f"layers.{layer}.input_layernorm", f"layers.{layer}.post_attention_layernorm"]
+            for layer in range(2)
+        },
+    }
+    assert found["global"] == pytest.approx(cosine(flat(first, first), flat(second, first)), rel=1e-9)
+    assert set(found["modules"]) == set(modules)
+    for module, parts in modules.items():
+        names = [name for name in first if any(part in name for part in parts)]
+        assert found["modules"][module] == pytest.approx(cosine(flat(first, names), flat(second, names)), rel=1e-9)
+    assert set(found["layers"]) == {"layers.0", "layers.1"}
+    for layer, value in found["layers"].items():
+        names = [name for name in first if f".{layer}." in name]
+        assert value == pytest.approx(cosine(flat(first, names), flat(second, names)), rel=1e-9)
+    assert set(found["tensors"]) == set(first)
+    for name in first:
+        expected = cosine(flat(first, [name]), flat(second, [name]))
+        assert found["tensors"][name] == pytest.approx(expected, rel=1e-9)
+
+
+def test_cosines_at_their_bounds(make_model, sequences, make_batches):
+    _, gradient = mean_gradient(make_model(), make_batches(sequences))
+    same = cosines(gradient, {name: 3 * tensor for name, tensor in gradient.items()})
+    opposite = cosines(gradient, {name: -0.1 * tensor for name, tensor in gradient.items()})
+    for found, value in ((same, 1.0), (opposite, -1.0)):
+        assert found["global"] == pytest.approx(value)
+        assert all(entry == pytest.approx(value) for entry in [*found["tensors"].values(), *found["modules"].values()])
+
+
+def test_zero_gradients_have_no_cosine():
+    first = {
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(2, 2),
+        "model.layers.0.mlp.gate_proj.weight": torch.tensor([[1.0, 0.0]]),
+        "model.layers.1.mlp.up_proj.weight": torch.zeros(3),
+        "model.norm.weight": torch.tensor([1.0, 1.0]),
+    }
+    second = {name: torch.ones_like(tensor) for name, tensor in first.items()}
+    found = cosines(first, second)
+    assert set(found["tensors"]) == {"model.layers.0.mlp.gate_proj.weight", "model.norm.weight"}
+    assert set(found["modules"]) == {"layers.0.mlp", "norm"}
+    # The zero tensor has no part in the inner product, but the ones opposite to it count in the norm.
+    assert found["modules"]["layers.0.mlp"] == pytest.approx(1 / np.sqrt(6))
+    assert found["global"] == pytest.approx(3 / np.sqrt(3 * 11))
+    nothing = cosines({name: torch.zeros_like(tensor) for name, tensor in first.items()}, second)
+    assert nothing["tensors"] == {} and nothing["modules"] == {} and nothing["global"] is None
+
+
+NAMES = ("model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
+
+
+def noisy(mean, scale, rng):
+    return {name: torch.tensor(mean[name] + scale * rng.normal(size=mean[name].shape)) for name in NAMES}
+
+
+def test_all_pairs_from_one_gradient_per_domain():
+    rng = np.random.default_rng(0)
+    zero = {name: np.zeros((7, 3)) for name in NAMES}
+    halves = {domain: [noisy(zero, 1, rng), noisy(zero, 1, rng)] for domain in ("a", "b", "c", "d")}
+    products = GradientProducts(halves)
+    whole = {
+        domain: {name: first[name] + second[name] for name in NAMES} for domain, (first, second) in halves.items()
+    }
+    matrix = products.matrix()
+    assert [(first, second) for first, row in matrix.items() for second in row] == [*itertools.combinations("abcd", 2)]
+    for first, second in itertools.combinations("abcd", 2):
+        expected = cosine(flat(whole[first], NAMES), flat(whole[second], NAMES))
+        assert matrix[first][second]["global"] == pytest.approx(expected, rel=1e-10)
+        assert products.cosines(second, first)["global"] == pytest.approx(expected, rel=1e-10)
+    mean = (flat(whole["b"], NAMES) + flat(whole["c"], NAMES)) / 2
+    expected = cosine(flat(whole["a"], NAMES), mean)
+    assert products.cosines("a", ["b", "c"])["global"] == pytest.approx(expected, rel=1e-10)
+
+
+def test_tensors_that_are_longer_than_a_chunk(monkeypatch):
+    monkeypatch.setattr("trl_interfere.analysis.cosines._CHUNK", 5)
+    rng = np.random.default_rng(0)
+    first, second = (noisy({name: np.zeros((7, 3)) for name in NAMES}, 1, rng) for _ in range(2))
+    expected = cosine(flat(first, NAMES), flat(second, NAMES))
+    assert cosines(first, second)["global"] == pytest.approx(expected, rel=1e-10)
+
+
+def test_half_precision_is_summed_in_float64():
+    first = {name: torch.full((300,), 1 + 2**-7, dtype=torch.bfloat16) for name in NAMES}
+    second = {name: torch.cat([torch.full((299,), 1.0), torch.tensor([-1.0])]).bfloat16() for name in NAMES}
+    assert cosines(first, second)["global"] == pytest.approx(298 / 300, rel=1e-12)
+
+
+def test_other_tensors():
+    with pytest.raises(ValueError, match="gradients: expected the tensors"):
+        cosines({"model.norm.weight": torch.ones(2)}, {"lm_head.weight": torch.ones(2)})
+
+
+@pytest.mark.parametrize("truth", [0.0, 0.5, -0.8])
+def test_interval_covers_the_true_cosine(truth):
+    rng = np.random.default_rng(1)
+    shape, covered, widths = (20, 10), 0, []
+    for _ in range(100):
+        u, v = ({name: rng.normal(size=shape) for name in NAMES} for _ in range(2))
+        inner = sum((u[name] * v[name]).sum() for name in NAMES)
+        square = sum((u[name] ** 2).sum() for name in NAMES)
+        v = {name: v[name] - inner / square * u[name] for name in NAMES}
+        scale = np.sqrt(square / sum((v[name] ** 2).sum() for name in NAMES))
+        v = {name: truth * u[name] + np.sqrt(1 - truth**2) * scale * v[name] for name in NAMES}
+        products = GradientProducts({"a": [noisy(u, 0.2, rng) for _ in "12"], "b": [noisy(v, 0.2, rng) for _ in "12"]})
+        low, high = products.interval("a", "b")
+        covered += low <= truth <= high
+        widths.append(high - low)
+    assert covered >= 90
+    assert np.median(widths) < 0.5
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0, 2.0])
+def test_reliability_is_that_of_as_many_other_references(noise):
+    rng = np.random.default_rng(2)
+    mean = {name: rng.normal(size=(60, 50)) for name in NAMES}
+    products = GradientProducts({name: [noisy(mean, noise, rng) for _ in "12"] for name in "ab"})
+    # Two wholes, each the sum of two halves with this noise: half of the variance of the mean.
+    expected = 1 / (1 + noise**2 / 2)
+    assert products.reliability("a") == pytest.approx(expected, abs=0.02)
+    assert products.ceiling("a", "b") == pytest.approx(expected, abs=0.02)
+    assert products.cosines("a", "b")["global"] == pytest.approx(products.ceiling("a", "b"), abs=0.03)
+
+
+def test_without_halves_there_is_no_interval():
+    rng = np.random.default_rng(0)
+    zero = {name: np.zeros((2, 2)) for name in NAMES}
+    products = GradientProducts({"a": [noisy(zero, 1, rng)], "b": [noisy(zero, 1, rng), noisy(zero, 1, rng)]})
+    assert products.cosines("a", "b")["global"] is not None and products.interval("a", "b") is None
+    assert products.reliability("a") is None and products.ceiling("a", "b") is None
+    empty = {name: torch.zeros(2, 2) for name in NAMES}
+    products = GradientProducts({"a": [empty, empty], "b": [noisy(zero, 1, rng), noisy(zero, 1, rng)]})
+    assert products.interval("a", "b") is None and products.reliability("a") is None
+    assert products.interval("b", "b", module="layers.0.mlp") is not None

@@ -1,0 +1,134 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from trl_interfere.analysis.config import InterferenceConfig
+from trl_interfere.analysis.gradients import checkpointed, mean_gradient, mean_loss
+from trl_interfere.analysis.objectives import ForwardKL, grpo
+from trl_interfere.analysis.references import References, collect_rollouts
+from trl_interfere.domains.domain import Domain
+
+
+def log_probabilities(model, prompt, completion):
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0]
+    return torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
+
+
+def test_grpo_against_single_completions(make_model, sequences):
+    model, reference = make_model(), make_model()
+    advantages = [1.5, -0.5, 0.0, -2.0, 0.25]
+    prompts, completions = (list(part) for part in zip(*sequences, strict=True))
+    batches = References("numbers", prompts, completions, 5, advantages).batches(2, 0, torch.device("cpu"))
+    loss, gradient = mean_gradient(model, batches, grpo)
+    terms, tokens = [], 0
+    for advantage, (prompt, completion) in zip(advantages, sequences, strict=True):
+        chosen = log_probabilities(reference, prompt, completion)[range(len(completion)), completion]
+        terms.append(-advantage * chosen.sum())
+        tokens += len(completion)
+    expected = sum(terms) / tokens
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    expected = torch.autograd.grad(expected, list(reference.parameters()))
+    for (name, found), tensor in zip(gradient.items(), expected, strict=True):
+        torch.testing.assert_close(found, tensor, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_kl_against_single_tokens(make_model, moved, sequences, make_batches):
+    base = make_model("llama")
+    model = moved(base, scale=0.1)
+    other = copy.deepcopy(model)
+    loss, gradient = mean_gradient(model, make_batches(sequences), ForwardKL(base))
+    terms = []
+    for prompt, completion in sequences:
+        with torch.no_grad():
+            expected = log_probabilities(base, prompt, completion)
+        found = log_probabilities(other, prompt, completion)
+        terms += (expected.exp() * (expected - found)).sum(dim=-1)
+    expected = sum(terms) / len(terms)
+    assert loss == pytest.approx(expected.item(), rel=1e-9) and loss > 0
+    assert mean_loss(model, make_batches(sequences), ForwardKL(base)) == pytest.approx(loss, rel=1e-9)
+    expected = torch.autograd.grad(expected, list(other.parameters()))
+    for (name, tensor), reference in zip(gradient.items(), expected, strict=True):
+        torch.testing.assert_close(tensor, reference, rtol=1e-8, atol=1e-11, msg=name)
+    assert all(parameter.grad is None for parameter in base.parameters())
+
+
+def test_divergence_from_itself_has_no_gradient(make_model, sequences, make_batches):
+    model, base = make_model(), make_model()
+    loss, gradient = mean_gradient(model, make_batches(sequences), ForwardKL(base))
+    assert loss == pytest.approx(0, abs=1e-12)
+    assert max(tensor.abs().max().item() for tensor in gradient.values()) < 1e-12
+
+
+def test_gradient_checkpointing_changes_nothing(make_model, sequences, make_batches):
+    model, batches = make_model("llama", attention_dropout=0.5), make_batches(sequences)
+    calls = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    loss, expected = mean_gradient(model, batches)
+    plain = len(calls)
+    with checkpointed(model):
+        found_loss, found = mean_gradient(model, batches)
+    assert len(calls) - plain == 2 * plain  # activations were computed again
+    assert found_loss == loss
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.fixture
+def rollouts(make_model, tokenizer):
+    def sample(seed=0, **settings):
+        def shortness(completions, **kwargs):
+            return [1.0 / (1 + len(completion)) + completion.count("a") for completion in completions]
+
+        domain = Domain(
+            "numbers",
+            selection_dataset=Dataset.from_dict({"prompt": ["1+1=", "22?", "abc"]}),
+            reward_funcs=shortness,
+            metric=lambda completions, **kwargs: [0.0] * len(completions),  # rewards count, not the metric
+        )
+        config = InterferenceConfig(objective="grpo", num_generations=4, max_new_tokens=6, seed=seed, **settings)
+        return collect_rollouts(make_model(), tokenizer, domain, config), shortness
+
+    return sample
+
+
+def test_rollouts(rollouts, tokenizer):
+    references, reward = rollouts()
+    assert references.considered == 3 and references.group_size == 4 and len(references.completions) == 12
+    expected = [tokenizer(prompt)["input_ids"] for prompt in ("1+1=", "22?", "abc") for _ in range(4)]
+    assert references.prompts == expected
+    rewards = np.reshape(reward(tokenizer.batch_decode(references.completions, skip_special_tokens=True)), (3, 4))
+    for group, advantages in zip(rewards, np.reshape(references.advantages, (3, 4)), strict=True):
+        np.testing.assert_allclose(advantages, (group - group.mean()) / (np.std(group, ddof=1) + 1e-4))
+    assert rollouts()[0] == references
+    assert rollouts(seed=1)[0].completions != references.completions
+    (batch,) = references.batches(12, 0, torch.device("cpu"))
+    rows = [
+        (tuple(ids[labels != -100].tolist()), advantage)
+        for ids, labels, advantage in zip(
+            batch["input_ids"], batch["labels"], batch["advantages"].tolist(), strict=True
+        )
+    ]
+    expected = zip(map(tuple, references.completions), np.float32(references.advantages).tolist(), strict=True)
+    assert sorted(rows) == sorted(expected)
+
+
+def test_halves_keep_groups_together(rollouts):
+    references, _ = rollouts()
+    halves = references.halves()
+    assert [len(half.prompts) for half in halves] == [8, 4] and [half.considered for half in halves] == [2, 1]
+    groups = {tuple(half.prompts[index]) for half in halves[:1] for index in range(8)}
+    assert groups.isdisjoint(map(tuple, halves[1].prompts))
+    assert sorted(halves[0].advantages + halves[1].advantages) == sorted(references.advantages)
+    single = references.take([0, 1, 2, 3])
+    assert single.halves() == [single]
+
+
+def test_equal_rewards(make_model, make_domain, tokenizer):
+    config = InterferenceConfig(num_generations=3, max_new_tokens=2)
+    with pytest.raises(
+        ValueError, match="domain 'numbers': the 3 completions of each of 5 prompts have equal rewards"
+    ):
+        collect_rollouts(make_model(), tokenizer, make_domain(), config)
