@@ -245,7 +245,9 @@ def check_comparable(first: Checkpoint, second: Checkpoint) -> list[str]:
             )
     for name in sorted(names):
         if first[name].shape != second[name].shape:
-            sizes = [getattr(checkpoint.config.get_text_config(), "vocab_size", None) for checkpoint in (first, second)]
+            sizes = [
+                getattr(checkpoint.config.get_text_config(), "vocab_size", None) for checkpoint in (first, second)
+            ]
             raise ValueError(
                 f"{second[name].file}: tensor {name}: expected shape {first[name].shape} as in {first[name].file}, "
                 f"found {second[name].shape}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoint import Checkpoint, StoredTensor, check_comparable, to_values
+from .checkpoint import Checkpoint, check_comparable, to_values
 from .routes import RouteMap
 
 
@@ -67,7 +67,9 @@ class Sparsity:
 
     def to_dict(self) -> dict[str, Any]:
         """Shares, 0 to 1, beside their data type and number of elements, and the norm of the update."""
-        shares = {name: getattr(self, name) / self.elements for name in ("below_absolute", "below_relative", "identical")}
+        shares = {
+            name: getattr(self, name) / self.elements for name in ("below_absolute", "below_relative", "identical")
+        }
         return {"dtype": self.dtype, "elements": self.elements, **shares, "norm": math.sqrt(self.squared_norm)}
 
 
@@ -166,10 +168,9 @@ def update_statistics(
     >>> from trl_interfere.analysis.checkpoint import Checkpoint
     >>> from trl_interfere.analysis.updates import update_statistics
 
-    >>> before, after = Checkpoint("out/stages/1-math"), Checkpoint("out/stages/2-qa")
-    >>> (update,) = update_statistics([before, after])
-    >>> update.whole.to_dict()["identical"]
-    0.83
+    >>> checkpoints = [Checkpoint("out/stages/1-math"), Checkpoint("out/stages/2-qa")]
+    >>> (update,) = update_statistics(checkpoints)
+    >>> update.whole.to_dict(), update.by_layer["0"].to_dict()
     ```
     """
     if len(checkpoints) not in (2, 3):
@@ -186,11 +187,16 @@ def update_statistics(
             memory.scratch = _Scratch()
         return _Tensor(checkpoints, name, route_map).run(memory.scratch)
 
-    results = {}
+    pairs = range(len(checkpoints) - 1)
+    tensors: list[dict[str, Sparsity]] = [{} for _ in pairs]
+    squares, outside = np.zeros((len(pairs), route_map.num_routes if route_map else 0)), np.zeros(len(pairs))
     with ThreadPoolExecutor(max_workers=workers) as pool:
         try:
-            for name, result in zip(names, pool.map(run, names), strict=True):
-                results[name] = result
+            for name, parts in zip(names, pool.map(run, names), strict=True):
+                for pair, part in enumerate(parts):
+                    tensors[pair][name] = part.sparsity
+                    squares[pair, part.start : part.start + len(part.squares)] += part.squares
+                    outside[pair] += part.outside
                 done += sum(checkpoint[name].nbytes for checkpoint in checkpoints)
                 progress(done, total)
         except BaseException:
@@ -198,15 +204,8 @@ def update_statistics(
             raise
     statistics = []
     for pair, (first, second) in enumerate(zip(checkpoints, checkpoints[1:], strict=False)):
-        tensors = {name: result[pair].sparsity for name, result in results.items()}
-        squares, outside = np.zeros(route_map.num_routes if route_map else 0), 0.0
-        for result in results.values():
-            owned = result[pair].routes
-            if owned is not None:
-                squares[owned.start : owned.start + len(owned.squares)] += owned.squares
-            outside += result[pair].outside
-        edit = (np.sqrt(squares), math.sqrt(outside)) if route_map else (None, None)
-        statistics.append(UpdateStatistics(first.name, second.name, tensors, *edit))
+        sizes = (np.sqrt(squares[pair]), math.sqrt(outside[pair])) if route_map else (None, None)
+        statistics.append(UpdateStatistics(first.name, second.name, tensors[pair], *sizes))
         whole = statistics[-1].whole
         if whole.identical == whole.elements:
             raise ValueError(
@@ -217,18 +216,12 @@ def update_statistics(
 
 
 @dataclass
-class _Owned:
-    # Sums of squares of the routes from `start` on.
-    start: int
-    squares: np.ndarray
-
-
-@dataclass
 class _Part:
-    # What one tensor contributes to the statistics of one update.
+    # What one tensor contributes to the statistics of one update. Sums of squares are of the routes from `start` on.
     sparsity: Sparsity
-    routes: _Owned | None
     outside: float
+    start: int = 0
+    squares: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 class _Scratch:
@@ -371,14 +364,12 @@ class _Tensor:
         squares = self.squares[pair]
         counts = (int(count) for count in self.counts[pair])
         sparsity = Sparsity(dtype, self.rows * self.columns, *counts, float(squares.sum()))
-        if self.owner is None:
-            return _Part(sparsity, None, sparsity.squared_norm)
-        owned = self.owner >= 0
-        if not owned.any():
-            return _Part(sparsity, None, sparsity.squared_norm)
+        owned = None if self.owner is None else self.owner >= 0
+        if owned is None or not owned.any():
+            return _Part(sparsity, sparsity.squared_norm)
         start = int(self.owner[owned].min())
         sums = np.bincount(self.owner[owned] - start, squares[owned])
-        return _Part(sparsity, _Owned(start, sums), float(squares[~owned].sum()))
+        return _Part(sparsity, float(squares[~owned].sum()), start, sums)
 
 
 def _owner(route_map: RouteMap | None, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray | None, int]:
