@@ -203,8 +203,8 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
     Returns:
         `float`: The index; `nan` if both are empty.
     """
-    union = np.count_nonzero(first | second)
-    return np.count_nonzero(first & second) / union if union else float("nan")
+    union = int(np.count_nonzero(first | second))
+    return int(np.count_nonzero(first & second)) / union if union else float("nan")
 
 
 def _chance(first: np.ndarray, second: np.ndarray, strata: np.ndarray) -> tuple[float, float, float]:
@@ -223,8 +223,10 @@ def _chance(first: np.ndarray, second: np.ndarray, strata: np.ndarray) -> tuple[
     sizes, ones, others = (np.bincount(strata, x) for x in (np.ones(len(strata)), first, second))
     probabilities, offset = np.ones(1), 0
     for n, a, b in zip(sizes.astype(int), ones.astype(int), others.astype(int), strict=True):
-        low, high = max(0, a + b - n), min(a, b)
-        if high > 0:
+        if min(a, b) > 0:
+            # Beyond twelve standard deviations lies nothing that a float64 could tell.
+            mean, reach = a * b / n, 12 * (a * b / n) ** 0.5 + 12
+            low, high = max(0, a + b - n, int(mean - reach)), min(a, b, int(mean + reach))
             probabilities = signal.convolve(probabilities, stats.hypergeom.pmf(np.arange(low, high + 1), n, a, b))
             offset += low
     probabilities = probabilities.clip(min=0) / probabilities.clip(min=0).sum()  # of rounding errors of an FFT
