@@ -325,15 +325,14 @@ class _Tensor:
                 identical = delta.size - np.count_nonzero(delta)
             np.less(delta, self.dtype(ABSOLUTE), out=same)
             below_absolute = np.count_nonzero(same)
-            if below_absolute == identical and not adapted and before.dtype == after.dtype == "bfloat16":
-                # Two bfloat16 values that differ do so by at least 2^-8 of each, so that no third pass is needed.
-                below_relative = identical
+            if not adapted and before.dtype == after.dtype == "bfloat16":
+                # Two bfloat16 values that differ do so by at least 2^-8 of each: only equal ones are closer than 1e-3.
+                np.equal(delta, self.dtype(0), out=same)
             else:
                 np.abs(start, out=work)
                 np.multiply(work, self.dtype(RELATIVE), out=work)
                 np.less_equal(delta, work, out=same)
-                below_relative = np.count_nonzero(same)
-            self.counts[pair] += (below_absolute, below_relative, identical)
+            self.counts[pair] += (below_absolute, np.count_nonzero(same), identical)
 
     def _add_squares(self, pair: int, low: int, delta: np.ndarray, work: np.ndarray) -> float:
         if self.squares.shape[2] > 1:
