@@ -8,16 +8,84 @@ import torch
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+
+class AdapterFactors:
+    r"""
+    The two thin matrices of each update of an adapter, read when they are asked for.
+
+    ``δ = s B A`` with ``s = lora_alpha / r`` (``lora_alpha / sqrt(r)`` for rank-stabilised LoRA), as in
+    [LoRA](https://huggingface.co/papers/2106.09685).
+
+    Args:
+        folder (`str` or `pathlib.Path`):
+            Folder of the adapter, such as a stage of a run.
+
+    Attributes:
+        names (`list[str]`): Names of the weights in the base model that the adapter updates.
+
+    Raises:
+        `ValueError`: If the folder holds no LoRA adapter, or one whose update is not a product of two matrices.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+        if not self.path.is_file():
+            raise ValueError(f"{folder}: expected an adapter ({SAFETENSORS_WEIGHTS_NAME}), found none")
+        self.config = LoraConfig.from_pretrained(str(folder))
+        if not isinstance(self.config, LoraConfig) or self.config.use_dora:
+            raise ValueError(f"{folder}: expected a LoRA adapter without DoRA, found {self.config.peft_type}")
+        try:
+            with safe_open(self.path, framework="pt") as tensors:
+                keys = sorted(tensors.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{self.path}: expected a whole safetensors file ({error})") from error
+        for key in keys:
+            if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+                raise ValueError(f"{self.path}: expected matrices lora_A and lora_B of linear layers, found {key!r}")
+        self._keys = {
+            f"{key.removesuffix('.lora_A.weight').removeprefix('base_model.model.')}.weight": key
+            for key in keys
+            if key.endswith(".lora_A.weight")
+        }
+        self.names = list(self._keys)
+
+    def factors(self, name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Two matrices whose product is the update of a weight.
+
+        Args:
+            name (`str`):
+                Name of the weight in the base model.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+                Data type to compute in.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Of shapes `(rows, r)` and `(r, columns)` for a weight of shape
+            `(rows, columns)`; the scale is in the second.
+
+        Raises:
+            `ValueError`: If they hold NaN or infinity.
+        """
+        key, config = self._keys[name], self.config
+        with safe_open(self.path, framework="pt") as tensors:
+            a = tensors.get_tensor(key).to(dtype)
+            b = tensors.get_tensor(key.replace(".lora_A.", ".lora_B.")).to(dtype)
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"{self.path}: tensor {key} or its lora_B: expected finite values, found NaN or infinity")
+        module = name.removesuffix(".weight")
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+        rank = a.shape[0]
+        a *= alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        return (a.T, b.T) if config.fan_in_fan_out else (b, a)
 
 
 def adapter_updates(folder: str | Path, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
-    r"""
+    """
     Updates of the weight matrices that an adapter stands for, one matrix at a time.
 
-    ``δ = s B A`` with ``s = lora_alpha / r`` (``lora_alpha / sqrt(r)`` for rank-stabilised LoRA), as in
-    [LoRA](https://huggingface.co/papers/2106.09685). Merging the adapter into weights of low precision and subtracting
-    would round away most of an update of RL.
+    Merging the adapter into weights of low precision and subtracting would round away most of an update of RL.
 
     Args:
         folder (`str` or `pathlib.Path`):
@@ -31,24 +99,7 @@ def adapter_updates(folder: str | Path, dtype: torch.dtype = torch.float32) -> I
     Raises:
         `ValueError`: If the folder holds no LoRA adapter, or one whose update is not a product of two matrices.
     """
-    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        raise ValueError(f"{folder}: expected an adapter ({SAFETENSORS_WEIGHTS_NAME}), found none")
-    config = LoraConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig) or config.use_dora:
-        raise ValueError(f"{folder}: expected a LoRA adapter without DoRA, found {config.peft_type}")
-    with safe_open(path, framework="pt") as tensors:
-        names = sorted(tensors.keys())
-        for name in names:
-            if not name.endswith((".lora_A.weight", ".lora_B.weight")):
-                raise ValueError(f"{path}: expected matrices lora_A and lora_B of linear layers, found {name!r}")
-        for name in names:
-            if name.endswith(".lora_B.weight"):
-                continue
-            module = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
-            a = tensors.get_tensor(name).to(dtype)
-            b = tensors.get_tensor(name.replace(".lora_A.", ".lora_B.")).to(dtype)
-            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-            rank = a.shape[0]
-            delta = (alpha / (math.sqrt(rank) if config.use_rslora else rank)) * (b @ a)
-            yield f"{module}.weight", delta.T if config.fan_in_fan_out else delta
+    adapter = AdapterFactors(folder)
+    for name in adapter.names:
+        left, right = adapter.factors(name, dtype)
+        yield name, left @ right
