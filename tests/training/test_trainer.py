@@ -244,3 +244,22 @@ def test_a_failing_reward_names_itself_and_loses_nothing(tmp_path, reward, messa
     manifest = json.loads((tmp_path / "stages.json").read_text())
     assert [stage["domain"] for stage in manifest["stages"]] == [None, "math"]
     assert (tmp_path / "stages" / "1-math" / "model.safetensors").exists()
+
+
+def test_checkpoints_of_finished_stages_go_and_completions_stay(tmp_path):
+    build(tmp_path, max_steps=1, log_completions=True).train()
+    kept = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.parquet")]
+    assert sorted(kept) == [f"stages/{name}/completions/completions_00001.parquet" for name in ("1-math", "2-writing")]
+    assert not list((tmp_path / "checkpoints").iterdir())
+    # killed between the record of a stage and the removal of its checkpoints
+    (tmp_path / "checkpoints" / "2-writing" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "stages" / "2-writing" / "completions").rename(tmp_path / "checkpoints" / "2-writing" / "completions")
+    build(tmp_path, max_steps=1, log_completions=True).train(resume_from_checkpoint=True)
+    found = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.parquet")]
+    assert sorted(found) == sorted(kept)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_steps_are_counted_over_all_stages(run):
+    steps = [(entry["stage"], entry["run_step"]) for entry in run.log_history if "loss" in entry]
+    assert steps == [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6), (3, 7), (3, 8)]

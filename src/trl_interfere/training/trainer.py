@@ -473,11 +473,16 @@ class SequentialGRPOTrainer(GRPOTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, StageCallback):
                 callback.on_stage_end(record, self.score_matrix)
-        if not self.args.keep_checkpoints and self.accelerator.is_main_process:
-            checkpoints = self.manifest.folder / "checkpoints" / record.name
-            if record.folder is not None and (checkpoints / "completions").exists():
-                os.replace(checkpoints / "completions", self.manifest.folder / record.folder / "completions")
-            shutil.rmtree(checkpoints, ignore_errors=True)
+        self._remove_checkpoints(record)
+
+    def _remove_checkpoints(self, record: StageRecord) -> None:
+        """Remove what a finished stage no longer needs; its completions move to its folder."""
+        if self.args.keep_checkpoints or not self.accelerator.is_main_process:
+            return
+        checkpoints = self.manifest.folder / "checkpoints" / record.name
+        if record.folder is not None and (checkpoints / "completions").exists():
+            os.replace(checkpoints / "completions", self.manifest.folder / record.folder / "completions")
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _save_stage(self, folder: Path) -> None:
         with _writing(folder):
@@ -522,6 +527,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
             folders = [record.folder for record in records if record.folder is not None]
             if folders:
                 self._load_stage(self.manifest.folder / folders[-1])
+            for record in self.manifest.stages:  # a process may have been killed just before it did
+                self._remove_checkpoints(record)
         elif self.accelerator.is_main_process:
             self.manifest.save()
         # transformers ends the run of trackio with each `train()`, and finds it again by its name alone.
