@@ -215,7 +215,6 @@ def analyze(
 
     from .analysis.analyzer import InterferenceAnalyzer
     from .analysis.config import InterferenceConfig
-    from .analysis.plots import plot_damage_concentration, plot_module_cosines
     from .domains.loading import build_dataclass, load_run_file
 
     if output_dir.exists() and any(output_dir.iterdir()):
@@ -237,12 +236,7 @@ def analyze(
             progress=lambda part: progress.update(task, description=part),
         )
     report.save_pretrained(output_dir)
-    (output_dir / "figures").mkdir()
-    for name, figure in (
-        ("module_cosines", plot_module_cosines(report)),
-        ("damage_concentration", plot_damage_concentration([report])),
-    ):
-        figure.savefig(output_dir / "figures" / f"{name}.png", dpi=150)
+    report.save_figures(output_dir / "figures")
     Console().print(Markdown(report.to_markdown()))
 
 

@@ -33,16 +33,16 @@ def test_damage_and_residual(report):
     assert report.damage == pytest.approx(0.7 - 0.1)
     assert report.residual == pytest.approx(0.7 - 0.1 - 0.5 - 0.05)
     content = report.to_dict()
-    assert content["schema_version"] == 2 and content["residual"] == report.residual and "routes" not in content
+    assert content["schema_version"] == 3 and content["residual"] == report.residual and "routes" not in content
 
 
-@pytest.mark.parametrize("found", [0, 1, 3, "2", None])
+@pytest.mark.parametrize("found", [0, 2, 4, "3", None])
 def test_other_schema_versions_are_refused(report, tmp_path, found):
     report.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
     content["schema_version"] = found
     (tmp_path / "report.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"report.json: expected schema_version 2, found {found!r}"):
+    with pytest.raises(ValueError, match=f"report.json: expected schema_version 3, found {found!r}"):
         InterferenceReport.from_pretrained(tmp_path)
 
 
@@ -56,7 +56,7 @@ def test_missing_files(report, tmp_path, missing):
 
 def test_broken_json(report, tmp_path):
     report.save_pretrained(tmp_path)
-    (tmp_path / "report.json").write_text('{"schema_version": 2, ')
+    (tmp_path / "report.json").write_text('{"schema_version": 3, ')
     with pytest.raises(ValueError, match="report.json: expected JSON"):
         InterferenceReport.from_pretrained(tmp_path)
 
@@ -98,7 +98,7 @@ def test_markdown_shows_the_figures(report, tmp_path):
     report.save_pretrained(tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert page.startswith("# Interference: qa, writing on math\n")
-    rows = dict(line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| "))
+    rows = dict(line.strip("| ").split(" | ") for line in page.partition("\n## ")[0].splitlines() if line[:2] == "| ")
     assert rows["loss before, after"] == "0.1000, 0.7000 nats per token"
     assert rows["damage"] == "+0.6000"
     assert rows["first order ∇L·δ"] == "+0.3000"
@@ -129,7 +129,7 @@ def test_markdown_shows_what_was_asked_for(report, tmp_path):
     none = {**spectrum, "shares": [], "top_routes": {}, "effective_dimension": 1.9}
     report.subspace = {"update": spectrum, "random": none, "references": 8, "seed": 0}
     page = report.to_markdown()
-    rows = dict(line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| "))
+    rows = dict(line.strip("| ").split(" | ") for line in page.partition("\n## ")[0].splitlines() if line[:2] == "| ")
     assert rows["second order ½ δᵀHδ"] == "+0.2500 ± 1.2e-03 (step 0.017 δ)"
     assert rows["gradient cosine, math and qa"] == "+0.500 [-0.250, +0.750], noise allows ±0.875"
     assert rows["second order in the top 2 directions (random update)"] == "62.5% (undefined)"
