@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 
 import numpy as np
 import torch
@@ -38,6 +39,8 @@ def route_activity(model: PreTrainedModel, batches: Batches, route_map: RouteMap
     """
     meter = _Meter()
     tokens = 0
+    # Nobody reads the logits, which cost as much as several layers where the vocabulary is large.
+    options = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     with torch.no_grad(), _hooked(model, route_map, meter):
         for batch in batches:
             # The state at a token predicts the next one: a completion is computed where its labels are shifted to.
@@ -45,7 +48,7 @@ def route_activity(model: PreTrainedModel, batches: Batches, route_map: RouteMap
             chosen[:, :-1] = batch["labels"][:, 1:] != -100
             meter.chosen = chosen.flatten()
             tokens += int(chosen.sum())
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            model(**{name: batch[name] for name in ("input_ids", "attention_mask")}, use_cache=False, **options)
     activity = np.zeros(route_map.num_routes)
     for name, sums in meter.sums.items():
         activity[route_map.cut(name).owners] = sums.cpu().numpy() / max(tokens, 1)
