@@ -13,7 +13,7 @@ from transformers.utils import find_adapter_config_file
 
 from .. import __version__
 from ..domains.domain import Domain
-from .activity import route_activity
+from .activity import ActivityMeter, route_activity
 from .architectures import Architecture
 from .checkpoint import Checkpoint, check_comparable
 from .config import InterferenceConfig
@@ -267,15 +267,24 @@ class InterferenceAnalyzer:
             found = update_statistics(self.checkpoints)
             updates = {name: entry.to_dict() for name, entry in zip(names, found, strict=True)}
 
-        progress("activity")
-        activity = {name: route_activity(self.before, entry.all, route_map) for name, entry in batches.items()}
+        # The passes of the gradients can measure activity too, if each of them computes every reference once.
+        shared = config.objective == "nll" and not config.gradient_checkpointing and not config.data_parallel
+        activity = {}
+        if not shared:
+            progress("activity")
+            activity = {name: route_activity(self.before, entry.all, route_map) for name, entry in batches.items()}
 
-        progress("gradients of the domains")
+        progress("gradients and activity of the domains" if shared else "gradients of the domains")
         objective, rollouts = self._objective([earlier, *later, *others])
         sources = batches if rollouts is None else {name: self._split(entry) for name, entry in rollouts.items()}
         losses, halves = {}, {}
         for name, entry in sources.items():
-            losses[name], halves[name] = self._half_gradients(entry, objective)
+            if shared:
+                with ActivityMeter(self.before, route_map) as meter:
+                    losses[name], halves[name] = self._half_gradients(entry, _observed(objective, meter))
+                activity[name] = meter.activity()
+            else:
+                losses[name], halves[name] = self._half_gradients(entry, objective)
         products = GradientProducts(halves)
         gradient = None
         if config.objective == "nll":
@@ -411,6 +420,14 @@ class InterferenceAnalyzer:
             found[name] = spectrum.to_dict()
         figures = {"references": min(config.subspace_prompts, len(references.prompts)), "seed": config.seed}
         return {**found, **figures}, directions["update"]
+
+
+def _observed(objective: Objective, meter: ActivityMeter) -> Objective:
+    def compute(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        meter.observe(batch)
+        return objective(model, batch)
+
+    return compute
 
 
 def _cosine_figures(products: GradientProducts, earlier: str, later: list[str]) -> dict:

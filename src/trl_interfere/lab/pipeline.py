@@ -230,7 +230,7 @@ class Lab:
         if len(following) > 1:
             pairs.append((self.earlier, following[:1], base, peak, trained[following[0]]))
         reports = []
-        self.progress.begin("analyze", len(pairs) * 6 + 1)
+        self.progress.begin("analyze", len(pairs) * 5 + 1)
         for index, (earlier, later, base, before, after) in enumerate(pairs):
             folder = self.folder / "analysis" / f"{index}-{earlier}-after-{'-'.join(later)}"
             if not (folder / "report.json").exists():
