@@ -211,7 +211,7 @@ def analyze(
     """Analyse what an update did to an earlier domain."""
     _prepare(threads)
     from rich.markdown import Markdown
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from .analysis.analyzer import InterferenceAnalyzer
     from .analysis.config import InterferenceConfig
@@ -227,14 +227,23 @@ def analyze(
             raise ValueError(f"unknown domain {name!r}, {config} has {sorted(domains)}")
     settings = build_dataclass(InterferenceConfig, run.analysis, f"{config}, analysis")
     analyzer = InterferenceAnalyzer.from_pretrained(before, after, base=base, config=settings, dtype=dtype)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    passes = analyzer.passes(later=len(names))
+    columns = (
+        TextColumn("{task.description:<38}"),
+        BarColumn(),
+        TextColumn("{task.completed:.1f}/{task.total:.1f} gradient passes"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("start")
-        report = analyzer.analyze(
-            domains[earlier],
-            [domains[name] for name in names],
-            progress=lambda part: progress.update(task, description=part),
-        )
+        task = progress.add_task("start", total=sum(passes.values()))
+
+        def begin(part: str) -> None:
+            done = sum(list(passes.values())[: list(passes).index(part)])
+            progress.update(task, description=part, completed=done)
+
+        report = analyzer.analyze(domains[earlier], [domains[name] for name in names], progress=begin)
+        progress.update(task, description="done", completed=sum(passes.values()))
     report.save_pretrained(output_dir)
     report.save_figures(output_dir / "figures")
     Console().print(Markdown(report.to_markdown()))

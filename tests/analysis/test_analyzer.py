@@ -495,3 +495,24 @@ def test_adapters_are_merged_from_their_own_tensors(models, domains, tokenizer, 
     np.testing.assert_allclose(report.routes["edit_size"], statistics[0].edit_size, rtol=1e-3, atol=1e-7)
     with pytest.raises(ValueError, match="dtype: expected 'float32' to merge the adapter .*, found 'bfloat16'"):
         load_model(folders["after"], "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"subspace_size": 2}, {"gradient_checkpointing": True}, {"objective": "kl"}, {"check_prompts": 0}]
+)
+def test_passes_name_every_part(models, domains, tokenizer, settings):
+    base, before, after = models
+    math, *later = domains
+    analyzer = InterferenceAnalyzer(before, after, tokenizer, base=base, config=replace(CONFIG, **settings))
+    begun = []
+    analyzer.analyze(math, later, progress=begun.append)
+    passes = analyzer.passes(later=2)
+    assert list(passes) == begun
+    checked = 4 * CONFIG.check_prompts / CONFIG.max_prompts if settings != {"check_prompts": 0} else 0
+    assert passes["damage of the earlier domain"] == pytest.approx(2 + checked + 8)
+
+
+def test_sum_of_the_passes_with_the_defaults(models, tokenizer):
+    _, before, after = models
+    passes = InterferenceAnalyzer(before, after, tokenizer).passes()
+    assert sum(passes.values()) == pytest.approx(10.8, abs=0.01)  # as docs/scaling.md has it

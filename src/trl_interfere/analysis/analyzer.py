@@ -210,6 +210,47 @@ class InterferenceAnalyzer:
         """References by domain as padded batches on the device of the model, one half after the other."""
         return {name: self._split(entry).all for name, entry in references.items()}
 
+    def passes(self, later: int = 1, others: int = 0) -> dict[str, float]:
+        """
+        Gradient passes of each part of an analysis, by the names that `progress` is called with.
+
+        A pass over the references of any domain counts the same, and a forward pass alone as a third of one. Reading
+        the files and writing references are no passes.
+
+        Args:
+            later (`int`, *optional*, defaults to `1`):
+                Number of later domains.
+            others (`int`, *optional*, defaults to `0`):
+                Number of other domains.
+
+        Returns:
+            `dict[str, float]`: Passes, in the order of the parts.
+        """
+        config, domains = self.config, 1 + later + others
+        parts = {"reference completions": 0.0}
+        if self.checkpoints is not None:
+            parts["files of the checkpoints"] = 0.0
+        if not self._shares_passes:
+            parts["activity"] = domains / 3
+        parts[self._gradient_part] = float(domains)
+        check = 4 * min(1.0, config.check_prompts / config.max_prompts)
+        parts["damage of the earlier domain"] = 2 + check + config.quadrature_nodes
+        parts["damage of the later domains"] = config.later_quadrature_nodes * later + domains / 3
+        if config.subspace_size:
+            share = min(1.0, config.subspace_prompts / config.max_prompts)
+            parts["conflict subspace"] = 2 * share * 2 * (2 * config.subspace_size + 2)
+        return parts
+
+    @property
+    def _shares_passes(self) -> bool:
+        # The passes of the gradients measure activity too, if each of them computes every reference once.
+        config = self.config
+        return config.objective == "nll" and not config.gradient_checkpointing and not config.data_parallel
+
+    @property
+    def _gradient_part(self) -> str:
+        return "gradients and activity of the domains" if self._shares_passes else "gradients of the domains"
+
     def analyze(
         self,
         earlier: Domain,
@@ -267,14 +308,12 @@ class InterferenceAnalyzer:
             found = update_statistics(self.checkpoints)
             updates = {name: entry.to_dict() for name, entry in zip(names, found, strict=True)}
 
-        # The passes of the gradients can measure activity too, if each of them computes every reference once.
-        shared = config.objective == "nll" and not config.gradient_checkpointing and not config.data_parallel
-        activity = {}
+        shared, activity = self._shares_passes, {}
         if not shared:
             progress("activity")
             activity = {name: route_activity(self.before, entry.all, route_map) for name, entry in batches.items()}
 
-        progress("gradients and activity of the domains" if shared else "gradients of the domains")
+        progress(self._gradient_part)
         objective, rollouts = self._objective([earlier, *later, *others])
         sources = batches if rollouts is None else {name: self._split(entry) for name, entry in rollouts.items()}
         losses, halves = {}, {}
