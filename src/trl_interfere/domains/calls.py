@@ -1,8 +1,9 @@
 """
 Calls of functions across two programs: one holds the generated code, the other the tests.
 
-This file is the text of both. Standard library only; what goes from one to the other is JSON on their standard input and
-output. Only plain values cross, so that no object of the generated code, with an `__eq__` of its own, reaches a test.
+This file is the text of both. Standard library only; what goes from one to the other is JSON on their standard input
+and output. Only plain values cross, so that no object of the generated code, with an `__eq__` of its own, reaches a
+test.
 """
 
 import ast
@@ -169,7 +170,8 @@ class Record:
     """
     The calls that a test makes, and their results as far as they are known.
 
-    Without any known, results are guessed; a call that differs from the known ones, or goes beyond them, ends the test.
+    Without any known, results are guessed. A call that differs from the known ones, or goes beyond them, ends the
+    test.
     """
 
     def __init__(self, known):

@@ -112,12 +112,7 @@ class Sandbox:
     def __init__(self, workers: int | None = None, limits: Limits | None = None):
         self.limits = limits or Limits()
         self.workers = workers or len(os.sched_getaffinity(0))
-        if shutil.which("bwrap") is None:
-            raise SandboxError(
-                "sandbox: expected bubblewrap (the command `bwrap`) to run generated programs in, found none. Install "
-                "it (`apt-get install bubblewrap`), or choose where programs run yourself: `sandbox: http://HOST:PORT` "
-                "for a Piston server, `sandbox: unsafe` for no isolation at all"
-            )
+        find_bubblewrap()
         self._local = threading.local()
         self._open: set[_Worker] = set()
         # A worker ends with the thread that made it, so each thread of the pool makes and keeps its own.
@@ -176,7 +171,7 @@ class Sandbox:
         self.close()
 
     def _run(self, program: str, stdin: str, limits: Limits) -> Execution:
-        for attempt in range(2):
+        for _ in range(2):
             worker = getattr(self._local, "worker", None)
             if worker is None:
                 worker = self._local.worker = _Worker()
@@ -192,6 +187,26 @@ class Sandbox:
             self._open.discard(worker)
             self._local.worker = None
         return execution
+
+
+def find_bubblewrap() -> str:
+    """
+    The command of bubblewrap.
+
+    Returns:
+        `str`: Its path.
+
+    Raises:
+        [`SandboxError`]: If it is not installed.
+    """
+    path = shutil.which("bwrap")
+    if path is None:
+        raise SandboxError(
+            "sandbox: expected bubblewrap (the command `bwrap`) to run generated programs in, found none. Install it "
+            "(`apt-get install bubblewrap`), or choose where programs run yourself: `sandbox: http://HOST:PORT` for a "
+            "Piston server, `sandbox: unsafe` for no isolation at all"
+        )
+    return path
 
 
 class _Worker:
@@ -343,7 +358,7 @@ class _Worker:
 
 def _command(root: bool, instructions: bytes) -> list[str]:
     python, prefix = os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix)
-    command = [shutil.which("bwrap"), "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+    command = [find_bubblewrap(), "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
     if root:
         # No namespace of users: it would hold a single one, and programs shall have another than the worker.

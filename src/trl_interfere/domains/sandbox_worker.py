@@ -5,23 +5,28 @@ It sees neither programs nor their input and output: the pipes of a program come
 Only the standard library is there; this file is bound into the sandbox by itself.
 """
 
+import atexit
 import ctypes
 import gc
 import json
 import os
+import random
 import resource
 import select
 import signal
 import socket
 import sys
+import threading
 import traceback
+from importlib import import_module
 
 
 # What programs use is imported once, before the fork.
-import array, atexit, bisect, cmath, collections, copy, dataclasses, datetime, decimal, enum, fractions  # noqa: E401, I001, F401
-import functools, hashlib, heapq, io, itertools, math, operator, queue, random, re, statistics  # noqa: E401, F401
-import string, struct, textwrap, threading, time, typing  # noqa: E401, F401
-
+for _name in (
+    "array bisect cmath collections copy dataclasses datetime decimal enum fractions functools hashlib heapq io "
+    "itertools math operator queue re statistics string struct textwrap time typing"
+).split():
+    import_module(_name)
 
 _SET_NO_NEW_PRIVILEGES, _SET_SECCOMP, _SET_DUMPABLE, _FILTER = 38, 22, 4, 2
 _LIBC = ctypes.CDLL(None, use_errno=True)
