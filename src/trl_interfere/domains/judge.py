@@ -37,8 +37,8 @@ class Judge:
     """
     Grades two texts against each other, in both orders.
 
-    Replies are kept in a file, so that a run that is resumed, or scored again, asks nothing twice. The budget counts the
-    replies in that file: it is one for all runs that share it.
+    Replies are kept in a file, so that a run that is resumed, or scored again, asks nothing twice. The budget counts
+    the replies in that file: it is one for all runs that share it.
 
     Args:
         base_url (`str`):
@@ -94,18 +94,19 @@ class Judge:
         self._client = openai.OpenAI(
             base_url=base_url, api_key=os.environ.get(api_key_env) or "none", timeout=timeout, max_retries=retries
         )
-        self._lock = threading.Lock()
+        self._lock, self._asked = threading.Lock(), 0
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             self._replies = sqlite3.connect(self.cache, check_same_thread=False, isolation_level=None, timeout=60)
             self._replies.execute("PRAGMA journal_mode=WAL")
             self._replies.execute(
-                "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL, tokens INTEGER NOT NULL)"
+                "CREATE TABLE IF NOT EXISTS replies "
+                "(key TEXT PRIMARY KEY, reply TEXT NOT NULL, tokens INTEGER NOT NULL)"
             )
         except (sqlite3.Error, OSError) as error:
             raise JudgeError(f"judge, cache: {self.cache} cannot be used as a file of replies ({error})") from error
 
-    def compare(self, assignment: str, text: str, reference: str) -> list[tuple[int, int]]:
+    def compare(self, assignment: str, text: str, reference: str) -> list[tuple[float, float]]:
         """
         Grade a text and a reference, once in each order.
 
@@ -118,7 +119,7 @@ class Judge:
                 What it is compared with.
 
         Returns:
-            `list[tuple[int, int]]`: Grades of the text and of the reference, 1 to 10, in each order. A reply that
+            `list[tuple[float, float]]`: Grades of the text and of the reference, 1 to 10, in each order. A reply that
             cannot be read counts as 1 against 10: a text that confuses the judge gains nothing.
 
         Raises:
@@ -143,10 +144,12 @@ class Judge:
             `tuple[int, int]`: Requests and tokens.
         """
         with self._lock:
-            row = self._replies.execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM replies").fetchone()
-        return row[0], row[1]
+            return self._spent()
 
-    def _grade(self, assignment: str, first: str, second: str) -> tuple[int, int] | None:
+    def _spent(self) -> tuple[int, int]:
+        return self._replies.execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM replies").fetchone()
+
+    def _grade(self, assignment: str, first: str, second: str) -> tuple[float, float] | None:
         for attempt in range(_ATTEMPTS):
             grades = _read(self._ask(self._messages(assignment, first, second), attempt))
             if grades is not None:
@@ -176,37 +179,46 @@ class Judge:
             row = self._replies.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
         if row is not None:
             return row[0]
-        self._check_budget()
+        self._reserve()
         try:
             completion = self._client.chat.completions.create(**request)
             reply = completion.choices[0].message.content or ""
             tokens = completion.usage.total_tokens if completion.usage is not None else 0
         except (self._errors, AttributeError, IndexError, TypeError) as error:
             raise JudgeError(
-                f"judge: expected a reply of {self.model!r} from {self.base_url}, found {type(error).__name__}: {error}"
+                f"judge: expected a reply of {self.model!r} from {self.base_url}, found "
+                f"{type(error).__name__}: {error}"
             ) from error
+        finally:
+            with self._lock:
+                self._asked -= 1
         with self._lock:
             self._replies.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (key, reply, tokens))
         return reply
 
-    def _check_budget(self) -> None:
-        for name, limit, spent in zip(
-            ("max_requests", "max_tokens"), (self.max_requests, self.max_tokens), self.spent(), strict=True
-        ):
-            if limit is not None and spent >= limit:
-                raise JudgeError(
-                    f"judge, {name}: the budget of {limit:,} is used up ({spent:,} in {self.cache}). Raise it and go on "
-                    "with --resume"
-                )
+    def _reserve(self) -> None:
+        """Count a request that is about to be made, or refuse it."""
+        with self._lock:
+            requests, tokens = self._spent()
+            for name, limit, spent in (
+                ("max_requests", self.max_requests, requests + self._asked),
+                ("max_tokens", self.max_tokens, tokens),
+            ):
+                if limit is not None and spent >= limit:
+                    raise JudgeError(
+                        f"judge, {name}: the budget of {limit:,} is used up ({spent:,} in {self.cache}). Raise it and "
+                        "go on with --resume"
+                    )
+            self._asked += 1
 
 
-def _read(reply: str) -> tuple[int, int] | None:
+def _read(reply: str) -> tuple[float, float] | None:
     for part in reversed(_REPLY.findall(reply)):
         try:
             content = json.loads(part)
             grades = tuple(content[name] for name in ("first", "second"))
         except (ValueError, KeyError, TypeError):
             continue
-        if all(type(grade) is int and 1 <= grade <= 10 for grade in grades):
+        if all(type(grade) in (int, float) and 1 <= grade <= 10 for grade in grades):
             return grades
     return None

@@ -75,8 +75,8 @@ def check_calls(sandbox: Any, program: str, tests: str, limits: Limits) -> Verdi
     Run tests that call functions of a program.
 
     Tests and program run in two processes of the sandbox, one after the other: the tests say which calls they make,
-    the program answers them, and the tests judge the answers. The process of the program sees the arguments of the calls
-    and neither the tests nor the expected results, and only plain values come out of it.
+    the program answers them, and the tests judge the answers. The process of the program sees the arguments of the
+    calls and neither the tests nor the expected results, and only plain values come out of it.
 
     Args:
         sandbox ([`Sandbox`]):

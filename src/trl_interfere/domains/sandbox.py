@@ -365,6 +365,10 @@ def _command(root: bool, instructions: bytes) -> list[str]:
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_KILL"]
     else:
         command += ["--unshare-user", "--cap-drop", "ALL"]
+    # Folders on the way to what is bound are made for their owner alone, unless they are made before.
+    for path in ("/usr/lib", f"{prefix}/lib", python, *_DEVICES):
+        for parent in reversed(Path(path).parents[:-1]):
+            command += ["--perms", "0755", "--dir", str(parent)]
     # The interpreter and the libraries that it is linked with, and nothing else of this machine.
     for path in dict.fromkeys((*_FOLDERS, f"{prefix}/lib", f"{prefix}/lib64", python)):
         if os.path.islink(path):

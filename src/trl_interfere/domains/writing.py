@@ -36,7 +36,8 @@ _SIZES = {"train": 512, "selection": 64, "test": 128}
 
 _FORMS = ("a very short story", "a scene", "a description", "a diary entry", "a letter to a friend", "a fable")
 _THEMES = (
-    "a storm at sea|the last day of summer|a lost dog|an old house|the first snow|a train at night|a market|two sisters|"
+    "a storm at sea|the last day of summer|a lost dog|an old house|the first snow|a train at night|a market|"
+    "two sisters|"
     "a garden in spring|a broken clock|a long walk|a secret|a birthday|a mountain|a quiet street|an empty theatre|"
     "a fire in the hills|a visitor|a river in flood|a bakery at dawn|a map|a lighthouse|a promise|a borrowed coat|"
     "a piano|a school in the desert|an island|a night without stars|a wedding|a bridge|a harvest|an old photograph"
@@ -114,8 +115,8 @@ def writing_domain(
         )
     if judge is None:
         raise ValueError(
-            f"{where}, judge: expected the settings of a judge (base_url, model, max_requests, ...) for {names}, found "
-            f"none; without one there is the source {OFFLINE!r}"
+            f"{where}, judge: expected the settings of a judge (base_url, model, max_requests, ...) for {names}, "
+            f"found none; without one there is the source {OFFLINE!r}"
         )
     settings = dict(judge)
     settings["cache"] = Path(folder or "", settings.get("cache", "judge.sqlite"))
@@ -189,8 +190,8 @@ class RubricReward:
     """
     Share of the rubric of an assignment that a text meets; 0 for what is no prose.
 
-    Prose has sentences of three words or more, at most half of its words are repetitions, no sentence stands in it twice,
-    and it is not copied from the assignment. Lists of words and repeated sentences would meet rubrics otherwise.
+    Prose has sentences of three words or more, at most half of its words are repetitions, no sentence stands in it
+    twice, and it is not copied from the assignment. Otherwise lists of words and repeated sentences would do.
 
     Args:
         thinking (`bool`, *optional*, defaults to `False`):
@@ -292,9 +293,9 @@ def _assignments(n: int, seed: int) -> list[dict[str, Any]]:
             "ending": _ENDINGS[ending],
         }
         text = (
-            f"Write {form} about {theme} in {low} or {low + 1} sentences, with {8 * low} to {20 * (low + 1)} words. Use "
-            f'the words "{words[0]}" and "{words[1]}". Do not use the word "{without}". End with {ending}. Reply with '
-            "the text only."
+            f"Write {form} about {theme} in {low} or {low + 1} sentences, with {8 * low} to {20 * (low + 1)} words. "
+            f'Use the words "{words[0]}" and "{words[1]}". Do not use the word "{without}". End with {ending}. Reply '
+            "with the text only."
         )
         rows.append({"prompt": [{"role": "user", "content": text}], "rubric": json.dumps(rubric), "key": text})
     return rows
