@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 import os
 import shutil
 import socket
@@ -218,18 +219,14 @@ def test_the_attempts_are_attempts():
 
 
 def test_threads_are_limited(sandbox):
-    program = EXHAUSTIONS["threads"][0].replace(
-        "break", "break\nimport os\nprint(threading.active_count(), flush=True)\nos._exit(0)"
-    )
+    program = EXHAUSTIONS["threads"][0] + "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)"
     execution = sandbox.run(program, limits=Limits(seconds=10, threads=20))
     assert int(execution.stdout.split()[0]) <= 20
 
 
 def test_what_programs_may_do(sandbox):
     program = (
-        "import atexit, math, numpy_is_missing if False else math\nimport threading, collections, heapq, asyncio\n"
-    ).replace("math, numpy_is_missing if False else math", "math")
-    program += (
+        "import asyncio, atexit, encodings.idna, sqlite3, threading, unicodedata\n"
         "async def double(x):\n    await asyncio.sleep(0)\n    return 2 * x\n"
         "print(asyncio.run(double(int(input()))))\n"
         "threading.Thread(target=print, args=('thread',)).start()\n"
@@ -314,11 +311,18 @@ def test_a_worker_that_is_lost_while_it_runs(bubblewrap):
 
 def test_closing_leaves_no_process(bubblewrap):
     before = {process.pid for process in psutil.Process().children(recursive=True)}
-    with Sandbox(workers=2) as sandbox:
-        sandbox.map(lambda _: sandbox.run("pass"), range(8))
-        running = threading.Thread(target=lambda: pytest.raises(Exception, sandbox.run, "while True: pass"))
-        assert {process.pid for process in psutil.Process().children(recursive=True)} - before
-        del running
+    sandbox = Sandbox(workers=2)
+    sandbox.map(lambda _: sandbox.run("pass"), range(8))
+    ended = []
+    running = threading.Thread(
+        target=lambda: ended.append(sandbox.run("while True: pass", limits=Limits(seconds=600)).status)
+    )
+    running.start()
+    time.sleep(0.2)
+    assert {process.pid for process in psutil.Process().children(recursive=True)} - before
+    sandbox.close()
+    running.join(60)
+    assert ended == ["lost"]
     assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
 
 

@@ -207,9 +207,8 @@ class CodeReward:
             )
         shares = []
         for test in content["calls"]:
-            verdict = check_calls(
-                sandbox, f"{content['header']}\n{program}", f"{content['header']}\n{test}", self.limits
-            )
+            program_text, test_text = f"{content['header']}\n{program}", f"{content['helpers']}\n{test}"
+            verdict = check_calls(sandbox, program_text, test_text, self.limits)
             shares.append(verdict.share)
             if not verdict.passed and not self.partial:
                 break
@@ -269,7 +268,13 @@ def _humaneval_row(problem: dict[str, str], instruction: str) -> dict[str, Any]:
     nodes = ast.parse(f"{code.rstrip()}\n    pass\n").body
     header = "\n".join(ast.unparse(node) for node in nodes if getattr(node, "name", None) != function)
     test = re.sub(r"^METADATA\s*=\s*\{.*?^\}", "", problem["test"], flags=re.DOTALL | re.MULTILINE)
-    tests = {"function": function, "code": code, "header": header, "calls": [f"{test}\ncheck({function})\n"]}
+    tests = {
+        "function": function,
+        "code": code,
+        "header": header,
+        "helpers": header,
+        "calls": [f"{test}\ncheck({function})\n"],
+    }
     return {
         "prompt": [{"role": "user", "content": f"{instruction}\n\n```python\n{code.strip()}\n```"}],
         "tests": json.dumps(tests),
@@ -297,7 +302,7 @@ def _klear_tests(truth: str | dict | None, max_tests: int) -> str:
     functional = content.get("functional") or content.get("pytest")
     if functional:
         calls = [functional] if isinstance(functional, str) else list(functional)[:max_tests]
-        return json.dumps({"header": _IMPORTS, "calls": calls})
+        return json.dumps({"header": _IMPORTS, "helpers": "", "calls": calls})
     inputs, outputs = content.get("inputs"), content.get("outputs")
     if not inputs or not outputs or len(inputs) != len(outputs) or content.get("fn_name"):
         return ""
@@ -313,6 +318,6 @@ def _klear_tests(truth: str | dict | None, max_tests: int) -> str:
 # What solutions to problems of functions may take for granted.
 _IMPORTS = (
     "from typing import *\nfrom collections import *\nfrom functools import *\nfrom itertools import *\n"
-    "from heapq import *\nfrom bisect import *\nfrom string import *\nfrom operator import *\n"
-    "import math, re, random, string, sys\nfrom math import *"
+    "from heapq import *\nfrom bisect import *\n"
+    "import math, operator, re, random, string, sys\nfrom math import *"
 )

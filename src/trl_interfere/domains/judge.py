@@ -180,10 +180,11 @@ class Judge:
         if row is not None:
             return row[0]
         self._reserve()
+        reply = None
         try:
             completion = self._client.chat.completions.create(**request)
-            reply = completion.choices[0].message.content or ""
             tokens = completion.usage.total_tokens if completion.usage is not None else 0
+            reply = completion.choices[0].message.content or ""
         except (self._errors, AttributeError, IndexError, TypeError) as error:
             raise JudgeError(
                 f"judge: expected a reply of {self.model!r} from {self.base_url}, found "
@@ -192,8 +193,8 @@ class Judge:
         finally:
             with self._lock:
                 self._asked -= 1
-        with self._lock:
-            self._replies.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (key, reply, tokens))
+                if reply is not None:
+                    self._replies.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (key, reply, tokens))
         return reply
 
     def _reserve(self) -> None:

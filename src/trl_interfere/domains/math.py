@@ -216,6 +216,7 @@ def number(text: str) -> Fraction | None:
     text = text.strip().removesuffix(".").strip()
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{\s*([-+\d.,/]+)\s*\}", r"\1", text)
     text = re.sub(r"\\[,!;:]|\\ |(?<=\d)\{,\}(?=\d{3})", lambda m: "," if m[0] == "{,}" else "", text)
+    text = re.sub(r"\s*(\\times|\\cdot)\s*", r"\1", text)
     text = re.sub(r"^[a-zA-Z]\s*=\s*", "", text)
     text = re.sub(r"^(?:\\?\$|€|£)\s*", "", text)
     # A unit: words, not signs.

@@ -3,14 +3,15 @@
 import ast
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from .sandbox import Execution, Limits
 
 
-_CALLS = Path(__file__).with_name("calls.py")
+# Without docstrings and comments, since it is compiled in every run. Here and not where it is used: CPython 3.11 fails
+# when two threads make syntax trees at the same time.
+_CALLS = ast.unparse(ast.parse(Path(__file__).with_name("calls.py").read_text(encoding="utf-8")))
 _ROUNDS = 40  # of calls that could not be foreseen; each costs a run of the program and one of the tests
 
 
@@ -122,14 +123,7 @@ def _foreseen_calls(sandbox: Any, tests: str, limits: Limits) -> list[dict]:
 
 
 def _run(sandbox: Any, side: str, request: dict, limits: Limits) -> Execution:
-    return sandbox.run(f"{_source()}\n{side}(json.loads(sys.stdin.read()))\n", json.dumps(request), limits)
-
-
-@lru_cache
-def _source() -> str:
-    # Without docstrings and comments: it is compiled in every run.
-    tree = ast.parse(_CALLS.read_text(encoding="utf-8"))
-    return ast.unparse(tree)
+    return sandbox.run(f"{_CALLS}\n{side}(json.loads(sys.stdin.read()))\n", json.dumps(request), limits)
 
 
 def _results(text: str, n: int) -> list[dict] | None:

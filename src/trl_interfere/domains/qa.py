@@ -51,6 +51,7 @@ _STATED = re.compile(
 )
 _MARKED = re.compile(r"answer\s*(?:is|:)|\\boxed|\b(?:option|choice)\s+is", re.IGNORECASE)
 _ALONE = re.compile(rf"^{_OPEN}([A-Z])(?![A-Za-z']){_CLOSE}(?:[.!]?{_CLOSE}$|[.:)]\s*\S[^\n]*$)")
+_NAMED = re.compile(rf"(?:answer|option|choice)\s*(?:is)?[\s*_]*:?\s*{_OPEN}([A-Z])(?![A-Za-z'])", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\s*\{\s*(?:\\(?:text|mathrm|mathbf|textbf)\s*\{)?\s*\(?([A-Za-z])\)?\s*\}?\s*\}")
 _ANOTHER = re.compile(r"^\s*(?:[/,&+|]|or\b|and\b)\s*\(?[A-Z]\b", re.IGNORECASE)
 
@@ -195,9 +196,11 @@ def chosen_letter(text: str | None, n_options: int) -> str | None:
     letter = None
     if marked:
         boxed = _BOXED.findall(marked[-1])
-        stated = [match for match in _STATED.finditer(marked[-1])]
-        if boxed:
-            letter = boxed[-1] if len(set(boxed)) == 1 else None
+        stated = list(_STATED.finditer(marked[-1]))
+        if len({found.upper() for found in (*_NAMED.findall(marked[-1]), *boxed)}) > 1:
+            letter = None
+        elif boxed:
+            letter = boxed[-1]
         elif stated and not _several(marked[-1][stated[-1].end(1) :]):
             letter = stated[-1][1]
     else:

@@ -115,9 +115,10 @@ class Sandbox:
         find_bubblewrap()
         self._local = threading.local()
         self._open: set[_Worker] = set()
+        self._closing = threading.Event()
         # A worker ends with the thread that made it, so each thread of the pool makes and keeps its own.
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
-        self._finalizer = weakref.finalize(self, _close, self._pool, self._open)
+        self._finalizer = weakref.finalize(self, _close, self._pool, self._open, self._closing)
         try:
             probe = self.run("print(1 + 1)")
         except SandboxError:
@@ -173,6 +174,8 @@ class Sandbox:
     def _run(self, program: str, stdin: str, limits: Limits) -> Execution:
         for _ in range(2):
             worker = getattr(self._local, "worker", None)
+            if self._closing.is_set():
+                return Execution("lost", stderr="the sandbox is closed")
             if worker is None:
                 worker = self._local.worker = _Worker()
                 self._open.add(worker)
@@ -383,7 +386,8 @@ def _command(root: bool, instructions: bytes) -> list[str]:
     return [*command, python, "-s", "-S", "-P", "-B", "/worker.py", instructions.hex()]
 
 
-def _close(pool: ThreadPoolExecutor, workers: set[_Worker]) -> None:
+def _close(pool: ThreadPoolExecutor, workers: set[_Worker], closing: threading.Event) -> None:
+    closing.set()
     pool.shutdown(wait=False, cancel_futures=True)
     for worker in list(workers):
         worker.process.kill()

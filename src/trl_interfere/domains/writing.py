@@ -190,7 +190,8 @@ class RubricReward:
     """
     Share of the rubric of an assignment that a text meets; 0 for what is no prose.
 
-    Prose has sentences of three words or more, at most half of its words are repetitions, no sentence stands in it
+    Prose has mostly letters and sentences of three words or more, at most half of its words are repetitions, no sentence
+    stands in it
     twice, and it is not copied from the assignment. Otherwise lists of words and repeated sentences would do.
 
     Args:
@@ -265,7 +266,8 @@ def check_rubric(text: str | None, rubric: Mapping[str, Any], assignment: str = 
 
 
 def _is_prose(text: str, sentences: list[str], words: list[str], assignment: str) -> bool:
-    if not sentences or len(set(words)) < 0.5 * len(words):
+    letters = sum(sign.isalpha() or sign.isspace() for sign in text)
+    if not sentences or letters < 0.8 * len(text) or len(set(words)) < 0.5 * len(words):
         return False
     bodies = [tuple(word.casefold() for word in _WORD.findall(sentence)) for sentence in sentences]
     if any(len(body) < 3 for body in bodies) or len(set(bodies)) < len(bodies):
