@@ -203,7 +203,8 @@ def test_escapes(attempt, sandbox, left_nothing, monkeypatch, tmp_path):
 def test_exhaustion(attempt, sandbox, left_nothing):
     program, expected = EXHAUSTIONS[attempt]
     execution = sandbox.run(program, limits=SHORT)
-    assert execution.status in expected, execution
+    # On a machine with much else to do, the time may be over before the memory or the output is.
+    assert execution.status in expected | {"timeout"}, execution
     assert len(execution.stdout) <= SHORT.output and len(execution.stderr) <= SHORT.output
     assert execution.memory <= SHORT.memory
     assert sandbox.run("print(2)").stdout == "2\n"
@@ -216,6 +217,20 @@ def test_the_attempts_are_attempts():
         run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
         assert run.stdout != "refused\n", attempt
     Path("/tmp/escape").unlink(missing_ok=True)
+
+
+def test_memory_is_limited(sandbox):
+    execution = sandbox.run("x = bytearray(200 * 2**20)\nprint('fine')", limits=Limits(seconds=30))
+    assert execution.stdout == "fine\n" and execution.memory >= 200 * 2**20
+    execution = sandbox.run("x = bytearray(200 * 2**20)", limits=Limits(seconds=30, memory=150 * 2**20))
+    assert execution.status == "error" and "MemoryError" in execution.stderr
+
+
+def test_output_is_limited(sandbox):
+    limits = Limits(seconds=30, output=1000)
+    assert sandbox.run("print('x' * 999)", limits=limits).status == "ok"
+    execution = sandbox.run("print('x' * 1000)\nwhile True: print('x')", limits=limits)
+    assert (execution.status, len(execution.stdout)) == ("output", 1000)
 
 
 def test_threads_are_limited(sandbox):
@@ -370,7 +385,8 @@ def test_as_another_user(bubblewrap, tmp_path):
             f"    for name, program in zip({names!r}, {programs!r}):\n"
             "        print(name, '|', sandbox.run(program).stdout.strip())\n"
             f"    for program, _ in {list(EXHAUSTIONS.values())!r}:\n"
-            "        print(sandbox.run(program, limits=Limits(seconds=0.5)).status in _, '|', 'refused')\n"
+            "        status = sandbox.run(program, limits=Limits(seconds=0.5)).status\n"
+            "        print(status in _ | {'timeout'}, status, repr(program[:80]), '|', 'refused')\n"
         )
         (folder / "script.py").write_text(script)
         for path in (folder, *folder.rglob("*")):

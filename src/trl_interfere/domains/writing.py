@@ -190,9 +190,9 @@ class RubricReward:
     """
     Share of the rubric of an assignment that a text meets; 0 for what is no prose.
 
-    Prose has mostly letters and sentences of three words or more, at most half of its words are repetitions, no sentence
-    stands in it
-    twice, and it is not copied from the assignment. Otherwise lists of words and repeated sentences would do.
+    Prose has mostly letters and sentences of three words or more, at most half of its words are repetitions, no
+    sentence stands in it twice, and it is not copied from the assignment. Otherwise lists of words and repeated
+    sentences would do.
 
     Args:
         thinking (`bool`, *optional*, defaults to `False`):
