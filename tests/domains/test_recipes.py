@@ -48,7 +48,7 @@ ROWS = {
 def stand_ins(tmp_path):
     """Copies of the data sets, and a model that has the shape of a small Qwen3."""
     for name, row in ROWS.items():
-        rows = (json.dumps(row(index)) + "\n" for index in range(2000))
+        rows = (json.dumps(row(index)) + "\n" for index in range(400))
         (tmp_path / f"{name}.jsonl").write_text("".join(rows))
     prompts = {
         str(subject): "".join(

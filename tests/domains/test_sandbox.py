@@ -156,32 +156,26 @@ EXHAUSTIONS = {
 }
 
 
-def leftovers() -> list[str]:
-    """Processes under this one that are neither a bubblewrap nor a worker, and more of those than there may be."""
-    names = [process.name() for process in psutil.Process().children(recursive=True)]
-    return [name for name in names if name != "bwrap" and not name.startswith("python")]
-
-
-def in_sandbox() -> list[int]:
-    """Ids of all processes under a bubblewrap of this process."""
+def processes(sandbox) -> list[psutil.Process]:
+    """All processes of a sandbox: those of bubblewrap, and what runs in them."""
     found = []
-    for process in psutil.Process().children():
-        if process.name() == "bwrap":
-            found += [child.pid for child in process.children(recursive=True)]
+    for worker in sandbox._open:
+        process = psutil.Process(worker.process.pid)
+        found += [process, *process.children(recursive=True)]
     return found
 
 
 @pytest.fixture
 def left_nothing(sandbox):
-    """After a test there are as many processes as before: one bubblewrap and one interpreter for each worker."""
+    """After a test there is what there was before it: a bubblewrap and an interpreter for each of two workers."""
     sandbox.map(lambda _: sandbox.run("import time; time.sleep(0.05)"), range(4))  # every worker is there
-    before = len(in_sandbox())
+    before = sorted(process.pid for process in processes(sandbox))
     yield
     deadline = time.monotonic() + 10
-    while len(in_sandbox()) > before and time.monotonic() < deadline:
+    while (after := sorted(process.pid for process in processes(sandbox))) != before and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(in_sandbox()) <= before == 2
-    assert leftovers() == []
+    assert after == before
+    assert len(sandbox._open) == 2 and len(after) <= 3 * len(sandbox._open)
 
 
 @pytest.mark.parametrize("attempt", ESCAPES)

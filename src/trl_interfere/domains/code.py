@@ -17,6 +17,7 @@ from .rewards import answer_text
 from .sandbox import Limits
 from .sandboxes import check_sandbox, open_sandbox
 from .sources import Parts, Source, apart, check_source, deal, read_source
+from .splits import part_sizes
 
 
 SOURCES = {
@@ -94,7 +95,7 @@ def code_domain(
     for option in (source, test_source or source):
         check_source(option, (*SOURCES, OFFLINE), where)
     check_sandbox(sandbox)
-    sizes = dict(_SIZES if sizes is None else sizes)
+    sizes = part_sizes(sizes, _SIZES, f"{where}, sizes")
     paths = dict(paths or {})
 
     def load(option: str, others: Mapping[str, str] | None = None) -> Dataset:

@@ -14,6 +14,7 @@ from .domain import Domain
 from .extras import require
 from .rewards import answer_text
 from .sources import Parts, Source, apart, check_source, deal, read_source
+from .splits import part_sizes
 
 
 SOURCES = {
@@ -95,7 +96,7 @@ def math_domain(
     for option in (source, test_source or source):
         check_source(option, (*SOURCES, OFFLINE), where)
     require("math_verify", "math", where)
-    sizes = dict(_SIZES if sizes is None else sizes)
+    sizes = part_sizes(sizes, _SIZES, f"{where}, sizes")
     paths = dict(paths or {})
 
     def load(option: str, others: Mapping[str, str] | None = None) -> Dataset:

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from urllib.parse import urlparse
 
+import requests
+
 from .sandbox import Execution, Limits, Sandbox, SandboxError, find_bubblewrap
 
 
@@ -138,8 +140,6 @@ class PistonSandbox(_Mapping):
         return Execution(status, stdout[: limits.output], stderr[: limits.output], run.get("code"))
 
     def _post(self, body: dict, seconds: float) -> dict:
-        import requests
-
         for attempt in range(self.retries + 1):
             try:
                 response = requests.post(f"{self.url}/api/v2/execute", json=body, timeout=seconds + 30)

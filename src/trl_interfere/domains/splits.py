@@ -50,12 +50,7 @@ def split_dataset(
             seen[stratum] += 1
         order.sort(key=places.__getitem__)
     rows = [first[key] for key in order]
-    unknown = sorted(set(sizes) - set(PARTS))
-    if unknown:
-        raise ValueError(f"{where}: expected sizes of {sorted(PARTS)}, found {unknown}")
-    for part, size in sizes.items():
-        if size is not None and (type(size) is not int or size < 0):
-            raise ValueError(f"{where}, {part}: expected a number of rows, found {size!r}")
+    sizes = part_sizes(sizes, {}, where)
     wanted = sum(size or 0 for size in sizes.values())
     if wanted > len(rows):
         raise ValueError(f"{where}: expected at least {wanted} different prompts ({dict(sizes)}), found {len(rows)}")
@@ -67,6 +62,36 @@ def split_dataset(
             parts[part] = dataset.select(rows[start:stop])
         start = stop
     return parts
+
+
+def part_sizes(
+    sizes: Mapping[str, int | None] | None, default: Mapping[str, int | None], where: str
+) -> dict[str, int | None]:
+    """
+    Sizes of the parts of a domain, checked.
+
+    Args:
+        sizes (`Mapping[str, int]`, *optional*):
+            What the user gave.
+        default (`Mapping[str, int]`):
+            What holds if it is nothing.
+        where (`str`):
+            Where the sizes stand, for the message.
+
+    Returns:
+        `dict[str, int]`: Rows by part.
+
+    Raises:
+        `ValueError`: If a part is unknown or a size is no number of rows.
+    """
+    if sizes is None:
+        return dict(default)
+    if not isinstance(sizes, Mapping) or set(sizes) - set(PARTS):
+        raise ValueError(f"{where}: expected sizes of {sorted(PARTS)}, found {sizes!r}")
+    for part, size in sizes.items():
+        if size is not None and (type(size) is not int or size < 0):
+            raise ValueError(f"{where}, {part}: expected a number of rows, found {size!r}")
+    return dict(sizes)
 
 
 def normal_key(text: str) -> str:

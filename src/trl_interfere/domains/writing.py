@@ -14,6 +14,7 @@ from .domain import Domain
 from .judge import Judge
 from .rewards import answer_text
 from .sources import Source, check_source, deal, joined, read_source
+from .splits import part_sizes
 
 
 # Names of columns: see docs/domains.md for what they rest on.
@@ -104,7 +105,7 @@ def writing_domain(
         raise ValueError(f"{where}, source: expected one or several of {sorted(SOURCES)}, found none")
     for option in names:
         check_source(option, SOURCES if len(names) > 1 else (*SOURCES, OFFLINE), where)
-    sizes = dict(_SIZES if sizes is None else sizes)
+    sizes = part_sizes(sizes, _SIZES, f"{where}, sizes")
     if names == [OFFLINE]:
         if judge is not None:
             raise ValueError(f"{where}, judge: expected none for the source {OFFLINE!r}, which has a rubric")
