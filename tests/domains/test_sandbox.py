@@ -387,7 +387,7 @@ def test_as_another_user(bubblewrap, tmp_path):
             path.chmod(0o755)
         command = ["setpriv", "--reuid=65533", "--regid=65533", "--clear-groups", "--", python]
         run = subprocess.run(
-            [*command, str(folder / "script.py"), str(folder)], capture_output=True, text=True, timeout=300, cwd="/"
+            [*command, str(folder / "script.py"), str(folder)], capture_output=True, text=True, timeout=120, cwd="/"
         )
     finally:
         shutil.rmtree(folder)
@@ -431,3 +431,23 @@ def test_filter_is_well_formed(machine):
     assert instructions[-1][0] & 7 == 6
     with pytest.raises(ValueError, match="expected a machine of type .*found 'riscv64'"):
         seccomp_filter("riscv64")
+
+
+def test_a_late_word_to_end_harms_no_program(bubblewrap):
+    with Sandbox(workers=1) as sandbox:
+        (worker,) = sandbox._open
+        worker.channel.sendall(b"x")
+        assert [sandbox.run(f"print({number})").stdout for number in range(3)] == ["0\n", "1\n", "2\n"]
+        assert sandbox._open == {worker}
+
+
+def test_a_worker_that_hangs_while_a_program_floods_is_ended(bubblewrap, monkeypatch):
+    """The time limit holds even if the worker does not enforce it."""
+    monkeypatch.setattr("trl_interfere.domains.sandbox._GRACE", 0.5)
+    with Sandbox(workers=1) as sandbox:
+        (worker,) = sandbox._open
+        for process in psutil.Process(worker.process.pid).children(recursive=True):
+            process.suspend()
+        # Suspended, it never answers; the program then runs on a fresh worker.
+        assert sandbox.run("print(1)", limits=Limits(seconds=0.5)).stdout == "1\n"
+        assert worker not in sandbox._open

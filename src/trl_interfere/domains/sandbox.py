@@ -327,7 +327,8 @@ class _Worker:
             waiting = set(outputs)
             while report is None or waiting:
                 events = selector.select(max(deadline - time.monotonic(), 0))
-                if not events:
+                # A program that writes without end keeps the pipes busy: their silence is not waited for.
+                if not events or time.monotonic() > deadline:
                     raise OSError("the worker does not answer")
                 for key, _ in events:
                     if key.fileobj is self.channel:
