@@ -27,6 +27,8 @@ lab: $(INSTALLED)
 	$(BIN)/trl-interfere lab --output-dir "$(LAB_DIR)" $(ARGS)
 
 test: $(INSTALLED)
+	@command -v bwrap >/dev/null || echo "bubblewrap is missing: tests of the sandbox will be skipped \
+	(apt-get install bubblewrap)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 test-resume: $(INSTALLED)

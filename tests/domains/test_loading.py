@@ -6,6 +6,7 @@ import pytest
 import yaml
 from datasets import Dataset, DatasetDict
 
+from trl_interfere.domains.domain import Domain
 from trl_interfere.domains.loading import build_dataclass, load_function, load_prompts, load_run_file
 from trl_interfere.domains.rewards import contains_words, exact_match
 from trl_interfere.lab.math import math_reward
@@ -188,6 +189,54 @@ def test_run_file(folder):
     assert math.reward_funcs == [exact_match, contains_words] and math.reward_weights == [1.0, 0.25]
     assert math.metric is math_reward and qa.metric is None
     assert qa.train_dataset is None and qa.reward_funcs == [exact_match]
+
+
+def made(name="made", size=2, folder=None):
+    """A function that a YAML file can name in place of a shipped domain."""
+    table = TABLE.select(range(size)).rename_column("question", "prompt")
+    return Domain(name=name, train_dataset=table, reward_funcs=exact_match)
+
+
+def not_made():
+    return "a domain"
+
+
+def test_shipped_domains(folder):
+    content = {
+        "model": "some/model",
+        "domains": [
+            {"domain": "writing", "options": {"sizes": {"train": 4, "test": 2}}, "settings": {"max_steps": 3}},
+            {"name": "letters", "domain": "writing", "options": {"sizes": {"selection": 3}, "seed": 1}},
+            {"name": "other", "domain": f"{__name__}.made", "options": {"size": 3}},
+        ],
+    }
+    run = load_run_file(write(folder, content))
+    assert [domain.name for domain in run.domains] == ["writing", "letters", "other"]
+    writing, letters, other = run.domains
+    assert (len(writing.train_dataset), len(writing.eval_dataset), writing.selection_dataset) == (4, 2, None)
+    assert (letters.train_dataset, len(letters.selection_dataset), len(other.train_dataset)) == (None, 3, 3)
+    assert run.training == {"stage_overrides": {"writing": {"max_steps": 3}}}
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"domain": "maths"}, r"domains\[0\], domain: 'maths' is neither a shipped domain \(code, math, qa, "),
+        ({"domain": "writing", "train": "x"}, r"domains\[0\]: unknown option 'train'"),
+        ({"domain": "writing", "options": {"siezs": {}}}, "options: unknown option 'siezs', did you mean 'sizes'?"),
+        ({"domain": "writing", "options": {"folder": "x"}}, "options: unknown option 'folder'"),
+        ({"domain": "writing", "options": [1]}, "options: expected settings by name"),
+        (
+            {"domain": "writing", "options": {"sizes": {"train": "all"}}},
+            "sizes, train: expected a number of rows, found 'all'",
+        ),
+        ({"domain": f"{__name__}.not_made"}, "expected a function that returns a Domain, found"),
+        ({"domain": "qa", "options": {"source": "trivia"}}, r"domains\[0\]: domain 'qa', source: expected one of"),
+    ],
+)
+def test_shipped_domains_that_cannot_be(entry, message, folder):
+    with pytest.raises(ValueError, match=message):
+        load_run_file(write(folder, {"model": "m", "domains": [entry]}))
 
 
 def test_least_run_file(folder):

@@ -1,7 +1,8 @@
 """Domains and settings from a YAML file."""
 
 import difflib
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,14 @@ from .rewards import BUILT_IN_REWARDS
 _FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _TOP = ("model", "training", "domains", "peft", "refresh", "analysis")
 _DOMAIN = ("name", "train", "eval", "selection", "rewards", "reward_weights", "metric", "settings")
+_SHIPPED = ("name", "domain", "options", "settings")
+# Name in YAML to the dotted path of a function that makes the domain.
+SHIPPED_DOMAINS = {
+    "math": "trl_interfere.domains.math.math_domain",
+    "code": "trl_interfere.domains.code.code_domain",
+    "qa": "trl_interfere.domains.qa.qa_domain",
+    "writing": "trl_interfere.domains.writing.writing_domain",
+}
 _DATA = ("path", "name", "split", "columns", "prompt", "system", "limit", "skip")
 
 
@@ -82,10 +91,14 @@ def load_run_file(path: str | Path) -> RunFile:
     domains = []
     for position, entry in enumerate(content["domains"]):
         where = f"{path}, domains[{position}]"
-        check_names(_mapping(entry, where), _DOMAIN, where, required=("name",))
-        domains.append(_domain(entry, where, path.parent))
+        if "domain" in _mapping(entry, where):
+            check_names(entry, _SHIPPED, where)
+            domains.append(_shipped_domain(entry, where, path.parent))
+        else:
+            check_names(entry, _DOMAIN, where, required=("name",))
+            domains.append(_domain(entry, where, path.parent))
         if entry.get("settings"):
-            overrides[str(entry["name"])] = _mapping(entry["settings"], f"{where}, settings")
+            overrides[domains[-1].name] = _mapping(entry["settings"], f"{where}, settings")
     if overrides:
         training["stage_overrides"] = overrides
     model = str(content["model"])
@@ -179,15 +192,40 @@ def _domain(entry: dict[str, Any], where: str, folder: Path) -> Domain:
     )
 
 
-def load_function(name: str, where: str) -> Callable:
+def _shipped_domain(entry: dict[str, Any], where: str, folder: Path) -> Domain:
+    function = load_function(entry["domain"], f"{where}, domain", SHIPPED_DOMAINS, "shipped domain")
+    options = _mapping(entry.get("options"), f"{where}, options")
+    parameters = inspect.signature(function).parameters
+    if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        check_names(options, [name for name in parameters if name not in ("name", "folder")], f"{where}, options")
+    if "name" in entry:
+        options["name"] = str(entry["name"])
+    if "folder" in parameters:
+        options["folder"] = folder
+    try:
+        domain = function(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not isinstance(domain, Domain):
+        raise ValueError(f"{where}, domain: expected a function that returns a Domain, found {entry['domain']!r}")
+    return domain
+
+
+def load_function(
+    name: str, where: str, known: Mapping[str, str] = BUILT_IN_REWARDS, kind: str = "built-in reward"
+) -> Callable:
     """
-    A reward function by its built-in name or its dotted path.
+    A function by its built-in name or its dotted path.
 
     Args:
         name (`str`):
-            A name of `BUILT_IN_REWARDS`, or e.g. `"my_package.rewards.my_reward"`.
+            A built-in name, or e.g. `"my_package.rewards.my_reward"`.
         where (`str`):
             Where the name stands, for the message.
+        known (`Mapping[str, str]`, *optional*):
+            Dotted paths by built-in name. Defaults to those of rewards.
+        kind (`str`, *optional*, defaults to `"built-in reward"`):
+            What the names are of, for the message.
 
     Returns:
         `Callable`: The function.
@@ -197,12 +235,10 @@ def load_function(name: str, where: str) -> Callable:
     """
     if not isinstance(name, str):
         raise ValueError(f"{where}: expected the name of a function, found {name!r}")
-    name = BUILT_IN_REWARDS.get(name, name)
+    name = known.get(name, name)
     module, _, attribute = str(name).rpartition(".")
     if not module:
-        raise ValueError(
-            f"{where}: {name!r} is neither a built-in reward ({', '.join(sorted(BUILT_IN_REWARDS))}) nor a dotted path"
-        )
+        raise ValueError(f"{where}: {name!r} is neither a {kind} ({', '.join(sorted(known))}) nor a dotted path")
     try:
         function = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -212,28 +248,24 @@ def load_function(name: str, where: str) -> Callable:
     return function
 
 
-def load_prompts(source: str | dict[str, Any], where: str, folder: Path) -> Dataset:
+def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
     """
-    Prompts from a local file, a folder or the Hub.
+    Rows of a local file, a folder or a data set on the Hub, as they are.
 
     Args:
-        source (`str` or `dict`):
-            A path or Hub id, or a mapping with `path`, `name` (Hub configuration), `split`, `columns` (new name to old
-            name), `prompt` (a template such as `"Solve {question}"` that makes the prompt conversational), `system`
-            (its system message), `skip` and `limit` (rows).
+        source (`dict`):
+            A mapping with `path`, and optionally `name` (Hub configuration) and `split`.
         where (`str`):
             Where the source stands, for the message.
         folder (`pathlib.Path`):
             Folder that relative paths start from.
 
     Returns:
-        [`~datasets.Dataset`]: Rows with a column `prompt`.
+        [`~datasets.Dataset`]: The rows.
 
     Raises:
-        `ValueError`: If the source cannot be read or a column is missing.
+        `ValueError`: If the source cannot be read.
     """
-    source = {"path": source} if isinstance(source, str) else _mapping(source, where)
-    check_names(source, _DATA, where, required=("path",))
     split = source.get("split", "train")
     local = folder / str(source["path"])
     try:
@@ -260,6 +292,32 @@ def load_prompts(source: str | dict[str, Any], where: str, folder: Path) -> Data
         raise ValueError(
             f"{where}: {source['path']!r} is neither a local file or folder nor readable from the Hub ({error})"
         ) from error
+    return dataset
+
+
+def load_prompts(source: str | dict[str, Any], where: str, folder: Path) -> Dataset:
+    """
+    Prompts from a local file, a folder or the Hub.
+
+    Args:
+        source (`str` or `dict`):
+            A path or Hub id, or a mapping with `path`, `name` (Hub configuration), `split`, `columns` (new name to old
+            name), `prompt` (a template such as `"Solve {question}"` that makes the prompt conversational), `system`
+            (its system message), `skip` and `limit` (rows).
+        where (`str`):
+            Where the source stands, for the message.
+        folder (`pathlib.Path`):
+            Folder that relative paths start from.
+
+    Returns:
+        [`~datasets.Dataset`]: Rows with a column `prompt`.
+
+    Raises:
+        `ValueError`: If the source cannot be read or a column is missing.
+    """
+    source = {"path": source} if isinstance(source, str) else _mapping(source, where)
+    check_names(source, _DATA, where, required=("path",))
+    dataset = read_dataset(source, where, folder)
     for new, old in _mapping(source.get("columns"), f"{where}, columns").items():
         if old not in dataset.column_names:
             raise ValueError(f"{where}, columns: expected a column {old!r}, found {dataset.column_names}")

@@ -11,6 +11,9 @@ BUILT_IN_REWARDS = {
     "exact_match": "trl_interfere.domains.rewards.exact_match",
     "contains_answer": "trl_interfere.domains.rewards.contains_answer",
     "contains_words": "trl_interfere.domains.rewards.contains_words",
+    "math_answer": "trl_interfere.domains.math.math_reward",
+    "choice": "trl_interfere.domains.qa.qa_reward",
+    "writing_rubric": "trl_interfere.domains.writing.writing_reward",
     "math_verify": "trl.rewards.accuracy_reward",
     "think_format": "trl.rewards.think_format_reward",
     "lab_code": "trl_interfere.lab.code.code_reward",
@@ -32,6 +35,27 @@ def completion_text(completion: str | list[dict]) -> str:
         `str`: The text.
     """
     return completion if not is_conversational({"prompt": completion}) else completion[-1]["content"]
+
+
+def answer_text(completion: str | list[dict], thinking: bool = False) -> str | None:
+    """
+    What a completion says after its thoughts.
+
+    Args:
+        completion (`str` or `list[dict]`):
+            A completion, plain or conversational.
+        thinking (`bool`, *optional*, defaults to `False`):
+            Whether the model thinks before it answers, with an opening tag that stands in the prompt. A completion
+            without `</think>` was cut off in its thoughts then.
+
+    Returns:
+        `str`: The text after the last `</think>`, or all of it; `None` if the thoughts do not end.
+    """
+    text = completion_text(completion) or ""
+    before, tag, after = text.rpartition("</think>")
+    if tag:
+        return after
+    return None if thinking or "<think>" in text else text
 
 
 def exact_match(completions: list, answer: list[str], **kwargs) -> list[float]:

@@ -1,0 +1,170 @@
+"""
+Runs inside the sandbox, as the first process of its namespaces: forks one child for each program.
+
+It sees neither programs nor their input and output: the pipes of a program come with the request and go to its child.
+Only the standard library is there; this file is bound into the sandbox by itself.
+"""
+
+import atexit
+import ctypes
+import gc
+import json
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from importlib import import_module
+
+
+# What programs use is imported once, before the fork.
+for _name in (
+    "array bisect cmath collections copy dataclasses datetime decimal enum fractions functools hashlib heapq io "
+    "itertools math operator queue re statistics string struct textwrap time typing"
+).split():
+    import_module(_name)
+
+_SET_NO_NEW_PRIVILEGES, _SET_SECCOMP, _SET_DUMPABLE, _FILTER = 38, 22, 4, 2
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class _Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+
+def _prctl(option: int, *arguments) -> None:
+    arguments = [*arguments, *(ctypes.c_ulong(0) for _ in range(4 - len(arguments)))]
+    if _LIBC.prctl(option, *arguments) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl {option}")
+
+
+def _confine(limits: dict, instructions: bytes) -> None:
+    for name, value in (
+        ("AS", limits["memory"]),
+        ("CPU", limits["cpu_seconds"]),
+        ("NPROC", limits["threads"]),
+        ("NOFILE", 32),
+        ("FSIZE", 0),
+        ("CORE", 0),
+        ("MEMLOCK", 0),
+        ("MSGQUEUE", 0),
+        ("STACK", 64 * 2**20),
+    ):
+        kind = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+    if limits["uid"] is not None:
+        os.setgroups([])
+        os.setresgid(*[limits["uid"]] * 3)
+        os.setresuid(*[limits["uid"]] * 3)
+    _prctl(_SET_DUMPABLE, ctypes.c_ulong(0))
+    _prctl(_SET_NO_NEW_PRIVILEGES, ctypes.c_ulong(1))
+    program = _Program(len(instructions) // 8, instructions)
+    _prctl(_SET_SECCOMP, ctypes.c_ulong(_FILTER), ctypes.byref(program))
+
+
+def _child(pipes: list[int], limits: dict, instructions: bytes) -> None:
+    code = 70  # of a child that could not confine itself
+    try:
+        source, *streams = (os.dup(pipe) for pipe in pipes)
+        for target, stream in enumerate(streams):
+            os.dup2(stream, target)
+        os.dup2(source, 3)
+        os.closerange(4, 256)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        _confine(limits, instructions)
+        sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)
+        sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)
+        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False, buffering=1)
+        with open(3, encoding="utf-8", errors="replace") as stream:
+            text = stream.read()
+        random.seed(0)
+        sys.argv = ["program.py"]
+        code = _run(text)
+        sys.stdout.flush()
+    except BaseException:
+        code = code or 1
+    finally:
+        os._exit(code)
+
+
+def _run(text: str) -> int:
+    module = type(sys)("__main__")
+    sys.modules["__main__"] = module
+    try:
+        exec(compile(text, "program.py", "exec"), module.__dict__)
+        threading._shutdown()  # as the interpreter does at its end: wait for threads, then call what asked for it
+        atexit._run_exitfuncs()
+    except SystemExit as error:
+        if error.code is None:
+            return 0
+        return error.code & 255 if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc(limit=-4)
+        return 1
+    return 0
+
+
+def _wait(channel: socket.socket, child: int, seconds: float) -> str | None:
+    """Wait for the child, its deadline or the word to end it; `None` if it ended by itself."""
+    descriptor = os.pidfd_open(child)
+    try:
+        ready, _, _ = select.select([descriptor, channel], [], [], seconds)
+        if descriptor in ready:
+            return None
+        if not ready:
+            return "timeout"
+        if not channel.recv(1):
+            sys.exit(0)
+        return "stopped"
+    finally:
+        os.close(descriptor)
+
+
+def main() -> None:
+    channel = socket.socket(fileno=0)
+    instructions = bytes.fromhex(sys.argv[1])
+    gc.freeze()
+    channel.sendall(b"ready\n")
+    while True:
+        request, pipes, _, _ = socket.recv_fds(channel, 4096, 8)
+        if not request:
+            sys.exit(0)
+        request = request.lstrip(b"x")  # the word to end a program, which had ended by itself by then
+        if not request:
+            continue
+        limits = json.loads(request)
+        child = os.fork()
+        if child == 0:
+            _child(pipes, limits, instructions)
+        for pipe in pipes:
+            os.close(pipe)
+        ended = _wait(channel, child, limits["seconds"])
+        # Everything in the namespace but this process. The filter leaves a program nothing to start; if there were
+        # something, it would end here.
+        try:
+            os.kill(-1, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        _, status, usage = os.wait4(child, 0)
+        try:
+            while True:
+                os.waitpid(-1, 0)
+        except ChildProcessError:
+            pass
+        report = {
+            "ended": ended,
+            "code": os.waitstatus_to_exitcode(status),
+            "memory": usage.ru_maxrss * 1024,
+            "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        }
+        channel.sendall(json.dumps(report).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
