@@ -13,7 +13,9 @@ from ..analysis.architectures import Architecture
 from ..analysis.gradients import Tensors
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import SCOPES, RouteMap
+from .blocks import touched_blocks
 from .criteria import CRITERIA, IN_NATS, matched_routes, route_scores
+from .step import move_back, route_steps
 
 
 # Steps that a line search tries. Beyond 1 a route moves past its earlier state.
@@ -136,7 +138,9 @@ class RouteRollback:
         return model
 
 
-def roll_back(model: PreTrainedModel, before: Tensors, route_map: RouteMap, routes: np.ndarray, step: float) -> None:
+def roll_back(
+    model: PreTrainedModel, before: Tensors, route_map: RouteMap, routes: np.ndarray, step: float | np.ndarray
+) -> None:
     """
     Move the slices of routes from θ1 to θ1 - step * (θ1 - θ0), in place. A step of 1 restores θ0 to the bit.
 
@@ -149,22 +153,21 @@ def roll_back(model: PreTrainedModel, before: Tensors, route_map: RouteMap, rout
             The routes.
         routes (`numpy.ndarray` of shape `(chosen,)`):
             Indices of the routes.
-        step (`float`):
-            Share of the update that is taken back.
+        step (`float` or `numpy.ndarray` of shape `(chosen,)`):
+            Share of the update that is taken back, of all routes or of each.
     """
-    weights = np.zeros(route_map.num_routes)
-    weights[routes] = step
+    steps = route_steps(route_map, routes, step)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            spread = route_map.spread(name, weights, parameter)
-            if spread is not None:
-                # lerp is exact at 0 and at 1, which adding a difference is not.
-                parameter.lerp_(before[name].detach().to(parameter), spread.expand_as(parameter))
+            touched = touched_blocks(route_map, name, steps, parameter)
+            if touched is not None:
+                blocks, owned = touched
+                blocks.put(parameter, move_back(blocks.take(parameter), blocks.take(before[name].detach()), owned))
 
 
 @contextmanager
 def rolled_back(
-    model: PreTrainedModel, before: Tensors, route_map: RouteMap, routes: np.ndarray, step: float
+    model: PreTrainedModel, before: Tensors, route_map: RouteMap, routes: np.ndarray, step: float | np.ndarray
 ) -> Iterator[PreTrainedModel]:
     """
     Context in which routes are rolled back; afterwards every parameter is as before, to the bit.
@@ -178,8 +181,8 @@ def rolled_back(
             The routes.
         routes (`numpy.ndarray` of shape `(chosen,)`):
             Indices of the routes.
-        step (`float`):
-            Share of the update that is taken back.
+        step (`float` or `numpy.ndarray` of shape `(chosen,)`):
+            Share of the update that is taken back, of all routes or of each.
     """
     kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if route_map.cut(name)}
     try:
