@@ -139,8 +139,8 @@ def _roll_back(request: Request, console: Console, progress: bool) -> dict[str, 
         after = after or locate_checkpoint(report.after, request.report)
     if request.delta is not None and before is not None and _is_adapter(before) and _is_adapter(after):
         raise ValueError(
-            f"{request.delta}: an adapter that is rolled back to an earlier one has another rank and no delta file; it "
-            "is itself the small file"
+            f"{request.delta}: an adapter that is rolled back to an earlier one has another rank and no delta file; "
+            "it is itself the small file"
         )
     run = None if request.config is None else load_run_file(request.config)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

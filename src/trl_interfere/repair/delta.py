@@ -209,6 +209,10 @@ class RollbackDelta:
         version = self.record.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise ValueError(f"{self.path}: expected schema_version {SCHEMA_VERSION}, found {version!r}")
+        if not isinstance(self.record.get("tensors"), dict):
+            raise ValueError(
+                f"{self.path}: expected the tensors of a rollback in the header, found {self.record.get('tensors')!r}"
+            )
         for name in self.tensors:
             missing = [part for part in ("blocks", "mask", "old", "new") if f"{name}:{part}" not in names]
             if missing:
