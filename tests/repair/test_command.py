@@ -180,8 +180,12 @@ def test_a_searched_step(step, project, config, run, tmp_path):
     )
     assert "math, selection split (n=6)" in out
     if step == "optimal":
-        lowest = min(search["tried"], key=lambda entry: entry["objective"])
-        assert [entry["step"] for entry in search["tried"]] == list(STEPS) and record["step"] == lowest["step"]
+        lowest = sorted(search["tried"], key=lambda entry: entry["objective"])[:3]
+        assert [entry["step"] for entry in search["tried"]] == list(STEPS)
+        assert record["step"] in [entry["step"] for entry in lowest]
+        assert sorted(entry["step"] for entry in search["tried"] if "score" in entry) == sorted(
+            entry["step"] for entry in lowest
+        )
     else:
         assert len(set(record["step"])) > 1
     model = load_model(after)

@@ -71,7 +71,7 @@ def test_apply_and_revert_in_memory(architecture, dtype, checkpoints, tmp_path):
         original, expected = weights(model), weights(load_model(tmp_path / "out", dtype=loaded_in))
         delta.apply(model)
         assert_same(weights(model), expected)
-        with pytest.raises(ValueError, match="delta|0.safetensors is already applied"):
+        with pytest.raises(ValueError, match="0.safetensors is already applied"):
             delta.apply(model)
         delta.revert(model)
         assert_same(weights(model), original)
@@ -183,7 +183,7 @@ def test_other_checkpoints_are_refused_untouched(damage, in_place, make_delta, m
     [
         ({"seed": 5}, "tensor model.layers.*: expected the touched slices .* found others"),
         ({"num_hidden_layers": 1}, "tensor model.layers.1.*: expected as in .*delta.safetensors, found none"),
-        ({"intermediate_size": 14}, r"tensor .*: expected shape \(12, 16\) as in .*, found \(14, 16\)"),
+        ({"intermediate_size": 14}, r"tensor .*: expected shape \(16, 12\) as in .*, found \(16, 14\)"),
         ({"dtype": torch.bfloat16}, "expected float32 as in .* found torch.bfloat16: load .* with dtype='float32'"),
         ({"family": "phi3"}, "tensor .*: expected as in .*delta.safetensors, found none: is it another model?"),
         ({"family": "gpt2"}, "tensor .*: expected as in .*delta.safetensors, found none: is it another model?"),

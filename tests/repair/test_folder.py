@@ -39,6 +39,8 @@ def chosen(route_map, seed=0, share=0.3):
 
 
 def logits(model):
+    if model.config.model_type == "qwen3_moe":
+        model.set_experts_implementation("eager")  # the others want larger experts
     with torch.no_grad():
         return model(input_ids=IDS).logits
 
@@ -177,8 +179,8 @@ def test_what_is_carried_over_and_what_is_not(checkpoints, tokenizer, tmp_path):
     assert (tmp_path / "out" / "README.md").read_text() == "README.md"
     messages = [{"role": "user", "content": "1+2"}]
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
-    for name in ("chat_template", "vocab_size"):
-        assert getattr(loaded, name) == getattr(tokenizer, name)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded.chat_template == {"default": tokenizer.chat_template, "tool": kept[2]}
     assert loaded.apply_chat_template(messages, tokenize=False) == "1+2"
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +148,8 @@ def concatenate(
     (1 - D) δ_1 + D δ_0 = s_1 [(1 - D) B_1, D s_0/s_1 B_0] [A_1; A_0]
     ```
 
-    and likewise with the columns of A. The rank is the sum of both, the same for all modules, which are filled with
-    zeros; `lora_alpha` is set so that the scale stays s_1 to the bit.
+    and likewise with the columns of A. The rank is the sum of both, or a little more, the same for all modules, which
+    are filled with zeros; `lora_alpha` is set so that the scale stays s_1 to the bit.
 
     Args:
         before ([`~trl_interfere.analysis.adapters.AdapterFactors`]):
@@ -182,18 +183,20 @@ def concatenate(
         found = _touched(after if name in after.names else before, name, route_map, steps)
         if name in after.names or found is not None:
             modules[name] = found
+    owners = {name: after if name in after.names else before for name in modules}
+    scales = {name: own.scale(name, _rank(own, name)) for name, own in owners.items()}
+    for name, scale in scales.items():
+        if not scale or not math.isfinite(scale):
+            raise ValueError(f"{owners[name].path.parent}: {name}: expected a scale other than 0, found {scale}")
     rank = max(sum(_rank(adapter, name) for adapter in (before, after)) for name in modules)
-    scales: dict[str, float] = {}
+    # A power of two, at the latest, gives every scale exactly.
+    rank = next(size for size in count(rank) if all(_alpha(scale, size) is not None for scale in scales.values()))
     kept.mkdir(parents=True)
     for file in (SAFETENSORS_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
         shutil.copyfile(after.path.parent / file, kept / file)
     with SafetensorsWriter(folder / SAFETENSORS_WEIGHTS_NAME) as writer:
         for name, found in modules.items():
             first, last = (_matrices(adapter, name) for adapter in (before, after))
-            own = before if last is None else after
-            scales[name] = own.scale(name, _rank(own, name))
-            if not scales[name]:
-                raise ValueError(f"{after.path.parent}: {name}: expected a scale other than 0, found lora_alpha 0")
             parts = []  # (A, B) of the later adapter, then of the earlier one
             if last is not None:
                 parts.append(_scaled(last, found, lambda step: 1 - step, keep=True))
@@ -202,7 +205,7 @@ def concatenate(
                 parts.append(_scaled(first, found, lambda step, ratio=ratio: step * ratio, keep=False))
             a = _padded(torch.cat([part[0] for part in parts]), rank, axis=0)
             b = _padded(torch.cat([part[1] for part in parts], dim=1), rank, axis=1)
-            for key, matrix in zip(own.keys(name), (a, b), strict=True):
+            for key, matrix in zip(owners[name].keys(name), (a, b), strict=True):
                 if not torch.isfinite(matrix).all():
                     raise ValueError(
                         f"{after.path}: tensor {key}: expected finite values after the rollback, found others"
@@ -314,14 +317,12 @@ def _concatenated_config(after: AdapterFactors, scales: dict[str, float], rank: 
     return config
 
 
-def _alpha(scale: float, rank: int) -> float | int:
-    # The number that gives the scale when it is divided by the rank.
-    alpha = scale * rank
-    alpha = next(
-        (near for near in (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0)) if near / rank == scale),
-        alpha,
-    )
-    return int(alpha) if float(alpha).is_integer() else alpha
+def _alpha(scale: float, rank: int) -> float | int | None:
+    # The number that gives the scale, to the bit, when it is divided by the rank; there need not be one.
+    for alpha in (scale * rank, math.nextafter(scale * rank, math.inf), math.nextafter(scale * rank, -math.inf)):
+        if alpha / rank == scale:
+            return int(alpha) if alpha.is_integer() else alpha
+    return None
 
 
 def _file_digest(path: Path) -> str:
