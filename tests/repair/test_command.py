@@ -350,3 +350,8 @@ def test_other_places_of_the_checkpoints(project, run, tmp_path):
     assert code == 2 and "names the checkpoint 'before'" in err
     code, _, err = run(*arguments, "--before", before, "--after", after)
     assert code == 0, err
+
+
+def test_help(run):
+    code, out, _ = run("--help")
+    assert code == 0 and "--apply-delta" in out

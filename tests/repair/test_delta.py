@@ -220,8 +220,25 @@ def test_states_of_folders(make_delta, contents, tmp_path):
     assert contents(after) == original
 
 
-def header_of(**record):
-    return lambda path: save_file({"x": torch.ones(1)}, path, metadata={"trl_interfere_rollback": json.dumps(record)})
+ENTRY = {
+    "dtype": "float32",
+    "shape": [12, 16],
+    "axes": [0],
+    "counts": [12],
+    "elements": 16,
+    "changed": 1,
+    "old": "",
+    "new": "",
+}
+
+
+def header_of(blocks=None, **record):
+    tensors = {"x": torch.ones(1)}
+    if blocks is not None:
+        parts = {"blocks": torch.tensor(blocks), "mask": torch.zeros(2, dtype=torch.uint8)}
+        parts |= {"old": torch.ones(1), "new": torch.zeros(1)}
+        tensors |= {f"{UP}:{part}": value for part, value in parts.items()}
+    return lambda path: save_file(tensors, path, metadata={"trl_interfere_rollback": json.dumps(record)})
 
 
 BAD_FILES = {
@@ -234,9 +251,17 @@ BAD_FILES = {
     ),
     "version": (header_of(schema_version=2), "expected schema_version 1, found 2"),
     "without tensors": (header_of(schema_version=1), "expected the tensors of a rollback in the header, found None"),
-    "lacks a tensor": (
+    "lacks a setting": (
         header_of(schema_version=1, kind="weights", tensors={UP: {}}),
+        rf"tensor {UP}: expected \['axes', .*\] in the header, found {{}}",
+    ),
+    "lacks a tensor": (
+        header_of(schema_version=1, id="", kind="weights", tensors={UP: ENTRY}),
         f"tensor {UP}:blocks: expected by the header, found none",
+    ),
+    "blocks": (
+        header_of(schema_version=1, id="", kind="weights", tensors={UP: ENTRY}, blocks=[12]),
+        rf"tensor {UP}: expected blocks of shape \[12, 16\], found others",
     ),
 }
 

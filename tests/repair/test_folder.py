@@ -384,6 +384,13 @@ BROKEN = {
         lambda path: (path / "rollback.json").write_text('{"schema_version": 9}'),
         ["after/rollback.json: expected schema_version 1, found 9"],
     ),
+    "history of another folder": (
+        {},
+        lambda path: (path / "rollback.json").write_text(
+            json.dumps({"schema_version": 1, "rollbacks": [{"file": "rollback/../../before", "id": "", "kind": ""}]})
+        ),
+        ["after/rollback.json: expected a file in rollback/, found 'rollback/../../before'"],
+    ),
     "history without its delta": (
         {},
         lambda path: (path / "rollback.json").write_text(

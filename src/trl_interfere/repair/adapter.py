@@ -23,6 +23,7 @@ from .streaming import SafetensorsWriter
 
 
 CONCATENATION = "adapter-concatenation"
+_FILES = (SAFETENSORS_WEIGHTS_NAME, ADAPTER_CONFIG_NAME)
 # Settings under which the update of a weight is more, or something else, than s B A.
 _REFUSED = (
     "use_dora",
@@ -192,7 +193,7 @@ def concatenate(
     # A power of two, at the latest, gives every scale exactly.
     rank = next(size for size in count(rank) if all(_alpha(scale, size) is not None for scale in scales.values()))
     kept.mkdir(parents=True)
-    for file in (SAFETENSORS_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
+    for file in _FILES:
         shutil.copyfile(after.path.parent / file, kept / file)
     with SafetensorsWriter(folder / SAFETENSORS_WEIGHTS_NAME) as writer:
         for name, found in modules.items():
@@ -214,10 +215,7 @@ def concatenate(
                 writer.add(key, str(matrix.dtype).removeprefix("torch."), bits.numpy())
         writer.close({"format": "pt"})
     _concatenated_config(after, scales, rank).save_pretrained(str(folder))
-    files = {
-        file: {"old": _file_digest(kept / file), "new": _file_digest(folder / file)}
-        for file in (SAFETENSORS_WEIGHTS_NAME, ADAPTER_CONFIG_NAME)
-    }
+    files = {file: {"old": _file_digest(kept / file), "new": _file_digest(folder / file)} for file in _FILES}
     return {"id": files[SAFETENSORS_WEIGHTS_NAME]["new"], "rank": rank, "files": files}
 
 
@@ -237,12 +235,13 @@ def restore_adapter(folder: Path, record: dict[str, Any], target: Path) -> None:
         `ValueError`: If a file has changed since the rollback.
     """
     kept = folder / record["file"]
-    for file, digests in record["files"].items():
+    for file in _FILES:
+        digests = record["files"][file]
         if _file_digest(kept / file) != digests["old"]:
             raise ValueError(f"{kept / file}: expected the file as the rollback kept it, found another")
         if _file_digest(folder / file) not in digests.values():
             raise ValueError(f"{folder / file}: expected the file as the rollback wrote it, found another")
-    for file in record["files"]:
+    for file in _FILES:
         temporary = target / f".{file}.tmp"
         shutil.copyfile(kept / file, temporary)
         os.replace(temporary, target / file)

@@ -21,6 +21,7 @@ from .streaming import SafetensorsWriter
 
 SCHEMA_VERSION = 1
 _KEY = "trl_interfere_rollback"
+_ENTRY = {"dtype", "shape", "axes", "counts", "elements", "changed", "old", "new"}
 # Tensors of single experts in files, and the tensor of all experts in memory with the half of it that holds them.
 _FUSED = {
     "gate_proj": ("mlp.experts.gate_up_proj", 0, 2),
@@ -213,7 +214,9 @@ class RollbackDelta:
             raise ValueError(
                 f"{self.path}: expected the tensors of a rollback in the header, found {self.record.get('tensors')!r}"
             )
-        for name in self.tensors:
+        for name, entry in self.tensors.items():
+            if not isinstance(entry, dict) or not _ENTRY <= entry.keys():
+                raise ValueError(f"{self.path}: tensor {name}: expected {sorted(_ENTRY)} in the header, found {entry}")
             missing = [part for part in ("blocks", "mask", "old", "new") if f"{name}:{part}" not in names]
             if missing:
                 raise ValueError(f"{self.path}: tensor {name}:{missing[0]}: expected by the header, found none")
@@ -237,6 +240,10 @@ class RollbackDelta:
         entry = self.tensors[name]
         with safe_open(self.path, framework="pt") as file:
             index = file.get_tensor(f"{name}:blocks").numpy()
+        sizes = [entry["shape"][axis] for axis in entry["axes"]]
+        fits = all(size % count == 0 for size, count in zip(sizes, entry["counts"], strict=True))
+        if not fits or index.min() < 0 or index.max() >= np.prod(entry["counts"]):
+            raise ValueError(f"{self.path}: tensor {name}: expected blocks of shape {entry['shape']}, found others")
         return Blocks(tuple(entry["axes"]), tuple(entry["counts"]), index)
 
     def slices(self, name: str) -> Slices:

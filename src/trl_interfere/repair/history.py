@@ -54,6 +54,8 @@ class RollbackHistory:
             for key in ("file", "id", "kind"):
                 if not isinstance(record.get(key), str):
                     raise ValueError(f"{path}: expected {key!r} of each rollback, found {record.get(key)!r}")
+            if Path(record["file"]).parts[:-1] != (DELTA_FOLDER,) or Path(record["file"]).name == "..":
+                raise ValueError(f"{path}: expected a file in {DELTA_FOLDER}/, found {record['file']!r}")
             if not (folder / record["file"]).exists():
                 raise ValueError(f"{path}: names {record['file']}, which is missing: the rollback cannot be undone")
         return cls(folder, records)
