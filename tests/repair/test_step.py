@@ -12,7 +12,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def values(dtype, seed, shape=(7, 33)):
     generator = torch.Generator().manual_seed(seed)
-    exponents = torch.randint(-6, 6, shape, generator=generator)
+    most = 3 if dtype == torch.float16 else 6
+    exponents = torch.randint(-most, most, shape, generator=generator)
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * 10.0**exponents).to(dtype)
 
 
