@@ -249,6 +249,80 @@ def analyze(
     Console().print(Markdown(report.to_markdown()))
 
 
+@app.command()
+def rollback(
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of an analysis: it names the checkpoints and ranks the routes.")
+    ] = None,
+    before: Annotated[
+        str | None, typer.Option(help="Checkpoint before the update; over the one in the report.")
+    ] = None,
+    after: Annotated[str | None, typer.Option(help="Checkpoint after it; over the one in the report.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Where the model of an adapter lies, if not where the adapter says.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the result, new or empty. A delta is applied in place where it is left out."),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="What routes are ranked by; without a report magnitude or random.")
+    ] = "damage",
+    budget: Annotated[float, typer.Option(help="Share of the scope that is rolled back.")] = 0.02,
+    budget_of: Annotated[str, typer.Option(help="What the budget is a share of: routes or parameters.")] = "routes",
+    scope: Annotated[str, typer.Option(help="mlp, attention or joint.")] = "mlp",
+    step: Annotated[
+        str, typer.Option(help="Share of the update that is taken back: a number, or optimal or per_route (--config).")
+    ] = "1.0",
+    protection: Annotated[float, typer.Option(help="Weight of what the later domains owe a route.")] = 0.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Parts in which the budget is spent (--config).")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the random criteria.")] = 0,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of the training: it names the domains that a step is searched on.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Data type that a search computes in.")] = "float32",
+    delta: Annotated[Path | None, typer.Option(help="File to write the touched slices to, old and new.")] = None,
+    undo: Annotated[Path | None, typer.Option(help="Folder whose last rollback is undone.")] = None,
+    apply_delta: Annotated[Path | None, typer.Option(help="Delta file to apply to --model.")] = None,
+    revert_delta: Annotated[Path | None, typer.Option(help="Delta file to revert in --model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder that a delta file is applied to or reverted in.")] = None,
+    threads: Threads = _CORES,
+) -> None:
+    """
+    Roll routes of a checkpoint back without training, or undo it.
+
+    From a report, or from two checkpoints; --undo, --apply-delta and --revert-delta need neither.
+    """
+    _prepare(threads)
+    from .repair.command import Request, carry_out
+
+    request = Request(
+        report=report,
+        before=before,
+        after=after,
+        base=base,
+        output_dir=output_dir,
+        rollback={
+            "criterion": criterion,
+            "budget": budget,
+            "budget_of": budget_of,
+            "scope": scope,
+            "step": step,
+            "protection": protection,
+            "rounds": rounds,
+            "seed": seed,
+        },
+        config=config,
+        dtype=dtype,
+        delta=delta,
+        undo=undo,
+        apply_delta=apply_delta,
+        revert_delta=revert_delta,
+        model=model,
+    )
+    carry_out(request, Console(), progress=sys.stderr.isatty())
+
+
 def _prepare(threads: int) -> None:
     import torch
     import transformers

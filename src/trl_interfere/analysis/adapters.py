@@ -51,6 +51,37 @@ class AdapterFactors:
         }
         self.names = list(self._keys)
 
+    def keys(self, name: str) -> tuple[str, str]:
+        """
+        Names of the two matrices of a weight in the file of the adapter.
+
+        Args:
+            name (`str`):
+                Name of the weight in the base model.
+
+        Returns:
+            `tuple[str, str]`: Those of `lora_A` and of `lora_B`.
+        """
+        key = self._keys[name]
+        return key, key.replace(".lora_A.", ".lora_B.")
+
+    def scale(self, name: str, rank: int) -> float:
+        """
+        Scale s of the update of a weight.
+
+        Args:
+            name (`str`):
+                Name of the weight in the base model.
+            rank (`int`):
+                Number of rows of its `lora_A`.
+
+        Returns:
+            `float`: The scale.
+        """
+        patterns = self.config.alpha_pattern
+        alpha = patterns.get(get_pattern_key(patterns, name.removesuffix(".weight")), self.config.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
+
     def factors(self, name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Two matrices whose product is the update of a weight.
@@ -68,17 +99,14 @@ class AdapterFactors:
         Raises:
             `ValueError`: If they hold NaN or infinity.
         """
-        key, config = self._keys[name], self.config
+        key, other = self.keys(name)
         with safe_open(self.path, framework="pt") as tensors:
             a = tensors.get_tensor(key).to(dtype)
-            b = tensors.get_tensor(key.replace(".lora_A.", ".lora_B.")).to(dtype)
+            b = tensors.get_tensor(other).to(dtype)
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ValueError(f"{self.path}: tensor {key} or its lora_B: expected finite values, found NaN or infinity")
-        module = name.removesuffix(".weight")
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-        rank = a.shape[0]
-        a *= alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        return (a.T, b.T) if config.fan_in_fan_out else (b, a)
+        a *= self.scale(name, a.shape[0])
+        return (a.T, b.T) if self.config.fan_in_fan_out else (b, a)
 
 
 def adapter_updates(folder: str | Path, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:

@@ -160,7 +160,7 @@ class Checkpoint:
                 f"{folder / CONFIG_NAME}: expected unquantised weights, found a quantization_config: "
                 "compare the checkpoints from before the quantisation"
             )
-        self.tensors = _stored_tensors(folder)
+        self.tensors = _folder_tensors(folder)
         self._aliases = self._tie()
         if self.adapter is not None:
             for weight in self.adapter.names:
@@ -299,10 +299,10 @@ def _local(name: str, revision: str | None) -> Path:
         raise ValueError(f"{name}: expected a folder or the id of a Hub repository ({error})") from error
 
 
-def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+def _folder_tensors(folder: Path) -> dict[str, StoredTensor]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return _file_tensors(folder / SAFE_WEIGHTS_NAME)
+        return stored_tensors(folder / SAFE_WEIGHTS_NAME)
     if not index.is_file():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         raise ValueError(
@@ -311,7 +311,7 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         )
     try:
         files = json.loads(index.read_text())["weight_map"]
-        shards = {file: _file_tensors(folder / file) for file in sorted(set(files.values()))}
+        shards = {file: stored_tensors(folder / file) for file in sorted(set(files.values()))}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
             raise
@@ -322,7 +322,20 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return {name: shards[file][name] for name, file in files.items()}
 
 
-def _file_tensors(file: Path) -> dict[str, StoredTensor]:
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    """
+    Where the tensors of a file lie.
+
+    Args:
+        file (`pathlib.Path`):
+            File in safetensors.
+
+    Returns:
+        `dict[str, StoredTensor]`: By name, in the order of the header.
+
+    Raises:
+        `ValueError`: If the file is not whole, or a tensor is not of floating point numbers.
+    """
     try:
         with safe_open(file, framework="np", backend="pread"):
             pass  # checks that the header is sound and the file as long as it says

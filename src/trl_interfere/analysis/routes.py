@@ -138,6 +138,20 @@ class RouteMap:
         parents = "|".join(map(re.escape, (*WRAPPERS, *self.description.parents)))
         self._layer = re.compile(rf"(?:(?:{parents})\.)*{re.escape(self.description.layers)}\.(\d+)\.(.+)")
 
+    def place(self, name: str) -> tuple[int, str] | None:
+        """
+        Layer of a tensor and its name within the layer, which are the same in the model and in its files.
+
+        Args:
+            name (`str`):
+                Name of a parameter, in the model or in its files.
+
+        Returns:
+            `tuple[int, str]` or `None`: `None` if the tensor is not one of a layer.
+        """
+        match = self._layer.fullmatch(name)
+        return None if match is None else (int(match[1]), match[2])
+
     def cut(self, name: str) -> Cut | None:
         """
         How routes share a tensor.
@@ -152,10 +166,10 @@ class RouteMap:
         Raises:
             `ValueError`: If the configuration has no such layer or expert.
         """
-        match = self._layer.fullmatch(name)
-        if match is None:
+        place = self.place(name)
+        if place is None:
             return None
-        layer, tensor = int(match[1]), match[2]
+        layer, tensor = place
         if layer >= self.num_layers:
             raise ValueError(f"tensor {name}: expected a layer below {self.num_layers}, found {layer}")
         expert = _NUMBER.search(tensor)

@@ -66,14 +66,8 @@ def evaluate_checkpoints(
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"{output_dir}: expected an empty or a new folder")
     chosen = _chosen_domains(run, domains, split)
-    settings = {field.name: field.default for field in fields(SequentialGRPOConfig)} | run.training
-    sampling = {
-        "temperature": settings["score_temperature"],
-        "num_samples": settings["score_samples"],
-        "batch_size": settings["score_batch_size"],
-        "max_new_tokens": settings["score_max_new_tokens"] or settings["max_completion_length"],
-        **sampling,
-    }
+    settings = training_settings(run)
+    sampling = {**sampling_settings(run), **sampling}
     # In the precision of the training, so that a stage gets the scores that it got there.
     precision = "float16" if settings["fp16"] else "float32" if settings["bf16"] is False else "bfloat16"
     device = PartialState(cpu=bool(settings["use_cpu"])).device
@@ -111,6 +105,40 @@ def evaluate_checkpoints(
     }
     write_atomically(output_dir / "scores.json", json.dumps(evaluation, indent=2) + "\n")
     return evaluation
+
+
+def training_settings(run: RunFile) -> dict[str, Any]:
+    """
+    Settings of the training, those that a run file leaves open at their defaults.
+
+    Args:
+        run ([`RunFile`]):
+            The file.
+
+    Returns:
+        `dict`: All settings of [`SequentialGRPOConfig`] by name.
+    """
+    return {field.name: field.default for field in fields(SequentialGRPOConfig)} | run.training
+
+
+def sampling_settings(run: RunFile) -> dict[str, Any]:
+    """
+    How completions are sampled when a run is scored.
+
+    Args:
+        run ([`RunFile`]):
+            The file.
+
+    Returns:
+        `dict`: `temperature`, `num_samples`, `batch_size` and `max_new_tokens` of the [`Scorer`].
+    """
+    settings = training_settings(run)
+    return {
+        "temperature": settings["score_temperature"],
+        "num_samples": settings["score_samples"],
+        "batch_size": settings["score_batch_size"],
+        "max_new_tokens": settings["score_max_new_tokens"] or settings["max_completion_length"],
+    }
 
 
 def load_checkpoint(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:

@@ -91,16 +91,68 @@ def matched_routes(
         `numpy.ndarray`: Indices of as many routes, none of them chosen, while a layer has enough others.
     """
     rng = np.random.default_rng(seed)
+    chosen = np.asarray(chosen, dtype=int)
     size = report.routes["edit_size"]
-    free = np.ones(route_map.num_routes, dtype=bool)
-    free[chosen] = False
+    taken = np.zeros(route_map.num_routes, dtype=bool)
+    taken[chosen] = True
+    lines: dict[tuple[str, int], _Line] = {}
     matched = []
     for route in chosen:
-        candidates = np.flatnonzero(free & route_map.of_layer(*route_map.locate(route)[:2]))
-        if len(candidates) == 0:
-            continue
-        nearest = candidates[np.argsort(np.abs(size[candidates] - size[route]), kind="stable")[:neighbours]]
-        pick = rng.choice(nearest)
-        free[pick] = False
-        matched.append(pick)
+        kind, layer, position = route_map.locate(route)
+        if (kind, layer) not in lines:
+            first = int(route) - position
+            lines[kind, layer] = _Line(
+                first + np.flatnonzero(~taken[first : first + route_map.counts[kind][layer]]), size
+            )
+        nearest = lines[kind, layer].nearest(size[route], neighbours)
+        if nearest:
+            pick = nearest[rng.integers(len(nearest))]
+            lines[kind, layer].remove(pick)
+            matched.append(pick)
     return np.array(matched, dtype=int)
+
+
+class _Line:
+    """Routes in the order of their sizes. Links skip removed ones, so that a search costs what it returns."""
+
+    def __init__(self, routes: np.ndarray, size: np.ndarray):
+        order = np.argsort(size[routes], kind="stable")
+        self.routes = routes[order].tolist()
+        self.sizes = size[routes][order]
+        self.place = {route: index for index, route in enumerate(self.routes)}
+        # Places are shifted by one: 0 and the last one are ends that are never removed.
+        self.before = list(range(-1, len(self.routes) + 1))
+        self.after = list(range(1, len(self.routes) + 3))
+
+    def nearest(self, size: float, count: int) -> list[int]:
+        """Up to `count` routes, nearest in size first, of two as near the one that comes first."""
+        after = self._kept(int(np.searchsorted(self.sizes, size)) + 1, self.after)
+        before, found = self.before[after], []
+        end = len(self.routes) + 1
+        while len(found) < count and (before > 0 or after < end):
+            below = (abs(self.sizes[before - 1] - size), self.routes[before - 1]) if before > 0 else (np.inf,)
+            above = (abs(self.sizes[after - 1] - size), self.routes[after - 1]) if after < end else (np.inf,)
+            if below < above:
+                found.append(self.routes[before - 1])
+                before = self.before[before]
+            else:
+                found.append(self.routes[after - 1])
+                after = self.after[after]
+        return found
+
+    def remove(self, route: int) -> None:
+        """Leave a route out from now on."""
+        place = self.place.pop(route) + 1
+        before, after = self.before[place], self.after[place]
+        self.after[before], self.before[after] = after, before
+        self.before[place] = -1  # the mark of a removed one
+
+    def _kept(self, place: int, links: list[int]) -> int:
+        """The first place from here on that was not removed; the links on the way are shortened."""
+        passed = []
+        while 0 < place <= len(self.routes) and self.before[place] == -1:
+            passed.append(place)
+            place = links[place]
+        for one in passed:
+            links[one] = place
+        return place

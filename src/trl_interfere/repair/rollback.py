@@ -10,14 +10,24 @@ from transformers import PreTrainedModel
 
 from ..analysis.analyzer import load_model
 from ..analysis.architectures import Architecture
+from ..analysis.damage import UpdatePath, attribution
 from ..analysis.gradients import Tensors
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import SCOPES, RouteMap
+from .blocks import touched_blocks
 from .criteria import CRITERIA, IN_NATS, matched_routes, route_scores
+from .explanation import RollbackExplanation, explain
+from .route_steps import Losses, RouteQuadratic, solve_steps, weighted_loss
+from .step import move_back, route_steps
 
 
 # Steps that a line search tries. Beyond 1 a route moves past its earlier state.
 STEPS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+# Steps of lowest loss whose score is taken, where a search is confirmed by score.
+CONFIRMED = 3
+BUDGETS_OF = ("routes", "parameters")
+# Quadrature of the attribution between two rounds.
+_ROUND_NODES = 4
 
 
 @dataclass
@@ -42,16 +52,22 @@ class RouteRollback:
         criterion (`str`, *optional*, defaults to `"damage"`):
             What routes are ranked by, see `trl_interfere.repair.criteria.CRITERIA`.
         budget (`float`, *optional*, defaults to `0.02`):
-            Share of the routes of the scope that is rolled back.
+            Share of the scope that is rolled back.
         scope (`str`, *optional*, defaults to `"mlp"`):
             `"mlp"`, `"attention"` or `"joint"`.
         step (`float` or `str`, *optional*, defaults to `1.0`):
             α. 1 restores the routes, more goes beyond them. `"optimal"` takes the one of `STEPS` at which the
-            `objective` of [`~RouteRollback.apply`] is lowest.
+            `objective` of [`~RouteRollback.repair`] is lowest, and among the lowest ones that with the best score.
+            `"per_route"` gives each route its own step, see [`solve_steps`].
         protection (`float`, *optional*, defaults to `0.0`):
             Weight of what the later domains owe a route, which is subtracted from its score (criteria in nats only).
         seed (`int`, *optional*, defaults to `0`):
             Seed of the random criteria.
+        budget_of (`str`, *optional*, defaults to `"routes"`):
+            What the budget is a share of: the `"routes"` of the scope, or their `"parameters"`.
+        rounds (`int`, *optional*, defaults to `1`):
+            Parts in which the budget is spent. After each of them the damage that is left is attributed anew, so that
+            two routes that carry the same damage are not both chosen. With `criterion="damage"` only.
 
     Raises:
         `ValueError`: If a setting is out of range.
@@ -63,6 +79,8 @@ class RouteRollback:
     step: float | str = 1.0
     protection: float = 0.0
     seed: int = 0
+    budget_of: str = "routes"
+    rounds: int = 1
 
     def __post_init__(self):
         if self.criterion not in CRITERIA:
@@ -73,30 +91,81 @@ class RouteRollback:
             raise ValueError(f"protection: expected a criterion of {IN_NATS}, found {self.criterion!r}")
         if not 0 < self.budget <= 1:
             raise ValueError(f"budget: expected a share above 0 and up to 1, found {self.budget}")
-        if self.step != "optimal" and not (isinstance(self.step, (int, float)) and np.isfinite(self.step)):
-            raise ValueError(f"step: expected a number or 'optimal', found {self.step!r}")
+        if self.step not in ("optimal", "per_route") and not (
+            isinstance(self.step, (int, float)) and np.isfinite(self.step)
+        ):
+            raise ValueError(f"step: expected a number, 'optimal' or 'per_route', found {self.step!r}")
+        if self.budget_of not in BUDGETS_OF:
+            raise ValueError(f"budget_of: expected one of {list(BUDGETS_OF)}, found {self.budget_of!r}")
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise ValueError(f"rounds: expected a whole number, at least 1, found {self.rounds!r}")
+        if self.rounds > 1 and self.criterion != "damage":
+            raise ValueError(f"rounds: expected criterion 'damage' with more than one round, found {self.criterion!r}")
 
-    def select(self, report: InterferenceReport, route_map: RouteMap) -> np.ndarray:
+    def select(
+        self, report: InterferenceReport, route_map: RouteMap, parameters: np.ndarray | None = None
+    ) -> np.ndarray:
         """
-        Routes to roll back.
+        Routes to roll back, in one round.
 
         Args:
             report ([`InterferenceReport`]):
                 The analysis.
             route_map ([`RouteMap`]):
                 The routes of the model.
+            parameters (`numpy.ndarray` of shape `(num_routes,)`, *optional*):
+                Number of parameters of each route, see [`route_parameters`]; needed with `budget_of="parameters"`.
 
         Returns:
             `numpy.ndarray` of shape `(chosen,)`: Indices of routes, highest score first.
+
+        Raises:
+            `ValueError`: If the number of parameters is needed and not given.
         """
-        in_scope = route_map.scope(self.scope)
-        count = max(1, round(self.budget * in_scope.sum()))
         ranked_by = "damage" if self.criterion == "random_matched" else self.criterion
         scores = route_scores(ranked_by, report, route_map, protection=self.protection, seed=self.seed)
-        candidates = np.flatnonzero(in_scope)
-        chosen = candidates[np.argsort(-scores[candidates], kind="stable")[:count]]
+        candidates = np.flatnonzero(route_map.scope(self.scope))
+        ranked = candidates[np.argsort(-scores[candidates], kind="stable")]
+        chosen = ranked[: self._count(ranked, parameters)]
         if self.criterion == "random_matched":
             return matched_routes(chosen, report, route_map, seed=self.seed)
+        return chosen
+
+    def _count(self, ranked: np.ndarray, parameters: np.ndarray | None) -> int:
+        """How many of the ranked routes the budget pays for, at least one."""
+        if self.budget_of == "routes":
+            return max(1, round(self.budget * len(ranked)))
+        if parameters is None:
+            raise ValueError("budget_of: 'parameters' needs the number of parameters of each route, found none")
+        spent = np.cumsum(parameters[ranked])
+        return max(1, int(np.searchsorted(spent, self.budget * spent[-1] * (1 + 1e-12), side="right")))
+
+    def _select_in_rounds(
+        self,
+        report: InterferenceReport,
+        route_map: RouteMap,
+        parameters: np.ndarray,
+        model: PreTrainedModel,
+        before: Tensors,
+        losses: Losses,
+    ) -> np.ndarray:
+        step = self.step if isinstance(self.step, (int, float)) else 1.0
+        scores = route_scores(self.criterion, report, route_map, protection=self.protection, seed=self.seed)
+        candidates = np.flatnonzero(route_map.scope(self.scope))
+        chosen = np.array([], dtype=int)
+        for number in range(1, self.rounds + 1):
+            left = np.setdiff1d(candidates, chosen)
+            ranked = np.concatenate([chosen, left[np.argsort(-scores[left], kind="stable")]])
+            total = self._count(ranked, parameters)
+            chosen = ranked[: max(len(chosen), 1, round(total * number / self.rounds))]
+            if number < self.rounds:
+                with rolled_back(model, before, route_map, chosen, step):
+                    # From the repaired weights to the earlier ones: what going there would take back.
+                    path, scores = UpdatePath(model, before), np.zeros(route_map.num_routes)
+                    for entry in losses.values():
+                        terms = attribution(path, entry.batches, route_map, _ROUND_NODES)
+                        scores -= entry.weight * terms.routes
+                    path.move(0.0)
         return chosen
 
     def apply(
@@ -105,6 +174,7 @@ class RouteRollback:
         model: PreTrainedModel | None = None,
         objective: Callable[[PreTrainedModel], float] | None = None,
         description: Architecture | None = None,
+        **kwargs,
     ) -> PreTrainedModel:
         """
         Roll back.
@@ -118,25 +188,122 @@ class RouteRollback:
                 What `step="optimal"` minimises, such as a loss on the selection split.
             description ([`Architecture`], *optional*):
                 Description of the architecture, if it is none of those that are known.
+            **kwargs:
+                Further arguments of [`~RouteRollback.repair`].
 
         Returns:
             [`~transformers.PreTrainedModel`]: The repaired model.
 
         Raises:
-            `ValueError`: If the step is `"optimal"` and there is no objective.
+            `ValueError`: If the settings need an objective or losses, and there are none.
         """
-        if self.step == "optimal" and objective is None:
+        return self.repair(report, model, objective, description, **kwargs)[0]
+
+    def repair(
+        self,
+        report: InterferenceReport,
+        model: PreTrainedModel | None = None,
+        objective: Callable[[PreTrainedModel], float] | None = None,
+        description: Architecture | None = None,
+        before: Tensors | None = None,
+        confirm: Callable[[PreTrainedModel], float] | None = None,
+        losses: Losses | None = None,
+    ) -> tuple[PreTrainedModel, RollbackExplanation]:
+        """
+        Roll back, and account for it.
+
+        Args:
+            report ([`InterferenceReport`]):
+                The analysis; it names both checkpoints.
+            model ([`~transformers.PreTrainedModel`], *optional*):
+                Model that holds the weights after the update; it is changed in place. Defaults to loading them.
+            objective (`Callable[[PreTrainedModel], float]`, *optional*):
+                What a search for the step minimises, such as a loss on the selection split. Defaults to the weighted
+                sum of `losses`.
+            description ([`Architecture`], *optional*):
+                Description of the architecture, if it is none of those that are known.
+            before (`dict[str, torch.Tensor]`, *optional*):
+                Parameters before the update, by name. Defaults to loading them.
+            confirm (`Callable[[PreTrainedModel], float]`, *optional*):
+                Score on the selection split, the higher the better. Of the `CONFIRMED` steps with the lowest objective
+                the one with the best score is taken. A score of all domains keeps the step from repairing one of them
+                at the cost of another.
+            losses (`dict[str, WeightedLoss]`, *optional*):
+                References of the domains on the selection split and their weights: the damaged domain, and with a
+                weight of their own those that are to be spared. Needed for `step="per_route"` and for rounds; where
+                given, what is expected and what is achieved are measured on them.
+
+        Returns:
+            `tuple`: The repaired model and a [`RollbackExplanation`].
+
+        Raises:
+            `ValueError`: If the settings need an objective or losses, and there are none.
+        """
+        if self.step == "optimal" and objective is None and losses is None and confirm is None:
             raise ValueError("step: 'optimal' needs an objective, such as a loss on the selection split")
+        for setting, needed in (("step: 'per_route'", self.step == "per_route"), ("rounds", self.rounds > 1)):
+            if needed and not losses:
+                raise ValueError(f"{setting}: needs `losses`, references of the domains on the selection split")
         model = load_model(report.after) if model is None else model
-        before = dict(load_model(report.before).named_parameters())
+        before = dict(load_model(report.before).named_parameters()) if before is None else before
         route_map = RouteMap(model.config, description)
-        routes = self.select(report, route_map)
-        step = self.step if self.step != "optimal" else line_search(model, before, route_map, routes, objective)
-        roll_back(model, before, route_map, routes, step)
-        return model
+        parameters = route_parameters(model, route_map)
+        if self.rounds == 1:
+            routes = self.select(report, route_map, parameters)
+        else:
+            routes = self._select_in_rounds(report, route_map, parameters, model, before, losses)
+        if objective is None and losses:
+            objective = lambda candidate: weighted_loss(candidate, losses)  # noqa: E731
+        steps, tried = np.ones(len(routes)), []
+        arguments = (model, before, route_map, routes)
+        if self.step == "per_route":
+            steps = solve_steps(*arguments, losses).steps
+            # The quadratic model is a local one: how far to trust it is found as any step is.
+            scale, tried = search_step(*arguments, objective, confirm, steps=(0.25, 0.5, 0.75, 1.0, 1.25), along=steps)
+            steps = scale * steps
+        elif self.step == "optimal":
+            step, tried = search_step(*arguments, objective, confirm)
+            steps = step * steps
+        else:
+            steps = float(self.step) * steps
+        expected, achieved = None, None
+        if losses:
+            quadratic = RouteQuadratic(*arguments, losses)
+            try:
+                expected = -quadratic(steps)[0]
+            finally:
+                quadratic.close()
+            achieved = weighted_loss(model, losses)
+        roll_back(*arguments, steps)
+        if losses:
+            achieved -= weighted_loss(model, losses)
+        return model, explain(self, report, route_map, parameters, routes, steps, expected, achieved, tried)
 
 
-def roll_back(model: PreTrainedModel, before: Tensors, route_map: RouteMap, routes: np.ndarray, step: float) -> None:
+def route_parameters(model: PreTrainedModel, route_map: RouteMap) -> np.ndarray:
+    """
+    Number of parameters of each route.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+        route_map ([`RouteMap`]):
+            Its routes.
+
+    Returns:
+        `numpy.ndarray` of shape `(num_routes,)`: The numbers.
+    """
+    counts = np.zeros(route_map.num_routes, dtype=np.int64)
+    for name, parameter in model.named_parameters():
+        cut = route_map.cut(name)
+        if cut is not None:
+            np.add.at(counts, cut.owners.ravel(), parameter.numel() // cut.owners.size)
+    return counts
+
+
+def roll_back(
+    model: PreTrainedModel, before: Tensors, route_map: RouteMap, routes: np.ndarray, step: float | np.ndarray
+) -> None:
     """
     Move the slices of routes from θ1 to θ1 - step * (θ1 - θ0), in place. A step of 1 restores θ0 to the bit.
 
@@ -149,22 +316,21 @@ def roll_back(model: PreTrainedModel, before: Tensors, route_map: RouteMap, rout
             The routes.
         routes (`numpy.ndarray` of shape `(chosen,)`):
             Indices of the routes.
-        step (`float`):
-            Share of the update that is taken back.
+        step (`float` or `numpy.ndarray` of shape `(chosen,)`):
+            Share of the update that is taken back, of all routes alike or of each.
     """
-    weights = np.zeros(route_map.num_routes)
-    weights[routes] = step
+    steps = route_steps(route_map, routes, step)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            spread = route_map.spread(name, weights, parameter)
-            if spread is not None:
-                # lerp is exact at 0 and at 1, which adding a difference is not.
-                parameter.lerp_(before[name].detach().to(parameter), spread.expand_as(parameter))
+            touched = touched_blocks(route_map, name, steps, parameter)
+            if touched is not None:
+                blocks, owned = touched
+                blocks.put(parameter, move_back(blocks.take(parameter), blocks.take(before[name].detach()), owned))
 
 
 @contextmanager
 def rolled_back(
-    model: PreTrainedModel, before: Tensors, route_map: RouteMap, routes: np.ndarray, step: float
+    model: PreTrainedModel, before: Tensors, route_map: RouteMap, routes: np.ndarray, step: float | np.ndarray
 ) -> Iterator[PreTrainedModel]:
     """
     Context in which routes are rolled back; afterwards every parameter is as before, to the bit.
@@ -178,8 +344,8 @@ def rolled_back(
             The routes.
         routes (`numpy.ndarray` of shape `(chosen,)`):
             Indices of the routes.
-        step (`float`):
-            Share of the update that is taken back.
+        step (`float` or `numpy.ndarray` of shape `(chosen,)`):
+            Share of the update that is taken back, of all routes alike or of each.
     """
     kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if route_map.cut(name)}
     try:
@@ -223,10 +389,67 @@ def line_search(
     Raises:
         `ValueError`: If the objective is nowhere finite.
     """
-    values = []
-    for step in steps:
-        with rolled_back(model, before, route_map, routes, step) as candidate:
-            values.append(objective(candidate))
-    if not np.isfinite(values).any():
-        raise ValueError(f"objective: expected a finite value at one of the steps {steps}, found {values}")
-    return steps[int(np.nanargmin(values))]
+    return search_step(model, before, route_map, routes, objective, steps=steps)[0]
+
+
+def search_step(
+    model: PreTrainedModel,
+    before: Tensors,
+    route_map: RouteMap,
+    routes: np.ndarray,
+    objective: Callable[[PreTrainedModel], float] | None,
+    confirm: Callable[[PreTrainedModel], float] | None = None,
+    steps: tuple[float, ...] = STEPS,
+    along: np.ndarray | None = None,
+) -> tuple[float, list[dict[str, float]]]:
+    """
+    The step with the best score among those with the lowest objective.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model after the update; it is left as it was.
+        before (`dict[str, torch.Tensor]`):
+            Parameters before the update, by name.
+        route_map ([`RouteMap`]):
+            The routes.
+        routes (`numpy.ndarray` of shape `(chosen,)`):
+            Indices of the routes.
+        objective (`Callable[[PreTrainedModel], float]`, *optional*):
+            What is minimised, such as a loss. Without it every step is scored.
+        confirm (`Callable[[PreTrainedModel], float]`, *optional*):
+            Score, the higher the better, of the `CONFIRMED` steps with the lowest objective. Without it the lowest
+            one is taken.
+        steps (`tuple[float, ...]`, *optional*, defaults to `STEPS`):
+            Steps that are tried.
+        along (`numpy.ndarray` of shape `(chosen,)`, *optional*):
+            Step of each route that `steps` are multiples of. Defaults to 1 for each.
+
+    Returns:
+        `tuple[float, list[dict]]`: The step, and `step`, `objective` and `score` of all that were tried.
+
+    Raises:
+        `ValueError`: If the objective is nowhere finite.
+    """
+    along = np.ones(len(routes)) if along is None else along
+    tried = [{"step": float(step)} for step in steps]
+    for key, measure in (("objective", objective), ("score", confirm)):
+        if measure is None:
+            continue
+        candidates = tried
+        if key == "score" and objective is not None:
+            candidates = sorted(tried, key=lambda entry: _finite(entry["objective"]))[:CONFIRMED]
+        for entry in candidates:
+            with rolled_back(model, before, route_map, routes, entry["step"] * along) as candidate:
+                entry[key] = float(measure(candidate))
+        found = [entry[key] for entry in candidates]
+        if not np.isfinite(found).any():
+            raise ValueError(f"{key}: expected a finite value at one of the steps {tuple(steps)}, found {found}")
+    if confirm is None:
+        best = min(tried, key=lambda entry: _finite(entry["objective"]))
+    else:
+        best = min((entry for entry in tried if "score" in entry), key=lambda entry: _finite(-entry["score"]))
+    return best["step"], tried
+
+
+def _finite(value: float) -> float:
+    return value if np.isfinite(value) else np.inf

@@ -1,0 +1,272 @@
+"""The choice of routes and steps for a rollback of checkpoints on disk."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME
+
+from ..analysis.analyzer import InterferenceAnalyzer, load_model
+from ..analysis.architectures import Architecture
+from ..analysis.checkpoint import Checkpoint
+from ..analysis.config import InterferenceConfig
+from ..analysis.report import InterferenceReport
+from ..analysis.routes import RouteMap
+from ..analysis.updates import update_statistics
+from ..domains.domain import Domain
+from ..domains.loading import RunFile, build_dataclass
+from ..evaluation.bootstrap import difference, score
+from ..evaluation.checkpoints import sampling_settings, training_settings
+from ..evaluation.scorer import Scorer
+from .rollback import RouteRollback
+from .route_steps import WeightedLoss
+
+
+# Criteria that need the checkpoints alone.
+WITHOUT_DATA = ("magnitude", "random")
+
+
+@dataclass
+class RouteChoice:
+    """
+    Routes that are rolled back, and how far.
+
+    Args:
+        routes (`numpy.ndarray` of shape `(chosen,)`):
+            Their indices.
+        step (`float` or `numpy.ndarray` of shape `(chosen,)`):
+            Share of the update that is taken back, of all of them or of each.
+        settings (`dict`):
+            How they were chosen, as it stands in `rollback.json`.
+    """
+
+    routes: np.ndarray
+    step: float | np.ndarray
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def locate_checkpoint(name: str, report: str | Path) -> str:
+    """
+    Find a checkpoint that a report names by a relative path.
+
+    `trl-interfere analyze` writes paths as they were given, the lab writes them relative to its folder. Therefore the
+    folder of the report and those that it lies in come first, the nearest one before the others, then the working
+    directory.
+
+    Args:
+        name (`str`):
+            What the report names: a path or a Hub id.
+        report (`str` or `pathlib.Path`):
+            Folder of the report.
+
+    Returns:
+        `str`: Folder of the checkpoint, or its Hub id.
+
+    Raises:
+        `ValueError`: If there is no such folder, nor such a repository.
+    """
+    folder = Path(report).absolute()
+    for parent in (folder, *folder.parents, Path.cwd()):
+        if (parent / name).is_dir():
+            return str(parent / name)
+    try:
+        Checkpoint(name)
+    except ValueError as error:
+        raise ValueError(
+            f"{report}: names the checkpoint {name!r}, found it neither in the folder of the report or one that this "
+            "lies in, nor in the working directory, nor on the Hub: say where it is with --before or --after"
+        ) from error
+    return name
+
+
+def choose_routes(
+    rollback: RouteRollback,
+    before: str | Path | None,
+    after: str | Path,
+    report: InterferenceReport | None = None,
+    run: RunFile | None = None,
+    base: str | Path | None = None,
+    description: Architecture | None = None,
+    dtype: str = "float32",
+    progress: Callable[[str], None] = lambda _: None,
+) -> RouteChoice:
+    """
+    Choose routes, and search for the step where that is asked for.
+
+    A search takes the losses of the earlier and the later domains, each with weight 1, on references of their
+    selection splits, and of the steps with the lowest sum the one with the best mean score on these splits.
+
+    Args:
+        rollback ([`RouteRollback`]):
+            Criterion, budget, scope and step.
+        before (`str` or `pathlib.Path`, *optional*):
+            Checkpoint before the update. Defaults to the model of the adapter `after`.
+        after (`str` or `pathlib.Path`):
+            Checkpoint after it.
+        report ([`InterferenceReport`], *optional*):
+            The analysis. Without it, only the criteria in `WITHOUT_DATA` are possible.
+        run ([`RunFile`], *optional*):
+            Names the domains, for a search of steps and for more than one round.
+        base (`str` or `pathlib.Path`, *optional*):
+            Where the model of an adapter lies, if not where the adapter says.
+        description ([`Architecture`], *optional*):
+            Description of the architecture, if it is none of those that are known.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Data type that a search computes in.
+        progress (`Callable[[str], None]`, *optional*):
+            Called with the name of each part when it begins.
+
+    Returns:
+        [`RouteChoice`]: Routes and steps.
+
+    Raises:
+        `ValueError`: If the settings need a report or domains that are not given, or the report is of another model,
+            or no step that a search tried is confirmed by the scores.
+    """
+    model = Checkpoint(after, base=base)
+    route_map = RouteMap(model.config, description)
+    settings = {
+        **asdict(rollback),
+        "step_rule": rollback.step if isinstance(rollback.step, str) else "fixed",
+    }
+    del settings["step"]  # the record has the one that was taken
+    if report is None:
+        if rollback.criterion not in WITHOUT_DATA:
+            raise ValueError(
+                f"criterion: {rollback.criterion!r} needs a report (trl-interfere analyze), without one it is one of "
+                f"{list(WITHOUT_DATA)}"
+            )
+        measures = SimpleNamespace(routes={"damage": np.zeros(route_map.num_routes)}, config={})
+        if rollback.criterion == "magnitude":
+            progress("edit sizes")
+            earlier = Checkpoint(model.folder) if before is None else Checkpoint(before, base=base)
+            measures.routes["edit_size"] = update_statistics([earlier, model], route_map)[0].edit_size
+    else:
+        measures = report
+        if len(report.routes["damage"]) != route_map.num_routes:
+            raise ValueError(
+                f"{after}: expected a model of {len(report.routes['damage'])} routes as in the report, "
+                f"found {route_map.num_routes}"
+            )
+        settings |= {"earlier": report.earlier, "later": report.later}
+    if isinstance(rollback.step, str) or rollback.rounds > 1:
+        if report is None or run is None:
+            asked = f"step {rollback.step!r}" if isinstance(rollback.step, str) else f"{rollback.rounds} rounds"
+            raise ValueError(
+                f"{asked}: needs a report and the domains that it names: give --report, and --config with the YAML "
+                "file of the training"
+            )
+        return _search(rollback, before, after, report, run, base, description, dtype, progress, settings)
+    routes = rollback.select(measures, route_map, _parameters(model, route_map))
+    if report is not None and report.damage:
+        settings["share_of_damage"] = float(report.routes["damage"][routes].sum() / report.damage)
+    return RouteChoice(routes, float(rollback.step), settings)
+
+
+def _parameters(model: Checkpoint, route_map: RouteMap) -> np.ndarray:
+    counts = np.zeros(route_map.num_routes, dtype=np.int64)
+    for name, stored in model.tensors.items():
+        cut = route_map.cut(name)
+        if cut is not None:
+            np.add.at(counts, cut.owners.ravel(), stored.rows * stored.columns // cut.owners.size)
+    return counts
+
+
+def _search(
+    rollback: RouteRollback,
+    before: str | Path | None,
+    after: str | Path,
+    report: InterferenceReport,
+    run: RunFile,
+    base: str | Path | None,
+    description: Architecture | None,
+    dtype: str,
+    progress: Callable[[str], None],
+    settings: dict[str, Any],
+) -> RouteChoice:
+    domains = _domains(report, run)
+    progress("load")
+    first, last = _load_whole(before, after, base, dtype), _load_whole(after, after, base, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(str(after))
+    config = build_dataclass(InterferenceConfig, run.analysis, "analysis")
+    analyzer = InterferenceAnalyzer(first, last, tokenizer, config=config, description=description)
+    progress("reference completions")
+    references = analyzer.references(domains[0], domains[1:])
+    losses = {name: WeightedLoss(batches) for name, batches in analyzer.batches(references).items()}
+    template = training_settings(run)["chat_template_kwargs"]
+    scorer = Scorer(tokenizer, chat_template_kwargs=template, **sampling_settings(run))
+
+    def values(model: PreTrainedModel) -> dict[str, np.ndarray]:
+        return {domain.name: scorer.score(model, domain, domain.selection_dataset).values for domain in domains}
+
+    def confirm(model: PreTrainedModel) -> float:
+        progress("score a step")
+        return float(np.mean([part.mean() for part in values(model).values()]))
+
+    progress("score the damaged model")
+    damaged = values(last)
+    progress("losses of steps")
+    start = dict(first.named_parameters())
+    _, explanation = rollback.repair(
+        report, model=last, description=description, before=start, confirm=confirm, losses=losses
+    )
+    progress("score the repaired model")
+    repaired = values(last)
+    scores = {
+        name: {
+            "damaged": score(damaged[name]).to_dict(),
+            "repaired": score(repaired[name]).to_dict(),
+            "difference": difference(repaired[name], damaged[name]).to_dict(),
+        }
+        for name in damaged
+    }
+    steps = np.array([entry["step"] for entry in explanation.routes])
+    change = np.mean([entry["difference"]["value"] for entry in scores.values()])
+    if change < 0:
+        points = ", ".join(f"{name} {entry['difference']['value']:+.1f}" for name, entry in scores.items())
+        raise ValueError(
+            f"step {rollback.step!r}: the step of the lowest losses is not confirmed by the scores of the selection "
+            f"split ({points} points): nothing is written; give a number to have it all the same"
+        )
+    account = explanation.to_dict()
+    for key in ("routes", "layers", "criterion", "scope", "budget", "budget_of"):
+        account.pop(key, None)
+    settings |= {
+        "search": {
+            "split": "selection",
+            "references": {
+                name: {"n": len(part.prompts), "tokens": part.num_tokens} for name, part in references.items()
+            },
+            "scores": scores,
+            **account,
+        }
+    }
+    routes = np.array([entry["route"] for entry in explanation.routes])
+    return RouteChoice(routes, float(steps[0]) if np.ptp(steps) == 0 else steps, settings)
+
+
+def _domains(report: InterferenceReport, run: RunFile) -> list[Domain]:
+    known = {domain.name: domain for domain in run.domains}
+    for name in (report.earlier, *report.later):
+        if name not in known:
+            raise ValueError(f"the report names the domain {name!r}, the configuration has {sorted(known)}")
+        if known[name].selection_dataset is None:
+            raise ValueError(
+                f"domain {name!r}: expected selection prompts (`selection:` in the configuration) to choose the step "
+                "on, found none"
+            )
+    return [known[name] for name in (report.earlier, *report.later)]
+
+
+def _load_whole(name: str | Path | None, after: str | Path, base: str | Path | None, dtype: str) -> PreTrainedModel:
+    # Whole weights; those of an adapter are merged into its model, in memory only.
+    adapter = None if name is None or not (Path(name) / ADAPTER_CONFIG_NAME).is_file() else name
+    if name is not None and adapter is None:
+        return load_model(name, dtype)
+    model = load_model(Checkpoint(adapter or after, base=base).folder, dtype)
+    return model if adapter is None else PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().eval()

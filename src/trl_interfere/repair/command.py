@@ -1,0 +1,227 @@
+"""The command `trl-interfere rollback`."""
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers.utils import ADAPTER_CONFIG_NAME
+
+from ..analysis.report import InterferenceReport
+from ..domains.loading import load_run_file
+from .choice import RouteChoice, choose_routes, locate_checkpoint
+from .folder import apply_delta, revert_delta, roll_back_folder, undo_rollback
+from .rollback import RouteRollback
+
+
+@dataclass
+class Request:
+    """
+    What the command line asks for: one of a rollback, `undo`, `apply_delta` and `revert_delta`.
+
+    Args:
+        report (`pathlib.Path`, *optional*):
+            Folder of an analysis.
+        before (`str`, *optional*):
+            Checkpoint before the update. Defaults to the one in the report.
+        after (`str`, *optional*):
+            Checkpoint after it. Defaults to the one in the report.
+        base (`str`, *optional*):
+            Where the model of an adapter lies.
+        output_dir (`pathlib.Path`, *optional*):
+            Folder of the result.
+        rollback (`dict`, *optional*):
+            Settings of [`RouteRollback`]; `step` as text.
+        config (`pathlib.Path`, *optional*):
+            YAML file with the domains.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Data type that a search of steps computes in.
+        delta (`pathlib.Path`, *optional*):
+            Delta file to write.
+        undo (`pathlib.Path`, *optional*):
+            Folder whose last rollback is undone.
+        apply_delta (`pathlib.Path`, *optional*):
+            Delta file to apply.
+        revert_delta (`pathlib.Path`, *optional*):
+            Delta file to revert.
+        model (`str`, *optional*):
+            Folder that a delta file is applied to or reverted in.
+
+    Raises:
+        `ValueError`: If more than one thing is asked for, or a part of it is missing.
+    """
+
+    report: Path | None = None
+    before: str | None = None
+    after: str | None = None
+    base: str | None = None
+    output_dir: Path | None = None
+    rollback: dict[str, Any] = field(default_factory=dict)
+    config: Path | None = None
+    dtype: str = "float32"
+    delta: Path | None = None
+    undo: Path | None = None
+    apply_delta: Path | None = None
+    revert_delta: Path | None = None
+    model: str | None = None
+
+    def __post_init__(self):
+        others = ("undo", "apply_delta", "revert_delta")
+        asked = [name for name in others if getattr(self, name) is not None]
+        given = [name for name in ("report", "before", "after", "delta", "config") if getattr(self, name) is not None]
+        if len(asked) > 1 or (asked and given):
+            raise ValueError(f"expected {_option(asked[0])} without {_option([*asked[1:], *given][0])}")
+        if (self.model is None) == bool(asked and asked != ["undo"]):
+            raise ValueError(
+                f"{_option(asked[0])}: expected --model, the folder to change"
+                if asked
+                else "--model: expected with --apply-delta or --revert-delta; a rollback takes --after"
+            )
+        if not asked:
+            if self.report is None and self.after is None:
+                raise ValueError(
+                    "expected --report, or --before and --after, or one of --undo, --apply-delta and --revert-delta"
+                )
+            if self.output_dir is None:
+                raise ValueError("--output-dir: expected the folder of the result, found none")
+            if self.delta is not None and self.delta.exists():
+                raise ValueError(f"{self.delta}: expected a new file, found one")
+
+
+def carry_out(request: Request, console: Console, progress: bool = False) -> dict[str, Any]:
+    """
+    Do what the command line asks for, and say what was done.
+
+    Args:
+        request ([`Request`]):
+            What is asked for.
+        console ([`~rich.console.Console`]):
+            Where to print.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show progress bars.
+
+    Returns:
+        `dict`: The record of the rollback.
+
+    Raises:
+        `ValueError`: If the input is bad; nothing is written then.
+    """
+    if request.undo is not None:
+        record = undo_rollback(request.undo, request.output_dir, progress)
+        console.print(f"Undone: {_place(request.undo, request.output_dir)}.", soft_wrap=True)
+        return record
+    if request.apply_delta is not None:
+        record = apply_delta(request.apply_delta, request.model, request.output_dir, progress)
+        console.print(f"Applied: {_place(request.model, request.output_dir)}.", soft_wrap=True)
+        return record
+    if request.revert_delta is not None:
+        record = revert_delta(request.revert_delta, request.model, request.output_dir, progress)
+        console.print(f"Reverted: {_place(request.model, request.output_dir)}.", soft_wrap=True)
+        return record
+    return _roll_back(request, console, progress)
+
+
+def _roll_back(request: Request, console: Console, progress: bool) -> dict[str, Any]:
+    output_dir = request.output_dir
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"{output_dir}: expected an empty or a new folder")  # before anything is computed
+    rollback = RouteRollback(**{**request.rollback, "step": _step(request.rollback.get("step", "1.0"))})
+    report = None if request.report is None else InterferenceReport.from_pretrained(request.report)
+    before, after = request.before, request.after
+    if report is not None:
+        # An adapter that stands in for the checkpoint of the report is rolled back to its own model.
+        if before is None and not (after is not None and _is_adapter(after)):
+            before = locate_checkpoint(report.before, request.report)
+        after = after or locate_checkpoint(report.after, request.report)
+    if request.delta is not None and before is not None and _is_adapter(before) and _is_adapter(after):
+        raise ValueError(
+            f"{request.delta}: an adapter that is rolled back to an earlier one has another rank and no delta file; "
+            "it is itself the small file"
+        )
+    run = None if request.config is None else load_run_file(request.config)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
+        task = bar.add_task("choose routes")
+        choice = choose_routes(
+            rollback,
+            before,
+            after,
+            report,
+            run,
+            base=request.base,
+            dtype=request.dtype,
+            progress=lambda part: bar.update(task, description=part),
+        )
+    record = roll_back_folder(
+        before,
+        after,
+        output_dir,
+        choice.routes,
+        choice.step,
+        base=request.base,
+        settings=choice.settings,
+        progress=progress,
+    )
+    console.print(_summary(record, choice))
+    console.print(f"The checkpoint is in {output_dir}; undo it with --undo {output_dir}.", soft_wrap=True)
+    if request.delta is not None:
+        request.delta.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = request.delta.with_name(f".{request.delta.name}.{os.getpid()}.tmp")
+        shutil.copyfile(output_dir / record["file"], temporary)
+        os.replace(temporary, request.delta)
+        size = request.delta.stat().st_size / 1e6
+        console.print(f"The delta file is {request.delta} ({size:.2f} MB).", soft_wrap=True)
+    return record
+
+
+def _is_adapter(name: str) -> bool:
+    return (Path(name) / ADAPTER_CONFIG_NAME).is_file()
+
+
+def _step(text: str) -> float | str:
+    if text in ("optimal", "per_route"):
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"--step: expected a number, 'optimal' or 'per_route', found {text!r}") from error
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _place(model: str | Path, output_dir: Path | None) -> str:
+    return str(model) if output_dir is None else f"{model}, into {output_dir}"
+
+
+def _summary(record: dict[str, Any], choice: RouteChoice) -> Table:
+    table = Table(title="Rollback", show_header=False)
+    by_kind = {kind: sum(layers.values()) for kind, layers in record["routes_by_layer"].items()}
+    layers = sorted({int(layer) for part in record["routes_by_layer"].values() for layer in part})
+    steps = record["step"]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in by_kind.items())
+    table.add_row("routes", f"{len(record['routes'])} ({kinds})")
+    table.add_row("layers", ", ".join(map(str, layers)))
+    table.add_row("criterion, scope", f"{choice.settings['criterion']}, {choice.settings['scope']}")
+    table.add_row("step", f"{min(steps):.3g} to {max(steps):.3g}" if isinstance(steps, list) else f"{steps:g}")
+    if "share_of_damage" in choice.settings:
+        table.add_row("damage attributed to them", f"{100 * choice.settings['share_of_damage']:.1f}%")
+    if "tensors" in record:
+        entries = record["tensors"].values()
+        table.add_row("tensors", str(len(entries)))
+        table.add_row("elements touched", f"{sum(entry['elements'] for entry in entries):,}")
+        table.add_row("of them changed", f"{sum(entry['changed'] for entry in entries):,}")
+    if "rank" in record:
+        table.add_row("rank of the new adapter", str(record["rank"]))
+    for name, entry in choice.settings.get("search", {}).get("scores", {}).items():
+        change = entry["difference"]
+        table.add_row(
+            f"{name}, selection split (n={change['n']})",
+            f"{change['value']:+.1f} points [{change['low']:+.1f}, {change['high']:+.1f}]",
+        )
+    return table

@@ -1,0 +1,357 @@
+"""`trl-interfere rollback`, as it is typed."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from trl_interfere import InterferenceReport, RouteRollback
+from trl_interfere.analysis.analyzer import load_model
+from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.cli import main
+from trl_interfere.repair.choice import locate_checkpoint
+from trl_interfere.repair.rollback import STEPS, roll_back
+
+
+NUM_ROUTES = 36
+WEIGHTS = "model.safetensors"
+
+
+def constant_reward(completions, **kwargs):
+    return [0.5] * len(completions)
+
+
+def shrinking_reward(completions, **kwargs):
+    shrinking_reward.value -= 0.01
+    return [shrinking_reward.value] * len(completions)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["trl-interfere", "rollback", "--threads", "1", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def project(checkpoints, make_report, tmp_path):
+    """Folders of a project: two checkpoints, and a report that names them by paths relative to the project."""
+    before, after, route_map = checkpoints()
+    rng = np.random.default_rng(2)
+    routes = {"damage": rng.normal(size=NUM_ROUTES), "edit_size": rng.uniform(size=NUM_ROUTES)}
+    report = make_report(NUM_ROUTES, "before", "after", **routes)
+    report.save_pretrained(tmp_path / "analysis" / "math")
+    return before, after, tmp_path / "analysis" / "math"
+
+
+def test_from_a_report(project, run, contents, tmp_path, monkeypatch):
+    before, after, report = project
+    original = contents(after)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("--report", "analysis/math", "--output-dir", "out", "--budget", 0.25, "--scope", "joint",
+                         "--step", 2.0, "--delta", "math.safetensors")  # fmt: skip
+    assert code == 0, err
+    saved = InterferenceReport.from_pretrained(report)
+    routes = RouteRollback(budget=0.25, scope="joint").select(saved, RouteMap(load_model(after).config))
+    model = load_model(after)
+    roll_back(model, dict(load_model(before).named_parameters()), RouteMap(model.config), routes, 2.0)
+    found = load_model(tmp_path / "out")
+    assert all(torch.equal(parameter, found.get_parameter(name)) for name, parameter in model.named_parameters())
+    (record,) = json.loads((tmp_path / "out" / "rollback.json").read_text())["rollbacks"]
+    settings = {"criterion": "damage", "budget": 0.25, "scope": "joint", "step": 2.0, "earlier": "math", "seed": 0}
+    assert record.items() >= {**settings, "later": ["qa", "writing"], "routes": routes.tolist()}.items()
+    assert record["share_of_damage"] == pytest.approx(saved.routes["damage"][routes].sum() / saved.damage)
+    assert "9 (" in out and "damage, joint" in out and "math.safetensors" in out
+
+    for option, expected in (("--apply-delta", contents(tmp_path / "out")), ("--revert-delta", original)):
+        code, _, err = run(option, "math.safetensors", "--model", "after")
+        assert code == 0, err
+        assert contents(after)[WEIGHTS] == expected[WEIGHTS]
+    assert contents(after) == original
+    code, out, err = run("--undo", "out", "--output-dir", "undone")
+    assert code == 0 and contents(tmp_path / "undone") == original, err
+    assert run("--undo", "out")[0] == 0
+    assert contents(tmp_path / "out") == original
+    code, _, err = run("--undo", "out")
+    assert code == 2 and "out: expected rollback.json, found none" in err
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_straight_from_checkpoints(criterion, project, run, tmp_path):
+    before, after, _ = project
+    arguments = ("--before", before, "--after", after, "--criterion", criterion, "--budget", 0.25, "--seed", 3)
+    for name in ("one", "two"):
+        code, _, err = run(*arguments, "--output-dir", tmp_path / name)
+        assert code == 0, err
+    records = [json.loads((tmp_path / name / "rollback.json").read_text())["rollbacks"][0] for name in ("one", "two")]
+    assert records[0]["routes"] == records[1]["routes"]
+    start, end = load_file(before / WEIGHTS), load_file(after / WEIGHTS)
+    size = [0.0] * 24
+    for layer in range(2):
+        for channel in range(12):
+            prefix = f"model.layers.{layer}.mlp"
+            for name, index in (("gate", channel), ("up", channel), ("down", np.s_[:, channel])):
+                change = end[f"{prefix}.{name}_proj.weight"][index] - start[f"{prefix}.{name}_proj.weight"][index]
+                size[12 * layer + channel] += change.double().square().sum().item()
+    ranked = sorted(range(24), key=lambda route: -size[route])[:6]
+    assert (records[0]["routes"] == ranked) == (criterion == "magnitude")
+
+
+def test_adapters_straight_from_checkpoints(project, run, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    before, _, _ = project
+    torch.manual_seed(0)
+    for name in ("first", "second"):
+        model = get_peft_model(load_model(before), LoraConfig(r=2, target_modules=["up_proj", "down_proj"]))
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(tmp_path / name)
+    arguments = ("--after", tmp_path / "second", "--criterion", "magnitude")
+    code, out, err = run(*arguments, "--output-dir", tmp_path / "to base", "--delta", tmp_path / "delta.safetensors")
+    assert code == 0 and (tmp_path / "delta.safetensors").exists(), err
+    code, out, err = run(*arguments, "--before", tmp_path / "first", "--output-dir", tmp_path / "to first")
+    assert code == 0 and "rank of the new adapter" in out and "4" in out, err
+    code, _, err = run(
+        *arguments, "--before", tmp_path / "first", "--output-dir", tmp_path / "more", "--delta", "d.safetensors"
+    )
+    assert code == 2 and "has another rank and no delta file" in err and not (tmp_path / "more").exists()
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Function that writes a YAML file of a training with the domains of the report."""
+    rng = np.random.default_rng(0)
+    for name in ("math", "qa", "writing"):
+        rows = [
+            {
+                "prompt": "".join(rng.choice(list("0123456789+"), 4)) + "=",
+                "completion": "".join(rng.choice(list("abc"), 3)),
+            }
+            for _ in range(6)
+        ]
+        Dataset.from_list(rows).to_json(tmp_path / f"{name}.jsonl")
+
+    def write(reward="constant_reward", selection=True, names=("math", "qa", "writing")):
+        domains = []
+        for name in names:
+            splits = {"train": f"{name}.jsonl", **({"selection": f"{name}.jsonl"} if selection else {})}
+            domains.append({"name": name, **splits, "rewards": f"{__name__}.{reward}"})
+        content = {
+            "model": str(tmp_path / "before"),
+            "training": {"output_dir": "out", "max_completion_length": 4},
+            "analysis": {"reference": "dataset"},
+            "domains": domains,
+        }
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+        return tmp_path / "run.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize("step", ["optimal", "per_route"])
+def test_a_searched_step(step, project, config, run, tmp_path):
+    before, after, report = project
+    code, out, err = run(
+        "--report", report, "--config", config(), "--step", step, "--budget", 0.2, "--output-dir", tmp_path / "out"
+    )
+    assert code == 0, err
+    (record,) = json.loads((tmp_path / "out" / "rollback.json").read_text())["rollbacks"]
+    search = record["search"]
+    assert record["step_rule"] == step and search["split"] == "selection"
+    assert {name: entry["n"] for name, entry in search["references"].items()} == {"math": 6, "qa": 6, "writing": 6}
+    assert {name: entry["difference"]["value"] for name, entry in search["scores"].items()} == dict.fromkeys(
+        ("math", "qa", "writing"), 0.0
+    )
+    assert "math, selection split (n=6)" in out
+    if step == "optimal":
+        lowest = sorted(search["tried"], key=lambda entry: entry["objective"])[:3]
+        assert [entry["step"] for entry in search["tried"]] == list(STEPS)
+        assert record["step"] in [entry["step"] for entry in lowest]
+        assert sorted(entry["step"] for entry in search["tried"] if "score" in entry) == sorted(
+            entry["step"] for entry in lowest
+        )
+    else:
+        assert len(set(record["step"])) > 1
+    model = load_model(after)
+    roll_back(
+        model,
+        dict(load_model(before).named_parameters()),
+        RouteMap(model.config),
+        np.array(record["routes"]),
+        np.array(record["step"]),
+    )
+    found = load_model(tmp_path / "out")
+    assert all(torch.equal(parameter, found.get_parameter(name)) for name, parameter in model.named_parameters())
+
+
+def test_a_step_that_the_scores_do_not_confirm(project, config, run, tmp_path):
+    shrinking_reward.value = 1.0
+    code, _, err = run("--report", project[2], "--config", config("shrinking_reward"), "--step", "optimal",
+                       "--output-dir", tmp_path / "out")  # fmt: skip
+    assert (
+        code == 2
+        and "not confirmed by the scores of the selection split (math -" in err
+        and "nothing is written" in err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"names": ("math", "qa")}, "the report names the domain 'writing', the configuration has ['math', 'qa']"),
+        ({"selection": False}, "domain 'math': expected selection prompts (`selection:` in the configuration)"),
+    ],
+)
+def test_configurations_that_do_not_serve_a_search(settings, message, project, config, run, tmp_path):
+    code, _, err = run(
+        "--report", project[2], "--config", config(**settings), "--step", "optimal", "--output-dir", tmp_path / "out"
+    )
+    assert code == 2 and message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_checkpoints_of_a_report_are_looked_for(tmp_path, monkeypatch):
+    for folder in ("run/stages/1-math", "elsewhere/stages/1-math", "elsewhere/other", "run/analysis/0-math"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    report = tmp_path / "run" / "analysis" / "0-math"
+    assert locate_checkpoint("stages/1-math", report) == str(tmp_path / "run" / "stages" / "1-math")
+    assert locate_checkpoint("other", report) == str(tmp_path / "elsewhere" / "other")
+    assert locate_checkpoint(str(tmp_path / "elsewhere"), report) == str(tmp_path / "elsewhere")
+    with pytest.raises(
+        ValueError, match="0-math: names the checkpoint 'stages/2-qa', found .* with --before or --after"
+    ):
+        locate_checkpoint("stages/2-qa", report)
+
+
+def moved_report(before, after, report):
+    after.rename(after.parent / "gone")
+
+
+def other_model(before, after, report):
+    model = load_model(after)
+    config = type(model.config)(**{**model.config.to_dict(), "intermediate_size": 14})
+    for folder in (before, after):
+        type(model)(config).save_pretrained(folder)
+
+
+ARGUMENTS = {
+    "nothing": ((), None, "expected --report, or --before and --after, or one of --undo"),
+    "no output": (("--report", "analysis/math"), None, "--output-dir: expected the folder of the result, found none"),
+    "output taken": (
+        ("--report", "analysis/math", "--output-dir", "after"),
+        None,
+        "after: expected an empty or a new folder",
+    ),
+    "delta taken": (
+        ("--report", "analysis/math", "--output-dir", "out", "--delta", "after/config.json"),
+        None,
+        "after/config.json: expected a new file, found one",
+    ),
+    "two things": (("--undo", "after", "--apply-delta", "x"), None, "expected --undo without --apply-delta"),
+    "undo and report": (("--undo", "after", "--report", "analysis/math"), None, "expected --undo without --report"),
+    "delta without model": (("--apply-delta", "x"), None, "--apply-delta: expected --model, the folder to change"),
+    "model alone": (("--model", "after"), None, "--model: expected with --apply-delta or --revert-delta"),
+    "missing delta": (
+        ("--apply-delta", "x", "--model", "after"),
+        None,
+        "x: expected a delta file of a rollback, found none",
+    ),
+    "missing report": (("--report", "gone", "--output-dir", "out"), None, "gone: expected a report with report.json"),
+    "criterion": (
+        ("--before", "before", "--after", "after", "--output-dir", "out"),
+        None,
+        "criterion: 'damage' needs a report (trl-interfere analyze), without one it is one of ['magnitude', 'random']",
+    ),
+    "unknown criterion": (
+        ("--report", "analysis/math", "--criterion", "damag", "--output-dir", "out"),
+        None,
+        "criterion: expected one of",
+    ),
+    "route conflict without base": (
+        ("--report", "analysis/math", "--criterion", "route_conflict", "--output-dir", "out"),
+        None,
+        "route_conflict: expected a report that was made with `base`",
+    ),
+    "step": (
+        ("--report", "analysis/math", "--step", "much", "--output-dir", "out"),
+        None,
+        "--step: expected a number, 'optimal'",
+    ),
+    "optimal": (
+        ("--report", "analysis/math", "--step", "optimal", "--output-dir", "out"),
+        None,
+        "step 'optimal': needs a report and the domains that it names: give --report, and --config with the YAML",
+    ),
+    "rounds": (
+        ("--report", "analysis/math", "--rounds", "2", "--output-dir", "out"),
+        None,
+        "2 rounds: needs a report and the",
+    ),
+    "budget": (
+        ("--report", "analysis/math", "--budget", "0", "--output-dir", "out"),
+        None,
+        "budget: expected a share above 0",
+    ),
+    "no before": (
+        ("--after", "after", "--criterion", "random", "--output-dir", "out"),
+        None,
+        "before: expected a checkpoint",
+    ),
+    "moved": (
+        ("--report", "analysis/math", "--output-dir", "out"),
+        moved_report,
+        "analysis/math: names the checkpoint 'after', found it neither in the folder of the report",
+    ),
+    "another model": (
+        ("--report", "analysis/math", "--output-dir", "out"),
+        other_model,
+        "after: expected a model of 36 routes as in the report, found 40",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_bad_arguments(case, project, run, contents, tmp_path, monkeypatch):
+    arguments, damage, message = ARGUMENTS[case]
+    if damage is not None:
+        damage(*project)
+    monkeypatch.chdir(tmp_path)
+    original = contents(tmp_path)
+    code, _, err = run(*arguments)
+    assert code == 2 and message in err and "Traceback" not in err, err
+    assert contents(tmp_path) == original
+
+
+def test_other_places_of_the_checkpoints(project, run, tmp_path):
+    before, after, report = project
+    shutil.move(report.parent, tmp_path / "elsewhere" / "analysis")
+    (tmp_path / "elsewhere").mkdir(exist_ok=True)
+    before, after = before.rename(tmp_path / "start"), after.rename(tmp_path / "end")
+    arguments = ("--report", tmp_path / "elsewhere" / "analysis" / "math", "--output-dir", tmp_path / "out")
+    code, _, err = run(*arguments)
+    assert code == 2 and "names the checkpoint 'before'" in err
+    code, _, err = run(*arguments, "--before", before, "--after", after)
+    assert code == 0, err
+
+
+def test_help(run):
+    code, out, _ = run("--help")
+    assert code == 0 and "--apply-delta" in out
