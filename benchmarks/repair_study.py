@@ -6,8 +6,8 @@ one repair for all earlier domains, and refreshes.
 
 Every pair of a seed and an order has a folder of its own, and every part of it a file; what is there is not done
 again, so that a study that was stopped goes on, and one of more seeds takes over those that are done. `--parts report`
-writes the page and the data from what there is. Prints the acceptance figures, and on the last line the means as one JSON
-object.
+writes the page and the data from what there is. Prints the acceptance figures, and on the last line the means as one
+JSON object.
 """
 
 import argparse
@@ -468,7 +468,7 @@ def main() -> None:
         run.__dict__.pop("references", None)
         run.__dict__.pop("_measured", None)
     if "report" in arguments.parts:
-        from repair_page import write_page  # beside this file
+        from repair_page import write_page
 
         print(json.dumps(write_page(runs, arguments.docs)))
 
