@@ -59,7 +59,7 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
         f"`{COMMAND}` runs the lab with {_listed({run.seed for run in done})} as seeds, in the orders "
         f"{_listed(dict.fromkeys(','.join(run.order) for run in done))}: {len(done)} runs of the "
         f"{len(runs)} that it is made of. It repairs math, which the stages after its own have damaged, writes "
-        f"this page, "
+        "this page, "
         "and keeps every figure as a row of [data/repair.json](data/repair.json).",
         "",
         "Routes, steps and settings are chosen on the selection split (256 prompts of each domain), and figures "
@@ -387,7 +387,7 @@ def _saved(rows: Rows) -> list[str]:
     )
     return [
         f"Steps that the rollback saves, counted as the steps of the plain refresh to the same recovery, less "
-        f"its own: "
+        "its own: "
         f"{text}. In {beyond} cases the refresh after the rollback recovered more than the plain one did at any step; "
         "these are left out."
     ]

@@ -1,18 +1,24 @@
 """A bench for repairs: both checkpoints of an update in memory, and what scores a repair."""
 
 from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
+from accelerate import PartialState
+from transformers import AutoTokenizer, PreTrainedModel
 
+from ..analysis.analyzer import load_model
 from ..analysis.architectures import Architecture
 from ..analysis.gradients import Tensors
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import RouteMap
 from ..domains.domain import Domain
+from ..domains.loading import RunFile
 from ..evaluation.bootstrap import Interval, difference, recovered
 from ..evaluation.scorer import Scorer
+from ..training.config import SequentialGRPOConfig
 from .merging import held
 from .rollback import rolled_back, route_parameters
 
@@ -99,6 +105,67 @@ class RepairBench:
         unknown = sorted(set(self.earlier) - set(self.damaged))
         if unknown:
             raise ValueError(f"peaks: expected domains that are scored, {sorted(self.damaged)}, found {unknown}")
+
+    @classmethod
+    def from_run(
+        cls,
+        run: RunFile,
+        report: InterferenceReport,
+        before: str | Path | None = None,
+        after: str | Path | None = None,
+        progress: bool = False,
+    ) -> "RepairBench":
+        """
+        A bench from the YAML file of a training and a report.
+
+        Args:
+            run ([`RunFile`]):
+                Names the domains, and the settings of scoring. Domains with both splits are scored.
+            report ([`InterferenceReport`]):
+                The analysis.
+            before (`str` or `pathlib.Path`, *optional*):
+                Checkpoint before the update. Defaults to the one that the report names.
+            after (`str` or `pathlib.Path`, *optional*):
+                Checkpoint after it. Defaults to the one that the report names.
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a progress bar over prompts.
+
+        Returns:
+            [`RepairBench`]: The bench.
+
+        Raises:
+            `ValueError`: If the damaged domain lacks a split, or the checkpoints do not fit the report.
+        """
+        settings = {field.name: field.default for field in fields(SequentialGRPOConfig)} | run.training
+        domains = [domain for domain in run.domains if domain.selection_dataset and domain.eval_dataset]
+        if report.earlier not in [domain.name for domain in domains]:
+            raise ValueError(
+                f"domain {report.earlier!r} of the report: expected it in the file with selection and eval data sets, "
+                f"found both for {[domain.name for domain in domains]}"
+            )
+        device = PartialState(cpu=bool(settings["use_cpu"])).device
+        model = load_model(report.after if after is None else after).to(device)
+        start = load_model(report.before if before is None else before)
+        name = str(report.after if after is None else after)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: expected a tokenizer beside the weights ({error})") from error
+        scorer = Scorer(
+            tokenizer,
+            max_new_tokens=settings["score_max_new_tokens"] or settings["max_completion_length"],
+            batch_size=settings["score_batch_size"],
+            chat_template_kwargs=settings["chat_template_kwargs"],
+            temperature=settings["score_temperature"],
+            num_samples=settings["score_samples"],
+            progress=progress,
+        )
+        routes = RouteMap(model.config).num_routes
+        if len(report.routes["damage"]) != routes:
+            raise ValueError(
+                f"{name}: expected a model of {len(report.routes['damage'])} routes as in the report, found {routes}"
+            )
+        return cls(model, dict(start.named_parameters()), report, domain_scorer(scorer, domains))
 
     def _mean_scores(self, model: PreTrainedModel) -> dict[str, float]:
         return {name: 100 * float(values.mean()) for name, values in self.score(model, "selection").items()}
