@@ -213,7 +213,7 @@ def sweep_part(run: Run) -> None:
 def curve(run: Run) -> None:
     """Other budgets and scopes."""
     path, steps = run.study / "curve-rows.json", (0.5, 1.0, 1.5, 2.0, 3.0)
-    settings = {"steps": steps, "protections": (1.0, 2.0), "max_drop": MAX_DROP, "labels": run.labels, "path": path}
+    settings = {"steps": steps, "protections": (0.75, 1.0), "max_drop": MAX_DROP, "labels": run.labels, "path": path}
     settings |= {"progress": note(run, "curve")}
     names = ("damage", "damage_protected", "route_conflict", "magnitude", "random")
     sweep(run.bench, names, (0.005, 0.08, 0.32), ("mlp",), draws=2, fixed=False, **settings)
@@ -226,18 +226,29 @@ def route_steps(run: Run) -> None:
     """Steps of single routes, and routes chosen in rounds, at 2% of MLP routes."""
     bench, rows = run.bench, []
     others = [name for name in run.order if name != REPAIRED]
-    losses = {name: WeightedLoss(run.batches(name, 64)) for name in run.order}
+    losses = {name: WeightedLoss(run.batches(name, 128)) for name in run.order}
     protected = RouteRollback(protection=run.best_protected()["protection"])
     routes = protected.select(bench.report, bench.route_map)
-    scales = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-    for label, weight in (("damage_protected_per_route", 0.0), ("damage_protected_per_route_spared", 1.0)):
-        note(run, "route_steps")(label)
-        weighted = {name: replace(loss, weight=weight if name in others else 1.0) for name, loss in losses.items()}
-        found = solve_steps(bench.model, bench.before, bench.route_map, routes, weighted, bound=6.0, evaluations=12)
-        measures = [bench.measured(routes, scale * found.steps) for scale in scales]
-        scale = scales[bench.choose(measures, MAX_DROP)]
-        figures = bench.figures([bench.scores(routes, scale * found.steps)])
-        rows.append(row(run, label, "mlp", 0.02, None, figures, protection=protected.protection, passes=found.passes))
+    scales = (0.25, 0.5, 0.75, 1.0, 1.25)
+    for label, base, exact, weights in (
+        ("damage_protected_per_route", protected, False, (0.0, 1.0)),
+        ("damage_per_route_exact", RouteRollback(), True, (1.0, 3.0, 10.0)),
+        ("damage_protected_per_route_exact", protected, True, (1.0, 3.0, 10.0)),
+        ("route_conflict_per_route_exact", RouteRollback(criterion="route_conflict"), True, (1.0, 3.0, 10.0)),
+        ("random_per_route_exact", RouteRollback(criterion="random"), True, (1.0, 10.0)),
+    ):
+        routes, candidates = base.select(bench.report, bench.route_map), []
+        for weight in weights:
+            note(run, "route_steps")(f"{label}, other domains with weight {weight:g}")
+            weighted = {name: replace(loss, weight=weight if name in others else 1.0) for name, loss in losses.items()}
+            arguments = (bench.model, bench.before, bench.route_map, routes, weighted)
+            found = solve_steps(*arguments, bound=6.0, evaluations=20 if exact else 12, exact=exact)
+            candidates += [(scale * found.steps, weight, scale, found.passes) for scale in scales]
+        chosen = bench.choose([bench.measured(routes, candidate[0]) for candidate in candidates], MAX_DROP)
+        steps, weight, scale, passes = candidates[chosen]
+        more = {"protection": base.protection, "weight": weight, "scale": scale, "passes": passes}
+        figures = bench.figures([bench.scores(routes, steps)])
+        rows.append(row(run, label, "mlp", 0.02, None, figures, steps=steps.tolist(), **more))
     for label, weight in (("damage_rounds", 0.0), ("damage_rounds_spared", 1.0)):
         note(run, "route_steps")(label)
         weighted = {name: replace(loss, weight=weight if name in others else 1.0) for name, loss in losses.items()}
@@ -396,7 +407,7 @@ def cost(run: Run) -> None:
         routes = {**bench.report.routes, "damage": damage, "later_damage": owed}
         thin = RepairBench(bench.model, bench.before, replace(bench.report, routes=routes), run.score, run.measure)
         for budget, scope in ((0.02, "mlp"), (0.32, "joint")):
-            settings = {"steps": (1.0, 1.5, 2.0, 3.0, 4.0), "protections": (1.0, 2.0), "max_drop": MAX_DROP}
+            settings = {"steps": (1.0, 1.5, 2.0, 3.0, 4.0), "protections": (0.75, 1.0), "max_drop": MAX_DROP}
             found = sweep(thin, ["damage_protected"], [budget], [scope], fixed=False, labels=run.labels, **settings)
             sequences = count * (nodes + later_nodes * len(later))
             rows += [{**entry, "sequences": sequences, "references": count, "nodes": nodes} for entry in found.rows]

@@ -16,8 +16,8 @@ from .rollback import RouteRollback
 
 SCHEMA_VERSION = 1
 CONTROLS = ("random", "random_matched")
-STEPS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-PROTECTIONS = (0.5, 1.0, 2.0, 4.0)
+STEPS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+PROTECTIONS = (0.5, 0.75, 1.0, 1.5)
 PROTECTED = tuple(f"{criterion}_protected" for criterion in IN_NATS)
 
 
