@@ -244,9 +244,11 @@ def route_steps(run: Run) -> None:
             arguments = (bench.model, bench.before, bench.route_map, routes, weighted)
             found = solve_steps(*arguments, bound=6.0, evaluations=20 if exact else 12, exact=exact)
             candidates += [(scale * found.steps, weight, scale, found.passes) for scale in scales]
-        chosen = bench.choose([bench.measured(routes, candidate[0]) for candidate in candidates], MAX_DROP)
+        measures = [bench.measured(routes, candidate[0]) for candidate in candidates]
+        chosen = bench.choose(measures, MAX_DROP)
         steps, weight, scale, passes = candidates[chosen]
         more = {"protection": base.protection, "weight": weight, "scale": scale, "passes": passes}
+        more |= {"selection": measures[chosen]}
         figures = bench.figures([bench.scores(routes, steps)])
         rows.append(row(run, label, "mlp", 0.02, None, figures, steps=steps.tolist(), **more))
     for label, weight in (("damage_rounds", 0.0), ("damage_rounds_spared", 1.0)):

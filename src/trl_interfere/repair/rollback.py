@@ -230,7 +230,7 @@ class RouteRollback:
                 at the cost of another.
             losses (`dict[str, WeightedLoss]`, *optional*):
                 References of the domains on the selection split and their weights: the damaged domain, and with a
-                weight of their own those that are to be spared. Needed for steps of single routes and for rounds; where
+                weight of their own those that are to be spared. Needed for steps of routes and for rounds; where
                 given, what is expected and what is achieved are measured on them.
 
         Returns:
