@@ -248,7 +248,8 @@ def _chosen(rows: Rows, names: Any) -> str:
     """The criterion that repairs most on the selection split: the test split chooses nothing."""
 
     def repaired(name: str) -> float:
-        found = [row["selection"]["math"] for row in rows if row["criterion"] == name and row["step_rule"] == "best"]
+        same = [row for row in rows if row["criterion"] == name and row["step_rule"] == "best"]
+        found = [row["selection"]["math"] for row in same]
         return _mean(found) if found else -np.inf
 
     return max(names, key=repaired)

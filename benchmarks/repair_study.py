@@ -446,12 +446,12 @@ def note(run: Run, part: str):
 STEPS_OF_STUDY = {
     "train": train,
     "sweep": sweep_part,
-    "curve": curve,
     "route_steps": route_steps,
     "baselines": baselines,
-    "joint": joint,
     "refresh": refresh,
+    "joint": joint,
     "cost": cost,
+    "curve": curve,
     "rehearsal": rehearsal,
 }
 

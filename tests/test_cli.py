@@ -434,8 +434,7 @@ def test_a_refresh_that_was_stopped_goes_on(tmp_path, content, run, monkeypatch)
     # Trained and saved, but not scored: what a process leaves that is killed between the two.
     with monkeypatch.context() as patch:
         patch.setattr("trl_interfere.training.trainer.SequentialGRPOTrainer._score_stage", _stop)
-        with pytest.raises(KeyboardInterrupt):
-            run("refresh", "--config", config, "--domain", "math", "--steps", 1)
+        assert run("refresh", "--config", config, "--domain", "math", "--steps", 1)[0] != 0
     assert json.loads((tmp_path / "out" / "stages.json").read_text())["current"]["kind"] == "refresh"
     assert run("refresh", "--config", config, "--domain", "math", "--steps", 1)[0] == 0
     content = json.loads((tmp_path / "out" / "stages.json").read_text())
