@@ -11,7 +11,6 @@ JSON object.
 """
 
 import argparse
-import copy
 import json
 import shutil
 import warnings
@@ -350,7 +349,7 @@ def refreshed(run: Run, model_folder: Path, domain: str, label: str, subspace: n
     """A refresh from some weights, watched."""
     scratch = run.study / f"scratch-{label}"
     shutil.rmtree(scratch, ignore_errors=True)
-    args = copy.deepcopy(run.lab._trainer().args)
+    args = run.lab._trainer().args
     args.output_dir, args.order, args.max_steps, args.stage_overrides = str(scratch), [domain], REFRESH_STEPS[-1], None
     args.learning_rate, args.save_strategy = LEARNING_RATE, "no"
     domains = [replace(run.lab.domains[domain], eval_dataset=None)]
@@ -419,7 +418,7 @@ def cost(run: Run) -> None:
 def rehearsal(run: Run) -> None:
     """The later stages once more, with prompts of math among theirs."""
     folder = run.study / "rehearsal"
-    args = copy.deepcopy(run.lab._trainer().args)
+    args = run.lab._trainer().args
     later = run.order[run.position + 1 :]
     args.output_dir, args.order = str(folder), list(later)
     args.stage_overrides = {name: value for name, value in (args.stage_overrides or {}).items() if name in later}
