@@ -11,10 +11,11 @@ INSTALLED := .venv/.installed
 DOCS_INSTALLED := .venv-docs/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-resume lint docs build clean distclean
+.PHONY: help lab repair-study test test-resume lint docs build clean distclean
 
 help:
 	@echo "make lab        run the lab into $(LAB_DIR)/; started again, it goes on where it stopped"
+	@echo "make repair-study  repairs of the lab over seeds and orders, into docs/repair.md; it goes on where it stopped"
 	@echo "make test       run the tests, in two processes"
 	@echo "make test-resume  kill runs at 50 points each and resume them"
 	@echo "make lint       check style and imports"
@@ -25,6 +26,9 @@ help:
 
 lab: $(INSTALLED)
 	$(BIN)/trl-interfere lab --output-dir "$(LAB_DIR)" $(ARGS)
+
+repair-study: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/repair_study.py $(ARGS)
 
 test: $(INSTALLED)
 	@command -v bwrap >/dev/null || echo "bubblewrap is missing: tests of the sandbox will be skipped \

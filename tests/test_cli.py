@@ -118,7 +118,7 @@ def test_extending_nothing_else_the_identity_of_a_run_is_kept(tmp_path, content,
 
 
 def test_help_names_every_option(run):
-    for command in ("lab", "train", "evaluate", "analyze"):
+    for command in ("lab", "train", "evaluate", "analyze", "sweep", "refresh"):
         code, out, _ = run(command, "--help")
         assert code == 0 and "--help" in out
     code, out, _ = run("train", "--help-options")
@@ -396,3 +396,84 @@ def test_a_process_per_stage_gives_the_same_run(tmp_path, content, run, monkeypa
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     for path in (tmp_path / "out" / "scores").rglob("*.jsonl"):
         assert path.read_bytes() == (tmp_path / "each" / path.relative_to(tmp_path / "out")).read_bytes()
+
+
+def test_refresh_of_a_finished_run(tmp_path, content, run):
+    config = write(tmp_path, content)
+    refresh = ("refresh", "--config", config, "--domain", "math", "--steps", 2)
+    code, _, errors = run(*refresh)
+    assert code == 2 and "expected the folder of a training run with stages.json, found none" in errors
+    assert run("train", "--config", config, "--max-stages", 1)[0] == 75
+    code, _, errors = run(*refresh)
+    assert code == 2 and "expected a finished run, found stages left; run `train --resume` first" in errors
+    assert run("train", "--config", config, "--resume")[0] == 0
+    code, output, errors = run(*refresh, "--learning_rate", 1e-4)
+    assert code == 0, errors
+    out = tmp_path / "out"
+    assert "3-refresh-math" in output
+    stages = json.loads((out / "stages.json").read_text())["stages"]
+    assert [(record["kind"], record["steps"]) for record in stages[-2:]] == [("train", 1), ("refresh", 2)]
+    assert stages[-1]["overrides"] == {"learning_rate": 1e-4, "max_steps": 2}
+    before, after = (
+        load_file(out / "stages" / name / "model.safetensors") for name in ("2-writing", "3-refresh-math")
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    # Another one is added to it; what was there stays.
+    assert run(*refresh[:-1], 1)[0] == 0
+    again = json.loads((out / "stages.json").read_text())["stages"]
+    assert again[:-1] == stages and again[-1]["folder"] == "stages/4-refresh-math" and again[-1]["steps"] == 1
+    code, _, errors = run("refresh", "--config", config, "--domain", "maths")
+    assert (
+        code == 2 and "--domain: expected a domain with a train_dataset, ['math', 'writing'], found 'maths'" in errors
+    )
+
+
+def test_a_refresh_that_was_stopped_goes_on(tmp_path, content, run, monkeypatch):
+    config = write(tmp_path, content)
+    assert run("train", "--config", config)[0] == 0
+    # Trained and saved, but not scored: what a process leaves that is killed between the two.
+    with monkeypatch.context() as patch:
+        patch.setattr("trl_interfere.training.trainer.SequentialGRPOTrainer._score_stage", _stop)
+        assert run("refresh", "--config", config, "--domain", "math", "--steps", 1)[0] != 0
+    assert json.loads((tmp_path / "out" / "stages.json").read_text())["current"]["kind"] == "refresh"
+    assert run("refresh", "--config", config, "--domain", "math", "--steps", 1)[0] == 0
+    content = json.loads((tmp_path / "out" / "stages.json").read_text())
+    assert [record["kind"] for record in content["stages"]] == ["base", "train", "train", "refresh"]
+    assert content["current"] is None
+
+
+def _stop(self):
+    raise KeyboardInterrupt
+
+
+def test_sweep_of_a_report(tmp_path, content, run):
+    for domain in content["domains"]:
+        (tmp_path / f"{domain['name']}_selection.jsonl").write_text(
+            "\n".join(json.dumps(row) for row in lab_rows(domain["name"], "selection", 24)) + "\n"
+        )
+        domain["selection"] = f"{domain['name']}_selection.jsonl"
+    content["training"]["learning_rate"] = 3e-3
+    config, out = write(tmp_path, content), tmp_path / "out"
+    assert run("train", "--config", config)[0] == 0
+    checkpoints = ("--before", out / "stages" / "1-math", "--after", out / "stages" / "2-writing")
+    arguments = ("analyze", "--config", config, *checkpoints, "--base", MODEL_FOLDER, "--earlier", "math")
+    assert run(*arguments, "--later", "writing", "--output-dir", tmp_path / "report")[0] == 0
+    sweep = ("sweep", "--config", config, "--report", tmp_path / "report", "--output-dir", tmp_path / "sweep")
+    some = ("--criteria", "damage,random", "--budgets", "0.1", "--draws", 2)
+    code, output, errors = run(*sweep, *some)
+    assert code == 0, errors
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rows"]
+    assert [(row["criterion"], row["step_rule"]) for row in rows] == [
+        (name, rule) for name in ("damage", "random") for rule in ("fixed", "best")
+    ]
+    assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 5000
+    assert "damage" in (tmp_path / "sweep" / "sweep.md").read_text()
+    code, _, errors = run(*sweep, *some)  # goes on where it stopped: nothing is left to do
+    assert code == 0 and "best step" not in errors
+    for options, message in (
+        (("--budgets", "0.1,a"), "--budgets: expected numbers separated by commas, found '0.1,a'"),
+        (("--criteria", "damages"), "criteria: expected some of"),
+        (("--after", MODEL_FOLDER / "nothing"), "expected a folder or Hub repository"),
+    ):
+        code, _, errors = run(*sweep, *options)
+        assert code == 2 and message in errors.replace("\n", " "), errors

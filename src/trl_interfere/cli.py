@@ -323,6 +323,113 @@ def rollback(
     carry_out(request, Console(), progress=sys.stderr.isatty())
 
 
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Option(help="YAML file of the training: it names the domains.")],
+    report: Annotated[Path, typer.Option(help="Folder of a report that `analyze` wrote.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder of the results; started again, it goes on.")],
+    before: Annotated[
+        str | None, typer.Option(help="Checkpoint before the update. Defaults to the one of the report.")
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option(help="Checkpoint after the update. Defaults to the one of the report.")
+    ] = None,
+    criteria: Annotated[
+        str, typer.Option(help="Criteria and controls, separated by commas.")
+    ] = "damage,damage_protected,route_conflict,magnitude,random,random_matched",
+    budgets: Annotated[str, typer.Option(help="Shares of the routes, separated by commas.")] = "0.02,0.08,0.32",
+    scopes: Annotated[str, typer.Option(help="mlp, attention, joint, separated by commas.")] = "mlp",
+    draws: Annotated[int, typer.Option(min=1, help="Draws of each random control.")] = 5,
+    max_drop: Annotated[
+        float, typer.Option(min=0, help="Points that no other domain may lose on the selection split.")
+    ] = 1.0,
+    threads: Threads = _CORES,
+) -> None:
+    """Roll back by several criteria and budgets, each at its own best step, beside random controls."""
+    _prepare(threads)
+    from rich.markdown import Markdown
+
+    from .analysis.report import InterferenceReport
+    from .domains.loading import load_run_file
+    from .repair.bench import RepairBench
+    from .repair.plots import plot_sweep
+    from .repair.sweep import sweep as run_sweep
+    from .training.manifest import write_atomically
+
+    def listed(text: str, option: str, convert=str) -> list:
+        try:
+            return [convert(part.strip()) for part in text.split(",") if part.strip()]
+        except ValueError:
+            raise ValueError(f"--{option}: expected numbers separated by commas, found {text!r}") from None
+
+    found = InterferenceReport.from_pretrained(report)
+    bench = RepairBench.from_run(load_run_file(config), found, before, after, progress=sys.stderr.isatty())
+    console = Console(stderr=True)
+    result = run_sweep(
+        bench,
+        listed(criteria, "criteria"),
+        listed(budgets, "budgets", float),
+        listed(scopes, "scopes"),
+        draws=draws,
+        max_drop=max_drop,
+        path=output_dir / "sweep.json",
+        progress=console.print,
+    )
+    write_atomically(output_dir / "sweep.md", f"# Rollbacks of {found.earlier}\n\n{result.to_table()}")
+    title = f"trl-interfere sweep --report {report.name}: {found.earlier}"
+    plot_sweep(result.rows, title).savefig(output_dir / "sweep.png", dpi=150)
+    Console().print(Markdown(result.to_table()))
+    Console().print(f"Everything is in {output_dir}: sweep.json, sweep.md, sweep.png.")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def refresh(
+    context: typer.Context,
+    config: Annotated[Path, typer.Option(help="YAML file of the training, as it was for `train`.")],
+    domain: Annotated[str, typer.Option(help="Domain to refresh.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the refresh.")] = 10,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0, help="Learning rate of the refresh. Defaults to that of the training.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id, if it was given to `train`.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder of the run; over the one in the file.")] = None,
+    threads: Threads = _CORES,
+) -> None:
+    """
+    Add a refresh to a finished training: a short RL pass on one domain. Stopped and started again, it goes on.
+
+    Settings that were given to `train` as options are given here again.
+    """
+    _prepare(threads)
+    from transformers import PrinterCallback, ProgressCallback
+
+    from .evaluation.score_summary import ScoreSummary
+    from .training.options import parse_options
+    from .training.refresh import RefreshCallback
+    from .training.requested_refresh import RequestedRefresh
+    from .training.run_file import build_trainer
+
+    options = parse_options(context.args, known=list(context.params))
+    if output_dir is not None:
+        options["output_dir"] = str(output_dir)
+    trainer = build_trainer(config, options, model)
+    if domain not in trainer.domains or trainer.domains[domain].train_dataset is None:
+        names = [name for name, entry in trainer.domains.items() if entry.train_dataset is not None]
+        raise ValueError(f"--domain: expected a domain with a train_dataset, {names}, found {domain!r}")
+    # What the file says about refreshes belongs to the training.
+    for callback in (RefreshCallback, PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    overrides = {} if learning_rate is None else {"learning_rate": learning_rate}
+    trainer.add_callback(RequestedRefresh(trainer.args.output_dir, domain, steps, overrides))
+    trainer.train(resume_from_checkpoint=True)
+    if trainer.is_world_process_zero():
+        matrix = trainer.score_matrix
+        Console().print(matrix.to_table(), ScoreSummary.from_matrix(matrix).to_table())
+        Console().print(
+            f"The refreshed weights are in {trainer.args.output_dir}/{trainer.manifest.stages[-1].folder}."
+        )
+
+
 def _prepare(threads: int) -> None:
     import torch
     import transformers

@@ -25,6 +25,7 @@ from .step import move_back, route_steps
 STEPS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 # Steps of lowest loss whose score is taken, where a search is confirmed by score.
 CONFIRMED = 3
+PER_ROUTE = ("per_route", "per_route_exact")
 BUDGETS_OF = ("routes", "parameters")
 # Quadrature of the attribution between two rounds.
 _ROUND_NODES = 4
@@ -58,7 +59,8 @@ class RouteRollback:
         step (`float` or `str`, *optional*, defaults to `1.0`):
             α. 1 restores the routes, more goes beyond them. `"optimal"` takes the one of `STEPS` at which the
             `objective` of [`~RouteRollback.repair`] is lowest, and among the lowest ones that with the best score.
-            `"per_route"` gives each route its own step, see [`solve_steps`].
+            `"per_route"` gives each route its own step by the quadratic model of the loss, `"per_route_exact"` by the
+            loss itself, see [`solve_steps`].
         protection (`float`, *optional*, defaults to `0.0`):
             Weight of what the later domains owe a route, which is subtracted from its score (criteria in nats only).
         seed (`int`, *optional*, defaults to `0`):
@@ -91,10 +93,10 @@ class RouteRollback:
             raise ValueError(f"protection: expected a criterion of {IN_NATS}, found {self.criterion!r}")
         if not 0 < self.budget <= 1:
             raise ValueError(f"budget: expected a share above 0 and up to 1, found {self.budget}")
-        if self.step not in ("optimal", "per_route") and not (
+        if self.step not in ("optimal", *PER_ROUTE) and not (
             isinstance(self.step, (int, float)) and np.isfinite(self.step)
         ):
-            raise ValueError(f"step: expected a number, 'optimal' or 'per_route', found {self.step!r}")
+            raise ValueError(f"step: expected a number, 'optimal' or one of {list(PER_ROUTE)}, found {self.step!r}")
         if self.budget_of not in BUDGETS_OF:
             raise ValueError(f"budget_of: expected one of {list(BUDGETS_OF)}, found {self.budget_of!r}")
         if not isinstance(self.rounds, int) or self.rounds < 1:
@@ -230,7 +232,7 @@ class RouteRollback:
                 at the cost of another.
             losses (`dict[str, WeightedLoss]`, *optional*):
                 References of the domains on the selection split and their weights: the damaged domain, and with a
-                weight of their own those that are to be spared. Needed for `step="per_route"` and for rounds; where
+                weight of their own those that are to be spared. Needed for steps of routes and for rounds; where
                 given, what is expected and what is achieved are measured on them.
 
         Returns:
@@ -241,7 +243,7 @@ class RouteRollback:
         """
         if self.step == "optimal" and objective is None and losses is None and confirm is None:
             raise ValueError("step: 'optimal' needs an objective, such as a loss on the selection split")
-        for setting, needed in (("step: 'per_route'", self.step == "per_route"), ("rounds", self.rounds > 1)):
+        for setting, needed in ((f"step: {self.step!r}", self.step in PER_ROUTE), ("rounds", self.rounds > 1)):
             if needed and not losses:
                 raise ValueError(f"{setting}: needs `losses`, references of the domains on the selection split")
         model = load_model(report.after) if model is None else model
@@ -256,9 +258,10 @@ class RouteRollback:
             objective = lambda candidate: weighted_loss(candidate, losses)  # noqa: E731
         steps, tried = np.ones(len(routes)), []
         arguments = (model, before, route_map, routes)
-        if self.step == "per_route":
-            steps = solve_steps(*arguments, losses).steps
-            # The quadratic model is a local one: how far to trust it is found as any step is.
+        if self.step in PER_ROUTE:
+            steps = solve_steps(*arguments, losses, exact=self.step == "per_route_exact").steps
+            # The quadratic model is a local one, and the exact one is of losses only: how far to go is found as any
+            # step is.
             scale, tried = search_step(*arguments, objective, confirm, steps=(0.25, 0.5, 0.75, 1.0, 1.25), along=steps)
             steps = scale * steps
         elif self.step == "optimal":

@@ -1,0 +1,561 @@
+"""The page and the data of the repair study, from the files of its runs. `repair_study.py` calls it."""
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_interfere.evaluation.bootstrap import bootstrap
+from trl_interfere.repair.plots import plot_contraction, plot_cost, plot_sweep
+from trl_interfere.training.manifest import write_atomically
+
+
+COMMAND = "make repair-study"
+SCHEMA_VERSION = 1
+FITTED_STEPS = 5  # of the refresh, that the rate of the contraction is fitted to
+ROW_PARTS = ("sweep", "curve", "route_steps", "baselines", "joint", "refresh", "cost", "rehearsal")
+
+Rows = list[dict[str, Any]]
+
+
+def write_page(runs: list, docs: Path) -> dict[str, Any]:
+    """
+    Write `repair.md`, `data/repair.json` and the figures, and print the acceptance figures.
+
+    Args:
+        runs (`list[Run]`):
+            Runs of the study; those without any part are left out.
+        docs (`pathlib.Path`):
+            Folder of the documentation.
+
+    Returns:
+        `dict`: Means of the acceptance figures.
+
+    Raises:
+        `ValueError`: If no run has its comparison of criteria.
+    """
+    done = [run for run in runs if run.done("sweep")]
+    if not done:
+        raise ValueError("repair study: expected at least one run with its part 'sweep', found none")
+    parts = {part: [row for run in done for row in run.rows(part)] for part in ROW_PARTS}
+    data = [{"part": part, **row} for part, rows in parts.items() for row in rows]
+    content = {"schema_version": SCHEMA_VERSION, "command": COMMAND, "rows": data}
+    write_atomically(docs / "data" / "repair.json", json.dumps(content) + "\n")
+    figures = docs / "figures" / "repair"
+    figures.mkdir(parents=True, exist_ok=True)
+    plot_sweep([*parts["sweep"], *parts["curve"]], COMMAND).savefig(figures / "sweep.png", dpi=130)
+    if parts["cost"] and parts["refresh"]:
+        plot_cost(_cost_rows(parts), COMMAND).savefig(figures / "cost.png", dpi=130)
+    curves = _contractions(parts["refresh"])
+    if curves:
+        plot_contraction(curves[:3], COMMAND).savefig(figures / "contraction.png", dpi=130)
+    table, means = _acceptance(parts)
+    print(table)
+    lines = [
+        "# The repair study",
+        "",
+        f"`{COMMAND}` runs the lab with {_listed({run.seed for run in done})} as seeds, in the orders "
+        f"{_listed(dict.fromkeys(','.join(run.order) for run in done))}: {len(done)} runs of the "
+        f"{len(runs)} that it is made of. It repairs math, which the stages after its own have damaged, writes "
+        "this page, "
+        "and keeps every figure as a row of [data/repair.json](data/repair.json).",
+        "",
+        "Routes, steps and settings are chosen on the selection split (256 prompts of each domain), and figures "
+        "are those of "
+        "the test split (512). *Recovered* and *collateral* are defined on the page on [repair](science/repair.md). "
+        "Every criterion, and every control, has its own best step: the one that recovers most on the selection split "
+        "while no other domain loses more than one point there. Where a figure is a mean over runs, its interval is a "
+        "95% bootstrap interval over the runs, and the lowest and the highest run stand beside it. The "
+        "intervals over prompts "
+        "of each run are in the data, and those of the main comparison under [Each run](#each-run).",
+        "",
+        "## Targets",
+        "",
+        table,
+        "",
+        "## 2% of the MLP routes",
+        "",
+        _criteria_table(parts["sweep"]),
+        "",
+        "`_protected` subtracts from the score of a route what the later domains owe it, with a weight that is "
+        "chosen with "
+        "the step. Random controls are means over three draws.",
+        "",
+        "![Recovered share against budget and collateral](figures/repair/sweep.png)",
+        "",
+        "## Each run",
+        "",
+        _runs_table(parts["sweep"]),
+        "",
+        "## Other budgets and scopes",
+        "",
+        _summary([row for row in parts["curve"] if row["step_rule"] == "best"]),
+        "",
+        "At 32% of MLP and attention together with the step 1:",
+        "",
+        _summary([row for row in parts["curve"] if row["step_rule"] == "fixed"]),
+        "",
+        "## Steps of single routes, and rounds",
+        "",
+        "`per_route` solves the quadratic problem in the steps of the chosen routes, with the loss of math "
+        "alone or, where "
+        "*spared* is said, of all domains alike; `rounds` attributes the damage anew after each quarter of the "
+        "budget.",
+        "",
+        _summary(parts["route_steps"]),
+        "",
+        "## Baselines",
+        "",
+        "Interpolation of all weights toward the checkpoint after math (WiSE-FT), task arithmetic and TIES "
+        "between the "
+        "checkpoints of all stages and the base model, each with its best setting on the selection split (the column "
+        "α). Rehearsal trains the later stages again, with 20% of their prompts from math.",
+        "",
+        _summary([*parts["baselines"], *parts["rehearsal"]]),
+        "",
+        "## All earlier domains at once",
+        "",
+        "One set of routes for all earlier domains that were damaged; each route goes back to the checkpoint of "
+        "the domain "
+        "that it harms most. Recovered is the share of all points that these domains have lost together.",
+        "",
+        _joint_table(parts["joint"]),
+        "",
+        "## Refresh",
+        "",
+        _refresh_table(parts["refresh"]),
+        "",
+        *_saved(parts["refresh"]),
+        "",
+        "## At equal gradient passes",
+        "",
+        "The cost is the number of sequences that went through a backward pass: references times quadrature nodes for "
+        "a rollback, 128 completions for a refresh step. Completions that a refresh samples, and forward passes "
+        "of the "
+        "search for the step, are not counted.",
+        "",
+        _cost_table(parts["cost"]),
+        "",
+        "![Recovered share against sequences](figures/repair/cost.png)" if parts["cost"] else "",
+        "",
+        "## Contraction in the conflict subspace",
+        "",
+        *_contraction_text(curves),
+        "",
+    ]
+    write_atomically(docs / "repair.md", "\n".join(_wrapped(lines)) + "\n")
+    return means
+
+
+def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
+    main = parts["sweep"]
+    damage = {name: _values(main, name, "best") for name in ("damage", "damage_protected")}
+    best = _chosen(main, damage)
+    conflict = {rule: _values(main, "route_conflict", rule) for rule in ("fixed", "best")}
+    fixed, matched = _values(main, "damage", "fixed"), _values(main, "random_matched", "best")
+    worst = _values(main, best, "best", "worst")
+    joint = {
+        name: [
+            row["recovered"]
+            for row in parts["curve"]
+            if row["criterion"] == name and row["scope"] == "joint" and row["step_rule"] == "best"
+            and row["recovered"] is not None
+        ]
+        for name in ("damage", "damage_protected")
+    }  # fmt: skip
+    joint_best = _chosen([row for row in parts["curve"] if row["scope"] == "joint"], joint)
+    single = {
+        name: [row for row in parts["route_steps"] if row["criterion"] == f"{name}_per_route_exact"]
+        for name in ("damage", "damage_protected", "route_conflict", "random")
+    }
+    single_best = _chosen(
+        parts["route_steps"], {f"{name}_per_route_exact": [] for name in ("damage", "damage_protected")}
+    )
+    single_best = single_best.removesuffix("_per_route_exact")
+    shares = {
+        name: [row["recovered"] for row in rows if row["recovered"] is not None] for name, rows in single.items()
+    }
+    single_worst = [row["worst"] for row in single[single_best]]
+    ratio = _ratio(damage[best], conflict["best"])
+    fixed_ratio = _ratio(fixed, conflict["fixed"])
+    rows = [
+        (
+            f"2% MLP, `{best}` at its best step: recovered",
+            "at least 60%",
+            _cell(damage[best]),
+            _mean(damage[best]) >= 0.6,
+        ),
+        ("the same over `route_conflict` at its best step", "at least 1.5", f"{ratio:.2f}", ratio >= 1.5),
+        ("`random_matched` at its best step: recovered", "at most 10%", _cell(matched), _mean(matched) <= 0.1),
+        (
+            f"`{best}`: worst change of another domain, mean over runs",
+            "at least -1 point",
+            f"{_mean(worst):+.2f} ({min(worst):+.2f} to {max(worst):+.2f})",
+            _mean(worst) >= -1,
+        ),
+        ("step 1, `damage` over `route_conflict`", "at least 2", f"{fixed_ratio:.2f}", fixed_ratio >= 2),
+        (
+            f"32% of MLP and attention, `{joint_best}` at its best step: recovered",
+            "at least 95%",
+            _cell(joint[joint_best]),
+            _mean(joint[joint_best]) >= 0.95,
+        ),
+    ]
+    if shares[single_best]:
+        single_ratio = _ratio(shares[single_best], shares["route_conflict"])
+        rows += [
+            (
+                f"2% MLP, `{single_best}`, a step for each route by the loss itself: recovered",
+                "at least 60%",
+                _cell(shares[single_best]),
+                _mean(shares[single_best]) >= 0.6,
+            ),
+            (
+                "the same over `route_conflict` with such steps",
+                "at least 1.5",
+                f"{single_ratio:.2f}",
+                single_ratio >= 1.5,
+            ),
+            ("random routes with such steps", "at most 10%", _cell(shares["random"]), _mean(shares["random"]) <= 0.1),
+            (
+                "its worst change of another domain, mean over runs",
+                "at least -1 point",
+                f"{_mean(single_worst):+.2f} ({min(single_worst):+.2f} to {max(single_worst):+.2f})",
+                _mean(single_worst) >= -1,
+            ),
+        ]
+    lines = [
+        "| figure | target | found (mean, 95% interval over runs; lowest to highest) | met |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [f"| {name} | {target} | {found} | {'yes' if met else 'no'} |" for name, target, found, met in rows]
+    means = {
+        "runs": len({(row["seed"], row["order"]) for row in main}),
+        "criterion": best,
+        "recovered": _mean(damage[best]),
+        "over_route_conflict": ratio,
+        "random_matched": _mean(matched),
+        "worst": _mean(worst),
+        "over_route_conflict_at_step_1": fixed_ratio,
+        "joint_32": _mean(joint[joint_best]),
+    }
+    return "\n".join(lines), {name: value if not _is_nan(value) else None for name, value in means.items()}
+
+
+def _chosen(rows: Rows, names: Any) -> str:
+    """The criterion that repairs most on the selection split: the test split chooses nothing."""
+
+    def repaired(name: str) -> float:
+        same = [row for row in rows if row["criterion"] == name and row["step_rule"] == "best"]
+        found = [row["selection"]["math"] for row in same]
+        return _mean(found) if found else -np.inf
+
+    return max(names, key=repaired)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not np.isfinite(value)
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _ratio(first: list[float], second: list[float]) -> float:
+    return _mean(first) / _mean(second) if second and _mean(second) > 0 else float("nan")
+
+
+def _values(rows: Rows, criterion: str, rule: str, field: str = "recovered") -> list[float]:
+    found = [row[field] for row in rows if row["criterion"] == criterion and row["step_rule"] == rule]
+    return [value for value in found if value is not None]
+
+
+def _cell(values: list[float], factor: float = 100, unit: str = "%", sign: str = "") -> str:
+    if not values:
+        return "not measured"
+    scaled = factor * np.array(values)
+    if len(values) == 1:
+        return f"{scaled[0]:{sign}.1f}{unit}"
+    interval = bootstrap(np.mean, scaled)
+    return (
+        f"{interval.value:{sign}.1f}{unit} [{interval.low:{sign}.1f}, {interval.high:{sign}.1f}]; "
+        f"{scaled.min():{sign}.1f} to {scaled.max():{sign}.1f}"
+    )
+
+
+def _criteria_table(rows: Rows) -> str:
+    lines = [
+        "| criterion | step 1: recovered | worst other | own best step: recovered | worst other | steps |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(row["criterion"] for row in rows):
+        cells = []
+        for rule in ("fixed", "best"):
+            cells.append(_cell(_values(rows, name, rule)))
+            cells.append(_cell(_values(rows, name, rule, "worst"), 1, "", "+"))
+        steps = sorted(_values(rows, name, "best", "step"))
+        cells.append(f"{np.median(steps):g} ({steps[0]:g} to {steps[-1]:g})" if steps else "")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _runs_table(rows: Rows) -> str:
+    names = ("damage", "damage_protected", "route_conflict", "random_matched")
+    lines = [
+        "| seed | order | " + " | ".join(f"`{name}`" for name in names) + " |",
+        "| ---: | --- |" + " --- |" * len(names),
+    ]
+    for seed, order in dict.fromkeys((row["seed"], row["order"]) for row in rows):
+        cells = []
+        for name in names:
+            row = next(
+                row
+                for row in rows
+                if (row["seed"], row["order"], row["criterion"], row["step_rule"]) == (seed, order, name, "best")
+            )
+            share = "nothing lost"
+            if row["recovered"] is not None:
+                share = f"{100 * row['recovered']:.1f}% [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+            cells.append(f"{share}, α {row['step']:g}, worst {row['worst']:+.2f}")
+        lines.append(f"| {seed} | {order} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _summary(rows: Rows) -> str:
+    if not rows:
+        return "Not measured yet."
+    lines = [
+        "| method | scope | budget | α | recovered | worst other | runs |",
+        "| --- | --- | ---: | --- | --- | --- | ---: |",
+    ]
+    groups: dict[tuple, Rows] = {}
+    for row in rows:
+        groups.setdefault((row["criterion"], row["scope"], row["budget"]), []).append(row)
+    for (criterion, scope, budget), same in groups.items():
+        steps = [row["step"] for row in same if row["step"] is not None]
+        step = f"{np.median(steps):g}" if steps else "by route"
+        shares = [row["recovered"] for row in same if row["recovered"] is not None]
+        worst = [row["worst"] for row in same if row["worst"] is not None]
+        lines.append(
+            f"| `{criterion}` | {scope} | {100 * budget:g}% | {step} | {_cell(shares)} | {_cell(worst, 1, '', '+')} "
+            f"| {len(same)} |"
+        )
+    return "\n".join(lines)
+
+
+def _joint_table(rows: Rows) -> str:
+    if not rows:
+        return "Not measured yet."
+    lines = [
+        "| criterion | weights | budget | recovered of all | by domain | worst other | change of the mean score "
+        "| runs |",
+        "| --- | --- | ---: | --- | --- | --- | --- | ---: |",
+    ]
+    groups: dict[tuple, Rows] = {}
+    for row in rows:
+        groups.setdefault((row["criterion"], row["weights"], row["budget"]), []).append(row)
+    for (criterion, weights, budget), same in groups.items():
+        domains = dict.fromkeys(name for row in same for name in row["by_domain"])
+        found = {
+            name: [
+                row["by_domain"][name]["recovered"]
+                for row in same
+                if row["by_domain"].get(name, {}).get("recovered") is not None
+            ]
+            for name in domains
+        }
+        by_domain = ", ".join(f"{name} {100 * _mean(shares):.0f}% (n={len(shares)})" for name, shares in found.items())
+        shares = [row["recovered"] for row in same if row["recovered"] is not None]
+        worst = [row["worst"] for row in same if row["worst"] is not None]
+        mean = [row["mean_score"] for row in same]
+        lines.append(
+            f"| `{criterion}` | {weights} | {100 * budget:g}% | {_cell(shares)} | {by_domain} "
+            f"| {_cell(worst, 1, '', '+')} | {_cell(mean, 1, '', '+')} | {len(same)} |"
+        )
+    return "\n".join(lines)
+
+
+def _refresh_table(rows: Rows) -> str:
+    if not rows:
+        return "Not measured yet."
+    steps = sorted({row["step"] for row in rows})
+    lines = ["| | " + " | ".join(f"{step} steps" for step in steps) + " |", "| --- |" + " --- |" * len(steps)]
+    labels = {
+        "refresh": "refresh of math",
+        "refresh_after_rollback": "the same after the rollback of 2%",
+        "refresh_unrelated": "refresh of the domain trained last",
+    }
+    for label, title in labels.items():
+        for field, factor, what in (("recovered", 100, "recovered (%)"), ("worst", 1, "worst other (points)")):
+            cells = []
+            for step in steps:
+                same = [row[field] for row in rows if row["criterion"] == label and row["step"] == step]
+                same = [value for value in same if value is not None]
+                cells.append(f"{factor * _mean(same):.1f} ({factor * min(same):.1f} to {factor * max(same):.1f})"
+                             if same else "")  # fmt: skip
+            lines.append(f"| {title}: {what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _saved(rows: Rows) -> list[str]:
+    """Refresh steps that a rollback before it saves: steps of the plain refresh to the same recovery."""
+    saved: dict[int, list[float]] = {}
+    beyond = 0
+    for place in dict.fromkeys((row["seed"], row["order"]) for row in rows):
+        curves = {
+            label: [
+                (row["step"], row["recovered"])
+                for row in rows
+                if (row["seed"], row["order"]) == place and row["criterion"] == label and row["recovered"] is not None
+            ]
+            for label in ("refresh", "refresh_after_rollback")
+        }
+        if not all(curves.values()):
+            continue
+        steps, plain = (np.array(values, dtype=float) for values in zip(*curves["refresh"], strict=True))
+        best = np.maximum.accumulate(plain)
+        for step, value in curves["refresh_after_rollback"]:
+            if value > best[-1]:
+                beyond += 1
+                continue
+            reached = int(np.argmax(best >= value))
+            at = steps[reached]
+            if reached and best[reached] > best[reached - 1]:
+                part = (value - best[reached - 1]) / (best[reached] - best[reached - 1])
+                at = steps[reached - 1] + part * (steps[reached] - steps[reached - 1])
+            saved.setdefault(int(step), []).append(float(at - step))
+    if not saved:
+        return []
+    text = "; ".join(
+        f"after {step} steps {_mean(values):+.1f} (n={len(values)})" for step, values in sorted(saved.items())
+    )
+    return [
+        f"Steps that the rollback saves, counted as the steps of the plain refresh to the same recovery, less "
+        "its own: "
+        f"{text}. In {beyond} cases the refresh after the rollback recovered more than the plain one did at any step; "
+        "these are left out."
+    ]
+
+
+def _cost_rows(parts: dict[str, Rows]) -> Rows:
+    found = []
+    for row in parts["cost"]:
+        method = f"rollback, {100 * row['budget']:g}% of {row['scope']}"
+        found.append(
+            {"method": method, **{name: row[name] for name in ("recovered", "worst")}, "sequences": row["sequences"]}
+        )
+    for row in parts["refresh"]:
+        if row["criterion"] != "refresh_after_rollback":
+            method = {"refresh": "refresh", "refresh_unrelated": "refresh of the domain trained last"}[
+                row["criterion"]
+            ]
+            found.append(
+                {
+                    "method": method,
+                    "recovered": row["recovered"],
+                    "worst": row["worst"],
+                    "sequences": 128 * row["step"],
+                }
+            )
+    return found
+
+
+def _cost_table(rows: Rows) -> str:
+    if not rows:
+        return "Not measured yet."
+    lines = [
+        "| references | nodes | sequences | 2% of MLP: recovered | worst other | 32% of both: recovered | worst "
+        "other |",
+        "| ---: | ---: | --- | --- | --- | --- | --- |",
+    ]
+    for references, nodes in dict.fromkeys((row["references"], row["nodes"]) for row in rows):
+        same = [row for row in rows if (row["references"], row["nodes"]) == (references, nodes)]
+        sequences = sorted({row["sequences"] for row in same})
+        cells = []
+        for scope in ("mlp", "joint"):
+            shares = [row["recovered"] for row in same if row["scope"] == scope and row["recovered"] is not None]
+            worst = [row["worst"] for row in same if row["scope"] == scope and row["worst"] is not None]
+            cells += [_cell(shares), _cell(worst, 1, "", "+")]
+        lines.append(f"| {references} | {nodes} | {_listed(sequences)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _contractions(rows: Rows) -> Rows:
+    curves = []
+    for row in rows:
+        if "distances" not in row:
+            continue
+        table = sorted((int(step), *pair) for step, pair in row["distances"].items())
+        steps, inside, outside = (np.array(column, dtype=float) for column in zip(*table, strict=True))
+        fitted = (steps >= 1) & (steps <= FITTED_STEPS)
+        ratio = np.log(inside[fitted] / inside[0])
+        rate = float(np.exp((steps[fitted] @ ratio) / (steps[fitted] @ steps[fitted])))
+        above = steps[(inside > rate**steps * inside[0] * 1.001) & (steps > 0)]
+        curves.append(
+            {
+                "label": f"{row['criterion']}, seed {row['seed']}, {row['order']}",
+                "criterion": row["criterion"],
+                "steps": steps.tolist(),
+                "inside": inside.tolist(),
+                "outside": outside.tolist(),
+                "rate": rate,
+                "fails": len(above) / max(1, len(steps) - 1),
+                "first": int(above[0]) if len(above) else None,
+                "shares": row["spectrum"]["shares"],
+                "positive": sum(value > 0 for value in row["spectrum"]["eigenvalues"]),
+                "size": len(row["spectrum"]["eigenvalues"]),
+            }
+        )
+    return curves
+
+
+def _contraction_text(curves: Rows) -> list[str]:
+    if not curves:
+        return ["Not measured yet."]
+    lines = [
+        "S is spanned by the leading eigenvectors of the damage operator on route space, at the checkpoint "
+        "after math. The "
+        "coordinate of a route is 1 where the update stands in full and 0 where it is undone. The rate 1 - αμ "
+        "is fitted to "
+        f"the first {FITTED_STEPS} steps (least squares of the logarithm, through 1 at step 0). The bound is that of "
+        "Theorem 1 with this rate; it fails at a step where the distance in S is above it. The refresh is Adam on a "
+        "policy-gradient loss and not gradient descent on the token loss, so that αμ is an effective figure.",
+        "",
+        "| refresh | 1 - αμ, fitted | in S after the last step | outside S | steps at which the bound fails | "
+        "positive eigenvalues | runs |",
+        "| --- | --- | --- | --- | --- | --- | ---: |",
+    ]
+    for name in dict.fromkeys(curve["criterion"] for curve in curves):
+        same = [curve for curve in curves if curve["criterion"] == name]
+        ends = {key: [curve[key][-1] / curve[key][0] for curve in same] for key in ("inside", "outside")}
+        rates = [curve["rate"] for curve in same]
+        lines.append(
+            f"| `{name}` | {_mean(rates):.4f} ({min(rates):.4f} to {max(rates):.4f}) | {_cell(ends['inside'])} "
+            f"| {_cell(ends['outside'])} | {100 * _mean([curve['fails'] for curve in same]):.0f}% "
+            f"| {_mean([curve['positive'] for curve in same]):.1f} of {same[0]['size']} | {len(same)} |"
+        )
+    shares = [100 * sum(curve["shares"]) for curve in curves if curve["shares"]]
+    lines += [
+        "",
+        f"These directions carry {_mean(shares):.0f}% of the second-order damage by routes (mean over runs)."
+        if shares
+        else "",
+        "",
+        "![Contraction](figures/repair/contraction.png)",
+    ]
+    return lines
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(str(value) for value in sorted(values)) if not isinstance(values, dict) else "; ".join(values)
+
+
+def _wrapped(lines: list[str]) -> list[str]:
+    """Paragraphs at the width of the other pages; tables and figures as they are."""
+    result = []
+    for line in lines:
+        plain = line and line[0] not in "|#!" and "\n" not in line
+        result += textwrap.wrap(line, 125, break_long_words=False, break_on_hyphens=False) if plain else [line]
+    return result

@@ -1,0 +1,285 @@
+"""A bench for repairs: both checkpoints of an update in memory, and what scores a repair."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ..analysis.analyzer import load_model
+from ..analysis.architectures import Architecture
+from ..analysis.gradients import Tensors
+from ..analysis.report import InterferenceReport
+from ..analysis.routes import RouteMap
+from ..domains.domain import Domain
+from ..domains.loading import RunFile
+from ..evaluation.bootstrap import Interval, difference, recovered
+from ..evaluation.scorer import Scorer
+from ..training.config import SequentialGRPOConfig
+from .merging import held
+from .rollback import rolled_back, route_parameters
+
+
+SPLITS = ("selection", "test")
+Scores = dict[str, np.ndarray]
+# (model, split) -> score of each prompt, by domain
+Score = Callable[[PreTrainedModel, str], Scores]
+
+
+def domain_scorer(scorer: Scorer, domains: list[Domain]) -> Score:
+    """
+    Scores by domain on a split: `"selection"` is `selection_dataset`, `"test"` is `eval_dataset`.
+
+    Args:
+        scorer ([`Scorer`]):
+            Completes the prompts.
+        domains (`list[Domain]`):
+            The domains, each with both splits.
+
+    Returns:
+        `Callable`: Function of a model and a split.
+
+    Raises:
+        `ValueError`: If a domain lacks a split: what is chosen on one must be reported on the other.
+    """
+    fields = {"selection": "selection_dataset", "test": "eval_dataset"}
+    for domain in domains:
+        for field in fields.values():
+            if getattr(domain, field) is None:
+                raise ValueError(f"domain {domain.name!r}: expected a {field}, found none")
+
+    def score(model: PreTrainedModel, split: str) -> Scores:
+        return {domain.name: scorer.score(model, domain, getattr(domain, fields[split])).values for domain in domains}
+
+    return score
+
+
+class RepairBench:
+    """
+    Measures repairs of an update: chosen on the selection split, reported on the test split.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model after the update. After each measurement it is as it was, to the bit.
+        before (`dict[str, torch.Tensor]`):
+            Parameters before the update, by name.
+        report ([`InterferenceReport`]):
+            The analysis.
+        score (`Callable[[PreTrainedModel, str], dict[str, numpy.ndarray]]`):
+            Score of each prompt, 0 to 1, by domain, of a model on a split, see [`domain_scorer`].
+        measure (`Callable[[PreTrainedModel], dict[str, float]]`, *optional*):
+            What choices are made by: points of 100 by domain, on the selection split. Defaults to the mean scores.
+        peaks (`dict[str, dict[str, torch.Tensor]]`, *optional*):
+            Parameters at the peak of each damaged domain. Defaults to `before` for the report's earlier domain.
+        description ([`Architecture`], *optional*):
+            Description of the architecture, if it is none of those that are known.
+
+    Attributes:
+        earlier (`list[str]`):
+            Names of the damaged domains.
+        damaged (`dict[str, float]`):
+            The measure after the update, by domain.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        before: Tensors,
+        report: InterferenceReport,
+        score: Score,
+        measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+        peaks: dict[str, Tensors] | None = None,
+        description: Architecture | None = None,
+    ):
+        self.model, self.before, self.report, self.score = model, before, report, score
+        self.measure = measure or self._mean_scores
+        self.route_map = RouteMap(model.config, description)
+        self.parameters = route_parameters(model, self.route_map)
+        self.peaks = {report.earlier: before} if peaks is None else peaks
+        self.earlier = list(self.peaks)
+        self._kept: dict[Any, Any] = {}
+        self.damaged = self.measured(np.array([], dtype=int), 1.0)
+        unknown = sorted(set(self.earlier) - set(self.damaged))
+        if unknown:
+            raise ValueError(f"peaks: expected domains that are scored, {sorted(self.damaged)}, found {unknown}")
+
+    @classmethod
+    def from_run(
+        cls,
+        run: RunFile,
+        report: InterferenceReport,
+        before: str | Path | None = None,
+        after: str | Path | None = None,
+        progress: bool = False,
+    ) -> "RepairBench":
+        """
+        A bench from the YAML file of a training and a report.
+
+        Args:
+            run ([`RunFile`]):
+                Names the domains, and the settings of scoring. Domains with both splits are scored.
+            report ([`InterferenceReport`]):
+                The analysis.
+            before (`str` or `pathlib.Path`, *optional*):
+                Checkpoint before the update. Defaults to the one that the report names.
+            after (`str` or `pathlib.Path`, *optional*):
+                Checkpoint after it. Defaults to the one that the report names.
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a progress bar over prompts.
+
+        Returns:
+            [`RepairBench`]: The bench.
+
+        Raises:
+            `ValueError`: If the damaged domain lacks a split, or the checkpoints do not fit the report.
+        """
+        settings = {field.name: field.default for field in fields(SequentialGRPOConfig)} | run.training
+        domains = [domain for domain in run.domains if domain.selection_dataset and domain.eval_dataset]
+        if report.earlier not in [domain.name for domain in domains]:
+            raise ValueError(
+                f"domain {report.earlier!r} of the report: expected it in the file with selection and eval data sets, "
+                f"found both for {[domain.name for domain in domains]}"
+            )
+        device = PartialState(cpu=bool(settings["use_cpu"])).device
+        model = load_model(report.after if after is None else after).to(device)
+        start = load_model(report.before if before is None else before)
+        name = str(report.after if after is None else after)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: expected a tokenizer beside the weights ({error})") from error
+        scorer = Scorer(
+            tokenizer,
+            max_new_tokens=settings["score_max_new_tokens"] or settings["max_completion_length"],
+            batch_size=settings["score_batch_size"],
+            chat_template_kwargs=settings["chat_template_kwargs"],
+            temperature=settings["score_temperature"],
+            num_samples=settings["score_samples"],
+            progress=progress,
+        )
+        routes = RouteMap(model.config).num_routes
+        if len(report.routes["damage"]) != routes:
+            raise ValueError(
+                f"{name}: expected a model of {len(report.routes['damage'])} routes as in the report, found {routes}"
+            )
+        return cls(model, dict(start.named_parameters()), report, domain_scorer(scorer, domains))
+
+    def _mean_scores(self, model: PreTrainedModel) -> dict[str, float]:
+        return {name: 100 * float(values.mean()) for name, values in self.score(model, "selection").items()}
+
+    def measured(self, routes: np.ndarray, steps: float | np.ndarray) -> dict[str, float]:
+        """The measure by domain with routes rolled back; measured once."""
+        return self._with("measure", self.measure, routes, steps)
+
+    def scores(self, routes: np.ndarray, steps: float | np.ndarray, split: str = "test") -> Scores:
+        """Score of each prompt by domain with routes rolled back; scored once."""
+        return self._with(split, lambda model: self.score(model, split), routes, steps)
+
+    def _with(self, key: str, function: Callable, routes: np.ndarray, steps: float | np.ndarray) -> Any:
+        routes = np.asarray(routes, dtype=int)
+        steps = np.broadcast_to(np.asarray(steps, dtype=float), routes.shape)
+        order = np.argsort(routes)
+        place = (key, routes[order].tobytes(), steps[order].tobytes())
+        if place not in self._kept:
+            with rolled_back(self.model, self.before, self.route_map, routes, steps) as model:
+                self._kept[place] = function(model)
+        return self._kept[place]
+
+    def peak(self, domain: str, split: str = "test") -> np.ndarray:
+        """Score of each prompt of a damaged domain at its peak."""
+        place = ("peak", domain, split)
+        if place not in self._kept:
+            with held(self.model, self.peaks[domain]) as model:
+                self._kept[place] = self.score(model, split)[domain]
+        return self._kept[place]
+
+    def choose(self, candidates: list[dict[str, float]], max_drop: float) -> int:
+        """
+        The candidate that repairs most and spares the others.
+
+        Among those with no other domain more than `max_drop` points below its value after the update, the one with the
+        highest mean over the damaged domains; if there are none, the one with the highest mean over all domains. A
+        choice by the damaged domain alone would take any step that pays with another one.
+
+        Args:
+            candidates (`list[dict[str, float]]`):
+                Measures of each candidate by domain.
+            max_drop (`float`):
+                Points of 100.
+
+        Returns:
+            `int`: Position of the candidate.
+        """
+        others = [name for name in self.damaged if name not in self.earlier]
+        allowed = [
+            position
+            for position, found in enumerate(candidates)
+            if all(found[name] >= self.damaged[name] - max_drop for name in others)
+        ]
+        names = self.earlier if allowed else list(self.damaged)
+        return max(
+            allowed or range(len(candidates)),
+            key=lambda position: np.mean([candidates[position][name] for name in names]),
+        )
+
+    def figures(self, scores: list[Scores], split: str = "test") -> dict[str, Any]:
+        """
+        Recovered share and collateral of a repair, with paired bootstrap intervals over prompts.
+
+        Args:
+            scores (`list[dict[str, numpy.ndarray]]`):
+                Scores of each draw of the repair, which are averaged prompt by prompt.
+            split (`str`, *optional*, defaults to `"test"`):
+                Their split.
+
+        Returns:
+            `dict`: `recovered`, `low`, `high`, `n`, `by_domain` (the same of each damaged domain), `by_draw`,
+            `collateral` (change of every other domain, in points), `worst` (the lowest of them), `changes` (collateral
+            with intervals), `mean_score` (change of the mean score of all domains), `draws` and `split`.
+        """
+        mean = {name: np.mean([entry[name] for entry in scores], axis=0) for name in scores[0]}
+        damaged = self.scores(np.array([], dtype=int), 1.0, split)
+        shares = {name: recovered(mean[name], damaged[name], self.peak(name, split)) for name in self.earlier}
+        first = shares[self.earlier[0]]
+        if len(shares) > 1:
+            # Of all that the domains have lost together; their prompts are different ones, so that intervals are given
+            # by domain only.
+            lost = {name: self.peak(name, split).mean() - damaged[name].mean() for name in self.earlier}
+            back = {name: mean[name].mean() - damaged[name].mean() for name in self.earlier}
+            whole = sum(lost.values())
+            value = sum(back.values()) / whole if whole > 0 else np.nan
+            first = Interval(value, np.nan, np.nan, sum(share.n for share in shares.values()))
+        changes = {
+            name: difference(values, damaged[name]) for name, values in mean.items() if name not in self.earlier
+        }
+        by_draw = [
+            recovered_value(entry[self.earlier[0]], damaged[self.earlier[0]], self.peak(self.earlier[0], split))
+            for entry in scores
+        ]
+        return {
+            **share_fields(first),
+            "by_domain": {name: share_fields(share) for name, share in shares.items()},
+            "by_draw": [None if not np.isfinite(value) else value for value in by_draw],
+            "collateral": {name: change.value for name, change in changes.items()},
+            "worst": min((change.value for change in changes.values()), default=None),
+            "changes": {name: change.to_dict() for name, change in changes.items()},
+            "mean_score": 100
+            * float(np.mean([values.mean() - damaged[name].mean() for name, values in mean.items()])),
+            "draws": len(scores),
+            "split": split,
+        }
+
+
+def recovered_value(repaired: np.ndarray, damaged: np.ndarray, peak: np.ndarray) -> float:
+    """The recovered share without its interval; `nan` where nothing was lost."""
+    lost = peak.mean() - damaged.mean()
+    return float((repaired.mean() - damaged.mean()) / lost) if lost > 0 else float("nan")
+
+
+def share_fields(share: Interval) -> dict[str, float | None]:
+    """`recovered`, `low`, `high` and `n` as JSON values: `None` where it is undefined."""
+    fields = {"recovered": share.value, "low": share.low, "high": share.high}
+    return {**{name: value if np.isfinite(value) else None for name, value in fields.items()}, "n": share.n}

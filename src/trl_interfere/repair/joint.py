@@ -1,0 +1,108 @@
+"""One rollback for several damaged domains."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..analysis.gradients import Tensors
+from ..analysis.report import InterferenceReport
+from ..analysis.routes import RouteMap
+
+
+# Measures in nats per token, which add up over domains.
+_SUMMED = ("damage", "first_order", "second_order")
+
+
+def joint_report(
+    reports: list[InterferenceReport], weights: dict[str, float] | None = None
+) -> tuple[InterferenceReport, np.ndarray]:
+    """
+    One report for several earlier domains that the training up to the same checkpoint has damaged.
+
+    Each domain has a checkpoint of its own to go back to, the one after its own stage. The damage of a route is the
+    weighted sum of what it does to each domain, and the route goes back to the checkpoint of the domain that it harms
+    most:
+
+    ```
+    a_r = Σ_d w_d a_d,r        target_r = argmax_d w_d a_d,r
+    ```
+
+    Args:
+        reports (`list[InterferenceReport]`):
+            One analysis for each earlier domain, all with the same checkpoint `after`.
+        weights (`dict[str, float]`, *optional*):
+            w_d by name of the domain. Defaults to 1 each.
+
+    Returns:
+        `tuple[InterferenceReport, numpy.ndarray]`: The report, whose `before` is the one of the first report, and for
+        each route the position of the report whose `before` it goes back to, see [`joint_before`].
+
+    Raises:
+        `ValueError`: If there are no reports, two of one domain, or reports of different updates.
+    """
+    if not reports:
+        raise ValueError("reports: expected at least one, found none")
+    names = [report.earlier for report in reports]
+    if len(set(names)) < len(names):
+        raise ValueError(f"reports: expected one for each domain, found {names}")
+    ends = sorted({report.after for report in reports})
+    if len(ends) > 1:
+        raise ValueError(f"reports: expected the same checkpoint `after` in all, found {ends}")
+    weights = {name: 1.0 for name in names} if weights is None else weights
+    unknown = sorted(set(weights) - set(names))
+    if unknown or not any(weights.get(name, 0.0) > 0 for name in names):
+        raise ValueError(f"weights: expected some of {names}, at least one above 0, found {weights}")
+    factors = np.array([weights.get(name, 0.0) for name in names])
+    if (factors < 0).any() or not np.isfinite(factors).all():
+        raise ValueError(f"weights: expected numbers of 0 or more, found {weights}")
+    parts = np.stack([factor * report.routes["damage"] for factor, report in zip(factors, reports, strict=True)])
+    parts[factors == 0] = -np.inf
+    target = parts.argmax(axis=0)
+    routes = {
+        name: sum(factor * report.routes[name] for factor, report in zip(factors, reports, strict=True))
+        for name in _SUMMED
+    }
+    for name in reports[0].routes.keys() - routes.keys():
+        if all(name in report.routes for report in reports):
+            # What belongs to one update, such as its size, is that of the update which the route goes back on.
+            routes[name] = np.stack([report.routes[name] for report in reports])[target, np.arange(len(target))]
+
+    def total(field: str) -> float:
+        return float(sum(factor * getattr(report, field) for factor, report in zip(factors, reports, strict=True)))
+
+    report = replace(
+        reports[0],
+        earlier="+".join(name for name, factor in zip(names, factors, strict=True) if factor),
+        later=sorted({name for report in reports for name in report.later} - set(names)) or reports[-1].later,
+        **{name: total(name) for name in ("loss_before", "loss_after", "first_order", "second_order")},
+        **{name: total(name) for name in ("attributed", "outside_routes")},
+        routes=routes,
+    )
+    return report, target
+
+
+def joint_before(befores: list[Tensors], target: np.ndarray, route_map: RouteMap) -> Tensors:
+    """
+    Parameters to go back to, each route from a checkpoint of its own.
+
+    Args:
+        befores (`list[dict[str, torch.Tensor]]`):
+            Parameters of the `before` of each report, by name.
+        target (`numpy.ndarray` of shape `(num_routes,)`):
+            Position of the checkpoint of each route.
+        route_map ([`RouteMap`]):
+            The routes.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Parameters by name. Those outside routes, which no rollback moves, are the first's.
+    """
+    composed = {}
+    for name, first in befores[0].items():
+        result = first.detach().clone()
+        for position, tensors in enumerate(befores[1:], start=1):
+            chosen = route_map.spread(name, (target == position).astype(float), result)
+            if chosen is not None:
+                result = torch.where(chosen.bool(), tensors[name].detach().to(result), result)
+        composed[name] = result
+    return composed

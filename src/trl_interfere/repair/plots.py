@@ -1,0 +1,157 @@
+"""Figures of repairs. Each function returns a matplotlib figure, which the caller saves."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..analysis.plots import COLORS
+from .sweep import CONTROLS, pareto
+
+
+def plot_sweep(rows: list[dict[str, Any]], title: str = "") -> Figure:
+    """
+    Recovered share against budget, and against what the worst-hit other domain paid.
+
+    Rows of several seeds and orders are averaged, with a bar from the lowest to the highest of them; a single row has
+    its 95% interval.
+
+    Args:
+        rows (`list[dict]`):
+            Rows of a sweep.
+        title (`str`, *optional*, defaults to `""`):
+            Title, such as the command that made the rows.
+
+    Returns:
+        [`matplotlib.figure.Figure`]: The figure.
+    """
+    best = [row for row in rows if row["step_rule"] == "best" and row["recovered"] is not None]
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    groups = _grouped(best, ("criterion", "scope"))
+    for number, ((criterion, scope), members) in enumerate(groups.items()):
+        color = COLORS[number % len(COLORS)]
+        style = {"linestyle": ":" if criterion in CONTROLS else "-", "marker": "o" if scope == "mlp" else "s"}
+        points = []
+        for (budget,), same in sorted(_grouped(members, ("budget",)).items()):
+            values = [100 * row["recovered"] for row in same]
+            ends = (min(values), max(values))
+            if len(same) == 1 and same[0]["low"] is not None:
+                ends = (100 * same[0]["low"], 100 * same[0]["high"])
+            worst = [row["worst"] for row in same if row["worst"] is not None]
+            points.append((100 * budget, np.mean(values), *ends, np.mean(worst) if worst else np.nan))
+        table = np.array(points)
+        shifted = table[:, 0] * (1 + 0.03 * (number - len(groups) / 2))  # keep bars apart
+        bars = np.abs(table[:, 2:4].T - table[:, 1])
+        label = f"{criterion}, {scope}"
+        left.errorbar(shifted, table[:, 1], yerr=bars, color=color, markersize=4, capsize=2, label=label, **style)
+        right.plot(table[:, 4], table[:, 1], color=color, markersize=4, linestyle="", marker=style["marker"])
+    if best:
+        left.set_xscale("log")
+        left.xaxis.set_major_formatter("{x:g}")
+        figure.legend(loc="outside right upper", fontsize=7)
+    else:
+        left.text(0.5, 0.5, "no score was lost", transform=left.transAxes, ha="center")
+    means = [
+        {
+            "recovered": float(np.mean([row["recovered"] for row in same])),
+            "worst": float(np.mean([row["worst"] for row in same])),
+        }
+        for same in _grouped(
+            [row for row in best if row["worst"] is not None], ("criterion", "scope", "budget")
+        ).values()
+    ]
+    front = pareto(means)
+    right.plot([row["worst"] for row in front], [100 * row["recovered"] for row in front], color="grey", linewidth=1)
+    for axes in (left, right):
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.axhline(100, color="grey", linewidth=0.8, linestyle=":")
+        axes.set_ylabel("recovered share of the lost score (%)")
+    right.axvline(0, color="grey", linewidth=0.8)
+    left.set_xlabel("share of the routes of the scope that is rolled back (%)")
+    right.set_xlabel("worst change of another domain (points); grey line: Pareto front")
+    left.set_title("each at its own best step, chosen on the selection split", fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def plot_cost(rows: list[dict[str, Any]], title: str = "") -> Figure:
+    """
+    Recovered share against gradient passes: training-free repairs and refreshes in one figure.
+
+    Args:
+        rows (`list[dict]`):
+            `method`, `sequences` (sequences that went through a backward pass), `recovered` and `worst`; rows of one
+            method form a line; those of several seeds and orders are averaged, with a bar from the lowest to the
+            highest.
+        title (`str`, *optional*, defaults to `""`):
+            Title, such as the command that made the rows.
+
+    Returns:
+        [`matplotlib.figure.Figure`]: The figure.
+    """
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = [row for row in rows if row["recovered"] is not None]
+    for number, ((method,), members) in enumerate(_grouped(shown, ("method",)).items()):
+        color = COLORS[number % len(COLORS)]
+        for axes, field, factor in ((left, "recovered", 100), (right, "worst", 1)):
+            points = []
+            for (sequences,), same in sorted(_grouped(members, ("sequences",)).items()):
+                values = [factor * row[field] for row in same]
+                points.append((sequences, np.mean(values), min(values), max(values)))
+            table = np.array(points)
+            bars = np.abs(table[:, 2:4].T - table[:, 1])
+            label = method if axes is left else None
+            axes.errorbar(
+                table[:, 0], table[:, 1], yerr=bars, color=color, marker="o", markersize=4, capsize=2, label=label
+            )
+    left.set_ylabel("recovered share of the lost score (%)")
+    right.set_ylabel("worst change of another domain (points)")
+    for axes in (left, right):
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_xlabel("sequences through a backward pass")
+    figure.suptitle(title, fontsize=9)
+    if shown:
+        figure.legend(loc="outside right upper", fontsize=7)
+    return figure
+
+
+def plot_contraction(curves: list[dict[str, Any]], title: str = "") -> Figure:
+    """
+    Contraction of the part of the update in the conflict subspace during a refresh, beside Theorem 1.
+
+    Args:
+        curves (`list[dict]`):
+            `label`, `steps`, `inside` (‖P_S(θ_t - θ_A*)‖ by step), `outside` (‖(I - P_S)(θ_t - θ_A*)‖, on routes)
+            and `rate` (the fitted 1 - αμ_A).
+        title (`str`, *optional*, defaults to `""`):
+            Title, such as the command that made the rows.
+
+    Returns:
+        [`matplotlib.figure.Figure`]: The figure.
+    """
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for number, curve in enumerate(curves):
+        color, steps = COLORS[number % len(COLORS)], np.array(curve["steps"])
+        inside, outside = np.array(curve["inside"]), np.array(curve["outside"])
+        axes.plot(
+            steps, inside / inside[0], color=color, marker="o", markersize=4, label=f"{curve['label']}: inside S"
+        )
+        axes.plot(steps, outside / outside[0], color=color, linestyle=":", label=f"{curve['label']}: outside S")
+        axes.plot(
+            steps, curve["rate"] ** steps, color=color, linestyle="--", linewidth=0.8, label="(1 - αμ)^t, fitted"
+        )
+    axes.set_xlabel("refresh steps")
+    axes.set_ylabel("distance from the peak checkpoint, relative to step 0")
+    axes.set_title(title, fontsize=9)
+    figure.legend(loc="outside right upper", fontsize=7)
+    return figure
+
+
+def _grouped(rows: list[dict[str, Any]], names: tuple[str, ...]) -> dict[tuple, list[dict[str, Any]]]:
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups

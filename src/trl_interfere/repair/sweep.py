@@ -1,0 +1,225 @@
+"""Recovery against budget: every criterion and control, each at its own best step."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..training.manifest import read_json, write_atomically
+from .bench import RepairBench
+from .criteria import CRITERIA, IN_NATS
+from .rollback import RouteRollback
+
+
+SCHEMA_VERSION = 1
+CONTROLS = ("random", "random_matched")
+STEPS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+PROTECTIONS = (0.5, 0.75, 1.0, 1.5)
+PROTECTED = tuple(f"{criterion}_protected" for criterion in IN_NATS)
+
+
+@dataclass
+class Sweep:
+    """
+    Rows of a sweep.
+
+    Args:
+        rows (`list[dict]`):
+            For each repair `seed`, `order`, `criterion`, `scope`, `budget`, `step_rule` (`"fixed"` or `"best"`),
+            `step`, `protection` and the fields of [`RepairBench.figures`], among them `recovered`, `low`, `high`,
+            `collateral` and `split`.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, path: str | Path) -> None:
+        """Write the rows as JSON."""
+        content = {"schema_version": SCHEMA_VERSION, "rows": self.rows}
+        write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Sweep":
+        """Read rows that [`~Sweep.save`] wrote."""
+        content = read_json(Path(path), SCHEMA_VERSION)
+        if not isinstance(content.get("rows"), list):
+            raise ValueError(f"{path}: expected a list of rows, found {type(content.get('rows')).__name__}")
+        return cls(content["rows"])
+
+    def pareto(self) -> list[dict[str, Any]]:
+        """
+        Rows that no other row beats: nothing recovers more and costs the worst-hit other domain less.
+
+        Returns:
+            `list[dict]`: The front, highest recovery first.
+        """
+        return pareto(self.rows)
+
+    def to_table(self) -> str:
+        """The rows as a Markdown table."""
+        lines = [
+            "| criterion | scope | budget | α | recovered | worst change of another domain | draws |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in self.rows:
+            share = "nothing was lost"
+            if row["recovered"] is not None:
+                share = f"{100 * row['recovered']:.1f}%"
+                if row["low"] is not None:
+                    share += f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+            worst = "none" if row["worst"] is None else f"{row['worst']:+.2f}"
+            rule = "fixed" if row["step_rule"] == "fixed" else "best"
+            protection = f", protection {row['protection']:g}" if row["protection"] else ""
+            step = "by route" if row["step"] is None else f"{row['step']:g}"
+            lines.append(
+                f"| {row['criterion']}{protection} | {row['scope']} | {100 * row['budget']:g}% | {step} ({rule}) "
+                f"| {share} | {worst} | {row['draws']} |"
+            )
+        return "\n".join(lines) + "\n"
+
+
+def pareto(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Rows that no other row beats in `recovered` and in `worst`.
+
+    Args:
+        rows (`list[dict]`):
+            Rows of a sweep.
+
+    Returns:
+        `list[dict]`: The front, highest recovery first.
+    """
+    known = [row for row in rows if row["recovered"] is not None and row["worst"] is not None]
+    front: list[dict[str, Any]] = []
+    for row in sorted(known, key=lambda row: (-row["recovered"], -row["worst"])):
+        if not front or row["worst"] > front[-1]["worst"]:
+            front.append(row)
+    return front
+
+
+def sweep(
+    bench: RepairBench,
+    criteria: list[str] | tuple[str, ...] = tuple(CRITERIA),
+    budgets: list[float] | tuple[float, ...] = (0.02,),
+    scopes: list[str] | tuple[str, ...] = ("mlp",),
+    steps: tuple[float, ...] = STEPS,
+    protections: tuple[float, ...] = PROTECTIONS,
+    draws: int = 5,
+    max_drop: float = 1.0,
+    fixed: bool = True,
+    labels: dict[str, Any] | None = None,
+    path: str | Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Sweep:
+    """
+    Roll back by every criterion, at every budget and in every scope, and measure what comes back and what it costs.
+
+    Each criterion, controls as well, gets its own best step, chosen by [`RepairBench.choose`] on the selection split
+    and reported on the test split. `"<criterion>_protected"` is a criterion in nats whose protection is chosen with
+    the step.
+
+    Args:
+        bench ([`RepairBench`]):
+            Measures repairs.
+        criteria (`list[str]`, *optional*):
+            Some of `CRITERIA`, and of these in nats with `_protected`. Defaults to `CRITERIA`.
+        budgets (`list[float]`, *optional*, defaults to `(0.02,)`):
+            Shares of the routes of the scope.
+        scopes (`list[str]`, *optional*, defaults to `("mlp",)`):
+            Scopes.
+        steps (`tuple[float, ...]`, *optional*, defaults to `STEPS`):
+            Steps that the best one is chosen from.
+        protections (`tuple[float, ...]`, *optional*, defaults to `PROTECTIONS`):
+            Weights that the best protection is chosen from.
+        draws (`int`, *optional*, defaults to `5`):
+            Draws of each random control. Their step is chosen by the mean of the measure over the draws.
+        max_drop (`float`, *optional*, defaults to `1.0`):
+            Points that no other domain may lose on the selection split.
+        fixed (`bool`, *optional*, defaults to `True`):
+            Whether to measure the step 1 as well.
+        labels (`dict`, *optional*):
+            Fields of every row, such as `seed` and `order`. Defaults to these two as `None`.
+        path (`str` or `pathlib.Path`, *optional*):
+            File that the rows are kept in after each of them; those that it holds are not measured again.
+        progress (`Callable[[str], None]`, *optional*):
+            Called before each criterion, with what is measured.
+
+    Returns:
+        [`Sweep`]: The rows.
+
+    Raises:
+        `ValueError`: If a setting is out of range.
+    """
+    if draws < 1:
+        raise ValueError(f"draws: expected at least 1, found {draws}")
+    for criterion in criteria:
+        if criterion not in CRITERIA and criterion not in PROTECTED:
+            raise ValueError(f"criteria: expected some of {[*CRITERIA, *PROTECTED]}, found {criterion!r}")
+    for budget in budgets:  # refused before anything is measured
+        for scope in scopes:
+            RouteRollback(budget=budget, scope=scope)
+    labels = {"seed": None, "order": None} if labels is None else labels
+    result = Sweep.load(path) if path is not None and Path(path).exists() else Sweep()
+    done = {_key(row) for row in result.rows}
+    for scope in scopes:
+        for budget in budgets:
+            for criterion in criteria:
+                for rule in ("fixed", "best") if fixed else ("best",):
+                    place = {"criterion": criterion, "scope": scope, "budget": budget, "step_rule": rule}
+                    if _key({**labels, **place}) in done:
+                        continue
+                    progress(f"{criterion}, {100 * budget:g}% of {scope}, {rule} step")
+                    tried = (1.0,) if rule == "fixed" else steps
+                    found = _best(bench, criterion, budget, scope, tried, protections, draws, max_drop)
+                    result.rows.append({**labels, **place, **found})
+                    if path is not None:
+                        result.save(path)
+    return result
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return tuple(json.dumps(row.get(name)) for name in ("seed", "order", "criterion", "scope", "budget", "step_rule"))
+
+
+def _best(
+    bench: RepairBench,
+    criterion: str,
+    budget: float,
+    scope: str,
+    steps: tuple[float, ...],
+    protections: tuple[float, ...],
+    draws: int,
+    max_drop: float,
+) -> dict[str, Any]:
+    name = criterion.removesuffix("_protected")
+    weights = protections if criterion in PROTECTED else (0.0,)
+    candidates = []
+    for weight in weights:
+        selections = [
+            RouteRollback(criterion=name, budget=budget, scope=scope, protection=weight, seed=draw).select(
+                bench.report, bench.route_map, bench.parameters
+            )
+            for draw in range(draws if criterion in CONTROLS else 1)
+        ]
+        candidates += [(weight, step, selections) for step in steps]
+    measures = [{}]
+    chosen = 0
+    if len(candidates) > 1:
+        measures = [
+            _mean([bench.measured(routes, step) for routes in selections]) for _, step, selections in candidates
+        ]
+        chosen = bench.choose(measures, max_drop)
+    weight, step, selections = candidates[chosen]
+    return {
+        "step": float(step),
+        "protection": float(weight),
+        **bench.figures([bench.scores(routes, step) for routes in selections]),
+        "routes": len(selections[0]),
+        "selection": measures[chosen],
+    }
+
+
+def _mean(measures: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([entry[name] for entry in measures])) for name in measures[0]}
