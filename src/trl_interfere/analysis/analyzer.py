@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .. import __version__
 from ..domains.domain import Domain
+from ..hub.pull import checkpoint_folder
 from .activity import route_activity
 from .architectures import Architecture
 from .config import InterferenceConfig
@@ -150,7 +151,7 @@ class InterferenceAnalyzer:
             )
             for name, checkpoint in (("before", before), ("after", after), ("base", base))
         }
-        tokenizer = AutoTokenizer.from_pretrained(str(before), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder(before), trust_remote_code=trust_remote_code)
         return cls(
             models["before"], models["after"], tokenizer, base=models["base"], config=config, description=description
         )
@@ -428,7 +429,7 @@ def load_model(
 
     Args:
         checkpoint (`str` or `pathlib.Path`):
-            Folder or Hub id.
+            Folder, Hub id, or `user/repo@revision`.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
             Data type of the parameters.
         device_map (`str` or `dict`, *optional*):
@@ -444,9 +445,10 @@ def load_model(
     Raises:
         `ValueError`: If there is no such checkpoint, or it holds no safetensors.
     """
+    folder = checkpoint_folder(checkpoint, trust_remote_code)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            str(checkpoint),
+            folder,
             dtype=dtype,
             device_map=device_map,
             max_memory=max_memory,
@@ -454,7 +456,7 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-        stored = AutoConfig.from_pretrained(str(checkpoint), trust_remote_code=trust_remote_code).dtype
+        stored = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype
     except (OSError, ImportError, SafetensorError) as error:
         raise ValueError(
             f"{checkpoint}: expected a folder or Hub repository with config.json and whole, unquantised safetensors "
@@ -470,6 +472,7 @@ def load_model(
             raise ValueError(f"{checkpoint}: tensor {name}: expected finite values, found NaN or infinity")
     if stored is not None:
         model.config.dtype = stored
+    model.config._name_or_path = model.name_or_path = str(checkpoint)  # with its revision, and not the cache's folder
     return model.eval()
 
 
