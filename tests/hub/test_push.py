@@ -1,4 +1,4 @@
-"""Pushes against the local Hub: what arrives, what a repetition sends, and what a Hub that misbehaves leaves behind."""
+"""Pushes against the local Hub: what arrives, what a repetition sends, and what a Hub that misbehaves leaves."""
 
 import hashlib
 import logging
