@@ -48,8 +48,8 @@ tags: [trl-interfere, trl, grpo]
 # {after}, rolled back
 
 `{after}` after a training-free rollback with `trl-interfere`: the {budget:.3g} of {scope} routes that are highest by
-`{criterion}` (protection {protection:g}, seed {seed}) were moved back toward `{before}` with step {step:g}. The report is
-[{report}](https://huggingface.co/{repo}). The scores of this model were not measured here.
+`{criterion}` (protection {protection:g}, seed {seed}) were moved back toward `{before}` with step {step:g}. The report
+is [{report}](https://huggingface.co/{repo}). The scores of this model were not measured here.
 """
 
 
