@@ -26,6 +26,7 @@ from .upload import PlannedRevision, Uploader
 
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapters/*")
+_RESUME_FILES = ("trainer_state.json", "resume_state_*", "generation_buffer_*", "entropy_ctrl_state.json")
 _REPAIR_FOLDERS = ("repair", "rollback")
 
 
@@ -208,7 +209,9 @@ def push_run(
         [`PushError`]: If the Hub fails. The message has the command that goes on.
     """
     run = folder if isinstance(folder, RunFolder) else RunFolder.read(folder)
-    uploader = Uploader(repo_id, command=_command(run.folder, repo_id, stages, private, collection), token=token)
+    uploader = Uploader(
+        repo_id, command=_command(run.folder, repo_id, stages or only is not None, private, collection), token=token
+    )
     if license is None:
         license = base_license(run.base_model, uploader.api)
     plan = plan_push(run, repo_id, stages=stages, license=license, only=only, **kwargs)
@@ -300,7 +303,11 @@ def push_checkpoint(folder: Path, repo_id: str, record_name: str, message: str, 
         token (`str`, *optional*):
             Token.
     """
-    files = {name: path for name, path in _model_files(folder).items() if name != "trainer_state.json"}
+    files = {
+        name: path
+        for name, path in _model_files(folder).items()
+        if not any(fnmatch(name, pattern) for pattern in _RESUME_FILES)
+    }
     revision = PlannedRevision(stage_revision(record_name), files, managed=list(_WEIGHTS))
     Uploader(repo_id, token=token).upload(revision, message)
 
