@@ -155,7 +155,8 @@ def test_every_figure_is_a_file_of_the_push(run):
 def test_stage_cards(run):
     text = str(stage_card(run, run.trained[0], "tester/model", "mit"))
     assert 'revision="stage-1-math"' in text and "license: mit" in text
-    assert interval(run.stages[1].scores["math"]) in text and interval(run.stages[2].scores["math"]) not in text
+    row = [interval(run.stages[1].scores[name]) for name in ("math", "qa")]
+    assert f"| 1-math | {row[0]} | {row[1]} |" in text and "| 0-base |" in text and "| 2-qa |" not in text
 
 
 def test_report_cards(run, make_report):

@@ -20,13 +20,16 @@ METRICS = Path(__file__).parents[2] / "metrics"
 NAMES = ("forgetting", "recovery", "route_overlap")
 
 
-@pytest.fixture
-def load(tmp_path, monkeypatch):
-    def load(name):
-        return evaluate.load(str(METRICS / name), cache_dir=str(tmp_path))
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
 
-    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", tmp_path / "modules")
-    return load
+    def load(name):
+        return evaluate.load(str(METRICS / name), cache_dir=str(folder))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluate.config.HF_MODULES_CACHE", str(folder / "modules"))
+        yield load
 
 
 @pytest.mark.parametrize("name", NAMES)
