@@ -162,7 +162,7 @@ def measure(label: str, before, tokenizer, prompts: int, batch_size: int, rounds
     domains = [lab_domain(name, prompts) for name in ("math", "writing")]
     references = analyzer.references(domains[0], domains[1:])
     # The writing of references, which is not measured, is no more than tokenization here; nor is that.
-    analyzer.references = lambda earlier, later: references
+    analyzer.references = lambda earlier, later, others=(): references
     batches = analyzer.batches(references)
     mine = batches[domains[0].name]
     sizes = {name: num_tokens(entry) for name, entry in batches.items()}

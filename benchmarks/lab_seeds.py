@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 
 
-def figures(results: dict) -> dict[str, float]:
+def figures(results: dict, report: dict) -> dict[str, float]:
     """
     The figures of one run that the lab is built to show.
 
     Args:
         results (`dict`):
             Content of `results.json`.
+        report (`dict`):
+            Content of `report.json` of the first pair.
 
     Returns:
         `dict[str, float]`: Name to value; scores in points, recovered shares in percent.
@@ -48,6 +50,20 @@ def figures(results: dict) -> dict[str, float]:
             * abs(damage - pair["attributed"] - pair["outside_routes"])
             / abs(damage),
         }
+    whole = report["updates"]["update"]["whole"]
+    found["parameters with |δ| < 1e-7, stored in float32 (%)"] = 100 * whole["below_absolute"]
+    found["parameters identical had both been stored in bfloat16 (%)"] = 100 * report["identical_in_bfloat16"]
+    for word, rows in (("changed", results["edits"]["changed"]), ("active", report["overlaps"]["active"])):
+        for first, row in rows.items():
+            for second, kinds in row.items():
+                pair = " and ".join(sorted((first, second)))
+                found[f"{word} MLP channels, Jaccard of {pair}"] = kinds["mlp"]["value"]
+                found[f"{word} MLP channels, {pair}, shuffled within layers"] = kinds["mlp"]["shuffled"]
+    for label, spectrum in (("the update", report["subspace"]["update"]), ("random", report["subspace"]["random"])):
+        count = len(spectrum["eigenvalues"])
+        found[f"second order, {label}: by routes (nats per token)"] = spectrum["second_order"]
+        found[f"second order, {label}: in the top {count} eigenvectors (%)"] = 100 * sum(spectrum["shares"])
+        found[f"second order, {label}: effective dimension"] = spectrum["effective_dimension"]
     for row in results["rollback"]:
         if row["pair"] == 0:
             rule = "α = 1" if row["step_rule"] == "fixed" else "best step"
@@ -58,6 +74,13 @@ def figures(results: dict) -> dict[str, float]:
     if results["refresh"] is not None:
         found["refresh: recovered (%)"] = 100 * results["refresh"]["recovered"]
         found["refresh: worst change of another domain"] = min(results["refresh"]["collateral"].values())
+        for name, label in (
+            ("subspace", "the conflict subspace"),
+            ("random", "random directions"),
+            ("routes", "routes"),
+        ):
+            left = results["refresh"]["contraction"][name]
+            found[f"refresh: distance left in {label} (%)"] = 100 * left
     found["seconds"] = sum(results["seconds"].values())
     return found
 
@@ -74,7 +97,8 @@ def main() -> None:
         if not (folder / "results.json").exists():
             command = [sys.executable, "-m", "trl_interfere", "lab", "--output-dir", str(folder), "--seed", str(seed)]
             subprocess.run([*command, "--threads", str(arguments.threads)], check=True, stdout=subprocess.DEVNULL)
-        runs[seed] = figures(json.loads((folder / "results.json").read_text()))
+        (report,) = folder.glob("analysis/0-*/report.json")
+        runs[seed] = figures(*(json.loads(path.read_text()) for path in (folder / "results.json", report)))
     names = [name for name in runs[arguments.seeds[0]] if all(name in run for run in runs.values())]
     means = {name: float(np.mean([run[name] for run in runs.values()])) for name in names}
     print("| figure | mean | " + " | ".join(f"seed {seed}" for seed in runs) + " |")

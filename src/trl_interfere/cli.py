@@ -212,11 +212,10 @@ def analyze(
     """Analyse what an update did to an earlier domain."""
     _prepare(threads)
     from rich.markdown import Markdown
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from .analysis.analyzer import InterferenceAnalyzer
     from .analysis.config import InterferenceConfig
-    from .analysis.plots import plot_damage_concentration, plot_module_cosines
     from .domains.loading import build_dataclass, load_run_file
 
     if output_dir.exists() and any(output_dir.iterdir()):
@@ -229,21 +228,25 @@ def analyze(
             raise ValueError(f"unknown domain {name!r}, {config} has {sorted(domains)}")
     settings = build_dataclass(InterferenceConfig, run.analysis, f"{config}, analysis")
     analyzer = InterferenceAnalyzer.from_pretrained(before, after, base=base, config=settings, dtype=dtype)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    passes = analyzer.passes(later=len(names))
+    columns = (
+        TextColumn("{task.description:<38}"),
+        BarColumn(),
+        TextColumn("{task.completed:.1f}/{task.total:.1f} gradient passes"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("start")
-        report = analyzer.analyze(
-            domains[earlier],
-            [domains[name] for name in names],
-            progress=lambda part: progress.update(task, description=part),
-        )
+        task = progress.add_task("start", total=sum(passes.values()))
+
+        def begin(part: str) -> None:
+            done = sum(list(passes.values())[: list(passes).index(part)])
+            progress.update(task, description=part, completed=done)
+
+        report = analyzer.analyze(domains[earlier], [domains[name] for name in names], progress=begin)
+        progress.update(task, description="done", completed=sum(passes.values()))
     report.save_pretrained(output_dir)
-    (output_dir / "figures").mkdir()
-    for name, figure in (
-        ("module_cosines", plot_module_cosines(report)),
-        ("damage_concentration", plot_damage_concentration([report])),
-    ):
-        figure.savefig(output_dir / "figures" / f"{name}.png", dpi=150)
+    report.save_figures(output_dir / "figures")
     Console().print(Markdown(report.to_markdown()))
 
 

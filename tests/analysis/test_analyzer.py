@@ -6,12 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model, opposed_edits
+from trl_interfere.analysis.checkpoint import Checkpoint
 from trl_interfere.analysis.config import InterferenceConfig
+from trl_interfere.analysis.overlap import overlaps
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.analysis.updates import update_statistics
 from trl_interfere.domains.domain import Domain
 from trl_interfere.evaluation.scorer import Scorer
 
@@ -415,3 +419,100 @@ def test_domain_without_prompts(models, domains, tokenizer):
     empty = Domain("qa", reward_funcs=len)
     with pytest.raises(ValueError, match="domain 'qa': expected a selection_dataset or an eval_dataset"):
         InterferenceAnalyzer(*models[1:], tokenizer, config=CONFIG).analyze(domains[0], empty)
+
+
+def test_other_domains_are_compared_but_not_attributed(models, domains, tokenizer):
+    base, before, after = models
+    math, qa, writing = domains
+    analyzer = InterferenceAnalyzer(before, after, tokenizer, base=base, config=CONFIG)
+    alone = analyzer.analyze(math, qa)
+    beside = analyzer.analyze(math, qa, others=[writing])
+    assert beside.later == ["qa"] and beside.later_loss_after.keys() == {"qa"}
+    assert set(beside.references) == set(beside.cosines["reliability"]) == {"math", "qa", "writing"}
+    assert set(beside.cosines["pairs"]["math"]) == {"qa", "writing"}
+    assert set(beside.overlaps["active"]["math"]) == {"qa", "writing"}
+    np.testing.assert_array_equal(beside.routes["damage"], alone.routes["damage"])
+    assert beside.overlaps["active"]["math"]["qa"] == alone.overlaps["active"]["math"]["qa"]
+    sizes = [alone.routes[name] for name in ("earlier_edit_size", "edit_size")]
+    assert alone.overlaps["changed"]["all"] == overlaps(*sizes, analyzer.route_map)["all"].to_dict()
+    assert alone.updates is None
+
+
+@pytest.mark.parametrize("names", [["math", "math"], ["math"], ["math", "qa", "qa"]])
+def test_domains_that_are_missing_or_occur_twice(models, domains, tokenizer, names):
+    _, before, after = models
+    by_name = {domain.name: domain for domain in domains}
+    analyzer = InterferenceAnalyzer(before, after, tokenizer, config=CONFIG)
+    with pytest.raises(ValueError, match="domains: expected an earlier one and at least one later one, each once"):
+        analyzer.analyze(by_name[names[0]], [by_name[name] for name in names[1:]])
+
+
+def test_files_give_the_sparsity(models, domains, tokenizer, tmp_path):
+    for name, model in zip(("base", "before", "after"), models, strict=True):
+        model.to(torch.bfloat16 if name != "after" else torch.float32).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    math, qa, _ = domains
+    folders = {name: tmp_path / name for name in ("base", "before", "after")}
+    analyzer = InterferenceAnalyzer.from_pretrained(**folders, config=replace(CONFIG, check_prompts=0))
+    report = analyzer.analyze(math, qa)
+    expected = update_statistics([Checkpoint(folder) for folder in folders.values()])
+    assert [report.updates[name] for name in ("earlier", "update")] == [entry.to_dict() for entry in expected]
+    assert report.updates["update"]["whole"]["dtype"] == "bfloat16 -> float32"
+    pairs = zip(analyzer.before.parameters(), analyzer.after.parameters(), strict=True)
+    same = torch.cat([(a.bfloat16() == b.bfloat16()).ravel() for a, b in pairs])
+    assert report.identical_in_bfloat16 == pytest.approx(same.double().mean().item())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_are_merged_from_their_own_tensors(models, domains, tokenizer, tmp_path, rslora):
+    base, *_ = models
+    base.to(torch.float32).save_pretrained(tmp_path / "base")
+    folders = {}
+    for seed, name in enumerate(("before", "after")):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, lora_alpha=3, target_modules=["up_proj", "o_proj"], use_rslora=rslora)
+        adapted = get_peft_model(load_model(tmp_path / "base"), config)
+        adapted.base_model.model.name_or_path = str(tmp_path / "base")
+        adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        with torch.no_grad():
+            for key, parameter in adapted.named_parameters():
+                if "lora_B" in key:
+                    parameter.normal_(std=0.05)
+        folders[name] = tmp_path / name
+        adapted.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+        merged = adapted.merge_and_unload()
+        loaded = load_model(folders[name])
+        for (key, parameter), expected in zip(loaded.named_parameters(), merged.parameters(), strict=True):
+            torch.testing.assert_close(parameter, expected, msg=key)
+        assert loaded.config._name_or_path == str(folders[name])
+    math, qa, _ = domains
+    config = replace(CONFIG, check_prompts=0, difference_step=None)
+    report = InterferenceAnalyzer.from_pretrained(**folders, base=tmp_path / "base", config=config).analyze(math, qa)
+    assert report.after == str(folders["after"])
+    assert report.updates["update"]["whole"]["dtype"] in ("float32 + adapter", "mixed")
+    statistics = update_statistics([Checkpoint(folder) for folder in folders.values()], RouteMap(base.config))
+    np.testing.assert_allclose(report.routes["edit_size"], statistics[0].edit_size, rtol=1e-3, atol=1e-7)
+    with pytest.raises(ValueError, match="dtype: expected 'float32' to merge the adapter .*, found 'bfloat16'"):
+        load_model(folders["after"], "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"subspace_size": 2}, {"gradient_checkpointing": True}, {"objective": "kl"}, {"check_prompts": 0}]
+)
+def test_passes_name_every_part(models, domains, tokenizer, settings):
+    base, before, after = models
+    math, *later = domains
+    analyzer = InterferenceAnalyzer(before, after, tokenizer, base=base, config=replace(CONFIG, **settings))
+    begun = []
+    analyzer.analyze(math, later, progress=begun.append)
+    passes = analyzer.passes(later=2)
+    assert list(passes) == begun
+    checked = 4 * CONFIG.check_prompts / CONFIG.max_prompts if settings != {"check_prompts": 0} else 0
+    assert passes["damage of the earlier domain"] == pytest.approx(2 + checked + 8)
+
+
+def test_sum_of_the_passes_with_the_defaults(models, tokenizer):
+    _, before, after = models
+    passes = InterferenceAnalyzer(before, after, tokenizer).passes()
+    assert sum(passes.values()) == pytest.approx(10.8, abs=0.01)  # as docs/scaling.md has it

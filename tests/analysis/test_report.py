@@ -21,7 +21,7 @@ def test_round_trip(report, tmp_path):
     report.save_pretrained(tmp_path / "new" / "folder")
     loaded = InterferenceReport.from_pretrained(tmp_path / "new" / "folder")
     for field in dataclasses.fields(InterferenceReport):
-        if field.name != "routes":
+        if field.name not in ("routes", "directions"):
             assert getattr(loaded, field.name) == getattr(report, field.name), field.name
     assert loaded.routes.keys() == report.routes.keys()
     for name, values in report.routes.items():
@@ -33,16 +33,16 @@ def test_damage_and_residual(report):
     assert report.damage == pytest.approx(0.7 - 0.1)
     assert report.residual == pytest.approx(0.7 - 0.1 - 0.5 - 0.05)
     content = report.to_dict()
-    assert content["schema_version"] == 2 and content["residual"] == report.residual and "routes" not in content
+    assert content["schema_version"] == 3 and content["residual"] == report.residual and "routes" not in content
 
 
-@pytest.mark.parametrize("found", [0, 1, 3, "2", None])
+@pytest.mark.parametrize("found", [0, 2, 4, "3", None])
 def test_other_schema_versions_are_refused(report, tmp_path, found):
     report.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
     content["schema_version"] = found
     (tmp_path / "report.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"report.json: expected schema_version 2, found {found!r}"):
+    with pytest.raises(ValueError, match=f"report.json: expected schema_version 3, found {found!r}"):
         InterferenceReport.from_pretrained(tmp_path)
 
 
@@ -56,7 +56,7 @@ def test_missing_files(report, tmp_path, missing):
 
 def test_broken_json(report, tmp_path):
     report.save_pretrained(tmp_path)
-    (tmp_path / "report.json").write_text('{"schema_version": 2, ')
+    (tmp_path / "report.json").write_text('{"schema_version": 3, ')
     with pytest.raises(ValueError, match="report.json: expected JSON"):
         InterferenceReport.from_pretrained(tmp_path)
 
@@ -98,7 +98,7 @@ def test_markdown_shows_the_figures(report, tmp_path):
     report.save_pretrained(tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert page.startswith("# Interference: qa, writing on math\n")
-    rows = dict(line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| "))
+    rows = dict(line.strip("| ").split(" | ") for line in page.partition("\n## ")[0].splitlines() if line[:2] == "| ")
     assert rows["loss before, after"] == "0.1000, 0.7000 nats per token"
     assert rows["damage"] == "+0.6000"
     assert rows["first order ∇L·δ"] == "+0.3000"
@@ -129,7 +129,7 @@ def test_markdown_shows_what_was_asked_for(report, tmp_path):
     none = {**spectrum, "shares": [], "top_routes": {}, "effective_dimension": 1.9}
     report.subspace = {"update": spectrum, "random": none, "references": 8, "seed": 0}
     page = report.to_markdown()
-    rows = dict(line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| "))
+    rows = dict(line.strip("| ").split(" | ") for line in page.partition("\n## ")[0].splitlines() if line[:2] == "| ")
     assert rows["second order ½ δᵀHδ"] == "+0.2500 ± 1.2e-03 (step 0.017 δ)"
     assert rows["gradient cosine, math and qa"] == "+0.500 [-0.250, +0.750], noise allows ±0.875"
     assert rows["second order in the top 2 directions (random update)"] == "62.5% (undefined)"
@@ -137,3 +137,40 @@ def test_markdown_shows_what_was_asked_for(report, tmp_path):
     assert rows["effective dimension of 2 eigenvalues (random update)"] == "1.47 (1.90)"
     report.save_pretrained(tmp_path)
     assert InterferenceReport.from_pretrained(tmp_path).to_dict() == report.to_dict()
+
+
+def test_sums_by_layer(report):
+    report.route_counts = {"mlp": [3, 5], "query": [4, 4], "key_value": [2, 2]}
+    sums = report.by_layer("damage")
+    damage = report.routes["damage"]
+    np.testing.assert_allclose(sums["mlp"], [damage[:3].sum(), damage[3:8].sum()])
+    np.testing.assert_allclose(sums["key_value"], [damage[16:18].sum(), damage[18:].sum()])
+    with pytest.raises(ValueError, match="measure: expected one of .*'damage'.*found 'harm'"):
+        report.by_layer("harm")
+
+
+def test_concentration(report):
+    report.routes["damage"] = np.array([1.0, 0.5, *[0.0] * 18])
+    assert report.concentration == {"0.01": 2 / 3, "0.02": 2 / 3, "0.05": 2 / 3, "0.1": 1.0, "0.32": 1.0}
+    report.attributed = -0.5
+    assert report.concentration == {}
+
+
+def test_unknown_figure(report):
+    with pytest.raises(ValueError, match="kind: expected one of .*'module_cosines'.*found 'cosines'"):
+        report.plot("cosines")
+
+
+def test_figures_of_what_is_there(report, tmp_path):
+    names = {path.stem for path in report.save_figures(tmp_path / "figures")}
+    assert names == {"module_cosines", "damage_concentration"} == {path.stem for path in tmp_path.rglob("*.png")}
+    report.route_counts = {"mlp": [10, 10], "query": [0, 0], "key_value": [0, 0]}
+    assert "damage_by_layer" in {path.stem for path in report.save_figures(tmp_path)}
+
+
+def test_directions_are_kept_beside_the_routes(report, tmp_path):
+    report.directions = np.random.default_rng(1).normal(size=(2, 20))
+    report.save_pretrained(tmp_path)
+    loaded = InterferenceReport.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(loaded.directions, report.directions)
+    assert loaded.routes.keys() == report.routes.keys()

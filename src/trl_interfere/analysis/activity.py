@@ -1,8 +1,7 @@
 """Activity of routes on a domain."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 
 import numpy as np
 import torch
@@ -36,24 +35,76 @@ def route_activity(model: PreTrainedModel, batches: Batches, route_map: RouteMap
     Raises:
         `ValueError`: If the model has no module through which the routes of a layer write.
     """
-    meter = _Meter()
-    tokens = 0
-    with torch.no_grad(), _hooked(model, route_map, meter):
+    # Nobody reads the logits, which cost as much as several layers where the vocabulary is large.
+    options = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    with ActivityMeter(model, route_map) as meter, torch.no_grad():
         for batch in batches:
-            # The state at a token predicts the next one: a completion is computed where its labels are shifted to.
-            chosen = torch.zeros_like(batch["labels"], dtype=torch.bool)
-            chosen[:, :-1] = batch["labels"][:, 1:] != -100
-            meter.chosen = chosen.flatten()
-            tokens += int(chosen.sum())
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    activity = np.zeros(route_map.num_routes)
-    for name, sums in meter.sums.items():
-        activity[route_map.cut(name).owners] = sums.cpu().numpy() / max(tokens, 1)
-    for layer in range(route_map.num_layers):
-        queries, keys = route_map.of_layer("query", layer), route_map.of_layer("key_value", layer)
-        if keys.any():
-            activity[keys] = activity[queries].reshape(keys.sum(), -1).mean(axis=1)
-    return activity
+            meter.observe(batch)
+            model(**{name: batch[name] for name in ("input_ids", "attention_mask")}, use_cache=False, **options)
+    return meter.activity()
+
+
+class ActivityMeter:
+    """
+    Context that measures activity while a model computes for another purpose, such as a gradient.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model. It must compute each batch once: gradient checkpointing computes it again on the way back.
+        route_map ([`RouteMap`]):
+            The routes.
+
+    Raises:
+        `ValueError`: If the model has no module through which the routes of a layer write.
+    """
+
+    def __init__(self, model: PreTrainedModel, route_map: RouteMap):
+        self.route_map = route_map
+        self._writers = _writers(model, route_map)
+        self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._writers}
+        self._meter, self._tokens, self._handles = _Meter(), 0, []
+
+    def __enter__(self) -> "ActivityMeter":
+        for name, cut in self._writers.items():
+            measure = self._meter.of_projection if len(cut.axes) == 1 else self._meter.of_experts
+            hook = partial(measure, name=name, cut=cut)
+            self._handles.append(self._modules[name].register_forward_pre_hook(hook))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def observe(self, batch: dict[str, torch.Tensor]) -> None:
+        """
+        Say what the model computes next.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`):
+                A batch of references.
+        """
+        # The state at a token predicts the next one: a completion is computed where its labels are shifted to.
+        chosen = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        chosen[:, :-1] = batch["labels"][:, 1:] != -100
+        self._meter.chosen = chosen.flatten()
+        self._tokens += int(chosen.sum())
+
+    def activity(self) -> np.ndarray:
+        """
+        What was measured so far.
+
+        Returns:
+            `numpy.ndarray` of shape `(num_routes,)`: Activity, see [`route_activity`].
+        """
+        route_map = self.route_map
+        activity = np.zeros(route_map.num_routes)
+        for name, sums in self._meter.sums.items():
+            activity[self._writers[name].owners] = sums.cpu().numpy() / max(self._tokens, 1)
+        for layer in range(route_map.num_layers):
+            queries, keys = route_map.of_layer("query", layer), route_map.of_layer("key_value", layer)
+            if keys.any():
+                activity[keys] = activity[queries].reshape(keys.sum(), -1).mean(axis=1)
+        return activity
 
 
 class _Meter:
@@ -63,6 +114,7 @@ class _Meter:
         self.chosen = torch.zeros(0, dtype=torch.bool)
         self.sums: dict[str, torch.Tensor] = {}
 
+    @torch.no_grad()
     def of_projection(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str, cut: Cut) -> None:
         weight = _widened(module.weight).movedim(cut.axes[0], -1)
         hidden = self._chosen(inputs[0])
@@ -75,6 +127,7 @@ class _Meter:
             size = torch.einsum("tha,hab,thb->th", hidden, grams, hidden).clamp(min=0).sqrt()
         self._add(name, size.sum(dim=0, dtype=torch.float64))
 
+    @torch.no_grad()
     def of_experts(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str, cut: Cut) -> None:
         # The states inside the experts pass through no module: they are computed once more, for the chosen tokens.
         hidden, experts, weights = map(self._chosen, inputs)
@@ -99,8 +152,7 @@ def _widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
 
 
-@contextmanager
-def _hooked(model: PreTrainedModel, route_map: RouteMap, meter: _Meter) -> Iterator[None]:
+def _writers(model: PreTrainedModel, route_map: RouteMap) -> dict[str, Cut]:
     writers = {name: cut for name, _ in model.named_parameters() if (cut := route_map.cut(name)) and cut.writes}
     silent = np.ones(route_map.num_routes, dtype=bool)
     silent[route_map.of_kind("key_value")] = False
@@ -113,13 +165,4 @@ def _hooked(model: PreTrainedModel, route_map: RouteMap, meter: _Meter) -> Itera
             f"one of {sorted(name for name, slices in route_map.description.tensors.items() if slices.writes)}, "
             "found none"
         )
-    handles = []
-    try:
-        for name, cut in writers.items():
-            module = model.get_submodule(name.rpartition(".")[0])
-            measure = meter.of_projection if len(cut.axes) == 1 else meter.of_experts
-            handles.append(module.register_forward_pre_hook(partial(measure, name=name, cut=cut)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return writers

@@ -1,6 +1,6 @@
 """InterferenceAnalyzer: what an update did to an earlier domain, and through which routes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from .. import __version__
 from ..domains.domain import Domain
 from ..hub.pull import checkpoint_folder
-from .activity import route_activity
+from .activity import ActivityMeter, route_activity
 from .architectures import Architecture
+from .checkpoint import Checkpoint, check_comparable
 from .config import InterferenceConfig
 from .cosines import GradientProducts
 from .damage import (
@@ -30,10 +32,12 @@ from .damage import (
 )
 from .gradients import Batches, Shard, Tensors, checkpointed, mean_gradient, mean_loss, num_tokens
 from .objectives import ForwardKL, Objective, grpo, nll
+from .overlap import overlaps
 from .references import References, collect_references, collect_rollouts
 from .report import InterferenceReport
 from .routes import RouteMap
 from .subspace import conflict_subspace, random_update
+from .updates import identical_when_stored, update_statistics
 
 
 @dataclass
@@ -72,6 +76,9 @@ class InterferenceAnalyzer:
             Settings.
         description ([`Architecture`], *optional*):
             Description of the architecture, if it is none of those that are known.
+        checkpoints (`list[Checkpoint]`, *optional*):
+            The files of before and after, or of base, before and after, from which the sparsity of the update is
+            taken. [`~InterferenceAnalyzer.from_pretrained`] passes them.
 
     Raises:
         `ValueError`: If the checkpoints differ in architecture or shapes, or are identical.
@@ -85,8 +92,10 @@ class InterferenceAnalyzer:
         base: PreTrainedModel | None = None,
         config: InterferenceConfig | None = None,
         description: Architecture | None = None,
+        checkpoints: list[Checkpoint] | None = None,
     ):
         self.config = config or InterferenceConfig()
+        self.checkpoints = checkpoints
         self.tokenizer = tokenizer
         self.before, self.after, self.base = before.eval(), after.eval(), None if base is None else base.eval()
         for label, model in (("after", after), ("base", base)):
@@ -136,6 +145,11 @@ class InterferenceAnalyzer:
             [`InterferenceAnalyzer`]: The analyzer.
         """
         config = config or InterferenceConfig()
+        checkpoints = [
+            Checkpoint(name, trust_remote_code=trust_remote_code) for name in (base, before, after) if name is not None
+        ]
+        for checkpoint in checkpoints[:-1]:
+            check_comparable(checkpoint, checkpoints[-1])
         # With `offload` one model computes; of the others only the weights are read, tensor by tensor. The base model
         # never computes, but for the divergence from it.
         placed = {"before": True, "after": not config.offload, "base": config.objective == "kl"}
@@ -153,10 +167,16 @@ class InterferenceAnalyzer:
         }
         tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder(before), trust_remote_code=trust_remote_code)
         return cls(
-            models["before"], models["after"], tokenizer, base=models["base"], config=config, description=description
+            models["before"],
+            models["after"],
+            tokenizer,
+            base=models["base"],
+            config=config,
+            description=description,
+            checkpoints=checkpoints,
         )
 
-    def references(self, earlier: Domain, later: list[Domain]) -> dict[str, References]:
+    def references(self, earlier: Domain, later: list[Domain], others: Sequence[Domain] = ()) -> dict[str, References]:
         """
         The completions that losses are taken on.
 
@@ -165,11 +185,16 @@ class InterferenceAnalyzer:
                 Its completions come from `before`.
             later (`list[Domain]`):
                 Their completions come from `after`.
+            others (`Sequence[Domain]`, *optional*):
+                Their completions come from `before`.
 
         Returns:
             `dict[str, References]`: References by domain.
         """
-        references = {earlier.name: collect_references(self.before, self.tokenizer, earlier, self.config)}
+        references = {
+            domain.name: collect_references(self.before, self.tokenizer, domain, self.config)
+            for domain in (earlier, *others)
+        }
         path = None
         if self.config.reference == "correct" and self.after.device != self.before.device:
             path = UpdatePath(self.before, dict(self.after.named_parameters()), self.config.offload)
@@ -186,8 +211,53 @@ class InterferenceAnalyzer:
         """References by domain as padded batches on the device of the model, one half after the other."""
         return {name: self._split(entry).all for name, entry in references.items()}
 
+    def passes(self, later: int = 1, others: int = 0) -> dict[str, float]:
+        """
+        Gradient passes of each part of an analysis, by the names that `progress` is called with.
+
+        A pass over the references of any domain counts the same, and a forward pass alone as a third of one. Reading
+        the files and writing references are no passes.
+
+        Args:
+            later (`int`, *optional*, defaults to `1`):
+                Number of later domains.
+            others (`int`, *optional*, defaults to `0`):
+                Number of other domains.
+
+        Returns:
+            `dict[str, float]`: Passes, in the order of the parts.
+        """
+        config, domains = self.config, 1 + later + others
+        parts = {"reference completions": 0.0}
+        if self.checkpoints is not None:
+            parts["files of the checkpoints"] = 0.0
+        if not self._shares_passes:
+            parts["activity"] = domains / 3
+        parts[self._gradient_part] = float(domains)
+        check = 4 * min(1.0, config.check_prompts / config.max_prompts)
+        parts["damage of the earlier domain"] = 2 + check + config.quadrature_nodes
+        parts["damage of the later domains"] = config.later_quadrature_nodes * later + domains / 3
+        if config.subspace_size:
+            share = min(1.0, config.subspace_prompts / config.max_prompts)
+            parts["conflict subspace"] = 2 * share * 2 * (2 * config.subspace_size + 2)
+        return parts
+
+    @property
+    def _shares_passes(self) -> bool:
+        # The passes of the gradients measure activity too, if each of them computes every reference once.
+        config = self.config
+        return config.objective == "nll" and not config.gradient_checkpointing and not config.data_parallel
+
+    @property
+    def _gradient_part(self) -> str:
+        return "gradients and activity of the domains" if self._shares_passes else "gradients of the domains"
+
     def analyze(
-        self, earlier: Domain, later: Domain | list[Domain], progress: Callable[[str], None] = lambda _: None
+        self,
+        earlier: Domain,
+        later: Domain | list[Domain],
+        progress: Callable[[str], None] = lambda _: None,
+        others: Sequence[Domain] = (),
     ) -> InterferenceReport:
         """
         Analyse the update.
@@ -199,6 +269,9 @@ class InterferenceAnalyzer:
                 Domains that the update was trained on.
             progress (`Callable[[str], None]`, *optional*):
                 Called with the name of each part when it begins.
+            others (`Sequence[Domain]`, *optional*):
+                Domains whose activity and gradients are compared too, one gradient each; the update was not trained
+                on them, and no damage of theirs is attributed.
 
         Returns:
             [`InterferenceReport`]: The figures, and one array per measure over routes.
@@ -210,30 +283,48 @@ class InterferenceAnalyzer:
         config = self.config
         if config.objective == "kl" and self.base is None:
             raise ValueError("objective: 'kl' needs `base`, from which the divergence is taken, found none")
+        names = [domain.name for domain in (earlier, *later, *others)]
+        if not later or len(set(names)) != len(names):
+            raise ValueError(f"domains: expected an earlier one and at least one later one, each once, found {names}")
         progress("reference completions")
-        references = self.references(earlier, later)
+        references = self.references(earlier, later, others)
         with checkpointed(self.before, config.gradient_checkpointing):
-            return self._analyze(earlier, later, references, progress)
+            return self._analyze(earlier, later, others, references, progress)
 
     def _analyze(
         self,
         earlier: Domain,
         later: list[Domain],
+        others: Sequence[Domain],
         references: dict[str, References],
         progress: Callable[[str], None],
     ) -> InterferenceReport:
         config, route_map, later_names = self.config, self.route_map, [domain.name for domain in later]
         batches = {name: self._split(entry) for name, entry in references.items()}
 
-        progress("activity")
-        activity = {name: route_activity(self.before, entry.all, route_map) for name, entry in batches.items()}
+        updates = None
+        if self.checkpoints is not None:
+            progress("files of the checkpoints")
+            names = ("update",) if len(self.checkpoints) == 2 else ("earlier", "update")
+            found = update_statistics(self.checkpoints)
+            updates = {name: entry.to_dict() for name, entry in zip(names, found, strict=True)}
 
-        progress("gradients of the domains")
-        objective, rollouts = self._objective([earlier, *later])
+        shared, activity = self._shares_passes, {}
+        if not shared:
+            progress("activity")
+            activity = {name: route_activity(self.before, entry.all, route_map) for name, entry in batches.items()}
+
+        progress(self._gradient_part)
+        objective, rollouts = self._objective([earlier, *later, *others])
         sources = batches if rollouts is None else {name: self._split(entry) for name, entry in rollouts.items()}
         losses, halves = {}, {}
         for name, entry in sources.items():
-            losses[name], halves[name] = self._half_gradients(entry, objective)
+            if shared:
+                with ActivityMeter(self.before, route_map) as meter:
+                    losses[name], halves[name] = self._half_gradients(entry, _observed(objective, meter))
+                activity[name] = meter.activity()
+            else:
+                losses[name], halves[name] = self._half_gradients(entry, objective)
         products = GradientProducts(halves)
         gradient = None
         if config.objective == "nll":
@@ -249,7 +340,7 @@ class InterferenceAnalyzer:
         progress("damage of the earlier domain")
         path = UpdatePath(self.before, dict(self.after.named_parameters()), config.offload)
         damaged = batches[earlier.name].mine
-        subspace = None
+        subspace, directions = None, None
         try:
             first = first_order(path, damaged, route_map, gradient)
             del gradient
@@ -267,7 +358,7 @@ class InterferenceAnalyzer:
             loss_after = {name: mean_loss(self.before, entry.mine) for name, entry in batches.items()}
             if config.subspace_size:
                 progress("conflict subspace")
-                subspace = self._subspace(path, references[earlier.name], step)
+                subspace, directions = self._subspace(path, references[earlier.name], step)
         finally:
             path.move(0.0)
 
@@ -280,8 +371,11 @@ class InterferenceAnalyzer:
             "activity_earlier": activity[earlier.name],
             "activity_later": np.mean([activity[name] for name in later_names], axis=0),
         }
+        overlap = {"active": _active_overlaps(activity, route_map)}
         if self.base is not None:
             routes |= opposed_edits(route_map, self.base, path.start, path.delta)
+            changed = overlaps(routes["earlier_edit_size"], routes["edit_size"], route_map)
+            overlap["changed"] = {kind: entry.to_dict() for kind, entry in changed.items()}
         return InterferenceReport(
             before=_name(self.before),
             after=_name(self.after),
@@ -311,6 +405,11 @@ class InterferenceAnalyzer:
             later_residual={name: loss_after[name] - loss_before[name] - entry.total for name, entry in terms.items()},
             cosines=_cosine_figures(products, earlier.name, later_names),
             subspace=subspace,
+            directions=directions,
+            updates=updates,
+            identical_in_bfloat16=identical_when_stored(path.start, path.end, torch.bfloat16),
+            overlaps=overlap,
+            route_counts={kind: list(counts) for kind, counts in route_map.counts.items()},
             config=config.to_dict(),
             versions={
                 "trl-interfere": __version__,
@@ -351,15 +450,24 @@ class InterferenceAnalyzer:
         parts = [mean_gradient(self.before, half, objective, tokens, device) for half in batches.halves]
         return sum(loss for loss, _ in parts), [gradient for _, gradient in parts]
 
-    def _subspace(self, path: UpdatePath, references: References, step: float) -> dict:
+    def _subspace(self, path: UpdatePath, references: References, step: float) -> tuple[dict, np.ndarray]:
         config, route_map = self.config, self.route_map
         batches = self._thinned(references, config.subspace_prompts)
         size = min(config.subspace_size, route_map.num_routes - 1)
-        found = {}
+        found, directions = {}, {}
         for name, update in (("update", path.delta), ("random", random_update(path, config.seed))):
-            spectrum, _ = conflict_subspace(path, batches, route_map, size, update, step, config.seed)
+            spectrum, directions[name] = conflict_subspace(path, batches, route_map, size, update, step, config.seed)
             found[name] = spectrum.to_dict()
-        return {**found, "references": min(config.subspace_prompts, len(references.prompts)), "seed": config.seed}
+        figures = {"references": min(config.subspace_prompts, len(references.prompts)), "seed": config.seed}
+        return {**found, **figures}, directions["update"]
+
+
+def _observed(objective: Objective, meter: ActivityMeter) -> Objective:
+    def compute(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        meter.observe(batch)
+        return objective(model, batch)
+
+    return compute
 
 
 def _cosine_figures(products: GradientProducts, earlier: str, later: list[str]) -> dict:
@@ -370,6 +478,7 @@ def _cosine_figures(products: GradientProducts, earlier: str, later: list[str]) 
                 **products.cosines(earlier, name),
                 "interval": products.interval(earlier, name),
                 "ceiling": products.ceiling(earlier, name),
+                **_extremes(products, earlier, name),
             }
             for name in later
         },
@@ -377,7 +486,36 @@ def _cosine_figures(products: GradientProducts, earlier: str, later: list[str]) 
             first: {second: entry["global"] for second, entry in row.items()}
             for first, row in products.matrix().items()
         },
-        "reliability": {name: products.reliability(name) for name in (earlier, *later)},
+        "reliability": {name: products.reliability(name) for name in products.parts},
+    }
+
+
+def _extremes(products: GradientProducts, first: str, second: str) -> dict:
+    modules = products.cosines(first, second)["modules"]
+    if not modules:
+        return {}
+    found = {"most_conflicting": min(modules, key=modules.get), "most_synergistic": max(modules, key=modules.get)}
+    return {
+        key: {
+            "module": name,
+            "cosine": modules[name],
+            "interval": products.interval(first, second, module=name),
+            "of": len(modules),
+        }
+        for key, name in found.items()
+    }
+
+
+def _active_overlaps(activity: dict[str, np.ndarray], route_map: RouteMap) -> dict[str, dict[str, dict]]:
+    names = list(activity)
+    return {
+        first: {
+            second: {
+                kind: entry.to_dict() for kind, entry in overlaps(activity[first], activity[second], route_map).items()
+            }
+            for second in names[index + 1 :]
+        }
+        for index, first in enumerate(names[:-1])
     }
 
 
@@ -427,9 +565,11 @@ def load_model(
     """
     Load a causal language model from safetensors, with a clear error if it cannot be.
 
+    A LoRA adapter is merged into the model that it names, in the data type that is asked for.
+
     Args:
         checkpoint (`str` or `pathlib.Path`):
-            Folder, Hub id, or `user/repo@revision`.
+            Folder or Hub id of a model or an adapter, or `user/repo@revision`.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
             Data type of the parameters.
         device_map (`str` or `dict`, *optional*):
@@ -443,9 +583,22 @@ def load_model(
         [`~transformers.PreTrainedModel`]: The model, in evaluation mode. `config.dtype` keeps the stored data type.
 
     Raises:
-        `ValueError`: If there is no such checkpoint, or it holds no safetensors.
+        `ValueError`: If there is no such checkpoint, it holds no safetensors, or an adapter is to be merged in less
+            than float32, where most of an update of RL would be rounded away.
     """
     folder = checkpoint_folder(checkpoint, trust_remote_code)
+    if is_adapter(folder):
+        if dtype not in ("float32", "float64", torch.float32, torch.float64):
+            raise ValueError(f"dtype: expected 'float32' to merge the adapter {checkpoint} in, found {dtype!r}")
+        adapter = Checkpoint(folder, trust_remote_code=trust_remote_code)
+        model = load_model(adapter.folder, dtype, device_map, trust_remote_code, max_memory)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name in adapter.adapter.names:
+                left, right = adapter.adapter.factors(name, parameters[name].dtype)
+                parameters[name] += (left @ right).to(parameters[name].device)
+        model.config._name_or_path = str(checkpoint)
+        return model
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -474,6 +627,14 @@ def load_model(
         model.config.dtype = stored
     model.config._name_or_path = model.name_or_path = str(checkpoint)  # with its revision, and not the cache's folder
     return model.eval()
+
+
+def is_adapter(checkpoint: str | Path) -> bool:
+    """Whether a folder or Hub repository holds an adapter and no whole model."""
+    try:
+        return find_adapter_config_file(str(checkpoint)) is not None
+    except (OSError, ValueError):
+        return False  # there is nothing at all, which whoever loads it says better
 
 
 def _name(model: PreTrainedModel) -> str:

@@ -1,6 +1,7 @@
 """Figures. Each function returns a matplotlib figure, which the caller saves."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 
 from ..evaluation.score_matrix import ScoreMatrix
 from .report import InterferenceReport
+from .stage_edits import StageEdits
 
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
@@ -117,6 +119,197 @@ def plot_damage_concentration(reports: list[InterferenceReport]) -> Figure:
     return figure
 
 
+def plot_sparsity(report: InterferenceReport) -> Figure:
+    """
+    Share of the parameters that the update left as they were, by layer and by kind of tensor.
+
+    Args:
+        report ([`InterferenceReport`]):
+            The analysis.
+
+    Returns:
+        [`matplotlib.figure.Figure`]: The figure.
+
+    Raises:
+        `ValueError`: If the report holds no statistics of files.
+    """
+    if report.updates is None:
+        raise ValueError("sparsity: expected a report on checkpoints in files, found one on models in memory")
+    update = report.updates["update"]
+    definitions = {
+        "below_absolute": f"|δ| < {update['thresholds']['absolute']:g}",
+        "below_relative": f"|δ| ≤ {update['thresholds']['relative']:g} |θ|",
+        "identical": "identical to the bit",
+    }
+    kinds = dict(sorted(update["by_kind"].items(), key=lambda item: -item[1]["elements"])[:14])
+    layers = update["by_layer"]
+    figure = Figure(figsize=(10, 1.6 + 0.3 * max(len(kinds), 8)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    positions = [name for name in layers if name != "outside"]
+    for (definition, label), color, marker in zip(definitions.items(), COLORS, "osx", strict=False):
+        style = {"color": color, "marker": marker, "markersize": 4, "label": label}
+        left.plot(range(len(positions)), [100 * layers[name][definition] for name in positions], **style)
+        shares = [100 * entry[definition] for entry in kinds.values()]
+        right.plot(shares, range(len(kinds)), linestyle="", **style)
+    if report.identical_in_bfloat16 is not None:
+        for draw in (left.axhline, right.axvline):
+            draw(
+                100 * report.identical_in_bfloat16,
+                color="grey",
+                linestyle=":",
+                label="identical if stored in bfloat16",
+            )
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.set_xlabel("layer")
+    left.set_ylabel("share of the parameters (%)")
+    right.set_yticks(range(len(kinds)), list(kinds))
+    right.invert_yaxis()
+    right.set_xlabel("share of the parameters (%)")
+    left.set_ylim(-3, 103)
+    right.set_xlim(-3, 103)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    dtype = update["whole"]["dtype"]
+    figure.suptitle(f"What the update left as it was; stored as {dtype}", fontsize=10)
+    return figure
+
+
+def plot_overlaps(report: InterferenceReport) -> Figure:
+    """
+    Overlap of the most active MLP channels of each pair of domains, beside what shuffles within layers would give.
+
+    Args:
+        report ([`InterferenceReport`]):
+            The analysis.
+
+    Returns:
+        [`matplotlib.figure.Figure`]: The figure.
+
+    Raises:
+        `ValueError`: If the report holds no overlaps.
+    """
+    if not report.overlaps.get("active"):
+        raise ValueError("overlaps: expected a report with overlaps of two domains or more, found none")
+    return _overlap_map(report.overlaps["active"], "active")
+
+
+def plot_changed_overlaps(edits: StageEdits) -> Figure:
+    """
+    Overlap of the MLP channels that each two stages of a run changed most, beside shuffles within layers.
+
+    Args:
+        edits ([`StageEdits`]):
+            What each stage changed.
+
+    Returns:
+        [`matplotlib.figure.Figure`]: The figure.
+    """
+    return _overlap_map(edits.to_dict()["changed"], "changed")
+
+
+def _overlap_map(overlaps: dict[str, dict[str, dict[str, dict[str, Any]]]], word: str) -> Figure:
+    entries = {(first, second): kinds["mlp"] for first, row in overlaps.items() for second, kinds in row.items()}
+    names = list(dict.fromkeys(name for pair in entries for name in pair))
+    values = np.full((len(names), len(names)), np.nan)
+    for (first, second), entry in entries.items():
+        values[names.index(second), names.index(first)] = entry["value"]
+        values[names.index(first), names.index(second)] = entry["shuffled"]
+    figure = Figure(figsize=(10, 2.0 + 0.3 * max(len(entries), 6)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
+    image = left.imshow(values, cmap="cividis", vmin=0, vmax=1)
+    left.set_xticks(range(len(names)), names)
+    left.set_yticks(range(len(names)), names)
+    for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
+        color = "white" if values[row, column] < 0.55 else "black"
+        left.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", color=color)
+    left.set_title(f"{word} MLP channels: measured (below),\nby chance (above the diagonal)", fontsize=9)
+    figure.colorbar(image, ax=left, shrink=0.8, label="Jaccard index")
+    for position, entry in enumerate(entries.values()):
+        labels = ("chance, 95%", f"measured, 95% over {entry['over']}") if position == 0 else (None, None)
+        chance = {"color": "#999999", "linewidth": 6, "alpha": 0.6, "solid_capstyle": "butt", "label": labels[0]}
+        right.plot([entry["shuffled_low"], entry["shuffled_high"]], [position] * 2, **chance)
+        # The interval is a percentile bootstrap, which need not hold the value.
+        right.plot([entry["low"], entry["high"]], [position] * 2, color=COLORS[0], linewidth=1.2)
+        right.plot([entry["value"]], [position], "o", color=COLORS[0], markersize=5, label=labels[1])
+    right.set_yticks(range(len(entries)), [f"{first}, {second}" for first, second in entries], fontsize=8)
+    right.invert_yaxis()
+    right.set_xlim(-0.02, 1.02)
+    right.set_xlabel("Jaccard index of the top 10%")
+    right.legend(fontsize=8)
+    return figure
+
+
+def plot_damage_by_layer(report: InterferenceReport) -> Figure:
+    """
+    Damage attributed to the routes of each layer.
+
+    Args:
+        report ([`InterferenceReport`]):
+            The analysis.
+
+    Returns:
+        [`matplotlib.figure.Figure`]: The figure.
+    """
+    sums = {kind: values for kind, values in report.by_layer("damage").items() if values.size}
+    labels = {"mlp": "MLP channels", "query": "query heads", "key_value": "key/value heads"}
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(sums)
+    for index, ((kind, values), color) in enumerate(zip(sums.items(), COLORS, strict=False)):
+        offset = (index - (len(sums) - 1) / 2) * width
+        axes.bar(np.arange(len(values)) + offset, values, width, color=color, label=labels[kind])
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("damage (nats per token)")
+    axes.set_title(
+        f"Damage of {report.earlier} by {', '.join(report.later)}: {report.attributed:+.4f} by routes, "
+        f"{report.outside_routes:+.4f} outside",
+        fontsize=10,
+    )
+    axes.legend(fontsize=8)
+    return figure
+
+
+def plot_eigenvalues(report: InterferenceReport) -> Figure:
+    """
+    Decay of the eigenvalues of the damage on route space, beside those of a random update of equal norm.
+
+    Args:
+        report ([`InterferenceReport`]):
+            The analysis.
+
+    Returns:
+        [`matplotlib.figure.Figure`]: The figure.
+
+    Raises:
+        `ValueError`: If the conflict subspace was not asked for.
+    """
+    if report.subspace is None:
+        raise ValueError("eigenvalues: expected a report with a conflict subspace (subspace_size > 0), found none")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, label), color, marker in zip(
+        {"update": "the update", "random": "random update of equal norm"}.items(), COLORS, "os", strict=False
+    ):
+        entry = report.subspace[name]
+        style = {"color": color, "marker": marker, "markersize": 4, "label": label}
+        numbers = np.arange(1, len(entry["eigenvalues"]) + 1)
+        left.plot(numbers, np.abs(entry["eigenvalues"]), **style)
+        if entry["shares"]:
+            right.plot(numbers, 100 * np.cumsum(entry["shares"]), **style)
+    left.set_yscale("log")
+    left.set_ylabel("|eigenvalue| (nats per token)")
+    right.set_ylabel("share of the second-order damage (%)")
+    right.axhline(100, color="grey", linestyle=":", linewidth=0.8)
+    for axes in (left, right):
+        axes.set_xlabel("eigenvectors of route space, largest first")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(fontsize=8)
+    figure.suptitle("Above 100%: eigenvectors that were left out have negative shares", fontsize=9)
+    return figure
+
+
 def plot_rollback(rows: list[dict[str, Any]], earlier: str) -> Figure:
     """
     Recovered share against the budget of the rollback, with its controls.
@@ -177,3 +370,14 @@ def plot_rollback(rows: list[dict[str, Any]], earlier: str) -> Figure:
     right.set_xlabel("share of MLP routes rolled back (%)")
     right.set_title("step chosen on the selection split", fontsize=10)
     return figure
+
+
+# Figures of one report, by the name of their file.
+PLOTS: dict[str, Callable[[InterferenceReport], Figure]] = {
+    "module_cosines": plot_module_cosines,
+    "sparsity": plot_sparsity,
+    "overlaps": plot_overlaps,
+    "damage_concentration": lambda report: plot_damage_concentration([report]),
+    "damage_by_layer": plot_damage_by_layer,
+    "eigenvalues": plot_eigenvalues,
+}

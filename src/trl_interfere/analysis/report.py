@@ -1,9 +1,9 @@
 """The result of an analysis."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -11,11 +11,18 @@ from safetensors.numpy import load_file, save_file
 from ..hub.pull import REPORT_FOLDER, report_folder
 from ..hub.revision import published_checkpoint
 from ..training.manifest import read_json, write_atomically
+from .claims import claims_table, report_claims
 
 
-SCHEMA_VERSION = 2
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+SCHEMA_VERSION = 3
 REPORT_NAME = "report.json"
 ROUTES_NAME = "routes.safetensors"
+DIRECTIONS = "subspace_directions"  # in the file of the routes
+TOP_SHARES = (0.01, 0.02, 0.05, 0.1, 0.32)
 
 
 @dataclass
@@ -79,6 +86,20 @@ class InterferenceReport:
         subspace (`dict`, *optional*):
             The conflict subspace: `"update"` and `"random"` (a random update of equal norm in every tensor), each with
             the fields of [`Spectrum`], `"references"` and `"seed"`. `None` if it was not asked for.
+        directions (`numpy.ndarray` of shape `(found, num_routes)`, *optional*):
+            Eigenvectors of `subspace["update"]` on route space, in the order of its eigenvalues.
+        updates (`dict[str, dict]`, *optional*):
+            Fields of [`~analysis.updates.UpdateStatistics`] for `"update"` and, with a base, for `"earlier"`, the
+            edit of the earlier domain's own training. `None` for models that were not read from files.
+        identical_in_bfloat16 (`float`, *optional*):
+            Share of the parameters that would not differ if both checkpoints were stored in bfloat16: the control of
+            every sparsity.
+        overlaps (`dict[str, Any]`):
+            Jaccard indices of top routes as [`~analysis.overlap.Overlap`] by kind of route: `"changed"`, by the edit
+            of the earlier domain's own training and the update (with a base), and `"active"`, by activity on two
+            domains, as `{first: {second: ...}}`.
+        route_counts (`dict[str, list[int]]`):
+            Number of routes of each kind in each layer. Routes are numbered by kind, then by layer.
     """
 
     before: str
@@ -104,6 +125,11 @@ class InterferenceReport:
     difference_step: float | None = None
     later_residual: dict[str, float] = field(default_factory=dict)
     subspace: dict[str, Any] | None = None
+    directions: np.ndarray | None = field(default=None, repr=False)
+    updates: dict[str, dict[str, Any]] | None = None
+    identical_in_bfloat16: float | None = None
+    overlaps: dict[str, Any] = field(default_factory=dict)
+    route_counts: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def damage(self) -> float:
@@ -114,6 +140,83 @@ class InterferenceReport:
     def residual(self) -> float:
         """Part of the damage that the attribution misses: the error of its quadrature."""
         return self.damage - self.attributed - self.outside_routes
+
+    @property
+    def concentration(self) -> dict[str, float]:
+        """Share of the attributed damage in the most damaged routes, by share of the routes; empty without damage."""
+        if not self.attributed > 0:
+            return {}
+        return {f"{share:g}": top_share(self.routes["damage"], share) for share in TOP_SHARES}
+
+    def by_layer(self, measure: str) -> dict[str, np.ndarray]:
+        """
+        Sums of a measure over the routes of each layer.
+
+        Args:
+            measure (`str`):
+                One of `routes`, e.g. `"damage"`.
+
+        Returns:
+            `dict[str, numpy.ndarray]`: By kind of route, of shape `(num_layers,)`.
+
+        Raises:
+            `ValueError`: If the report lacks the measure.
+        """
+        if measure not in self.routes:
+            raise ValueError(f"measure: expected one of {sorted(self.routes)}, found {measure!r}")
+        values, sums, start = self.routes[measure], {}, 0
+        for kind, counts in self.route_counts.items():
+            ends = start + np.cumsum(counts, dtype=int)
+            starts = ends - counts
+            sums[kind] = np.array([values[a:b].sum() for a, b in zip(starts, ends, strict=True)])
+            start = int(ends[-1])
+        return sums
+
+    def plot(self, kind: str) -> "Figure":
+        """
+        One of the figures.
+
+        Args:
+            kind (`str`):
+                `"module_cosines"`, `"sparsity"`, `"overlaps"`, `"damage_concentration"`, `"damage_by_layer"` or
+                `"eigenvalues"`.
+
+        Returns:
+            [`matplotlib.figure.Figure`]: The figure.
+
+        Raises:
+            `ValueError`: If there is no such figure, or the report lacks what it shows.
+        """
+        from .plots import PLOTS
+
+        if kind not in PLOTS:
+            raise ValueError(f"kind: expected one of {sorted(PLOTS)}, found {kind!r}")
+        return PLOTS[kind](self)
+
+    def save_figures(self, folder: str | Path) -> list[Path]:
+        """
+        Write every figure that the report has the measures for, as PNG.
+
+        Args:
+            folder (`str` or `pathlib.Path`):
+                The folder.
+
+        Returns:
+            `list[pathlib.Path]`: Their files.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = {"sparsity": self.updates is None, "eigenvalues": self.subspace is None}
+        missing["damage_by_layer"] = not self.route_counts
+        missing["overlaps"] = not self.overlaps.get("active")
+        from .plots import PLOTS
+
+        files = []
+        for kind in PLOTS:
+            if not missing.get(kind, False):
+                files.append(folder / f"{kind}.png")
+                self.plot(kind).savefig(files[-1], dpi=150)
+        return files
 
     def extreme_module(self, conflicting: bool) -> dict[str, Any]:
         """
@@ -134,8 +237,12 @@ class InterferenceReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the arrays, as it stands in `report.json`."""
-        content = {key: value for key, value in asdict(self).items() if key != "routes"}
-        return {"schema_version": SCHEMA_VERSION, **content, "residual": self.residual}
+        arrays = ("routes", "directions")
+        content = asdict(replace(self, routes={}, directions=None))
+        content = {key: value for key, value in content.items() if key not in arrays}
+        derived = {"residual": self.residual, "concentration": self.concentration}
+        claims = [claim.to_dict() for claim in report_claims(self)]
+        return {"schema_version": SCHEMA_VERSION, **content, **derived, "claims": claims}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """
@@ -147,7 +254,8 @@ class InterferenceReport:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.ascontiguousarray(values) for name, values in self.routes.items()}, folder / ROUTES_NAME)
+        arrays = self.routes if self.directions is None else {**self.routes, DIRECTIONS: self.directions}
+        save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, folder / ROUTES_NAME)
         write_atomically(folder / "report.md", self.to_markdown())
         write_atomically(folder / REPORT_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
 
@@ -191,10 +299,12 @@ class InterferenceReport:
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: expected a report with {name}, found none")
         content = read_json(folder / REPORT_NAME, SCHEMA_VERSION)
-        del content["schema_version"], content["residual"]
+        for name in ("schema_version", "residual", "concentration", "claims"):
+            del content[name]
         if repo_id is not None:
             content |= {key: published_checkpoint(content[key], repo_id) for key in ("before", "after", "base")}
-        return cls(**content, routes=load_file(folder / ROUTES_NAME))
+        routes = load_file(folder / ROUTES_NAME)
+        return cls(**content, directions=routes.pop(DIRECTIONS, None), routes=routes)
 
     def to_markdown(self) -> str:
         """The report as a page to read."""
@@ -225,7 +335,10 @@ class InterferenceReport:
             ("stored dtype", self.dtype),
         ]
         table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-        return f"# Interference: {later} on {self.earlier}\n\n| figure | value |\n| --- | --- |\n{table}\n"
+        return (
+            f"# Interference: {later} on {self.earlier}\n\n| figure | value |\n| --- | --- |\n{table}\n\n"
+            f"## The claims of arXiv 2606.02398\n\n{claims_table(report_claims(self))}\n"
+        )
 
     def _second_order_cell(self) -> str:
         if self.second_order_error is None:

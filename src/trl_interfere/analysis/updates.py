@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import local
@@ -213,6 +213,29 @@ def update_statistics(
                 f"all {len(names)} tensors, {names[0]} to {names[-1]}, are the same to the bit"
             )
     return statistics
+
+
+def identical_when_stored(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> float:
+    """
+    Share of the parameters that would be the same if both checkpoints were stored in another data type.
+
+    The control of every sparsity: what rounding alone would hide of this update.
+
+    Args:
+        before (`Mapping[str, torch.Tensor]`):
+            Parameters before the update.
+        after (`Mapping[str, torch.Tensor]`):
+            Parameters after it, by the same names.
+        dtype (`torch.dtype`):
+            The data type.
+
+    Returns:
+        `float`: The share, 0 to 1.
+    """
+    same = sum(int((before[name].to(dtype) == after[name].to(before[name].device, dtype)).sum()) for name in before)
+    return same / sum(before[name].numel() for name in before)
 
 
 @dataclass

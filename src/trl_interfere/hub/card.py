@@ -1,5 +1,6 @@
 """The analysis card: what a sequence did to a model, as the README of its repository."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,11 @@ TAGS = ["trl-interfere", "trl", "grpo"]
 _CONTROLS = ("random", "random_matched")
 _CAPTIONS = {
     "module_cosines": "Gradient cosines by layer and module",
+    "sparsity": "Share of the parameters that hardly change",
+    "overlaps": "Overlap of the routes that are active",
     "damage_concentration": "Share of the damage in the most damaged routes",
+    "damage_by_layer": "Damage by layer and kind of route",
+    "eigenvalues": "Second-order damage along the leading directions",
 }
 
 
@@ -269,7 +274,8 @@ def _refresh_table(summary: ScoreSummary) -> str:
 def _report_section(
     name: str, report: InterferenceReport, repo_id: str | None, revisions: bool, figures: dict[str, str]
 ) -> dict[str, Any]:
-    table = "\n".join(line for line in report.to_markdown().splitlines() if line.startswith("|"))
+    _, _, body = report.to_markdown().partition("\n")
+    table = re.sub(r"^(#+ )", r"##\1", body, flags=re.MULTILINE).strip()  # below the heading of the report
     before, after = (
         published_checkpoint(checkpoint, repo_id) if repo_id and revisions else _local_name(checkpoint)
         for checkpoint in (report.before, report.after)

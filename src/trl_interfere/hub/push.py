@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..analysis.plots import plot_damage_concentration, plot_module_cosines, plot_rollback, plot_score_matrix
+from ..analysis.plots import plot_rollback, plot_score_matrix
 from ..analysis.report import REPORT_NAME, ROUTES_NAME, InterferenceReport
 from ..training.manifest import MANIFEST_NAME
 from .card import TAGS, analysis_card, report_card, stage_card
@@ -422,16 +422,12 @@ def _report_files(
             if content[key] and Path(content[key]).is_absolute():
                 content[key] = "/".join(Path(content[key]).parts[-2:])
         files[f"{place}/{REPORT_NAME}"] = (json.dumps(content, indent=2) + "\n").encode()
-    found = {path.stem: path for path in sorted((folder / "figures").glob("*.png"))}
-    made = {
-        "module_cosines": lambda: plot_module_cosines(report),
-        "damage_concentration": lambda: plot_damage_concentration([report]),
-    }
-    figures = {}
-    for name in found or made:
-        figures[name] = f"{place}/figures/{name}.png"
-        files[figures[name]] = found[name] if found else _png(made[name]())
-    return files, figures
+    contents = {path.stem: path for path in sorted((folder / "figures").glob("*.png"))}
+    if not contents:
+        with tempfile.TemporaryDirectory() as scratch:
+            contents = {path.stem: path.read_bytes() for path in report.save_figures(scratch)}
+    figures = {name: f"{place}/figures/{name}.png" for name in contents}
+    return files | {figures[name]: content for name, content in contents.items()}, figures
 
 
 def _figure(folder: Path, name: str, draw) -> Path | bytes:

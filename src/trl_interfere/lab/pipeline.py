@@ -12,11 +12,24 @@ from typing import Any
 import numpy as np
 from transformers import PrinterCallback
 
-from ..analysis.analyzer import InterferenceAnalyzer
+from ..analysis.analyzer import InterferenceAnalyzer, load_model
+from ..analysis.checkpoint import Checkpoint
+from ..analysis.claims import report_claims
 from ..analysis.config import InterferenceConfig
-from ..analysis.plots import plot_damage_concentration, plot_module_cosines, plot_rollback, plot_score_matrix
+from ..analysis.contraction import subspace_norms
+from ..analysis.damage import Elementwise, dot
+from ..analysis.plots import (
+    plot_changed_overlaps,
+    plot_damage_concentration,
+    plot_module_cosines,
+    plot_rollback,
+    plot_score_matrix,
+)
 from ..analysis.report import InterferenceReport
+from ..analysis.routes import RouteMap
+from ..analysis.stage_edits import StageEdits, stage_edits
 from ..evaluation.bootstrap import Interval, difference, recovered
+from ..repair.claims import edit_claims, forgetting_claims, refresh_claims, rollback_claims
 from ..repair.interpolation import interpolated
 from ..repair.rollback import RouteRollback, line_search, rolled_back
 from ..training.callbacks import StageCallback
@@ -41,6 +54,8 @@ CONTROLS = ("random", "random_matched")
 BUDGET = 0.02
 SEARCHED_STEPS = (1.0, 1.5, 2.0)
 CURVE_BUDGETS = (0.005, 0.08, 0.32)
+SUBSPACE_SIZE = 6  # of the pair that the repairs are for
+SUBSPACE_PROMPTS = 64
 
 
 def check_order(order: list[str]) -> None:
@@ -123,7 +138,16 @@ class Lab:
         self._train(trainer)
         pairs, reports = self._analyze(trainer.manifest.stages)
         rollback = self._roll_back(trainer, pairs, reports)
-        refresh = self._refresh(trainer)
+        refresh = self._refresh(trainer, pairs, reports)
+        edits = self._edits(trainer.manifest.stages)
+        shown = [row for row in rollback if row["pair"] == 0]
+        claims = [
+            *report_claims(reports[0]),
+            *edit_claims(edits),
+            *forgetting_claims(trainer.score_matrix),
+            *refresh_claims(refresh, shown),
+            *rollback_claims(shown),
+        ]
         results = {
             "schema_version": SCHEMA_VERSION,
             "seed": self.seed,
@@ -136,15 +160,20 @@ class Lab:
             ],
             "rollback": rollback,
             "refresh": refresh,
+            "edits": edits.to_dict(),
+            "claims": [claim.to_dict() for claim in claims],
             "seconds": self._seconds(),
         }
         figures = self.folder / "figures"
         figures.mkdir(exist_ok=True)
+        for kind in ("sparsity", "overlaps", "damage_by_layer", "eigenvalues"):
+            reports[0].plot(kind).savefig(figures / f"{kind}.png", dpi=150)
         for name, figure in (
+            ("changed_overlaps", plot_changed_overlaps(edits)),
             ("score_matrix", plot_score_matrix(trainer.score_matrix)),
             ("module_cosines", plot_module_cosines(reports[-1])),
             ("damage_concentration", plot_damage_concentration(reports)),
-            ("rollback_curve", plot_rollback([row for row in rollback if row["pair"] == 0], self.earlier)),
+            ("rollback_curve", plot_rollback(shown, self.earlier)),
         ):
             figure.savefig(figures / f"{name}.png", dpi=150)
         write_atomically(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
@@ -201,26 +230,36 @@ class Lab:
         if len(following) > 1:
             pairs.append((self.earlier, following[:1], base, peak, trained[following[0]]))
         reports = []
-        self.progress.begin("analyze", len(pairs) * 5)
+        self.progress.begin("analyze", len(pairs) * 5 + 1)
         for index, (earlier, later, base, before, after) in enumerate(pairs):
             folder = self.folder / "analysis" / f"{index}-{earlier}-after-{'-'.join(later)}"
             if not (folder / "report.json").exists():
+                size = SUBSPACE_SIZE if index == 0 else 0
                 with self._timed("analyze"):
-                    report = self._analyzer(base, before, after).analyze(
+                    report = self._analyzer(base, before, after, subspace_size=size).analyze(
                         self.domains[earlier],
                         [self.domains[name] for name in later],
                         progress=lambda part: self.progress.advance(part),
+                        others=[domain for name, domain in self.domains.items() if name not in (earlier, *later)],
                     )
-                    report = replace(
-                        report, **{k: self._relative(getattr(report, k)) for k in ("base", "before", "after")}
-                    )
+                    report = self._with_relative_names(report)
+                    report.save_figures(folder / "figures")
                     report.save_pretrained(folder)
             reports.append(InterferenceReport.from_pretrained(folder))
         self.progress.end()
         return pairs, reports
 
-    def _analyzer(self, base: StageRecord, before: StageRecord, after: StageRecord) -> InterferenceAnalyzer:
-        config = InterferenceConfig(reference="dataset", reference_column="answer", batch_size=64, quadrature_nodes=6)
+    def _analyzer(
+        self, base: StageRecord, before: StageRecord, after: StageRecord, subspace_size: int = 0
+    ) -> InterferenceAnalyzer:
+        config = InterferenceConfig(
+            reference="dataset",
+            reference_column="answer",
+            batch_size=64,
+            quadrature_nodes=6,
+            subspace_size=subspace_size,
+            subspace_prompts=SUBSPACE_PROMPTS,
+        )
         return InterferenceAnalyzer.from_pretrained(
             before=self._weights(before), after=self._weights(after), base=self._weights(base), config=config
         )
@@ -228,10 +267,53 @@ class Lab:
     def _weights(self, record: StageRecord) -> Path:
         return MODEL_FOLDER if record.folder is None else self.folder / record.folder
 
+    def _with_relative_names(self, report: InterferenceReport) -> InterferenceReport:
+        updates = {
+            name: {**update, **{key: self._relative(update[key]) for key in ("before", "after")}}
+            for name, update in report.updates.items()
+        }
+        checkpoints = {name: self._relative(getattr(report, name)) for name in ("base", "before", "after")}
+        return replace(report, **checkpoints, updates=updates)
+
     def _relative(self, checkpoint: str | None) -> str | None:
         if checkpoint is None or Path(checkpoint) == MODEL_FOLDER:
             return checkpoint and "lab"
         return Path(checkpoint).relative_to(self.folder).as_posix()
+
+    def _edits(self, stages: list[StageRecord]) -> StageEdits:
+        trained = [record for record in stages if record.kind == "train"]
+        checkpoints = [Checkpoint(self._weights(record)) for record in (stages[0], *trained)]
+        edits = stage_edits(checkpoints, [record.domain for record in trained], RouteMap(checkpoints[0].config))
+        for update in edits.updates.values():
+            update.before, update.after = (self._relative(name) for name in (update.before, update.after))
+        return edits
+
+    def _contraction(self, pair: tuple, report: InterferenceReport, refreshed: StageRecord) -> dict[str, Any] | None:
+        """How much of the damage's displacement a refresh left, within the conflict subspace and beside it."""
+        if report.directions is None or not len(report.directions):
+            return None
+        *_, before, after = pair
+        start, end, model = (load_model(self._weights(record)) for record in (before, after, refreshed))
+        route_map = RouteMap(start.config)
+        origin = dict(start.named_parameters())
+
+        def away(model) -> Elementwise:
+            parameters = dict(model.named_parameters())
+            return Elementwise(origin, lambda name: (parameters[name] - origin[name]).detach())
+
+        random = np.random.default_rng(self.seed).standard_normal(report.directions.shape)
+        displacements = [away(end), away(model)]
+        inside, beside = (
+            subspace_norms(route_map, displacements[0], displacements, directions)
+            for directions in (report.directions, random)
+        )
+        routes = [np.sqrt(dot(route_map, entry, entry).routes.sum()) for entry in displacements]
+        return {
+            "directions": len(report.directions),
+            "subspace": float(inside[1] / inside[0]),
+            "random": float(beside[1] / beside[0]),
+            "routes": float(routes[1] / routes[0]),
+        }
 
     def _roll_back(
         self, trainer: SequentialGRPOTrainer, pairs: list[tuple], reports: list[InterferenceReport]
@@ -241,7 +323,7 @@ class Lab:
             *((0, "damage_protected", BUDGET, "mlp", rule) for rule in ("fixed", "optimal")),
             *((0, "damage", budget, "mlp", "optimal") for budget in CURVE_BUDGETS),
             *((0, "random", budget, "mlp", "optimal") for budget in CURVE_BUDGETS[2:]),
-            (0, "damage", 0.32, "joint", "optimal"),
+            *((0, name, 0.32, "joint", "optimal") for name in ("damage", "random")),
             (0, "interpolation", 1.0, "all", "optimal"),
             *((1, name, BUDGET, "mlp", "fixed") for name in ("damage", "route_conflict", "random") if len(pairs) > 1),
         ]
@@ -260,7 +342,9 @@ class Lab:
         self.progress.end()
         return rows
 
-    def _refresh(self, trainer: SequentialGRPOTrainer) -> dict[str, Any] | None:
+    def _refresh(
+        self, trainer: SequentialGRPOTrainer, pairs: list[tuple], reports: list[InterferenceReport]
+    ) -> dict[str, Any] | None:
         steps = max(1, int(REFRESH_SHARE * self.steps))
         self.progress.begin("refresh", steps)
         overrides = {"learning_rate": LEARNING_RATE}
@@ -283,6 +367,7 @@ class Lab:
                 for name in self.order
                 if name != self.earlier
             },
+            "contraction": self._contraction(pairs[0], reports[0], repaired),
         }
 
     def _stage_row(self, record: StageRecord) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..analysis.claims import Claim, claims_table
 from ..training.manifest import stage_name, write_atomically
 
 
@@ -148,6 +149,23 @@ the later domains owe it. `interpolation` takes back a share (the step) of all w
 {_markdown(*_rollback_rows(results))}
 
 ![Rollback](figures/rollback_curve.png)
+
+## The claims of arXiv 2606.02398
+
+The paper measured Qwen3-4B-Thinking-2507; its figures are for orientation. Figures of edits, activity, gradients and
+damage are of the first pair above, if they do not name stages.
+
+{claims_table([Claim(**row) for row in results["claims"]])}
+
+![Sparsity](figures/sparsity.png)
+
+![Routes that the stages changed](figures/changed_overlaps.png)
+
+![Routes that are active](figures/overlaps.png)
+
+![Damage by layer](figures/damage_by_layer.png)
+
+![Eigenvalues of the damage on route space](figures/eigenvalues.png)
 
 Time: {", ".join(f"{part} {seconds:.0f} s" for part, seconds in results["seconds"].items())}.
 """

@@ -1,0 +1,45 @@
+"""How far an update still reaches into the conflict subspace of an earlier one."""
+
+import numpy as np
+
+from .damage import Direction, dot
+from .routes import RouteMap
+
+
+def subspace_norms(
+    route_map: RouteMap, delta: Direction, displacements: list[Direction], directions: np.ndarray
+) -> np.ndarray:
+    r"""
+    Lengths of displacements within a subspace of route space, ‖P_S d‖.
+
+    A vector u of route space stands for the direction `Σ_r u_r δ_r` of weight space. With `s_i` those of the given
+    vectors,
+
+    ```
+    ‖P_S d‖² = bᵀ G⁻¹ b        b_i = <s_i, d> = Σ_r u_ir <δ_r, d_r>        G_ij = <s_i, s_j> = Σ_r u_ir u_jr ‖δ_r‖²
+    ```
+
+    where G needs no more than the edit sizes, since routes share no element. The theorem of arXiv 2606.02398 on
+    refresh bounds ‖P_S(θ_t - θ*_A)‖ by (1 - αμ)^t ‖P_S δ_B‖: `displacements` are θ_t - θ*_A.
+
+    Args:
+        route_map ([`RouteMap`]):
+            The routes.
+        delta (`Mapping[str, torch.Tensor]`):
+            The update δ that the subspace was found for.
+        displacements (`list[Mapping[str, torch.Tensor]]`):
+            Displacements from the same starting point, such as δ itself and what a refresh left of it.
+        directions (`numpy.ndarray` of shape `(k, num_routes)`):
+            Vectors of route space that span S, such as the eigenvectors of [`conflict_subspace`].
+
+    Returns:
+        `numpy.ndarray` of shape `(len(displacements),)`: Lengths in weight space.
+    """
+    squares = dot(route_map, delta, delta).routes
+    gram = (directions * squares) @ directions.T
+    lengths = []
+    for displacement in displacements:
+        along = directions @ dot(route_map, delta, displacement).routes
+        # Directions on routes without an edit stand for nothing: the pseudo-inverse leaves them out.
+        lengths.append(np.sqrt(max(0.0, along @ np.linalg.pinv(gram, hermitian=True) @ along)))
+    return np.array(lengths)

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+import torch
+
+from trl_interfere.analysis.contraction import subspace_norms
+from trl_interfere.analysis.routes import RouteMap
+
+
+def test_against_a_dense_projection(make_model, owned_slices):
+    model = make_model("llama")
+    route_map = RouteMap(model.config)
+    generator = torch.Generator().manual_seed(0)
+    names = dict(model.named_parameters())
+    delta, first, second = (
+        {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in names.items()}
+        for _ in range(3)
+    )
+    directions = np.random.default_rng(0).normal(size=(3, route_map.num_routes))
+
+    def flat(tensors):
+        return torch.cat([tensors[name].ravel() for name in names]).numpy()
+
+    columns = []
+    for *_, owned in owned_slices(model):
+        part = {name: torch.zeros_like(delta[name]) for name in names}
+        for name, index in owned:
+            part[name][index] = delta[name][index]
+        columns.append(flat(part))
+    basis, _ = np.linalg.qr(np.stack(columns, axis=1) @ directions.T)
+    found = subspace_norms(route_map, delta, [delta, first, second], directions)
+    expected = [np.linalg.norm(basis.T @ flat(tensors)) for tensors in (delta, first, second)]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_of_the_update_itself(make_model):
+    model = make_model("llama")
+    route_map = RouteMap(model.config)
+    delta = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+    shrunk = {name: 0.25 * tensor for name, tensor in delta.items()}
+    ones = np.ones((1, route_map.num_routes))
+    whole, part = subspace_norms(route_map, delta, [delta, shrunk], ones)
+    assert part / whole == pytest.approx(0.25)
+    # S holds all of the routes' part of δ here, and a direction on routes without an edit adds nothing.
+    owned = sum(tensor.numel() for name, tensor in delta.items() if route_map.cut(name) is not None)
+    assert whole == pytest.approx(owned**0.5)
+    assert subspace_norms(route_map, delta, [delta], np.vstack([ones, 2 * ones]))[0] == pytest.approx(whole)
