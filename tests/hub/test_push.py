@@ -273,3 +273,18 @@ def test_command_with_a_report(hub, make_report, tmp_path, capsys):
     assert "interference/report.json" in hub.files(REPO)
     with pytest.raises(ValueError, match="--stages: expected the folder of a run, found that of a report"):
         command("push", tmp_path / "report", REPO, "--stages")
+
+
+def test_a_repaired_model_on_main(hub, lab_folder, tmp_path):
+    repaired = tmp_path / "repaired"
+    (repaired / "rollback").mkdir(parents=True)
+    for path in (lab_folder / "stages" / "1-math").iterdir():
+        (repaired / path.name).write_bytes(path.read_bytes())
+    (repaired / "rollback.json").write_text("{}")
+    (repaired / "rollback" / "0.safetensors").write_bytes(b"\0slices")
+    push_run(lab_folder, REPO, model=repaired, repaired="Routes were rolled back.")
+    files = hub.files(REPO)
+    assert files["model.safetensors"] == (repaired / "model.safetensors").read_bytes()
+    assert files["interference/rollback/rollback.json"] == b"{}" and "rollback.json" not in files
+    assert files["interference/rollback/0.safetensors"] == b"\0slices"
+    assert "Routes were rolled back." in files["README.md"].decode()

@@ -26,6 +26,7 @@ from .upload import PlannedRevision, Uploader
 
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapters/*")
+ROLLBACK_NAME = "rollback.json"
 _RESUME_FILES = ("trainer_state.json", "resume_state_*", "generation_buffer_*", "entropy_ctrl_state.json")
 _REPAIR_FOLDERS = ("repair", "rollback")
 
@@ -146,6 +147,14 @@ def plan_push(
     main.files = _model_files(run.weights(final) if model is None else Path(model))
     analysis, figures = _analysis_files(run)
     main.files |= analysis
+    if model is not None:
+        # What a rollback has recorded beside the weights: it undoes the rollback.
+        for path in sorted([*Path(model).glob(ROLLBACK_NAME), *Path(model).glob("rollback/*.safetensors")]):
+            main.files[f"{REPORT_FOLDER}/rollback/{path.name}"] = path
+        repaired = repaired or (
+            "The weights on `main` are a repaired model"
+            + (", see `interference/rollback/`." if (Path(model) / ROLLBACK_NAME).is_file() else ".")
+        )
     main.files |= eval_result_files(run) if model is None else {}
     card = analysis_card(
         run,
@@ -369,6 +378,7 @@ def _model_files(folder: Path) -> dict[str, Path | bytes]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         known = any(fnmatch(name, pattern) for pattern in MODEL_FILES) and ("/" not in name or name[:9] == "adapters/")
+        known = known and name != ROLLBACK_NAME
         if path.is_file() and known and path.suffix not in (".bin", ".pt", ".pth", ".pkl"):
             files[name] = path
     if not any(name.endswith(".safetensors") for name in files):
