@@ -44,7 +44,7 @@ def test_push_to_hub(hub, tmp_path):
     with pytest.raises(ValueError, match="expected the folder of a run"):
         trainer.push_to_hub()
     trainer.train()
-    assert hub.log == []
+    assert hub.repos == {}
     result = trainer.push_to_hub(private=True, collection="A study")
     assert set(result.commits) == {"main", "stage-1-math", "stage-2-writing"}
     assert hub.repo(REPO).private and hub.files(REPO)["model.safetensors"] == weights(tmp_path, "2-writing")
@@ -83,10 +83,10 @@ def test_strategies(hub, tmp_path, strategy):
 def test_a_hub_that_fails_does_not_stop_the_training(hub, tmp_path, no_waits, caplog):
     hub.fail("POST", "/commit/", 500, times=10_000)
     with caplog.at_level(logging.WARNING), pytest.raises(PushError, match="run again:\n  trl-interfere push"):
-        build(tmp_path, hub_strategy="every_save", **PUSH).train()
+        build(tmp_path, hub_strategy="every_save", save_steps=2, **PUSH).train()
     assert "The training goes on" in caplog.text
     hub.failures.clear()
-    resumed = build(tmp_path, hub_strategy="every_save", **PUSH)
+    resumed = build(tmp_path, hub_strategy="every_save", save_steps=2, **PUSH)
     resumed.train(resume_from_checkpoint=True)  # nothing is left to train, but to push
     assert [record.name for record in resumed.manifest.stages] == ["0-base", "1-math", "2-writing"]
     assert hub.files(REPO)["model.safetensors"] == weights(tmp_path, "2-writing")

@@ -59,6 +59,8 @@ def report_folder(name: str | Path, subfolder: str = REPORT_FOLDER) -> tuple[Pat
         folder = Path(_snapshot(repo_id, revision, allow_patterns=[f"{subfolder}/*"])) / subfolder
     except ValueError as error:
         raise ValueError(f"{name}: expected a report with report.json, found none ({error})") from error
+    if not (folder / "report.json").is_file():
+        raise ValueError(f"{name}: expected a report with {subfolder}/report.json, found none")
     return folder, repo_id
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
@@ -426,18 +427,26 @@ def _report_files(
         if (folder / name).is_file()
     }
     content = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
-    if any(content[key] and Path(content[key]).is_absolute() for key in ("before", "after", "base")):
-        # Where the checkpoints lay on somebody's disk is not published, but which stages they are.
-        for key in ("before", "after", "base"):
-            if content[key] and Path(content[key]).is_absolute():
-                content[key] = "/".join(Path(content[key]).parts[-2:])
-        files[f"{place}/{REPORT_NAME}"] = (json.dumps(content, indent=2) + "\n").encode()
+    shortened = _without_folders(content)
+    if shortened != content:
+        files[f"{place}/{REPORT_NAME}"] = (json.dumps(shortened, indent=2) + "\n").encode()
     contents = {path.stem: path for path in sorted((folder / "figures").glob("*.png"))}
     if not contents:
         with tempfile.TemporaryDirectory() as scratch:
             contents = {path.stem: path.read_bytes() for path in report.save_figures(scratch)}
     figures = {name: f"{place}/figures/{name}.png" for name in contents}
     return files | {figures[name]: content for name, content in contents.items()}, figures
+
+
+def _without_folders(content: Any) -> Any:
+    # Where the checkpoints lay on somebody's disk is not published, but which stages they are.
+    if isinstance(content, dict):
+        return {key: _without_folders(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_without_folders(value) for value in content]
+    if isinstance(content, str) and Path(content).is_absolute():
+        return "/".join(Path(content).parts[-2:])
+    return content
 
 
 def _figure(folder: Path, name: str, draw) -> Path | bytes:
