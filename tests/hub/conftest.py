@@ -12,7 +12,7 @@ from trl_interfere.lab.pipeline import Lab
 def lab_folder(tmp_path_factory):
     """Folder of a finished lab run of two domains; not to be changed."""
     folder = tmp_path_factory.mktemp("published") / "lab-out"
-    Lab(folder, seed=3, order=["math", "qa"], steps=3, prompts=16).run()
+    Lab(folder, seed=3, order=["math", "qa"], steps=2, prompts=8).run()
     # Any file of weights there is published with the report; this one has the content of another.
     shutil.copy(next(folder.glob("analysis/*/routes.safetensors")), folder / "repair" / "delta.safetensors")
     return folder

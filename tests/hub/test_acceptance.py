@@ -54,7 +54,7 @@ def test_the_whole_way(published, hub):
     # the same analysis from the revisions
     config = InterferenceConfig(**{**report.config, "subspace_size": 0})  # it takes most of the time
     analyzer = InterferenceAnalyzer.from_pretrained(report.before, report.after, base=MODEL_FOLDER, config=config)
-    again = analyzer.analyze(lab_domain("math", 16), [lab_domain("qa", 16)])
+    again = analyzer.analyze(lab_domain("math", 8), [lab_domain("qa", 8)])
     assert (again.before, again.after) == (report.before, report.after)
     for name in ("loss_before", "loss_after", "first_order", "second_order", "attributed", "outside_routes"):
         assert getattr(again, name) == getattr(report, name), name

@@ -53,7 +53,7 @@ def test_metadata(card, run):
 def test_scores_are_those_of_the_manifest(card, lab_folder):
     stages = json.loads((lab_folder / "stages.json").read_text())["stages"]
     header, *rows = tables(card)["Sequence and scores"][: 1 + len(stages)]
-    assert header == ["stage", "math (n=16)", "qa (n=16)"]
+    assert header == ["stage", "math (n=8)", "qa (n=8)"]
     assert len(rows) == len(stages)
     for row, stage in zip(rows, stages, strict=True):
         assert row[1:] == [interval(stage["scores"][name]) for name in ("math", "qa")]
@@ -143,7 +143,7 @@ def test_parts(card, run):
     text = str(card)
     for part in ("## Limits", "## How to reproduce", "## Versions and hardware", "## Citation", "@misc{yang2026local"):
         assert part in text
-    assert "trl-interfere lab --seed 3 --order math,qa --steps 3" in text
+    assert "trl-interfere lab --seed 3 --order math,qa --steps 2" in text
     for package, version in run.stages[-1].versions.items():
         assert f"- {package}: {version}" in text
     assert "- device: cpu" in text
