@@ -39,6 +39,15 @@ def test_the_card_is_filled_during_training(tmp_path):
     assert (tmp_path / "README.md").read_text() == text
 
 
+def test_a_report_of_another_version_does_not_stop_the_training(tmp_path, caplog):
+    (tmp_path / "analysis" / "old").mkdir(parents=True)
+    (tmp_path / "analysis" / "old" / "report.json").write_text('{"schema_version": 1}')
+    (tmp_path / "analysis" / "old" / "routes.safetensors").touch()
+    with caplog.at_level(logging.WARNING):
+        build(tmp_path, max_steps=1, order=["math"]).train()
+    assert "expected schema_version" in caplog.text and (tmp_path / "stages" / "1-math").is_dir()
+
+
 def test_push_to_hub(hub, tmp_path):
     trainer = build(tmp_path, max_steps=2, hub_model_id=REPO)
     with pytest.raises(ValueError, match="expected the folder of a run"):

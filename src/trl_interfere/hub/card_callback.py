@@ -1,5 +1,6 @@
 """The analysis card fills itself while a run goes on."""
 
+import logging
 from pathlib import Path
 
 from accelerate import PartialState
@@ -9,6 +10,9 @@ from ..training.callbacks import StageCallback
 from ..training.manifest import StageRecord, write_atomically
 from .card import analysis_card
 from .run_folder import RunFolder
+
+
+logger = logging.getLogger(__name__)
 
 
 class AnalysisCardCallback(StageCallback):
@@ -25,7 +29,22 @@ class AnalysisCardCallback(StageCallback):
 
     def on_stage_end(self, record: StageRecord, score_matrix: ScoreMatrix) -> None:
         if PartialState().is_main_process:
-            write_card(self.folder)
+            update_card(self.folder)
+
+
+def update_card(folder: str | Path) -> None:
+    """
+    Write the card of a run that is going on. It is not worth a training: a full disk, or a report of another version
+    in the folder, is a warning.
+
+    Args:
+        folder (`str` or `pathlib.Path`):
+            Folder of the run.
+    """
+    try:
+        write_card(folder)
+    except (OSError, ValueError) as error:
+        logger.warning("the card of the run is not up to date (%s); the training goes on", error)
 
 
 def write_card(folder: str | Path, license: str | None = None) -> Path:

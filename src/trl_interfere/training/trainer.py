@@ -31,7 +31,7 @@ from .. import __version__
 from ..domains.domain import DOMAIN_COLUMN, Domain, check_columns
 from ..evaluation.score_matrix import ScoreMatrix
 from ..evaluation.scorer import Scorer
-from ..hub.card_callback import AnalysisCardCallback, write_card
+from ..hub.card_callback import AnalysisCardCallback, update_card
 from ..hub.pull import checkpoint_folder
 from ..hub.push import PushResult
 from ..hub.trainer_push import StagePusher, push_during_training, push_trainer
@@ -758,7 +758,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """The card of the run, instead of the one that TRL writes at each checkpoint."""
         if self.is_world_process_zero() and self.manifest.exists():
-            write_card(self.manifest.folder)
+            update_card(self.manifest.folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self._stage is not None and self.args.hub_strategy == "every_save":
