@@ -278,9 +278,11 @@ class _HideSignatures(logging.Filter):
 
 @contextmanager
 def _signatures_hidden() -> Iterator[None]:
-    # The client logs the address of a request that it tries again.
+    # The client logs the address of a request that it tries again, the HTTP library that of every one.
     hide = _HideSignatures()
-    names = [name for name in logging.root.manager.loggerDict if name.startswith("huggingface_hub")]
+    names = [
+        name for name in logging.root.manager.loggerDict if name.startswith(("huggingface_hub", "httpx", "httpcore"))
+    ]
     loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
         logger.addFilter(hide)
