@@ -3,13 +3,19 @@
 import copy
 import os
 
+from hub_server.listener import LISTENER, URL
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of a library that reads it
+
+# Before the first import of a library that reads them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_ENDPOINT"] = URL
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
+from hub_server.server import TOKEN, Hub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -63,6 +69,25 @@ def _datasets_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
+
+
+@pytest.fixture(scope="session")
+def _hub():
+    hub = Hub(LISTENER)
+    hub.start()
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture
+def hub(_hub, monkeypatch, tmp_path):
+    """An empty local Hub; its user is logged in, and the cache is new."""
+    _hub.reset()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return _hub
 
 
 @pytest.fixture(params=FAMILIES)

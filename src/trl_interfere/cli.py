@@ -1,6 +1,7 @@
 """The command `trl-interfere`."""
 
 import os
+import shlex
 import sys
 import warnings
 from collections import ChainMap
@@ -428,6 +429,54 @@ def refresh(
         Console().print(
             f"The refreshed weights are in {trainer.args.output_dir}/{trainer.manifest.stages[-1].folder}."
         )
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or of a report.")],
+    repo: Annotated[str, typer.Argument(help="Model repository, user/repo; made if there is none.")],
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Publish each stage as a branch, e.g. stage-1-math.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    collection: Annotated[str | None, typer.Option(help="Title of a collection to add the model to.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and sizes, and send nothing.")] = False,
+    license: Annotated[str | None, typer.Option(help="Licence. Defaults to that of the base model.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of the model on main. Defaults to the last stage.")
+    ] = None,
+    model_index: Annotated[bool, typer.Option("--model-index", help="Write the legacy model-index too.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another model in the repository.")] = False,
+) -> None:
+    """Publish a run with its analysis card, or a report. Run again, it sends only what is missing."""
+    _prepare(1)
+    from .analysis.report import REPORT_NAME
+    from .hub.push import PushPlan, plan_push, plan_report, push_report, push_run
+    from .hub.run_folder import RunFolder
+    from .training.manifest import MANIFEST_NAME
+
+    console = Console()
+    if (folder / REPORT_NAME).is_file() and not (folder / MANIFEST_NAME).is_file():
+        given = {"--stages": stages, "--collection": collection, "--model": model, "--model-index": model_index}
+        for name, value in given.items():
+            if value:
+                raise ValueError(f"{name}: expected the folder of a run, found that of a report, {folder}")
+        if dry_run:
+            console.print(PushPlan(repo, [plan_report(folder, repo)]).to_table())
+            return
+        result = push_report(
+            folder, repo, private=private or None, command=shlex.join(["trl-interfere", *sys.argv[1:]])
+        )
+    else:
+        run = RunFolder.read(folder)
+        settings = {"stages": stages, "model": model, "license": license, "with_model_index": model_index}
+        if dry_run:
+            console.print(plan_push(run, repo, **settings).to_table())
+            return
+        result = push_run(run, repo, private=private or None, collection=collection, overwrite=overwrite, **settings)
+    for branch, commit in result.commits.items():
+        console.print(f"{branch}: {commit}", highlight=False)
+    console.print(f"Published: {result.url}" + (f", collection {result.collection}" if result.collection else ""))
 
 
 def _prepare(threads: int) -> None:

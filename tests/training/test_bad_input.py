@@ -303,7 +303,7 @@ BEFORE_THE_START = {
         partial(new, domain={"reward_funcs": torch.nn.Linear(1, 1), "metric": None}),
         "domain 'writing': a reward model cannot score completions outside training, set `metric`",
     ),
-    "refused option": (partial(new, push_to_hub=True), "push_to_hub: True is not supported, TRL would push the files"),
+    "refused option": (partial(new, data_seed=1), "data_seed: 1 is not supported, GRPO draws its prompts by `seed`"),
     "model without weights": (without_weights, r"no file named model\.safetensors.*found in directory .*/model"),
     "output_dir is a file": (in_a_file, "output_dir: expected a folder, found the file .*/new"),
     "no chat template": (

@@ -178,7 +178,6 @@ REFUSED = {
     "include_for_metrics": ["loss"],
     "label_smoothing_factor": 0.1,
     "log_completions_hub_repo": "me/completions",
-    "push_to_hub": True,
     "reward_weights": [1.0],
     "sync_ref_model": True,
     "train_sampling_strategy": "group_by_length",
@@ -187,7 +186,7 @@ REFUSED = {
 _DDP = "needs several processes with DistributedDataParallel"
 _DEEPSPEED = "needs DeepSpeed"
 _GPU = "needs a GPU"
-_HUB = "is looked at when something is pushed to the Hub, and push_to_hub is refused"
+_HUB = "is tried against a local Hub, in tests/hub/test_trainer_push.py"
 _OLD = "is the deprecated name of another option"
 _TRACKER = "needs a tracker that is not a dependency"
 _VLLM = "needs vLLM"
@@ -211,6 +210,7 @@ NOT_HERE = {
     "hub_revision": _HUB,
     "hub_strategy": _HUB,
     "hub_token": _HUB,
+    "push_to_hub": _HUB,
     "liger_kernel_config": _GPU,
     "local_rank": "is set by the launcher",
     "optim_args": "is read by optimizers that are not dependencies",

@@ -13,6 +13,7 @@ from transformers.utils import find_adapter_config_file
 
 from .. import __version__
 from ..domains.domain import Domain
+from ..hub.pull import checkpoint_folder
 from .activity import ActivityMeter, route_activity
 from .architectures import Architecture
 from .checkpoint import Checkpoint, check_comparable
@@ -164,7 +165,7 @@ class InterferenceAnalyzer:
             )
             for name, checkpoint in (("before", before), ("after", after), ("base", base))
         }
-        tokenizer = AutoTokenizer.from_pretrained(str(before), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder(before), trust_remote_code=trust_remote_code)
         return cls(
             models["before"],
             models["after"],
@@ -568,7 +569,7 @@ def load_model(
 
     Args:
         checkpoint (`str` or `pathlib.Path`):
-            Folder or Hub id of a model or an adapter.
+            Folder or Hub id of a model or an adapter, or `user/repo@revision`.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
             Data type of the parameters.
         device_map (`str` or `dict`, *optional*):
@@ -585,10 +586,11 @@ def load_model(
         `ValueError`: If there is no such checkpoint, it holds no safetensors, or an adapter is to be merged in less
             than float32, where most of an update of RL would be rounded away.
     """
-    if is_adapter(checkpoint):
+    folder = checkpoint_folder(checkpoint, trust_remote_code)
+    if is_adapter(folder):
         if dtype not in ("float32", "float64", torch.float32, torch.float64):
             raise ValueError(f"dtype: expected 'float32' to merge the adapter {checkpoint} in, found {dtype!r}")
-        adapter = Checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+        adapter = Checkpoint(folder, trust_remote_code=trust_remote_code)
         model = load_model(adapter.folder, dtype, device_map, trust_remote_code, max_memory)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
@@ -599,7 +601,7 @@ def load_model(
         return model
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            str(checkpoint),
+            folder,
             dtype=dtype,
             device_map=device_map,
             max_memory=max_memory,
@@ -607,7 +609,7 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-        stored = AutoConfig.from_pretrained(str(checkpoint), trust_remote_code=trust_remote_code).dtype
+        stored = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype
     except (OSError, ImportError, SafetensorError) as error:
         raise ValueError(
             f"{checkpoint}: expected a folder or Hub repository with config.json and whole, unquantised safetensors "
@@ -623,6 +625,7 @@ def load_model(
             raise ValueError(f"{checkpoint}: tensor {name}: expected finite values, found NaN or infinity")
     if stored is not None:
         model.config.dtype = stored
+    model.config._name_or_path = model.name_or_path = str(checkpoint)  # with its revision, and not the cache's folder
     return model.eval()
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..hub.revision import split_revision
 from .adapters import AdapterFactors
 
 
@@ -119,7 +120,7 @@ class Checkpoint:
 
     Args:
         name (`str` or `pathlib.Path`):
-            Folder or Hub id.
+            Folder, Hub id, or `user/repo@revision`.
         base (`str` or `pathlib.Path`, *optional*):
             Model that an adapter stands on. Defaults to the one that the adapter names.
         revision (`str`, *optional*):
@@ -143,11 +144,12 @@ class Checkpoint:
         trust_remote_code: bool = False,
     ):
         self.name = str(name)
-        folder = _local(self.name, revision)
+        repo_id, named = split_revision(name)
+        folder = _local(repo_id, revision or named)
         self.adapter = None
         if (folder / ADAPTER_CONFIG_NAME).is_file():
             self.adapter = AdapterFactors(folder)
-            folder = _local(str(base or self.adapter.config.base_model_name_or_path), None)
+            folder = _local(*split_revision(base or self.adapter.config.base_model_name_or_path))
         self.folder = folder
         if not (folder / CONFIG_NAME).is_file():
             raise ValueError(f"{folder}: expected {CONFIG_NAME} beside the weights, found none")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from ..hub.pull import REPORT_FOLDER, report_folder
+from ..hub.revision import published_checkpoint
 from ..training.manifest import read_json, write_atomically
 from .claims import claims_table, report_claims
 
@@ -257,14 +259,34 @@ class InterferenceReport:
         write_atomically(folder / "report.md", self.to_markdown())
         write_atomically(folder / REPORT_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
 
+    def push_to_hub(self, repo_id: str, **kwargs) -> Any:
+        """
+        Publish the report under `interference/` of a model repository, see [`~trl_interfere.hub.push.push_report`].
+
+        Args:
+            repo_id (`str`):
+                The repository, `user/repo`; it is made if there is none.
+            **kwargs:
+                Further arguments of [`~trl_interfere.hub.push.push_report`].
+
+        Returns:
+            [`~trl_interfere.hub.push.PushResult`]: Where it lies.
+        """
+        from ..hub.push import push_report
+
+        return push_report(self, repo_id, **kwargs)
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "InterferenceReport":
+    def from_pretrained(cls, folder: str | Path, subfolder: str = REPORT_FOLDER) -> "InterferenceReport":
         """
         Read a report.
 
         Args:
             folder (`str` or `pathlib.Path`):
-                Folder with `report.json` and `routes.safetensors`.
+                Folder with `report.json` and `routes.safetensors`, `user/repo` or `user/repo@revision`. The
+                checkpoints of a report from the Hub are the revisions of its repository.
+            subfolder (`str`, *optional*, defaults to `"interference"`):
+                Folder of the report in a repository.
 
         Returns:
             [`InterferenceReport`]: The report.
@@ -272,13 +294,15 @@ class InterferenceReport:
         Raises:
             `ValueError`: If there is no report, or one of another schema version.
         """
-        folder = Path(folder)
+        folder, repo_id = report_folder(folder, subfolder)
         for name in (REPORT_NAME, ROUTES_NAME):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: expected a report with {name}, found none")
         content = read_json(folder / REPORT_NAME, SCHEMA_VERSION)
         for name in ("schema_version", "residual", "concentration", "claims"):
             del content[name]
+        if repo_id is not None:
+            content |= {key: published_checkpoint(content[key], repo_id) for key in ("before", "after", "base")}
         routes = load_file(folder / ROUTES_NAME)
         return cls(**content, directions=routes.pop(DIRECTIONS, None), routes=routes)
 

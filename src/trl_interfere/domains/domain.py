@@ -10,6 +10,8 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from trl.trainer.grpo_trainer import RewardFunc
 
+from ..hub.benchmark import parse_benchmark
+
 
 DOMAIN_COLUMN = "domain"
 
@@ -41,6 +43,9 @@ class Domain:
             Defaults to the weighted sum of `reward_funcs`.
         reward_weights (`list[float]`, *optional*):
             One weight per reward function. Defaults to 1 each.
+        benchmark (`str`, *optional*):
+            Benchmark on the Hub whose prompts `eval_dataset` holds: `user/dataset`, with `@revision` and `:task` if it
+            has them. A published model then carries its score in `.eval_results/`.
 
     Raises:
         `ValueError`: If the name is malformed, a dataset is empty, of another type or lacks `"prompt"`, or the
@@ -54,6 +59,7 @@ class Domain:
     selection_dataset: Dataset | None = None
     metric: Callable[..., list[float]] | None = None
     reward_weights: list[float] | None = None
+    benchmark: str | None = None
 
     def __post_init__(self):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
@@ -66,6 +72,11 @@ class Domain:
             self.reward_funcs = [self.reward_funcs]
         if not self.reward_funcs and self.metric is None:
             raise ValueError(f"domain {self.name!r}: expected at least one reward function or a metric, found neither")
+        if self.benchmark is not None:
+            try:
+                parse_benchmark(self.benchmark)
+            except ValueError as error:
+                raise ValueError(f"domain {self.name!r}, {error}") from error
         if self.reward_weights is None:
             self.reward_weights = [1.0] * len(self.reward_funcs)
         if len(self.reward_weights) != len(self.reward_funcs):

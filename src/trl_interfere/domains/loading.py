@@ -19,7 +19,7 @@ from .rewards import BUILT_IN_REWARDS
 
 _FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _TOP = ("model", "training", "domains", "peft", "refresh", "analysis")
-_DOMAIN = ("name", "train", "eval", "selection", "rewards", "reward_weights", "metric", "settings")
+_DOMAIN = ("name", "train", "eval", "selection", "rewards", "reward_weights", "metric", "benchmark", "settings")
 _SHIPPED = ("name", "domain", "options", "settings")
 # Name in YAML to the dotted path of a function that makes the domain.
 SHIPPED_DOMAINS = {
@@ -189,6 +189,7 @@ def _domain(entry: dict[str, Any], where: str, folder: Path) -> Domain:
         reward_funcs=[load_function(reward, f"{where}, rewards") for reward in rewards],
         metric=None if entry.get("metric") is None else load_function(entry["metric"], f"{where}, metric"),
         reward_weights=entry.get("reward_weights"),
+        benchmark=None if entry.get("benchmark") is None else str(entry["benchmark"]),
     )
 
 

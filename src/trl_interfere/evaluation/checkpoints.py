@@ -17,6 +17,7 @@ from transformers.utils import find_adapter_config_file
 from ..analysis.analyzer import load_model
 from ..domains.domain import Domain
 from ..domains.loading import RunFile
+from ..hub.pull import checkpoint_folder
 from ..training.config import SequentialGRPOConfig
 from ..training.manifest import Manifest, write_atomically
 from .bootstrap import difference
@@ -147,7 +148,7 @@ def load_checkpoint(name: str, dtype: str = "float32", trust_remote_code: bool =
 
     Args:
         name (`str`):
-            Folder or Hub id.
+            Folder, Hub id, or `user/repo@revision`.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Data type of the weights.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
@@ -159,14 +160,15 @@ def load_checkpoint(name: str, dtype: str = "float32", trust_remote_code: bool =
     Raises:
         `ValueError`: If there is no such checkpoint.
     """
+    folder = checkpoint_folder(name, trust_remote_code)
     try:
-        adapter = find_adapter_config_file(name)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        base = name if adapter is None else PeftConfig.from_pretrained(name).base_model_name_or_path
+        adapter = find_adapter_config_file(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        base = name if adapter is None else PeftConfig.from_pretrained(folder).base_model_name_or_path
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: expected the folder or Hub id of a model or an adapter ({error})") from error
     model = load_model(base, dtype, trust_remote_code=trust_remote_code)
-    return (model if adapter is None else PeftModel.from_pretrained(model, name).eval()), tokenizer
+    return (model if adapter is None else PeftModel.from_pretrained(model, folder).eval()), tokenizer
 
 
 def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:

@@ -85,6 +85,13 @@ class SequentialGRPOConfig(GRPOConfig):
         for name, (neutral, reason) in REFUSED_OPTIONS.items():
             if getattr(self, name) != neutral:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not supported, {reason}")
+        if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
+            raise ValueError(
+                f"hub_strategy: expected 'end' or 'every_save', found {str(self.hub_strategy.value)!r}: whole "
+                "checkpoints hold the state of the optimizer as a pickle, which is not published"
+            )
+        if self.push_to_hub and self.hub_revision is not None:
+            raise ValueError("hub_revision: expected none, since each stage has a revision of its own")
         if self.accelerator_config.dispatch_batches:
             raise ValueError(
                 "accelerator_config: dispatch_batches=True is not supported, prompts are no tensors that one process "
@@ -217,10 +224,6 @@ REFUSED_OPTIONS = {
     "log_completions_hub_repo": (
         None,
         "completions are kept in a folder for each stage, which TRL's upload does not see; upload them afterwards",
-    ),
-    "push_to_hub": (
-        False,
-        "TRL would push the files of one stage over those of another; push the finished stage folder instead",
     ),
     "sync_ref_model": (
         False,

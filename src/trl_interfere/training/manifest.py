@@ -154,6 +154,7 @@ class Manifest:
         self.stages: list[StageRecord] = []
         self.current: StageRecord | None = None  # trained and saved, but not yet scored on every domain
         self.run_name: str | None = None  # under which trackers know the run
+        self.about: dict[str, Any] = {}  # for the card; may change when the run is resumed
         self._text: str | None = None  # of the last whole manifest
 
     @property
@@ -218,6 +219,7 @@ class Manifest:
                     )
         self.stages, self.current = stages, current
         self.run_name = self.run_name or content.get("run_name")
+        self.about = {**content.get("about", {}), **self.about}
         self._text = json.dumps(content, indent=2) + "\n"
 
     def _check_run(self, earlier: dict[str, Any], trained: int) -> None:
@@ -258,6 +260,7 @@ class Manifest:
         content = {
             "schema_version": SCHEMA_VERSION,
             "run_name": self.run_name,
+            "about": self.about,
             "run": self.run,
             "stages": [vars(record) for record in self.stages],
             "current": None if self.current is None else vars(self.current),

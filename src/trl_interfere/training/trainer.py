@@ -5,6 +5,7 @@ import copy
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 from collections import defaultdict, deque
@@ -30,6 +31,10 @@ from .. import __version__
 from ..domains.domain import DOMAIN_COLUMN, Domain, check_columns
 from ..evaluation.score_matrix import ScoreMatrix
 from ..evaluation.scorer import Scorer
+from ..hub.card_callback import AnalysisCardCallback, update_card
+from ..hub.pull import checkpoint_folder
+from ..hub.push import PushResult
+from ..hub.trainer_push import StagePusher, push_during_training, push_trainer
 from .callbacks import StageCallback
 from .config import STAGE_OPTIONS, SequentialGRPOConfig
 from .domain_rewards import RewardError, mask_reward, reward_name
@@ -145,6 +150,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
             raise ValueError(f"output_dir: expected a folder, found the file {args.output_dir}")
         if not domains:
             raise ValueError("domains: expected at least one Domain, found none")
+        self._base_model = str(model) if isinstance(model, str) and "@" in model else None  # a revision of the Hub
+        model = checkpoint_folder(model) if isinstance(model, str) else model
         self.domains = {domain.name: domain for domain in domains}
         if len(self.domains) != len(domains):
             raise ValueError(f"domains: expected unique names, found {[domain.name for domain in domains]}")
@@ -224,6 +231,10 @@ class SequentialGRPOTrainer(GRPOTrainer):
             raise ValueError("kl_reference: 'stage' is not supported with FSDP or DeepSpeed")
         self.manifest = Manifest(args.output_dir, self._identity())
         self.manifest.run_name = args.run_name
+        self.manifest.about = self._about()
+        self.add_callback(AnalysisCardCallback(args.output_dir))
+        if args.push_to_hub:
+            self.add_callback(StagePusher(args))
         self.scorer = Scorer(
             self._tokenizer,
             max_new_tokens=args.score_max_new_tokens or args.max_completion_length,
@@ -296,6 +307,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
         while ran != max_stages and (stage := self.next_stage()) is not None:
             output = self._run_stage(stage, **kwargs)
             ran += 1
+        if self.args.push_to_hub and self.manifest.stages and self.next_stage() is None:
+            self.push_to_hub()
         return output
 
     def evaluate(self, eval_dataset=None, **kwargs) -> dict[str, float]:
@@ -494,7 +507,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.save_model(str(partial))
+        self.save_model(str(partial), _internal_call=True)  # it is pushed once it is finished
         if self.args.adapter_per_stage and self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
             for path in [path for path in partial.iterdir() if path.name in model.peft_config]:
@@ -562,7 +575,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
                     self.manifest.read_scores(record, name)
 
     def _identity(self) -> dict[str, Any]:
-        model_id = get_config_model_id(self.model.config)
+        model_id = self._base_model or get_config_model_id(self.model.config)
         names = {field.name for field in fields(self.args)} - _HARMLESS_OPTIONS
         config = {name: value for name, value in self.args.to_dict().items() if name in names}
         if is_peft_model(self.model):
@@ -583,6 +596,15 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 for domain in self.domains.values()
             },
             "config": json.loads(json.dumps(config, default=str)),
+        }
+
+    def _about(self) -> dict[str, Any]:
+        device = self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+        benchmarks = {domain.name: domain.benchmark for domain in self.domains.values() if domain.benchmark}
+        return {
+            "hardware": {"device": name, "processes": self.accelerator.num_processes},
+            **({"benchmarks": benchmarks} if benchmarks else {}),
         }
 
     def _steps_before(self) -> int:
@@ -729,6 +751,63 @@ class SequentialGRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         with _writing(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing is made on the Hub before there is something to push."""
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """The card of the run, instead of the one that TRL writes at each checkpoint."""
+        if self.is_world_process_zero() and self.manifest.exists():
+            update_card(self.manifest.folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self._stage is not None and self.args.hub_strategy == "every_save":
+            index, stage = self._stage
+            name = stage_name(index, stage.kind, stage.domain)
+            push_during_training(
+                self.manifest.folder, self.args, Path(checkpoint_folder), name, self.state.global_step
+            )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> PushResult | None:
+        """
+        Publish the finished stages: each as a revision, the last one on `main`, and the analysis.
+
+        Args:
+            commit_message (`str`, *optional*):
+                Not used: the messages name the stages.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Must be `True`: `main` is written after everything else.
+            token (`str`, *optional*):
+                Token. Defaults to `args.hub_token`.
+            revision (`str`, *optional*):
+                Must be `None`: each stage has a revision of its own.
+            private (`bool`, *optional*):
+                Whether a new repository is private. Defaults to `args.hub_private_repo`.
+            **kwargs:
+                Further arguments of [`~trl_interfere.hub.push.push_run`].
+
+        Returns:
+            [`~trl_interfere.hub.push.PushResult`] or `None`: Where it has gone; `None` in all but the main process.
+
+        Raises:
+            `ValueError`: If no stage has finished, or an argument cannot be honoured.
+            [`~trl_interfere.hub.upload.PushError`]: If the Hub fails.
+        """
+        if not blocking or revision is not None:
+            raise ValueError("push_to_hub: expected blocking=True and no revision, since main is written last")
+        result = None
+        if self.is_world_process_zero():
+            result = push_trainer(self.manifest.folder, self.args, token=token, private=private, **kwargs)
+        self.accelerator.wait_for_everyone()
+        return result
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

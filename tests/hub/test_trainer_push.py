@@ -1,0 +1,135 @@
+"""Pushes of the trainer: at its end, on its way, and over TRL's own card."""
+
+import logging
+
+import pytest
+from tiny_runs import AskOnce, build, math_domain, writing_domain
+
+from trl_interfere import SequentialGRPOTrainer
+from trl_interfere.hub.card_callback import AnalysisCardCallback
+from trl_interfere.hub.upload import PushError
+
+
+REPO = "tester/run"
+PUSH = {"push_to_hub": True, "hub_model_id": REPO, "max_steps": 2}
+
+
+def weights(folder, stage):
+    return (folder / "stages" / stage / "model.safetensors").read_bytes()
+
+
+def test_the_card_is_filled_during_training(tmp_path):
+    class Watch(AnalysisCardCallback):
+        seen = []
+
+        def on_save(self, args, state, control, **kwargs):
+            self.seen.append((self.folder / "README.md").read_text())
+
+    watch = Watch(tmp_path)
+    trainer = build(tmp_path, callbacks=[watch, AskOnce()], max_steps=2)
+    trainer.train()
+    text = (tmp_path / "README.md").read_text()
+    assert len(watch.seen) == 6 and all("trl-interfere" in card for card in watch.seen)  # after TRL wrote its own
+    assert "| 0-base |" in watch.seen[0] and "| 1-math |" not in watch.seen[0]
+    for stage in ("0-base", "1-math", "2-writing", "3-refresh-math"):
+        assert f"| {stage} |" in text
+    assert "Refresh: short RL passes" in text and "math (n=16)" in text
+    assert not list(tmp_path.glob("checkpoints/**/README.md"))
+    trainer.create_model_card(model_name="other", tags=["x"])  # what TRL calls
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_a_report_of_another_version_does_not_stop_the_training(tmp_path, caplog):
+    (tmp_path / "analysis" / "old").mkdir(parents=True)
+    (tmp_path / "analysis" / "old" / "report.json").write_text('{"schema_version": 1}')
+    (tmp_path / "analysis" / "old" / "routes.safetensors").touch()
+    with caplog.at_level(logging.WARNING):
+        build(tmp_path, max_steps=1, order=["math"]).train()
+    assert "expected schema_version" in caplog.text and (tmp_path / "stages" / "1-math").is_dir()
+
+
+def test_push_to_hub(hub, tmp_path):
+    trainer = build(tmp_path, max_steps=2, hub_model_id=REPO)
+    with pytest.raises(ValueError, match="expected the folder of a run"):
+        trainer.push_to_hub()
+    trainer.train()
+    assert hub.repos == {}
+    result = trainer.push_to_hub(private=True, collection="A study")
+    assert set(result.commits) == {"main", "stage-1-math", "stage-2-writing"}
+    assert hub.repo(REPO).private and hub.files(REPO)["model.safetensors"] == weights(tmp_path, "2-writing")
+    assert trainer.push_to_hub().commits == result.commits
+    with pytest.raises(ValueError, match="blocking=True"):
+        trainer.push_to_hub(blocking=False)
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_strategies(hub, tmp_path, strategy):
+    seen = []
+
+    class Watch(AnalysisCardCallback):
+        def on_stage_begin(self, index, stage):
+            repo = hub.repos.get(("model", REPO))
+            seen.append({} if repo is None else {name: len(commit.files) for name, commit in repo.branches.items()})
+
+    build(tmp_path, callbacks=[Watch(tmp_path)], hub_strategy=strategy, **PUSH).train()
+    assert seen[0] == {}
+    if strategy == "end":
+        assert seen[1] == {}
+    else:
+        assert seen[1].keys() == {"main", "stage-1-math"} and seen[1]["main"] == 1  # nothing on main before the end
+        titles = []
+        commit = hub.repo(REPO).resolve("stage-1-math")
+        while commit is not None:
+            titles.append(commit.title)
+            commit = commit.parent
+        assert titles == ["Stage 1-math", "Stage 1-math, step 2", "Stage 1-math, step 1", "initial commit"]
+    for stage in ("1-math", "2-writing"):
+        assert hub.files(REPO, f"stage-{stage}")["model.safetensors"] == weights(tmp_path, stage)
+    assert hub.files(REPO)["model.safetensors"] == weights(tmp_path, "2-writing")
+    assert "interference/stages.json" in hub.files(REPO)
+
+
+def test_a_hub_that_fails_does_not_stop_the_training(hub, tmp_path, no_waits, caplog):
+    hub.fail("POST", "/commit/", 500, times=10_000)
+    with caplog.at_level(logging.WARNING), pytest.raises(PushError, match="run again:\n  trl-interfere push"):
+        build(tmp_path, hub_strategy="every_save", save_steps=2, **PUSH).train()
+    assert "The training goes on" in caplog.text
+    hub.failures.clear()
+    resumed = build(tmp_path, hub_strategy="every_save", save_steps=2, **PUSH)
+    resumed.train(resume_from_checkpoint=True)  # nothing is left to train, but to push
+    assert [record.name for record in resumed.manifest.stages] == ["0-base", "1-math", "2-writing"]
+    assert hub.files(REPO)["model.safetensors"] == weights(tmp_path, "2-writing")
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_whole_checkpoints_are_refused(tmp_path, strategy):
+    with pytest.raises(ValueError, match=f"hub_strategy: expected 'end' or 'every_save', found '{strategy}'"):
+        build(tmp_path, hub_strategy=strategy, **PUSH)
+
+
+def test_a_run_from_a_revision(hub, tmp_path):
+    first = build(tmp_path / "first", max_steps=1, hub_model_id=REPO, order=["math"])
+    first.train()
+    first.push_to_hub()
+    name = f"{REPO}@stage-1-math"
+    trainer = SequentialGRPOTrainer(
+        model=name,
+        args=build(tmp_path / "second", max_steps=1, order=["writing"]).args,
+        domains=[math_domain(), writing_domain()],
+    )
+    for key, tensor in first.model.state_dict().items():
+        assert (trainer.model.state_dict()[key] == tensor).all(), key
+    trainer.train()
+    assert trainer.manifest.run["base_model"] == name
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert f"base_model: {REPO}\n" in card and "revision `stage-1-math`" in card
+
+
+def test_benchmarks_reach_the_hub(hub, tmp_path):
+    domains = [math_domain(benchmark="opencompass/AIME2025:aime"), writing_domain()]
+    build(tmp_path, domains=domains, order=["math"], hub_strategy="end", **PUSH).train()
+    files = hub.files(REPO)
+    assert (
+        b"id: opencompass/AIME2025" in files[".eval_results/math.yaml"] and ".eval_results/writing.yaml" not in files
+    )
+    assert "- opencompass/AIME2025" in files["README.md"].decode()

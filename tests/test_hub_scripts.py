@@ -1,0 +1,147 @@
+"""The scripts for Hugging Face Jobs: their help, and their local mode against the local Hub, as a user runs them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hub_server.server import TOKEN
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "hub_scripts").glob("*.py"))
+REPO = "tester/model"
+
+
+def header(script: Path) -> dict:
+    block = re.search(r"^# /// script\n(.*?)^# ///$", script.read_text(), re.DOTALL | re.MULTILINE)[1]
+    return tomllib.loads("".join(line.removeprefix("# ") for line in block.splitlines(keepends=True)))
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Function that gives the interpreter of an environment made from a script's own header by uv."""
+    made = {}
+
+    def make(script: Path) -> list[str]:
+        dependencies = tuple(header(script)["dependencies"])
+        if dependencies not in made:
+            folder = tmp_path_factory.mktemp("environment")
+            # This source instead of the published package of the same name; where pip finds packages, uv does too.
+            found = [name.replace("trl-interfere", str(ROOT), 1) for name in dependencies]
+            settings = {}
+            for line in subprocess.run(
+                [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+            ).stdout.splitlines():
+                name, _, value = line.partition("=")
+                settings[name.rpartition(".")[2]] = value.strip("'")
+            options = {"find-links": "UV_FIND_LINKS", "extra-index-url": "UV_INDEX", "index-url": "UV_DEFAULT_INDEX"}
+            variables = {options[name]: value for name, value in settings.items() if name in options}
+            uv = [sys.executable, "-m", "uv"]
+            run = {"check": True, "env": {**os.environ, **variables}, "capture_output": True, "text": True}
+            python = folder / "bin" / "python"
+            subprocess.run([*uv, "venv", "--python", sys.executable, str(folder)], **run)
+            subprocess.run(
+                [*uv, "pip", "install", "--python", str(python), "--index-strategy", "unsafe-best-match",
+                 "--constraints", str(ROOT / "constraints.txt"), *found],
+                **run,
+            )  # fmt: skip
+            made[dependencies] = str(python)
+        return made[dependencies]
+
+    return make
+
+
+def start(python: str, script: str, *arguments, hub=None, folder: Path | None = None):
+    variables = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "PYTHONPATH": ""}
+    if hub is not None:
+        variables |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home")}
+    return subprocess.run(
+        [python, str(ROOT / "hub_scripts" / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=variables,
+        cwd=folder,
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_and_header(script):
+    result = start(sys.executable, script.name, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "hf jobs uv run --flavor" in result.stdout and "uv run hub_scripts/" + script.name in result.stdout
+    assert f"/{script.name}" in re.search(r"https://\S+", result.stdout)[0]
+    assert header(script)["requires-python"] == ">=3.11"
+    assert header(script)["dependencies"][0].startswith("trl-interfere")
+
+
+def check(result, *parts):
+    assert result.returncode == 0, result.stdout + result.stderr
+    for part in parts:
+        assert part in result.stdout
+    assert TOKEN not in result.stdout + result.stderr
+
+
+def run_all(hub, folder, python):
+    """Train, analyse, roll back, publish the metrics and an app."""
+    lab = ("--lab", "--steps", 2, "--prompts", 8, "--order", "math,qa", "--seed", 3)
+    check(
+        start(python("train_sequential.py"), "train_sequential.py", *lab, "--repo", REPO, hub=hub, folder=folder),
+        "verified: tester/model@stage-1-math", "verified: tester/model@stage-2-qa", "verified: tester/model@main",
+    )  # fmt: skip
+    weights = hub.files(REPO, "stage-1-math")["model.safetensors"]
+    assert weights == (folder / "out/stages/1-math/model.safetensors").read_bytes()
+
+    arguments = ("--before", f"{REPO}@stage-1-math", "--after", f"{REPO}@stage-2-qa", "--earlier", "math")
+    arguments += ("--later", "qa", "--lab", "--repo", "tester/report")
+    result = start(python("analyze_checkpoints.py"), "analyze_checkpoints.py", *arguments, hub=hub, folder=folder)
+    check(result, "verified: tester/report", "gradient cosine, whole model")
+    content = json.loads(hub.files("tester/report")["interference/report.json"])
+    assert (content["before"], content["after"]) == (f"{REPO}@stage-1-math", f"{REPO}@stage-2-qa")
+
+    arguments = ("--report", "tester/report", "--repo", REPO, "--budget", 0.1, "--branch", "rollback-math")
+    result = start(python("rollback_and_push.py"), "rollback_and_push.py", *arguments, hub=hub, folder=folder)
+    check(result, "verified: tester/model@rollback-math")
+    repaired = hub.files(REPO, "rollback-math")
+    assert repaired["model.safetensors"] not in (weights, hub.files(REPO, "stage-2-qa")["model.safetensors"])
+    assert b"`damage`" in repaired["README.md"] and "tokenizer.json" in repaired
+
+    arguments = ("--folder", ROOT / "metrics", "--namespace", "tester")
+    result = start(python("publish_metrics.py"), "publish_metrics.py", *arguments, hub=hub, folder=folder)
+    check(result, *(f"verified: tester/{name}" for name in ("forgetting", "recovery", "route_overlap")))
+    assert hub.repo("tester/forgetting", "space").sdk == "gradio"
+
+    deploy_app(hub, folder, python("deploy_space.py"))
+
+
+def deploy_app(hub, folder, python):
+    app = folder / "space"
+    (app / "assets").mkdir(parents=True)
+    (app / "README.md").write_text("---\ntitle: App\nsdk: gradio\napp_file: app.py\n---\n")
+    (app / "app.py").write_text("print('app')\n")
+    (app / "assets" / "a.png").write_bytes(b"\0\1")
+    (app / ".env").write_text("HF_TOKEN=hf_secret")
+    arguments = ("--folder", app, "--repo", "tester/app", "--collection", "A study")
+    check(start(python, "deploy_space.py", *arguments, hub=hub, folder=folder), "verified: 3 files of tester/app")
+    assert set(hub.files("tester/app", kind="space")) == {".gitattributes", "README.md", "app.py", "assets/a.png"}
+    (app / "app.py").unlink()
+    result = start(python, "deploy_space.py", *arguments, hub=hub, folder=folder)
+    assert result.returncode == 1 and "Error: " in result.stderr and "expected app.py" in result.stderr
+
+
+def test_an_app(hub, tmp_path):
+    deploy_app(hub, tmp_path, sys.executable)
+
+
+@pytest.mark.slow  # five processes that import torch, and a run of the lab
+def test_all_scripts_here(hub, tmp_path):
+    run_all(hub, tmp_path, lambda script: sys.executable)
+
+
+@pytest.mark.slow  # installs torch and everything else into two new environments
+def test_all_scripts_in_environments_of_their_own(hub, tmp_path, environment):
+    run_all(hub, tmp_path, lambda script: environment(ROOT / "hub_scripts" / script))
