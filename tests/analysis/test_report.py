@@ -152,7 +152,7 @@ def test_sums_by_layer(report):
 def test_concentration(report):
     report.routes["damage"] = np.array([1.0, 0.5, *[0.0] * 18])
     assert report.concentration == {"0.01": 2 / 3, "0.02": 2 / 3, "0.05": 2 / 3, "0.1": 1.0, "0.32": 1.0}
-    report.attributed = -0.5
+    report.routes["damage"] -= 1
     assert report.concentration == {}
 
 

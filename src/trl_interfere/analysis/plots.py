@@ -108,8 +108,9 @@ def plot_damage_concentration(reports: list[InterferenceReport]) -> Figure:
         damage = np.sort(report.routes["damage"])[::-1]
         shares = 100 * np.arange(1, len(damage) + 1) / len(damage)
         label = f"{report.earlier}, after {', '.join(report.later)}"
-        axes.plot(shares, 100 * np.cumsum(damage) / damage.sum(), color=color, label=label)
-    axes.plot(shares, shares, color="grey", linestyle=":", label="evenly spread")
+        if damage.sum() > 0:  # where there is no damage there is nothing to concentrate
+            axes.plot(shares, 100 * np.cumsum(damage) / damage.sum(), color=color, label=label)
+    axes.plot([0.01, 100], [0.01, 100], color="grey", linestyle=":", label="evenly spread")
     axes.set_xscale("log")
     axes.axvline(2, color="grey", linewidth=0.8)
     axes.set_xlabel("share of routes, most damaged first (%)")

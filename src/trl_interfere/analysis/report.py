@@ -144,7 +144,7 @@ class InterferenceReport:
     @property
     def concentration(self) -> dict[str, float]:
         """Share of the attributed damage in the most damaged routes, by share of the routes; empty without damage."""
-        if not self.attributed > 0:
+        if not self.routes["damage"].sum() > 0:
             return {}
         return {f"{share:g}": top_share(self.routes["damage"], share) for share in TOP_SHARES}
 
@@ -311,7 +311,7 @@ class InterferenceReport:
         later = ", ".join(self.later)
         conflicting, synergistic = self.extreme_module(True), self.extreme_module(False)
         share = "no damage by routes"
-        if self.attributed > 0:
+        if self.concentration:
             share = f"{100 * top_share(self.routes['damage'], 0.02):.1f}% of all attributed damage"
         references = ", ".join(
             f"{name}: {entry['n']} of {entry['considered']} prompts, {entry['tokens']} tokens"
