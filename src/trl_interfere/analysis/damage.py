@@ -296,6 +296,7 @@ def hessian_terms(
         total += dot(route_map, gradient, path.delta if against is None else against, consume=True) * (
             sign / (2 * step)
         )
+        del gradient  # before the next one is made, so that there is one in memory at a time
     return total
 
 
@@ -393,5 +394,6 @@ def attribution(
     for position, weight in zip(positions, weights, strict=True):
         _, gradient = mean_gradient(path.move((position + 1) / 2), batches)
         total += dot(route_map, gradient, path.delta, consume=True) * (weight / 2)
+        del gradient  # before the next one is made, so that there is one in memory at a time
         progress()
     return total
