@@ -321,6 +321,16 @@ class SequentialGRPOTrainer(GRPOTrainer):
             eval_dataset = self.domains[eval_dataset].eval_dataset
         return super().evaluate(eval_dataset, **kwargs)
 
+    def sync_weights(self) -> None:
+        """
+        Hand the present weights to the vLLM engine with the next generation.
+
+        Optimizer steps, stages and resumes do so by themselves. Call it after changing `trainer.model` in any other
+        way, such as by a [`RouteRollback`], and before [`~SequentialGRPOTrainer.evaluate`]: TRL takes weights for the
+        same while the step is the same. Without vLLM there is nothing to do.
+        """
+        self._last_loaded_step = -1
+
     def next_stage(self) -> Stage | None:
         """
         What the run does next, derived from the finished stages alone.
@@ -649,7 +659,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
         self._eval_dataloaders = {}
-        self._last_loaded_step = -1
+        self.sync_weights()
         if self._scaler_state is not None:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
         self._current_train_step_time = 0.0
