@@ -156,6 +156,7 @@ def test_a_resume_in_the_middle_of_a_stage(tmp_path, adapters):
     settings = {**VLLM, "max_steps": 3, **(LORA if adapters == "one" else {})}
     whole = build(tmp_path / "whole", **settings)
     first = watch(whole)
+    base = {name: tensor for name, tensor in weights(whole).items() if "lora_" not in name}
     whole.train()
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "cut", callbacks=[Interrupt("2-writing", 2)], **settings).train()
@@ -166,11 +167,10 @@ def test_a_resume_in_the_middle_of_a_stage(tmp_path, adapters):
     seen = watch(resumed)
     resumed.train(resume_from_checkpoint=True)
     assert [entry[:2] for entry in seen] == [(2, 2)]
-    if adapters == "none":
-        assert seen[0] == first[-1] and seen[0][2] == 0
-        assert_same(weights(whole), weights(resumed))
-    else:
-        assert seen[0][2] < 1e-6
+    assert seen[0] == first[-1]
+    assert_same(weights(whole), weights(resumed))
+    if adapters == "one":  # an adapter goes to the engine without a trace in the weights below it
+        assert_same(base, {name: tensor for name, tensor in weights(whole).items() if "lora_" not in name})
 
 
 OPTIONS = {
@@ -192,7 +192,10 @@ def test_options(tmp_path, name):
         found.extend(completions)
         return [sum(map(ord, completion)) % 97 / 97 for completion in completions]
 
-    domains = [math_domain(reward_funcs=reward), writing_domain(reward_funcs=reward, metric=text_reward)]
+    domains = [
+        math_domain(reward_funcs=reward, metric=text_reward),
+        writing_domain(reward_funcs=reward, metric=text_reward),
+    ]
     overrides = {"writing": {"max_completion_length": 4}}
     trainer = build(tmp_path, domains=domains, **{**VLLM, "max_steps": 1, **OPTIONS[name]}, stage_overrides=overrides)
     trainer.train()
@@ -206,5 +209,5 @@ def test_options(tmp_path, name):
 
 
 def test_a_server_that_is_not_there(tmp_path):
-    with pytest.raises(ConnectionError, match="server"):
+    with pytest.raises(OSError, match="The vLLM server can't be reached at"):
         build(tmp_path, use_vllm=True, vllm_mode="server", vllm_server_port=1, vllm_server_timeout=0.5)
