@@ -190,7 +190,7 @@ _GPU = "needs a GPU"
 _HUB = "is looked at when something is pushed to the Hub, and push_to_hub is refused"
 _OLD = "is the deprecated name of another option"
 _TRACKER = "needs a tracker that is not a dependency"
-_VLLM = "needs vLLM"
+_VLLM = "needs vLLM, see tests/with_vllm"
 NOT_HERE = {
     "output_dir": "differs in every run",
     "ddp_backend": _DDP,
