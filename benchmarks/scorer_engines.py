@@ -113,7 +113,8 @@ def main() -> None:
                 load = os.getloadavg()[0]
                 print(
                     f"{repeat} {engine:12} {tokens} tokens {result['seconds']:.2f} s "
-                    f"{rates[engine][-1]:.0f} tokens/s, load of the model {result['load']:.1f} s, load of the machine {load:.1f}",
+                    f"{rates[engine][-1]:.0f} tokens/s, load of the model {result['load']:.1f} s, "
+                    f"load of the machine {load:.1f}",
                     flush=True,
                 )
     same = [first == second for first, second in zip(*completions.values(), strict=True)]

@@ -413,6 +413,15 @@ def test_options_through_a_resume(tmp_path, name):
     assert rewards[0] == rewards[1]
 
 
+def test_a_resumed_run_may_have_another_server(tmp_path):
+    settings = {"max_steps": 1, "vllm_server_host": "first", "vllm_group_port": 1, "vllm_gpu_memory_utilization": 0.5}
+    build(tmp_path, **settings).train(max_stages=1)
+    settings |= {"vllm_server_host": "second", "vllm_group_port": 2, "vllm_gpu_memory_utilization": 0.2}
+    trainer = build(tmp_path, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert [record.steps for record in trainer.manifest.stages] == [0, 1, 1]
+
+
 def test_a_stream_after_a_dataset(tmp_path):
     rows = [{"prompt": row["prompt"]} for row in lab_rows("writing", "train", 48)]
     stream = writing_domain(reward_funcs=text_reward, train_dataset=Dataset.from_list(rows).to_iterable_dataset())
