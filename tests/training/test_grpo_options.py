@@ -189,7 +189,7 @@ _GPU = "needs a GPU"
 _HUB = "is tried against a local Hub, in tests/hub/test_trainer_push.py"
 _OLD = "is the deprecated name of another option"
 _TRACKER = "needs a tracker that is not a dependency"
-_VLLM = "needs vLLM"
+_VLLM = "needs vLLM, see tests/with_vllm"
 NOT_HERE = {
     "output_dir": "differs in every run",
     "ddp_backend": _DDP,
@@ -411,6 +411,15 @@ def test_options_through_a_resume(tmp_path, name):
         for trainer in (whole, resumed)
     ]
     assert rewards[0] == rewards[1]
+
+
+def test_a_resumed_run_may_have_another_server(tmp_path):
+    settings = {"max_steps": 1, "vllm_server_host": "first", "vllm_group_port": 1, "vllm_gpu_memory_utilization": 0.5}
+    build(tmp_path, **settings).train(max_stages=1)
+    settings |= {"vllm_server_host": "second", "vllm_group_port": 2, "vllm_gpu_memory_utilization": 0.2}
+    trainer = build(tmp_path, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert [record.steps for record in trainer.manifest.stages] == [0, 1, 1]
 
 
 def test_a_stream_after_a_dataset(tmp_path):

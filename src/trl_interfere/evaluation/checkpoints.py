@@ -1,6 +1,7 @@
 """Scores of checkpoints on the domains of a run."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from ..analysis.analyzer import load_model
@@ -22,9 +24,11 @@ from ..training.config import SequentialGRPOConfig
 from ..training.manifest import Manifest, write_atomically
 from .bootstrap import difference
 from .scorer import Scorer
+from .vllm_engine import VLLMEngine
 
 
 SCHEMA_VERSION = 1
+ENGINES = ("transformers", "vllm")
 
 
 def evaluate_checkpoints(
@@ -34,6 +38,7 @@ def evaluate_checkpoints(
     domains: list[str] | None = None,
     split: str = "eval",
     progress: bool = False,
+    engine: str = "transformers",
     **sampling: Any,
 ) -> dict[str, Any]:
     """
@@ -54,6 +59,9 @@ def evaluate_checkpoints(
             `"eval"` or `"selection"`.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar over prompts.
+        engine (`str`, *optional*, defaults to `"transformers"`):
+            What completes the prompts: `"transformers"` or `"vllm"`. A vLLM engine holds the weights in the precision
+            of the training; `vllm_tensor_parallel_size` and `vllm_model_impl` of the file are those of the engine.
         **sampling:
             `temperature`, `num_samples`, `batch_size` and `max_new_tokens` of the [`Scorer`].
 
@@ -61,8 +69,11 @@ def evaluate_checkpoints(
         `dict`: The content of `scores.json`.
 
     Raises:
-        `ValueError`: If the folder is not empty, or a domain or checkpoint does not exist.
+        `ValueError`: If the folder is not empty, a domain or checkpoint does not exist, or the engine is unknown or
+            not installed.
     """
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {list(ENGINES)}, found {engine!r}")
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"{output_dir}: expected an empty or a new folder")
@@ -71,25 +82,49 @@ def evaluate_checkpoints(
     sampling = {**sampling_settings(run), **sampling}
     # In the precision of the training, so that a stage gets the scores that it got there.
     precision = "float16" if settings["fp16"] else "float32" if settings["bf16"] is False else "bfloat16"
-    device = PartialState(cpu=bool(settings["use_cpu"])).device
-    autocast = torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
     dtype = (settings["model_init_kwargs"] or {}).get("dtype", "float32")
+    if engine == "vllm":  # which has no autocast
+        dtype = precision = dtype if precision == "float32" else precision
+    for name in models:  # a name that does not exist must not cost the scores of those before it
+        load_tokenizer(name, trust_remote_code=bool(settings["trust_remote_code"]))
     store = Manifest(output_dir, {})
     results: list[dict[str, Any]] = []
     values: list[dict[str, np.ndarray]] = []
     for position, name in enumerate(models):
-        model, tokenizer = load_checkpoint(name, dtype, trust_remote_code=bool(settings["trust_remote_code"]))
-        scorer = Scorer(
-            tokenizer, chat_template_kwargs=settings["chat_template_kwargs"], progress=progress, **sampling
-        )
-        scores = {}
-        values.append({})
-        for domain, dataset in chosen:
-            with autocast:
-                result = scorer.score(model.to(device), domain, dataset)
-            label = f"{position}-{Path(name).name}"
-            scores[domain.name] = store.write_scores(label, domain.name, result.values, result.completions)
-            values[-1][domain.name] = result.values
+        with ExitStack() as stack:
+            trust = bool(settings["trust_remote_code"])
+            if engine == "vllm":
+                tokenizer = load_tokenizer(name, trust_remote_code=trust)
+            else:
+                model, tokenizer = load_checkpoint(name, dtype, trust_remote_code=trust)
+            scorer = Scorer(
+                tokenizer, chat_template_kwargs=settings["chat_template_kwargs"], progress=progress, **sampling
+            )
+            if engine == "vllm":
+                prompts = (scorer.encode_prompt(row["prompt"]) for _, dataset in chosen for row in dataset)
+                model = VLLMEngine(
+                    name,
+                    dtype=dtype,
+                    max_length=max(map(len, prompts)) + scorer.max_new_tokens,
+                    trust_remote_code=trust,
+                    max_num_seqs=scorer.batch_size,
+                    model_impl=settings["vllm_model_impl"],
+                    tensor_parallel_size=settings["vllm_tensor_parallel_size"],
+                )
+                stack.enter_context(model)
+            else:
+                device = PartialState(cpu=bool(settings["use_cpu"])).device
+                model = model.to(device)
+                stack.enter_context(
+                    torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+                )
+            scores = {}
+            values.append({})
+            for domain, dataset in chosen:
+                result = scorer.score(model, domain, dataset)
+                label = f"{position}-{Path(name).name}"
+                scores[domain.name] = store.write_scores(label, domain.name, result.values, result.completions)
+                values[-1][domain.name] = result.values
         changes = (
             {}
             if position == 0
@@ -100,6 +135,7 @@ def evaluate_checkpoints(
     evaluation = {
         "schema_version": SCHEMA_VERSION,
         "split": split,
+        "engine": engine,
         "sampling": sampling,
         "precision": {"weights": dtype, "autocast": precision},
         "models": results,
@@ -160,15 +196,43 @@ def load_checkpoint(name: str, dtype: str = "float32", trust_remote_code: bool =
     Raises:
         `ValueError`: If there is no such checkpoint.
     """
+    tokenizer = load_tokenizer(name, trust_remote_code)
     folder = checkpoint_folder(name, trust_remote_code)
     try:
         adapter = find_adapter_config_file(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         base = name if adapter is None else PeftConfig.from_pretrained(folder).base_model_name_or_path
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: expected the folder or Hub id of a model or an adapter ({error})") from error
     model = load_model(base, dtype, trust_remote_code=trust_remote_code)
-    return (model if adapter is None else PeftModel.from_pretrained(model, folder).eval()), tokenizer
+    if adapter is None:
+        return model, tokenizer
+    try:
+        return PeftModel.from_pretrained(model, folder).eval(), tokenizer
+    except SafetensorError as error:
+        raise ValueError(f"{name}: expected an adapter in whole safetensors files ({error})") from error
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """
+    Load the tokenizer of a checkpoint.
+
+    Args:
+        name (`str`):
+            Folder or Hub id.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the checkpoint.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`]: The tokenizer.
+
+    Raises:
+        `ValueError`: If there is no such checkpoint.
+    """
+    try:
+        folder = checkpoint_folder(name, trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: expected the folder or Hub id of a model or an adapter ({error})") from error
 
 
 def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Scoring a model on domains with transformers."""
+"""Scoring a model on domains."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl.data_utils import is_conversational
 
 from ..domains.domain import Domain
+from .vllm_engine import VLLMEngine
 
 
 # Settings of generation that a model's own configuration would fill in otherwise, at values that do nothing.
@@ -57,6 +58,8 @@ class Scorer:
     Prompts are sorted by length, batched, completed and handed to the metric of the domain: its `metric`, or the
     weighted sum of the rewards that it is trained with. The same weights always get the same scores: greedy
     completions have no randomness, sampled ones a seed of their own.
+
+    A model is one of transformers, or a checkpoint in a [`VLLMEngine`]; where methods take a `model`, they take both.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -111,12 +114,12 @@ class Scorer:
         self.seed = seed
         self.progress = progress
 
-    def score(self, model: PreTrainedModel, domain: Domain, dataset: Dataset) -> DomainScores:
+    def score(self, model: PreTrainedModel | VLLMEngine, domain: Domain, dataset: Dataset) -> DomainScores:
         """
         Score a model on one dataset of a domain.
 
         Args:
-            model ([`~transformers.PreTrainedModel`]):
+            model ([`~transformers.PreTrainedModel`] or [`VLLMEngine`]):
                 The model.
             domain ([`Domain`]):
                 Supplies the metric.
@@ -132,14 +135,16 @@ class Scorer:
         completion_ids = self.complete_ids(model, [row["prompt"] for row in self._repeated(dataset)])
         return self._scores(domain, dataset, completion_ids)
 
-    def score_distributed(self, model: PreTrainedModel, domain: Domain, dataset: Dataset, accelerator) -> DomainScores:
+    def score_distributed(
+        self, model: PreTrainedModel | VLLMEngine, domain: Domain, dataset: Dataset, accelerator
+    ) -> DomainScores:
         """
         Like [`~Scorer.score`], with the prompts shared out between processes; every process gets all scores.
 
         The metric is called by the main process alone.
 
         Args:
-            model ([`~transformers.PreTrainedModel`]):
+            model ([`~transformers.PreTrainedModel`] or [`VLLMEngine`]):
                 The model.
             domain ([`Domain`]):
                 Supplies the metric.
@@ -182,12 +187,12 @@ class Scorer:
         values = apply_metric(domain, self._repeated(dataset), completions, completion_ids)
         return DomainScores(values=values.reshape(-1, self.num_samples).mean(axis=1), completions=completions)
 
-    def complete(self, model: PreTrainedModel, prompts: list[Any]) -> list[str]:
+    def complete(self, model: PreTrainedModel | VLLMEngine, prompts: list[Any]) -> list[str]:
         """
         Complete prompts.
 
         Args:
-            model ([`~transformers.PreTrainedModel`]):
+            model ([`~transformers.PreTrainedModel`] or [`VLLMEngine`]):
                 The model.
             prompts (`list`):
                 Plain or conversational prompts.
@@ -197,12 +202,12 @@ class Scorer:
         """
         return self.tokenizer.batch_decode(self.complete_ids(model, prompts), skip_special_tokens=True)
 
-    def complete_ids(self, model: PreTrainedModel, prompts: list[Any]) -> list[list[int]]:
+    def complete_ids(self, model: PreTrainedModel | VLLMEngine, prompts: list[Any]) -> list[list[int]]:
         """
         Complete prompts, as token ids up to and including the end token.
 
         Args:
-            model ([`~transformers.PreTrainedModel`]):
+            model ([`~transformers.PreTrainedModel`] or [`VLLMEngine`]):
                 The model.
             prompts (`list`):
                 Plain or conversational prompts.
@@ -210,10 +215,16 @@ class Scorer:
         Returns:
             `list[list[int]]`: One list of token ids per prompt, in their order.
         """
-        end_ids = model.generation_config.eos_token_id
+        with_vllm = isinstance(model, VLLMEngine)
+        end_ids = model.end_ids if with_vllm else model.generation_config.eos_token_id
         end_ids = list(end_ids) if isinstance(end_ids, (list, tuple)) else [] if end_ids is None else [end_ids]
         if self.tokenizer.eos_token_id not in end_ids:
             end_ids.append(self.tokenizer.eos_token_id)
+        encoded = [self.encode_prompt(prompt) for prompt in prompts]
+        if with_vllm:
+            return model.complete_ids(
+                encoded, self.max_new_tokens, end_ids, self.temperature, self.seed, self.progress
+            )
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else end_ids[0]
         generation_config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
@@ -227,7 +238,6 @@ class Scorer:
             bos_token_id=self.tokenizer.bos_token_id,
             disable_compile=True,
         )
-        encoded = [self.encode_prompt(prompt) for prompt in prompts]
         order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index]), index))
         completed: list[list[int]] = [[]] * len(encoded)
         with _evaluation_mode(model), torch.random.fork_rng(), torch.no_grad():

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
+from trl.import_utils import is_vllm_available
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
@@ -39,6 +41,7 @@ from .callbacks import StageCallback
 from .config import STAGE_OPTIONS, SequentialGRPOConfig
 from .domain_rewards import RewardError, mask_reward, reward_name
 from .manifest import Manifest, StageRecord, stage_name
+from .merged_parameters import merged_parameters
 from .resume_state import epochs_done, last_whole_checkpoint, load_resume_state, save_resume_state
 from .schedule import Stage, build_schedule
 from .stage_adapters import (
@@ -63,6 +66,8 @@ _HARMLESS_OPTIONS = {
     "project", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "save_on_each_node",
     "save_only_model", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics",
     "stage_overrides", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
+    "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization", "vllm_group_port", "vllm_server_base_url",
+    "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
 }  # fmt: skip
 
 _HOLDS_A_RUN = (
@@ -200,6 +205,10 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 "kl_reference: 'stage' is not supported with adapter_per_stage, TRL measures from a single adapter or "
                 "from none"
             )
+        if args.use_vllm and not is_vllm_available():
+            raise ValueError(
+                "use_vllm: expected vLLM, which is not installed: pip install 'trl-interfere[vllm]', or leave it out"
+            )
         first = self.domains[self.schedule[0].domain]
         self._stage: tuple[int, Stage] | None = None  # position and stage that is being trained
         self._unfinished = False  # whether a stage was left with weights that no record stands for
@@ -219,6 +228,10 @@ class SequentialGRPOTrainer(GRPOTrainer):
             **kwargs,
         )
         args.reward_weights = None
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.use_vllm and is_peft_model(self.model) and not sharded:
+            # TRL adds the adapter to the weights and takes it away again, which rounds them a little each time.
+            self.vllm_generation._iter_named_params = partial(merged_parameters, self.model)
         if any(isinstance(self.domains[stage.domain].train_dataset, IterableDataset) for stage in self.schedule):
             self.accelerator.dataloader_config.dispatch_batches = False  # TRL looks at the first dataset only
         scaler = self.accelerator.scaler
@@ -333,6 +346,16 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 )
             eval_dataset = self.domains[eval_dataset].eval_dataset
         return super().evaluate(eval_dataset, **kwargs)
+
+    def sync_weights(self) -> None:
+        """
+        Hand the present weights to the vLLM engine with the next generation.
+
+        Optimizer steps, stages and resumes do so by themselves. Call it after changing `trainer.model` in any other
+        way, such as by a [`RouteRollback`], and before [`~SequentialGRPOTrainer.evaluate`]: TRL takes weights for the
+        same while the step is the same. Without vLLM there is nothing to do.
+        """
+        self._last_loaded_step = -1
 
     def next_stage(self) -> Stage | None:
         """
@@ -671,7 +694,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
         self._eval_dataloaders = {}
-        self._last_loaded_step = -1
+        self.sync_weights()
         if self._scaler_state is not None:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
         self._current_train_step_time = 0.0

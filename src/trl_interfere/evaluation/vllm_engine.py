@@ -1,0 +1,189 @@
+"""A checkpoint in a vLLM engine, for a [`Scorer`] to complete prompts with."""
+
+import gc
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from peft import PeftConfig
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import find_adapter_config_file
+
+
+class VLLMEngine:
+    """
+    A checkpoint in a [vLLM](https://docs.vllm.ai) engine of its own: whole weights, or a LoRA adapter over the model
+    that it names.
+
+    It goes where a [`Scorer`] takes a model, and completes many more tokens per second where prompts are many or long.
+    In float32 its greedy completions are those of transformers; in bfloat16 the two round differently, and close
+    choices between tokens may fall the other way.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from trl_interfere import Scorer
+    >>> from trl_interfere.evaluation.vllm_engine import VLLMEngine
+
+    >>> with VLLMEngine("out/stages/1-math", dtype="bfloat16") as engine:
+    ...     scores = Scorer(AutoTokenizer.from_pretrained("out/stages/1-math")).score(engine, math, math.eval_dataset)
+    ```
+
+    Args:
+        name (`str` or `pathlib.Path`):
+            Folder or Hub id of a model or a LoRA adapter.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Data type of the weights and of the computation.
+        max_length (`int`, *optional*):
+            Most tokens of a prompt and its completion together. Defaults to what the model allows; less of it saves
+            memory.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the checkpoint.
+        **kwargs:
+            Further arguments of `vllm.LLM`, such as `gpu_memory_utilization` and `tensor_parallel_size`.
+
+    Raises:
+        `ValueError`: If vLLM is not installed, there is no such checkpoint, or its adapter is none that vLLM can use.
+    """
+
+    def __init__(
+        self,
+        name: str | Path,
+        dtype: str = "float32",
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ):
+        try:
+            from vllm import LLM
+            from vllm.config.lora import MaxLoRARanks
+            from vllm.lora.request import LoRARequest
+        except ImportError as error:
+            raise ValueError(
+                f"engine: 'vllm' needs vLLM (pip install 'trl-interfere[vllm]'), which cannot be imported ({error})"
+            ) from error
+        name = checkpoint_folder(name, trust_remote_code)
+        self._adapter = None
+        base = name
+        try:
+            if find_adapter_config_file(name) is not None:
+                adapter = PeftConfig.from_pretrained(name)
+                base = adapter.base_model_name_or_path
+                ranks = get_args(MaxLoRARanks)
+                _check_adapter(name, adapter, max(ranks))
+                kwargs.update(enable_lora=True, max_loras=1, max_lora_rank=min(r for r in ranks if r >= adapter.r))
+                self._adapter = LoRARequest("adapter", 1, name)
+            config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise ValueError(f"{name}: expected the folder or Hub id of a model or an adapter ({error})") from error
+        try:
+            ends = GenerationConfig.from_pretrained(base).eos_token_id
+        except OSError:  # a model without a file of its own for generation
+            ends = config.get_text_config().eos_token_id
+        self.end_ids = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+        self.name = name
+        self.llm = LLM(
+            model=base, dtype=dtype, max_model_len=max_length, trust_remote_code=trust_remote_code, **kwargs
+        )
+        self.max_length = self.llm.llm_engine.model_config.max_model_len
+
+    def __enter__(self) -> "VLLMEngine":
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
+            gc.collect()
+
+    def complete_ids(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        end_ids: list[int],
+        temperature: float = 0.0,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> list[list[int]]:
+        """
+        Complete prompts, as token ids up to and including the end token.
+
+        Args:
+            prompts (`list[list[int]]`):
+                Token ids of each prompt.
+            max_new_tokens (`int`):
+                Maximum length of a completion.
+            end_ids (`list[int]`):
+                Tokens that end a completion.
+            temperature (`float`, *optional*, defaults to `0.0`):
+                Temperature of sampling; 0 is greedy.
+            seed (`int`, *optional*, defaults to `0`):
+                Seed of sampling. Each prompt has a random stream of its own, by its position.
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a progress bar over prompts.
+
+        Returns:
+            `list[list[int]]`: One list of token ids per prompt, in their order.
+
+        Raises:
+            `ValueError`: If a prompt and its completion may be longer than the engine allows.
+        """
+        from vllm import SamplingParams
+
+        longest = max(map(len, prompts), default=0)
+        if longest + max_new_tokens > self.max_length:
+            raise ValueError(
+                f"{self.name}: expected at most {self.max_length} tokens (max_length of the engine), found a prompt "
+                f"of {longest} and max_new_tokens={max_new_tokens}"
+            )
+        seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()
+        # Everything that a model's own configuration would fill in is named, as the Scorer does with transformers.
+        sampling = [
+            SamplingParams(
+                max_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=1.0,
+                top_k=0,
+                min_p=0.0,
+                repetition_penalty=1.0,
+                seed=own if temperature > 0 else None,
+                stop_token_ids=end_ids,
+                ignore_eos=True,  # the end tokens are those above, and no others
+                detokenize=False,
+            )
+            for own in seeds
+        ]
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=progress, lora_request=self._adapter
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def _check_adapter(name: str, adapter: PeftConfig, most: int) -> None:
+    """Refuse an adapter that vLLM would refuse, or leave a part of out."""
+    kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+    if kind != "LORA":
+        raise ValueError(f"{name}: expected a LoRA adapter for vLLM, found {kind}; use engine='transformers'")
+    # vLLM scales every module by the one `lora_alpha` and `r`.
+    for option in (
+        "use_dora",
+        "modules_to_save",
+        "trainable_token_indices",
+        "lora_bias",
+        "rank_pattern",
+        "alpha_pattern",
+    ):
+        if getattr(adapter, option, None):
+            raise ValueError(
+                f"{name}: expected a plain LoRA adapter for vLLM, found {option}={getattr(adapter, option)!r}; use "
+                "engine='transformers'"
+            )
+    if adapter.bias != "none":
+        raise ValueError(f"{name}: expected bias='none' in a LoRA for vLLM, found {adapter.bias!r}")
+    if adapter.r > most:
+        raise ValueError(f"{name}: expected a LoRA of rank {most} at most for vLLM, found {adapter.r}")
