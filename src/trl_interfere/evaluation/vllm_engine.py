@@ -9,6 +9,8 @@ from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import find_adapter_config_file
 
+from ..hub.pull import checkpoint_folder
+
 
 class VLLMEngine:
     """
