@@ -237,7 +237,11 @@ def analyze(
     for name in (earlier, *names):
         if name not in domains:
             raise ValueError(f"unknown domain {name!r}, {config} has {sorted(domains)}")
-    settings = build_dataclass(InterferenceConfig, run.analysis, f"{config}, analysis")
+    # Completions are as long as in the training, where the file does not say otherwise.
+    longest = run.training.get("max_completion_length")
+    analysis = {**({"max_new_tokens": longest} if longest else {}), **run.analysis}
+    settings = build_dataclass(InterferenceConfig, analysis, f"{config}, analysis")
+    output_dir.mkdir(parents=True, exist_ok=True)  # an analysis must not be lost to a folder that cannot be made
     analyzer = InterferenceAnalyzer.from_pretrained(before, after, base=base, config=settings, dtype=dtype)
     passes = analyzer.passes(later=len(names))
     columns = (
@@ -364,7 +368,9 @@ def sweep(
     from .analysis.report import InterferenceReport
     from .domains.loading import load_run_file
     from .repair.bench import RepairBench
+    from .repair.choice import locate_checkpoint
     from .repair.plots import plot_sweep
+    from .repair.sweep import check_settings
     from .repair.sweep import sweep as run_sweep
     from .training.manifest import write_atomically
 
@@ -375,13 +381,20 @@ def sweep(
             raise ValueError(f"--{option}: expected numbers separated by commas, found {text!r}") from None
 
     found = InterferenceReport.from_pretrained(report)
+    names, shares, parts = listed(criteria, "criteria"), listed(budgets, "budgets", float), listed(scopes, "scopes")
+    check_settings(names, shares, parts, draws)
+    before, after = (
+        locate_checkpoint(name, report) if given is None else given
+        for given, name in ((before, found.before), (after, found.after))
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
     bench = RepairBench.from_run(load_run_file(config), found, before, after, progress=sys.stderr.isatty())
     console = Console(stderr=True)
     result = run_sweep(
         bench,
-        listed(criteria, "criteria"),
-        listed(budgets, "budgets", float),
-        listed(scopes, "scopes"),
+        names,
+        shares,
+        parts,
         draws=draws,
         max_drop=max_drop,
         path=output_dir / "sweep.json",

@@ -66,7 +66,7 @@ def test_every_claim_has_its_figure_and_its_control(report):
         ),
         (low, "attributed damage in the most damaged routes"): (
             "66.7% in 1%, 100.0% in 2%, 100.0% in 5%, 100.0% in 10%, 100.0% in 32%",
-            "evenly spread: each share equals the share of routes",
+            "evenly spread: each share equals the share of routes; above 100% other routes were improved",
         ),
         (low, "second-order damage in the top 2 eigenvectors of route space"): (
             "75.0% of +2.0e-02",

@@ -165,7 +165,15 @@ def _concentration(report: "InterferenceReport") -> list[Claim]:
             f"{_percent(part)} in {100 * float(share):g}%" for share, part in report.concentration.items()
         )
         figure = "attributed damage in the most damaged routes"
-        rows.append(Claim(claim, figure, value, "evenly spread: each share equals the share of routes", paper))
+        rows.append(
+            Claim(
+                claim,
+                figure,
+                value,
+                "evenly spread: each share equals the share of routes; above 100% other routes were improved",
+                paper,
+            )
+        )
     if report.subspace is not None:
         found, random = report.subspace["update"], report.subspace["random"]
         count = len(found["eigenvalues"])

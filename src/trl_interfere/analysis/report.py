@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..hub.pull import REPORT_FOLDER, report_folder
@@ -303,7 +304,10 @@ class InterferenceReport:
             del content[name]
         if repo_id is not None:
             content |= {key: published_checkpoint(content[key], repo_id) for key in ("before", "after", "base")}
-        routes = load_file(folder / ROUTES_NAME)
+        try:
+            routes = load_file(folder / ROUTES_NAME)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / ROUTES_NAME}: expected a whole safetensors file ({error})") from error
         return cls(**content, directions=routes.pop(DIRECTIONS, None), routes=routes)
 
     def to_markdown(self) -> str:

@@ -2,11 +2,12 @@
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -86,6 +87,10 @@ def load_run_file(path: str | Path) -> RunFile:
     if not isinstance(content["domains"], list) or not content["domains"]:
         raise ValueError(f"{path}, domains: expected a list of domains, found {content['domains']!r}")
 
+    # Functions of the file are looked for beside it: a console script has no folder of the user on its path.
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        sys.path.append(folder)
     training = _mapping(content.get("training"), f"{path}, training")
     overrides = _mapping(training.get("stage_overrides"), f"{path}, training.stage_overrides")
     domains = []
@@ -161,9 +166,40 @@ def build_dataclass(cls: type, settings: dict[str, Any], where: str) -> Any:
     """
     check_names(settings, [entry.name for entry in fields(cls) if entry.init], where)
     try:
-        return cls(**settings)
+        return cls(**numbers(cls, settings, where))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def numbers(cls: type, settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """
+    Settings with numbers where numbers belong: YAML 1.1 reads `5e-3`, without a point, as a text.
+
+    Args:
+        cls (`type`):
+            A dataclass.
+        settings (`dict`):
+            Settings by name.
+        where (`str`):
+            Where they stand, for the message.
+
+    Returns:
+        `dict`: The settings.
+
+    Raises:
+        `ValueError`: If a number was expected and a text is there.
+    """
+    types, found = get_type_hints(cls), dict(settings)
+    for name, value in settings.items():
+        allowed = set(get_args(types.get(name))) or {types.get(name)}
+        if isinstance(value, str) and str not in allowed and allowed <= {int, float, bool, type(None)}:
+            try:
+                found[name] = yaml.safe_load(value) if float not in allowed else float(value)
+            except ValueError:
+                raise ValueError(f"{where}, {name}: expected a number, found {value!r}") from None
+            if isinstance(found[name], str):
+                raise ValueError(f"{where}, {name}: expected a number, found {value!r}")
+    return found
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -269,6 +305,8 @@ def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
     """
     split = source.get("split", "train")
     local = folder / str(source["path"])
+    if local.suffix in _FILE_TYPES and not local.exists():
+        raise ValueError(f"{where}: expected a file, found none at {local}")
     try:
         if local.is_file():
             if local.suffix not in _FILE_TYPES:

@@ -56,6 +56,7 @@ SEARCHED_STEPS = (1.0, 1.5, 2.0)
 CURVE_BUDGETS = (0.005, 0.08, 0.32)
 SUBSPACE_SIZE = 6  # of the pair that the repairs are for
 SUBSPACE_PROMPTS = 64
+ORDER_NAME = ".order.json"  # analyses and repairs are of pairs of one order
 
 
 def check_order(order: list[str]) -> None:
@@ -120,6 +121,13 @@ class Lab:
         visible = [path for path in self.folder.glob("*") if not path.name.startswith(".")]
         if visible and not (self.folder / "stages.json").exists():
             raise ValueError(f"{self.folder}: holds files that are not of a lab run, choose another output folder")
+        if (self.folder / ORDER_NAME).exists():
+            found = json.loads((self.folder / ORDER_NAME).read_text())
+            if found != self.order:
+                raise ValueError(
+                    f"{self.folder}: holds a run of the lab with the order {','.join(found)}, found "
+                    f"{','.join(self.order)}; choose another output folder"
+                )
         self.seed = seed
         self.steps = steps
         self.progress = progress or LabProgress(quiet=True)
@@ -135,6 +143,8 @@ class Lab:
             `dict`: Content of `results.json`.
         """
         trainer = self._trainer()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / ORDER_NAME, json.dumps(self.order) + "\n")
         self._train(trainer)
         pairs, reports = self._analyze(trainer.manifest.stages)
         rollback = self._roll_back(trainer, pairs, reports)
@@ -353,7 +363,7 @@ class Lab:
         self.progress.end()
         stages = trainer.manifest.stages
         if stages[-1].kind != "refresh":
-            return None  # nothing was lost
+            return None  # nothing was lost, or no more than max_drop or noise
         read = trainer.manifest.read_scores
         peak = next(record for record in stages if record.domain == self.earlier)
         damaged, repaired = stages[-2], stages[-1]

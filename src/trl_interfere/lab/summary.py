@@ -148,6 +148,8 @@ the later domains owe it. `interpolation` takes back a share (the step) of all w
 
 {_markdown(*_rollback_rows(results))}
 
+{"" if results["refresh"] else "There was no refresh: no domain fell by more than 2 points with an interval above 0."}
+
 ![Rollback](figures/rollback_curve.png)
 
 ## The claims of arXiv 2606.02398

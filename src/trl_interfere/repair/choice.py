@@ -163,8 +163,10 @@ def choose_routes(
             )
         return _search(rollback, before, after, report, run, base, description, dtype, progress, settings)
     routes = rollback.select(measures, route_map, _parameters(model, route_map))
-    if report is not None and report.damage:
-        settings["share_of_damage"] = float(report.routes["damage"][routes].sum() / report.damage)
+    if report is not None:
+        settings["damage"] = report.damage
+        if report.damage > 0:
+            settings["share_of_damage"] = float(report.routes["damage"][routes].sum() / report.damage)
     return RouteChoice(routes, float(rollback.step), settings)
 
 

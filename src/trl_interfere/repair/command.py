@@ -211,6 +211,8 @@ def _summary(record: dict[str, Any], choice: RouteChoice) -> Table:
     table.add_row("step", f"{min(steps):.3g} to {max(steps):.3g}" if isinstance(steps, list) else f"{steps:g}")
     if "share_of_damage" in choice.settings:
         table.add_row("damage attributed to them", f"{100 * choice.settings['share_of_damage']:.1f}%")
+    if choice.settings.get("damage", 1) <= 0:
+        table.add_row("note", "the report found no damage: there was nothing to repair")
     if "tensors" in record:
         entries = record["tensors"].values()
         table.add_row("tensors", str(len(entries)))

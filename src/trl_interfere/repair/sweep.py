@@ -1,5 +1,6 @@
 """Recovery against budget: every criterion and control, each at its own best step."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,13 +32,16 @@ class Sweep:
             For each repair `seed`, `order`, `criterion`, `scope`, `budget`, `step_rule` (`"fixed"` or `"best"`),
             `step`, `protection` and the fields of [`RepairBench.figures`], among them `recovered`, `low`, `high`,
             `collateral` and `split`.
+        settings (`dict`, *optional*):
+            What the rows were measured on and with: rows of another sweep are not continued.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the rows as JSON."""
-        content = {"schema_version": SCHEMA_VERSION, "rows": self.rows}
+        content = {"schema_version": SCHEMA_VERSION, "settings": self.settings, "rows": self.rows}
         write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -46,7 +50,7 @@ class Sweep:
         content = read_json(Path(path), SCHEMA_VERSION)
         if not isinstance(content.get("rows"), list):
             raise ValueError(f"{path}: expected a list of rows, found {type(content.get('rows')).__name__}")
-        return cls(content["rows"])
+        return cls(content["rows"], content.get("settings"))
 
     def pareto(self) -> list[dict[str, Any]]:
         """
@@ -152,16 +156,28 @@ def sweep(
     Raises:
         `ValueError`: If a setting is out of range.
     """
-    if draws < 1:
-        raise ValueError(f"draws: expected at least 1, found {draws}")
-    for criterion in criteria:
-        if criterion not in CRITERIA and criterion not in PROTECTED:
-            raise ValueError(f"criteria: expected some of {[*CRITERIA, *PROTECTED]}, found {criterion!r}")
-    for budget in budgets:  # refused before anything is measured
-        for scope in scopes:
-            RouteRollback(budget=budget, scope=scope)
+    check_settings(criteria, budgets, scopes, draws)
     labels = {"seed": None, "order": None} if labels is None else labels
-    result = Sweep.load(path) if path is not None and Path(path).exists() else Sweep()
+    settings = {
+        "report": hashlib.sha256(bench.report.routes["damage"].tobytes()).hexdigest(),
+        "earlier": bench.report.earlier,
+        "later": bench.report.later,
+        "draws": draws,
+        "max_drop": max_drop,
+        "steps": list(steps),
+        "protections": list(protections),
+    }
+    result = Sweep(settings=settings)
+    if path is not None and Path(path).exists():
+        result = Sweep.load(path)
+        found = result.settings or settings
+        differing = [name for name in settings if found.get(name) != settings[name]]
+        if differing:
+            raise ValueError(
+                f"{path}: holds another sweep; "
+                + "; ".join(f"{name}: expected {settings[name]!r}, found {found.get(name)!r}" for name in differing)
+            )
+        result.settings = settings
     done = {_key(row) for row in result.rows}
     for scope in scopes:
         for budget in budgets:
@@ -177,6 +193,38 @@ def sweep(
                     if path is not None:
                         result.save(path)
     return result
+
+
+def check_settings(
+    criteria: list[str] | tuple[str, ...],
+    budgets: list[float] | tuple[float, ...],
+    scopes: list[str] | tuple[str, ...],
+    draws: int,
+) -> None:
+    """
+    Refuse what [`sweep`] cannot measure, before anything is loaded.
+
+    Args:
+        criteria (`list[str]`):
+            Criteria.
+        budgets (`list[float]`):
+            Budgets.
+        scopes (`list[str]`):
+            Scopes.
+        draws (`int`):
+            Draws of each control.
+
+    Raises:
+        `ValueError`: If one of them is out of range.
+    """
+    if draws < 1:
+        raise ValueError(f"draws: expected at least 1, found {draws}")
+    for criterion in criteria:
+        if criterion not in CRITERIA and criterion not in PROTECTED:
+            raise ValueError(f"criteria: expected some of {[*CRITERIA, *PROTECTED]}, found {criterion!r}")
+    for budget in budgets:
+        for scope in scopes:
+            RouteRollback(budget=budget, scope=scope)
 
 
 def _key(row: dict[str, Any]) -> tuple:
