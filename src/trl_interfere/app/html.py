@@ -1,5 +1,6 @@
 """Pieces of the page. Whatever comes from a run, a model or a visitor is escaped here."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -102,4 +103,5 @@ def card(text: str) -> str:
     """
     if text.startswith("---\n") and "\n---\n" in text[4:]:
         text = text[4:].split("\n---\n", 1)[1]  # metadata
+    text = re.sub(r"!\[[^\]]*\](\([^)]*\)|\[[^\]]*\])?", "", text)
     return text.replace("![", "[").replace("&", "&amp;").replace("<", "&lt;")

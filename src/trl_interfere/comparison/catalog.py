@@ -164,6 +164,20 @@ def store_upload(files: Sequence[Path], folder: Path | None = None) -> tuple[str
     return f"upload: {report.earlier[:40]} after {', '.join(report.later)[:60]}", folder
 
 
+def is_packed_lab(folder: Path) -> bool:
+    """
+    Whether a folder holds a run of the lab with packed weights, see [`~lab.packed.pack`].
+
+    Args:
+        folder (`pathlib.Path`):
+            The folder.
+
+    Returns:
+        `bool`: `True` if it does.
+    """
+    return any(folder.glob("stages/*/delta.safetensors")) and any(folder.glob(f"analysis/*/{REPORT_NAME}"))
+
+
 def _runs_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder, found none")

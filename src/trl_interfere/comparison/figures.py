@@ -64,7 +64,8 @@ def to_svg(figure: Figure) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     width = float(re.search(r'width="([\d.]+)pt"', svg)[1])
-    svg = re.sub(r'<svg (.*?)width="[\d.]+pt"', rf'<svg role="img" style="min-width:{width * 0.9:.0f}px" \1', svg, count=1)
+    style = f"min-width:{0.9 * width:.0f}px;max-width:{1.6 * width:.0f}px"  # readable on a phone, not huge on a wall
+    svg = re.sub(r'<svg (.*?)width="[\d.]+pt"', rf'<svg role="img" style="{style}" \1', svg, count=1)
     svg = re.sub(r'height="[\d.]+pt" ', "", svg, count=1)
     return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
 

@@ -63,7 +63,7 @@ def tell(run: StoredRun, report: InterferenceReport | None = None) -> list[State
             Statement(
                 "What broke",
                 f"−{lost:.0f} points" if lost > 0 else "nothing",
-                f"{domain} scored {peak['value']:.0f} of 100 after its own stage and {end['value']:.0f} after {later}.",
+                f"The skill {domain} scored {peak['value']:.0f} of 100 after its own stage and {end['value']:.0f} after {later}.",
                 f"95% intervals {peak['low']:.0f} to {peak['high']:.0f} and {end['low']:.0f} to {end['high']:.0f}, "
                 f"{int(end['n'])} unseen prompts.",
             )

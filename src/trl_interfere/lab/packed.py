@@ -2,15 +2,15 @@
 
 import shutil
 from pathlib import Path
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from typing import TYPE_CHECKING
 
 from ..analysis.report import REPORT_NAME, ROUTES_NAME
 from ..training.manifest import MANIFEST_NAME, read_json
-from .build import MODEL_FOLDER
+
+
+# Pages list the stages of a packed run: torch is loaded where weights are.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 DELTA_NAME = "delta.safetensors"
@@ -41,6 +41,12 @@ def pack(run: Path, folder: Path, stages: list[str] | None = None, scores: bool 
     Raises:
         `ValueError`: If the run has not finished.
     """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from .build import MODEL_FOLDER
+
     for name in FILES:
         if not (run / name).is_file():
             raise ValueError(f"{run}: expected a finished run of the lab with {name}, found none")
@@ -91,7 +97,7 @@ def packed_stages(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.glob(f"stages/*/{DELTA_NAME}"))
 
 
-def load_packed(folder: Path, stage: str | None = None) -> PreTrainedModel:
+def load_packed(folder: Path, stage: str | None = None) -> "PreTrainedModel":
     """
     The model after a stage.
 
@@ -107,6 +113,12 @@ def load_packed(folder: Path, stage: str | None = None) -> PreTrainedModel:
     Raises:
         `ValueError`: If the weights of the stage were not packed.
     """
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    from .build import MODEL_FOLDER
+
     if stage is not None and stage not in packed_stages(folder):
         raise ValueError(f"{folder}: expected one of the stages {packed_stages(folder)}, found {stage!r}")
     model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
