@@ -270,9 +270,9 @@ class StoredRun:
         if "rollback" not in results and repair_path:
             results["rollback"] = _read(repair_path, 1).get("rows")
         run = cls(name, folder, [], reports, {}, find(*CARDS))
-        run.stages = _checked_stages(stages or [])
+        run.stages = _checked_stages([] if stages is None else stages)
         run.results = {
-            "rollback": _checked_rollback(results.get("rollback") or []),
+            "rollback": _checked_rollback(results.get("rollback", [])),
             "refresh": _checked_refresh(results.get("refresh")),
             "changed": _checked_changed(results.get("edits")),
             "seed": results.get("seed") if isinstance(results.get("seed"), int) else None,
