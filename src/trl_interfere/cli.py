@@ -262,7 +262,9 @@ def compare(
     try:
         from .app.page import build_page, launch
     except ImportError as error:
-        raise ValueError(f"compare: expected the extra 'space', pip install 'trl-interfere[space]' ({error})") from error
+        raise ValueError(
+            f"compare: expected the extra 'space', pip install 'trl-interfere[space]' ({error})"
+        ) from error
     from .comparison.catalog import is_packed_lab
 
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torch is loaded when a model is asked

@@ -11,7 +11,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 SCREENSHOTS = Path(__file__).parent / "screenshots"  # git-ignored; to be looked at
 DATA = Path(__file__).parents[2] / "space" / "data" / "lab"
-WAIT = 90_000  # milliseconds; a limit, not a measurement
+WAIT = 30_000  # milliseconds; a limit, not a measurement
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,9 @@ def serve():
 @pytest.fixture(scope="session")
 def chromium():
     """A headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="the page is driven by playwright, which is missing")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="the page is driven by playwright, which is missing"
+    )
     if not Path(CHROMIUM).exists():
         pytest.skip(f"no Chromium at {CHROMIUM}: apt-get install -y --no-install-recommends chromium, or set CHROMIUM")
     with playwright.sync_playwright() as driver:

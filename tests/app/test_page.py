@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -11,9 +12,8 @@ from trl_interfere.app.page import EXAMPLE, ROLLED_BACK, VIEWS
 from trl_interfere.comparison import tables
 from trl_interfere.comparison.stored_run import StoredRun
 
-from .conftest import DATA
 
-
+DATA = Path(__file__).parents[2] / "space" / "data" / "lab"
 LAB = "lab · 0-math-after-qa-writing"
 HOSTILE = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>${window.hacked=1}"
 
@@ -91,7 +91,7 @@ def test_first_screen(visit, address, shoot):
     bottom = page.locator(".ti-cards").bounding_box()
     assert bottom["y"] + bottom["height"] < 900  # without scrolling
     lines = page.locator("#story svg")
-    assert {"code", "math", "qa", "writing"} <= set(lines.locator("text").all_inner_texts())
+    assert {"code", "math", "qa", "writing"} <= set(lines.locator("text").all_text_contents())
     shoot(page, "story-desktop")
 
 
@@ -102,7 +102,9 @@ def test_phone_and_dark_mode(visit, address, shoot, scheme):
     for tab in ("story", "compare", "try", "rollback"):
         page = phone
         page.goto(f"{address}?__theme={scheme}&tab={tab}")
-        page.wait_for_selector({"story": ".ti-card", "compare": "#plot svg", "try": "#ask", "rollback": "#budget"}[tab])
+        page.wait_for_selector(
+            {"story": ".ti-card", "compare": "#plot svg", "try": "#ask", "rollback": "#budget"}[tab]
+        )
         page.wait_for_timeout(500)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), tab
         shoot(page, f"{tab}-phone-{scheme}")
@@ -128,7 +130,7 @@ def test_compare_two_models_in_every_view(visit, address, shoot):
         elif view == "card":
             assert page.locator("#card h1").count() >= 2
         else:
-            shown = page.locator("#plot svg").inner_text() if view != "overlaps" else "lab second"
+            shown = page.locator("#plot svg").text_content() if view != "overlaps" else "lab second"
             assert "lab" in shown and "second" in shown, view
         shoot(page, f"compare-{view}")
 
@@ -136,10 +138,12 @@ def test_compare_two_models_in_every_view(visit, address, shoot):
 def test_table_is_filtered(visit, address, shoot):
     page = compare(visit, address, "lab", view="table")
     page.wait_for_selector("#table table")
-    rows = page.locator("#table tbody tr:visible")
-    before = rows.count()
-    page.locator("#table input").first.fill("writing")
-    page.wait_for_function("(n) => document.querySelectorAll('#table tbody tr').length < n", arg=before)
+    assert "0-base" in page.locator("#table").inner_text()
+    field = page.locator("#table input:visible").first
+    field.fill("2-math")
+    field.press("Enter")
+    page.wait_for_function("() => !document.querySelector('#table').innerText.includes('0-base')")
+    assert "2-math" in page.locator("#table").inner_text()
     shoot(page, "table-filtered")
 
 
@@ -170,7 +174,7 @@ def test_link_restores_the_view(visit, address):
     link = page.locator("#link textarea, #link input").first.input_value()
     assert link == page.url and "view=damage" in link and "model=second" in link
     again = visit(link, wait="#plot svg")
-    assert again.locator("#plot svg").inner_text() == page.locator("#plot svg").inner_text()
+    assert again.locator("#plot svg").text_content() == page.locator("#plot svg").text_content()
     assert again.locator("#view input:checked").get_attribute("value") == "damage"
     assert again.get_by_role("tab", name="Compare models").get_attribute("aria-selected") == "true"
 
@@ -187,12 +191,16 @@ def test_roll_back_live(visit, address, shoot):
     for _ in range(6):
         handle.press("ArrowRight")
     handle.dispatch_event("pointerup")
-    page.wait_for_function("(text) => !document.querySelector('#live-text').innerText.startsWith(text)", arg=first[:40])
+    page.wait_for_function(
+        "(text) => !document.querySelector('#live-text').innerText.startsWith(text)", arg=first[:40]
+    )
     second = page.locator("#live-text").inner_text()
     parts = [int(text.split()[0]) for text in (first, second)]
     assert parts[1] > 2 * parts[0]  # 5% instead of 2% of the channels
     page.locator("#scope label").filter(has_text="attention").click()
-    page.wait_for_function("(text) => !document.querySelector('#live-text').innerText.startsWith(text)", arg=second[:40])
+    page.wait_for_function(
+        "(text) => !document.querySelector('#live-text').innerText.startsWith(text)", arg=second[:40]
+    )
     shoot(page, "rollback-attention")
 
 
@@ -272,13 +280,13 @@ def test_upload(visit, address, folders, tmp_path, shoot):
 
 def test_files_outside_are_not_served(address, tmp_path):
     secret = tmp_path / "secret.txt"
-    secret.write_text("secret")
+    secret.write_text("nobody reads this")
     inside = DATA / "results.json"
     with httpx.Client(base_url=address) as client:
         for path in (secret, inside, "/etc/passwd", "../pyproject.toml", DATA / ".." / ".." / "app.py"):
             for route in ("gradio_api/file=", "file=", "gradio_api/stream/"):
                 response = client.get(f"{route}{path}")
-                assert response.status_code in (403, 404, 405) and "secret" not in response.text, (route, path)
+                assert response.status_code in (403, 404, 405) and "nobody reads" not in response.text, (route, path)
 
 
 def test_a_handler_takes_no_file_of_the_server(address, tmp_path):

@@ -21,7 +21,9 @@ def test_folder_without_a_run(tmp_path):
         Catalog([tmp_path / "missing"])
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc", "secret", "", "a/../../b", "..", "a/b/c", "./secret", "x" * 5000])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc", "secret", "", "a/../../b", "..", "a/b/c", "./secret", "x" * 5000]
+)
 def test_nothing_but_the_chosen_folders(save_run, save_report, tmp_path, monkeypatch, name):
     save_report(tmp_path / "secret")
     monkeypatch.chdir(save_run(tmp_path / "run"))

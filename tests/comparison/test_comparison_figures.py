@@ -84,9 +84,7 @@ def test_concentration_curve_of_many_routes():
 def test_overlaps():
     entry = {"value": 0.6, "low": 0.5, "high": 0.7, "chance": 0.05, "shuffled": 0.1}
     axes = figures.overlap_maps([("x", {"math": {"qa": {"mlp": entry}}})]).axes[0]
-    np.testing.assert_array_equal(
-        np.ma.filled(axes.images[0].get_array(), np.nan), [[np.nan, 0.1], [0.6, np.nan]]
-    )
+    np.testing.assert_array_equal(np.ma.filled(axes.images[0].get_array(), np.nan), [[np.nan, 0.1], [0.6, np.nan]])
     assert sorted(text.get_text() for text in axes.texts) == ["0.10", "0.60\n0.50 to 0.70"]
 
 

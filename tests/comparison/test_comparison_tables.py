@@ -18,7 +18,21 @@ def test_scores(run):
 
 def test_damage(make_report):
     table = tables.damage_table([("a", make_report(4))])
-    expected = ["a", "math", "qa, writing", 0.6, 0.3, 0.25, 0.5, 0.05, -0.125, "layers.0.mlp", -0.5, "layers.0.attention", 0.75]
+    expected = [
+        "a",
+        "math",
+        "qa, writing",
+        0.6,
+        0.3,
+        0.25,
+        0.5,
+        0.05,
+        -0.125,
+        "layers.0.mlp",
+        -0.5,
+        "layers.0.attention",
+        0.75,
+    ]
     assert table.iloc[0].tolist() == expected
 
 
@@ -51,6 +65,9 @@ def test_story(run):
 def test_story_of_a_run_without_losses_or_repairs(run):
     run.results.update(rollback=[], refresh=None)
     run.stages[2]["scores"]["math"]["value"] = 85
-    assert [(one.question, one.figure) for one in tell(run)] == [("What was trained", "2 skills"), ("What broke", "nothing")]
+    assert [(one.question, one.figure) for one in tell(run)] == [
+        ("What was trained", "2 skills"),
+        ("What broke", "nothing"),
+    ]
     run.stages = []
     assert tell(run) == []

@@ -24,7 +24,10 @@ def test_server():
         return httpx.Response(200, json={"choices": [{"message": {"content": " 2"}}]})
 
     assert asked(handler, model="", key="secret", seed=3) == " 2"
-    assert [str(request.url) for request in requests] == ["http://server/v1/models", "http://server/v1/chat/completions"]
+    assert [str(request.url) for request in requests] == [
+        "http://server/v1/models",
+        "http://server/v1/chat/completions",
+    ]
     assert json.loads(requests[1].content) == {
         "model": "first", "messages": [{"role": "user", "content": "1+1?"}], "max_tokens": 5, "temperature": 0.5, "seed": 3,
     }  # fmt: skip
@@ -41,7 +44,10 @@ def no_answer(request):
         (lambda request: httpx.Response(500, text="<b>broken</b>"), "expected status 200, found 500"),
         (lambda request: httpx.Response(302, headers={"Location": "http://other"}), "expected status 200, found 302"),
         (lambda request: httpx.Response(200, text="<html>"), "expected JSON"),
-        (lambda request: httpx.Response(200, json={"choices": []}), "expected an answer with choices.0.message.content"),
+        (
+            lambda request: httpx.Response(200, json={"choices": []}),
+            "expected an answer with choices.0.message.content",
+        ),
         (lambda request: httpx.Response(200, json={"choices": [{"message": {"content": None}}]}), "expected text"),
         (lambda request: httpx.Response(200, content=b"x" * (2**20 + 1)), "expected at most 1 MB"),
         (no_answer, "no answer"),
@@ -52,7 +58,9 @@ def test_server_that_fails(handler, message):
         asked(handler)
 
 
-@pytest.mark.parametrize("endpoint", ["", "file:///etc/passwd", "ftp://server", "http://user:key@server/v1", "server:8000"])
+@pytest.mark.parametrize(
+    "endpoint", ["", "file:///etc/passwd", "ftp://server", "http://user:key@server/v1", "server:8000"]
+)
 def test_addresses_that_are_refused(endpoint):
     with pytest.raises(ValueError, match="endpoint: expected"):
         asked(no_answer, endpoint=endpoint)
@@ -79,7 +87,9 @@ def test_model_in_a_folder():
 
 
 def test_folder_that_is_no_model(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}'
+    )
     with pytest.raises(ValueError, match="not a model that transformers loads"):
         load_folder(tmp_path)
 

@@ -73,7 +73,8 @@ def test_chosen_routes_beat_random_ones(bench):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"step": 5.0}, {"step": -1.0}, {"step": float("nan")}, {"budget": 0}, {"scope": "x"}, {"criterion": "<b>"}]
+    "arguments",
+    [{"step": 5.0}, {"step": -1.0}, {"step": float("nan")}, {"budget": 0}, {"scope": "x"}, {"criterion": "<b>"}],
 )
 def test_bad_input(bench, arguments):
     with pytest.raises(ValueError, match="expected"):

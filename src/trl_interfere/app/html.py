@@ -85,7 +85,9 @@ def answer(name: str, text: str, verdict: tuple[str, float] | None) -> str:
     else:
         domain, reward = verdict
         sign, word = ("✓", "right") if reward == 1 else ("✗", "wrong") if reward == 0 else ("◐", f"{reward:.2f} of 1")
-        judged = f'<span class="ti-verdict ti-{"right" if reward == 1 else "wrong"}">{sign} {word}, says {domain}</span>'
+        judged = (
+            f'<span class="ti-verdict ti-{"right" if reward == 1 else "wrong"}">{sign} {word}, says {domain}</span>'
+        )
     shown = escape(text) if text.strip() else "<em>(nothing)</em>"
     return f'<div class="ti-answer"><h4>{escape(name[:120])}</h4><pre>{shown}</pre>{judged}</div>'
 

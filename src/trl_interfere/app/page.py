@@ -117,7 +117,9 @@ class Page:
                         problems.append(str(error))
         return named, problems
 
-    def figure(self, view: str, runs: Sequence[StoredRun], reports: Sequence[tuple[str, InterferenceReport]]) -> Figure:
+    def figure(
+        self, view: str, runs: Sequence[StoredRun], reports: Sequence[tuple[str, InterferenceReport]]
+    ) -> Figure:
         """One of the figures of the comparison."""
         if view == "scores":
             return figures.score_maps(runs)
@@ -427,7 +429,7 @@ def build_page(
     Raises:
         `ValueError`: If a folder holds no run.
     """
-    catalog = Catalog([*folders, *([lab] if lab else [])], hub=hub)
+    catalog = Catalog([*([lab] if lab else []), *folders], hub=hub)
     page = Page(catalog, lab, endpoints)
     first = catalog.names[:1]
     with gr.Blocks(title="Interference", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
@@ -470,13 +472,19 @@ def build_page(
                         elem_id="upload",
                     )
                     outcome = gr.HTML(elem_id="outcome")
-                view = gr.Radio([(label, key) for key, label in VIEWS.items()], value="scores", label="View", elem_id="view")
-                reports = gr.Dropdown([], multiselect=True, label="Analyses", elem_id="reports", max_choices=MAX_MODELS)
+                view = gr.Radio(
+                    [(label, key) for key, label in VIEWS.items()], value="scores", label="View", elem_id="view"
+                )
+                reports = gr.Dropdown(
+                    [], multiselect=True, label="Analyses", elem_id="reports", max_choices=MAX_MODELS
+                )
                 message = gr.HTML(elem_id="message")
                 plot = gr.HTML(elem_id="plot")
                 table = gr.Radio([(label, key) for key, label in TABLES.items()], value="scores", label="Table", visible=False,
                                  elem_id="table-kind")  # fmt: skip
-                frame = gr.Dataframe(visible=False, interactive=False, show_search="filter", elem_id="table", wrap=True)
+                frame = gr.Dataframe(
+                    visible=False, interactive=False, show_search="filter", elem_id="table", wrap=True
+                )
                 text = gr.Markdown(visible=False, elem_id="card", latex_delimiters=[])
                 with gr.Row():
                     csv, png = gr.Button("Export CSV", elem_id="csv"), gr.Button("Export PNG", elem_id="png")
@@ -505,7 +513,8 @@ def build_page(
         )
         told.input(page.story, told, story)
         to_compare.click(lambda: gr.Tabs(selected="compare"), None, tabs)
-        to_rollback.click(lambda: gr.Tabs(selected="rollback"), None, tabs)
+        # A tab that the page opens by itself does not report that it was selected.
+        to_rollback.click(lambda: gr.Tabs(selected="rollback"), None, tabs).then(**measure)
         live.select(**measure)
 
         def restore(request: gr.Request):
@@ -517,20 +526,25 @@ def build_page(
             picked = [name for name in query.getlist("report") if name in labels]
             picked = picked or [report_label(run, next(iter(run.reports))) for run in runs if run.reports]
             tab = query.get("tab") if query.get("tab") in TABS else "story"
-            offered = list(dict.fromkeys([*catalog.names, *(run.name for run in runs)]))
+            offered = list(dict.fromkeys([*catalog.names, *asked]))  # also what cannot be read: the message names it
             return (
                 gr.Tabs(selected=tab),
                 gr.Dropdown(choices=offered, value=asked),
                 gr.Dropdown(choices=labels, value=picked),
                 wanted,
-                page.story(first[0]) if first else html.notice("No run was chosen; find one under Compare models.", bad=False),
+                page.story(first[0])
+                if first
+                else html.notice("No run was chosen; find one under Compare models.", bad=False),
             )
 
+        def linked_rollback(criterion, budget, step, scope, request: gr.Request):
+            asked = request.query_params.get("tab") == "rollback" and lab is not None
+            return page.roll_back(criterion, budget, step, scope) if asked else (gr.skip(), gr.skip())
+
+        blocks.load(linked_rollback, measure["inputs"], measure["outputs"], show_progress="minimal")
         blocks.load(restore, None, [tabs, names, reports, view, story], show_progress="hidden").then(**compare)
     blocks.page = page
     return blocks
-
-
 
 
 def _try_tab(page: Page) -> None:
@@ -539,7 +553,9 @@ def _try_tab(page: Page) -> None:
     gr.HTML('<p class="ti-lead">The same prompt to two models. For prompts of the lab, its verifier says whether the '
             "answer is right.</p>")  # fmt: skip
     with gr.Row():
-        skill = gr.Dropdown(["math", "code", "qa", "writing"], value="math", label="Example of", elem_id="skill", scale=1)
+        skill = gr.Dropdown(
+            ["math", "code", "qa", "writing"], value="math", label="Example of", elem_id="skill", scale=1
+        )
         another = gr.Button("Another example", elem_id="example", scale=1)
     prompt = gr.Textbox(label="Prompt", value=EXAMPLE, lines=2, max_length=MAX_PROMPT, elem_id="prompt")
     with gr.Row():
@@ -588,7 +604,9 @@ def _rollback_tab(page: Page) -> dict[str, Any]:
         "back to where they were after math, without any training, and see what returns and what the others pay.</p>"
     )
     with gr.Row():
-        budget = gr.Slider(0.5, 32, value=2, step=0.5, label="Budget: share of the routes put back (%)", elem_id="budget")
+        budget = gr.Slider(
+            0.5, 32, value=2, step=0.5, label="Budget: share of the routes put back (%)", elem_id="budget"
+        )
         step = gr.Slider(0, 3, value=1, step=0.25, label="Step: 1 restores them, more goes beyond", elem_id="step")
     with gr.Row():
         criterion = gr.Dropdown(list(CRITERIA), value="damage", label="Chosen by", elem_id="criterion")
@@ -620,7 +638,9 @@ def launch(blocks: gr.Blocks, **arguments) -> Any:
         `Any`: What that returns.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    theme = gr.themes.Soft(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Soft(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
     return blocks.launch(
         theme=theme,
         css_paths=Path(__file__).with_name("style.css"),

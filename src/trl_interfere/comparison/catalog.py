@@ -143,7 +143,9 @@ def store_upload(files: Sequence[Path], folder: Path | None = None) -> tuple[str
     reports = [path for path in files if path.suffix == ".json"]
     routes = [path for path in files if path.suffix == ".safetensors"]
     if len(reports) != 1 or len(routes) > 1 or len(reports) + len(routes) != len(files):
-        raise ValueError(f"upload: expected one {REPORT_NAME}, and {ROUTES_NAME} if you like, found {len(files)} files")
+        raise ValueError(
+            f"upload: expected one {REPORT_NAME}, and {ROUTES_NAME} if you like, found {len(files)} files"
+        )
     for path, limit in ((reports[0], MAX_JSON_BYTES), *((path, MAX_DOWNLOAD_BYTES) for path in routes)):
         if path.stat().st_size > limit:
             raise ValueError(f"upload, {path.name[:80]}: expected at most {limit >> 20} MB")

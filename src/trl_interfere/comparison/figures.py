@@ -26,7 +26,14 @@ Named = Sequence[tuple[str, InterferenceReport]]
 _STYLE = {
     **{
         name: INK
-        for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+        for name in (
+            "text.color",
+            "axes.edgecolor",
+            "axes.labelcolor",
+            "axes.titlecolor",
+            "xtick.color",
+            "ytick.color",
+        )
     },
     "axes.titlesize": 10,
     "axes.labelsize": 9,

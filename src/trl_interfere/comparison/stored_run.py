@@ -188,7 +188,9 @@ def _read(path: Path, schema_version: int) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"expected a report with {path.name}, found none")
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path.name}: expected at most {MAX_JSON_BYTES >> 20} MB, found {path.stat().st_size:,} bytes")
+        raise ValueError(
+            f"{path.name}: expected at most {MAX_JSON_BYTES >> 20} MB, found {path.stat().st_size:,} bytes"
+        )
     try:
         return read_json(path, schema_version)
     except RecursionError as error:

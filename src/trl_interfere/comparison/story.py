@@ -79,7 +79,9 @@ def tell(run: StoredRun, report: InterferenceReport | None = None) -> list[State
 def _where(report: InterferenceReport) -> Statement:
     cosine = report.cosines["global"]
     whole = "undefined" if cosine is None else f"{cosine:+.2f}"
-    detail = f"The gradients of the skills look unrelated (cosine {whole}), and yet the loss rose by {report.damage:+.3f}."
+    detail = (
+        f"The gradients of the skills look unrelated (cosine {whole}), and yet the loss rose by {report.damage:+.3f}."
+    )
     if not report.attributed > 0:
         return Statement("Where", "no routes", "The parts that we can attribute damage to were not damaged.", detail)
     share = top_share(report.routes["damage"], 0.02)

@@ -120,9 +120,7 @@ class LiveRollback:
         self.earlier, self.later = self.report.earlier, self.report.later
         self.prompts = prompts
         tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
-        self._scorer = Scorer(
-            tokenizer, max_new_tokens=MAX_COMPLETION_LENGTH, batch_size=4 * prompts, temperature=1.0
-        )
+        self._scorer = Scorer(tokenizer, max_new_tokens=MAX_COMPLETION_LENGTH, batch_size=4 * prompts, temperature=1.0)
         names = sorted(REWARDS, key=lambda name: (name != self.earlier, name))
         self._rows = {name: lab_rows(name, "test", prompts) for name in names}
         config = InterferenceConfig(reference="dataset", reference_column="answer")
