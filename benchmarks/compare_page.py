@@ -3,11 +3,11 @@ What the page of comparisons costs.
 
     python benchmarks/compare_page.py
 
-Makes four reports of a model of 36 layers and about 350,000 routes (9,728 MLP channels, 32 query and 8 key/value heads in
-each layer, as Qwen3-4B has) with random figures, and draws every view of them in a process of its own: `draw_seconds` is
-the time of the longest view, `all_views_seconds` that of all of them, reading included, `peak_mb` the most memory that the
-process held, imports included. `ready_seconds` is the time from the start of another process to the answer of the page with
-the lab in it. Prints one JSON object on the last line.
+Makes four reports of a model of 36 layers and about 350,000 routes (9,728 MLP channels, 32 query and 8 key/value
+heads in each layer, as Qwen3-4B has) with random figures, and draws every view of them in a process of its own:
+`draw_seconds` is the time of the longest view, `all_views_seconds` that of all of them, reading included,
+`peak_mb` the most memory that the process held, imports included. `ready_seconds` is the time from the start of
+another process to the answer of the page with the lab in it. Prints one JSON object on the last line.
 """
 
 import argparse
@@ -21,8 +21,17 @@ from pathlib import Path
 
 
 LAYERS, CHANNELS, QUERIES, KEYS = 36, 9728, 32, 8
-MEASURES = ("damage", "first_order", "second_order", "later_damage", "edit_size", "activity_earlier", "activity_later",
-            "opposed", "earlier_edit_size")  # fmt: skip
+MEASURES = (
+    "damage",
+    "first_order",
+    "second_order",
+    "later_damage",
+    "edit_size",
+    "activity_earlier",
+    "activity_later",
+    "opposed",
+    "earlier_edit_size",
+)
 DOMAINS = ("code", "math", "qa", "writing")
 
 
@@ -62,9 +71,21 @@ def make_report(folder: Path, seed: int) -> None:
     from trl_interfere.analysis.report import InterferenceReport
 
     rng = np.random.default_rng(seed)
-    overlap = {"value": 0.6, "low": 0.5, "high": 0.7, "over": "references", "units": 64, "routes": LAYERS * CHANNELS,
-               "first": 1, "second": 1, "common": 1, "chance": 0.053, "shuffled": 0.1, "shuffled_low": 0.09,
-               "shuffled_high": 0.11}  # fmt: skip
+    overlap = {
+        "value": 0.6,
+        "low": 0.5,
+        "high": 0.7,
+        "over": "references",
+        "units": 64,
+        "routes": LAYERS * CHANNELS,
+        "first": 1,
+        "second": 1,
+        "common": 1,
+        "chance": 0.053,
+        "shuffled": 0.1,
+        "shuffled_low": 0.09,
+        "shuffled_high": 0.11,
+    }
     active = {
         first: {second: {"mlp": overlap} for second in DOMAINS[number + 1 :]}
         for number, first in enumerate(DOMAINS[:-1])
@@ -79,13 +100,28 @@ def make_report(folder: Path, seed: int) -> None:
     }
     cosines = {"global": 0.01, "modules": modules, "tensors": tensors, "by_domain": {}}
     InterferenceReport(
-        before="before", after="after", base="base", earlier="math", later=["qa", "writing"], dtype="bfloat16",
-        references={"math": {"kind": "correct", "n": 64, "considered": 128, "tokens": 9000}}, loss_before=0.2, loss_after=0.4,
-        first_order=-0.01, second_order=0.1, attributed=0.19, outside_routes=0.01, later_loss_before={"qa": 1.0},
-        later_loss_after={"qa": 0.5}, cosines=cosines, config={"reference": "correct", "active_share": 0.1}, versions={},
-        routes={name: rng.normal(1e-6, 1e-5, size=routes()) for name in MEASURES}, overlaps={"active": active},
+        before="before",
+        after="after",
+        base="base",
+        earlier="math",
+        later=["qa", "writing"],
+        dtype="bfloat16",
+        references={"math": {"kind": "correct", "n": 64, "considered": 128, "tokens": 9000}},
+        loss_before=0.2,
+        loss_after=0.4,
+        first_order=-0.01,
+        second_order=0.1,
+        attributed=0.19,
+        outside_routes=0.01,
+        later_loss_before={"qa": 1.0},
+        later_loss_after={"qa": 0.5},
+        cosines=cosines,
+        config={"reference": "correct", "active_share": 0.1},
+        versions={},
+        routes={name: rng.normal(1e-6, 1e-5, size=routes()) for name in MEASURES},
+        overlaps={"active": active},
         route_counts={"mlp": [CHANNELS] * LAYERS, "query": [QUERIES] * LAYERS, "key_value": [KEYS] * LAYERS},
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
 
 
 def draw(folder: Path) -> None:

@@ -86,8 +86,11 @@ def compare(visit, address, *names, view="scores"):
 def test_first_screen(visit, address, shoot):
     page = visit(address)
     assert [text.split(". ")[1] for text in page.locator(".ti-card h3").all_inner_texts()] == [
-        "What was trained", "What broke", "Where", "What repaired it",
-    ]  # fmt: skip
+        "What was trained",
+        "What broke",
+        "Where",
+        "What repaired it",
+    ]
     bottom = page.locator(".ti-cards").bounding_box()
     assert bottom["y"] + bottom["height"] < 900  # without scrolling
     lines = page.locator("#story svg")
@@ -298,8 +301,9 @@ def test_a_handler_takes_no_file_of_the_server(address, tmp_path):
         number = next(entry["id"] for entry in config["dependencies"] if entry["api_name"] == "upload")
         body = {
             "data": [[{"path": str(secret), "meta": {"_type": "gradio.FileData"}}], [], None],
-            "fn_index": number, "session_hash": "x",
-        }  # fmt: skip
+            "fn_index": number,
+            "session_hash": "x",
+        }
         client.post("gradio_api/queue/join", json=body)
         with client.stream("GET", "gradio_api/queue/data?session_hash=x", timeout=30) as stream:
             events = io.StringIO("".join(stream.iter_text()))

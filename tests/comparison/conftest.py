@@ -46,10 +46,20 @@ def results() -> dict:
 
     def repair(criterion: str, recovered: float, **other) -> dict:
         return {
-            "pair": 0, "criterion": criterion, "scope": "mlp", "budget": 0.02, "step": 1.0, "step_rule": "fixed",
-            "recovered": recovered, "low": recovered - 0.1, "high": recovered + 0.2, "n": 50, "draws": 1,
-            "collateral": {"qa": -1.5}, **other,
-        }  # fmt: skip
+            "pair": 0,
+            "criterion": criterion,
+            "scope": "mlp",
+            "budget": 0.02,
+            "step": 1.0,
+            "step_rule": "fixed",
+            "recovered": recovered,
+            "low": recovered - 0.1,
+            "high": recovered + 0.2,
+            "n": 50,
+            "draws": 1,
+            "collateral": {"qa": -1.5},
+            **other,
+        }
 
     return {
         "schema_version": 1,
@@ -67,6 +77,12 @@ def results() -> dict:
             repair("interpolation", 0.5, scope="all", budget=1.0, step=0.3),
         ],
         "refresh": {
-            "domain": "math", "steps": 2, "recovered": 0.8, "low": 0.6, "high": 1.0, "n": 50, "collateral": {"qa": 0.5},
+            "domain": "math",
+            "steps": 2,
+            "recovered": 0.8,
+            "low": 0.6,
+            "high": 1.0,
+            "n": 50,
+            "collateral": {"qa": 0.5},
         },
-    }  # fmt: skip
+    }

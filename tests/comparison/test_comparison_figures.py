@@ -91,8 +91,12 @@ def test_overlaps():
 def test_repairs(run):
     rows = figures.repair_rows(run)
     assert [row["label"] for row in rows] == [
-        "damage, 2%", "random, 2%", "damage, 2%, best step 1.5", "all weights, 30% back", "refresh, 2 steps of training",
-    ]  # fmt: skip
+        "damage, 2%",
+        "random, 2%",
+        "damage, 2%, best step 1.5",
+        "all weights, 30% back",
+        "refresh, 2 steps of training",
+    ]
     left, right = figures.repair_figure([run]).axes
     np.testing.assert_allclose([bar.lines[0].get_xdata()[0] for bar in left.containers], [60, 5, 70, 50, 80])
     np.testing.assert_allclose(right.containers[0].lines[0].get_xydata(), [[2, 70], [8, 90]])

@@ -1,8 +1,8 @@
 import pytest
 
 from trl_interfere.comparison import tables
-from trl_interfere.comparison.story import tell
 from trl_interfere.comparison.stored_run import StoredRun
+from trl_interfere.comparison.story import tell
 
 
 @pytest.fixture

@@ -29,8 +29,12 @@ def test_server():
         "http://server/v1/chat/completions",
     ]
     assert json.loads(requests[1].content) == {
-        "model": "first", "messages": [{"role": "user", "content": "1+1?"}], "max_tokens": 5, "temperature": 0.5, "seed": 3,
-    }  # fmt: skip
+        "model": "first",
+        "messages": [{"role": "user", "content": "1+1?"}],
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "seed": 3,
+    }
     assert requests[1].headers["Authorization"] == "Bearer secret"
 
 

@@ -15,8 +15,8 @@ from ..analysis.report import InterferenceReport
 from ..comparison import figures, tables
 from ..comparison.catalog import Catalog, store_upload
 from ..comparison.completion import MAX_PROMPT, HubModels, check_prompt, complete, complete_on_server, load_folder
-from ..comparison.story import tell
 from ..comparison.stored_run import StoredRun
+from ..comparison.story import tell
 from . import html
 
 
@@ -41,12 +41,14 @@ VIEWS = {
 NOTES = {
     "scores": "Each row is the model after a stage. A score that sinks down its column was damaged by a later stage.",
     "lines": "The same over time, with 95% intervals over prompts.",
-    "cosines": "Do the gradients of the earlier and the later skill point the same way? Purple: they agree. Orange: they "
+    "cosines": "Do the gradients of the earlier and the later skill point the same way? Purple: "
+    "they agree. Orange: they "
     "oppose each other. Near 0 over the whole model, although single modules conflict.",
     "damage": "How the loss of the earlier skill rose, by layer, and how few routes (channels, heads) carry it.",
     "overlaps": "Do two skills use, or change, the same routes? Below the diagonal what was measured, above it what "
     "shuffling the routes within layers gives.",
-    "repair": "How much of the lost score each repair gives back, with 95% intervals. `random` and `random_matched` are "
+    "repair": "How much of the lost score each repair gives back, with 95% intervals. `random` "
+    "and `random_matched` are "
     "controls: a criterion that does not beat them has found nothing.",
     "table": "Search and filter; the CSV holds all rows.",
     "card": "What was published with the run.",
@@ -131,10 +133,12 @@ class Page:
             return figures.damage_figure(reports)
         if view == "repair":
             return figures.repair_figure(runs)
-        entries = [(f"{name}: active", report.overlaps["active"]) for name, report in reports
-                   if report.overlaps.get("active")]  # fmt: skip
-        entries += [(f"{run.name}: changed by the stages", run.results["changed"]) for run in runs
-                    if run.results["changed"]]  # fmt: skip
+        entries = [
+            (f"{name}: active", report.overlaps["active"]) for name, report in reports if report.overlaps.get("active")
+        ]
+        entries += [
+            (f"{run.name}: changed by the stages", run.results["changed"]) for run in runs if run.results["changed"]
+        ]
         return figures.overlap_maps(entries)
 
     def compare(self, names, chosen, view, table, uploads):
@@ -336,14 +340,17 @@ class Page:
         measured, control = result.measured, result.control
         worst = min(measured.collateral, key=lambda name: measured.collateral[name].value)
         lead = (
-            f"{measured.routes} of the network's parts were put back. They return {100 * measured.recovered.value:.0f}% of "
+            f"{measured.routes} of the network's parts were put back. They return {100 * "
+            f"measured.recovered.value:.0f}% of "
             f"the lost {bench.earlier} score (95%: {100 * measured.recovered.low:.0f} to "
             f"{100 * measured.recovered.high:.0f}); as many random ones {100 * control.recovered.value:.0f}%. "
             f"Worst change elsewhere: {worst} {measured.collateral[worst].value:+.1f} points."
         )
         detail = (
-            f"Loss: {100 * result.predicted_loss:.0f}% predicted to come back, {100 * measured.loss:.0f}% measured. Mean "
-            f"loss of {' and '.join(bench.later)}: {result.predicted_later_loss:+.4f} by attribution (an upper estimate), "
+            f"Loss: {100 * result.predicted_loss:.0f}% predicted to come back, {100 * "
+            f"measured.loss:.0f}% measured. Mean "
+            f"loss of {' and '.join(bench.later)}: {result.predicted_later_loss:+.4f} by "
+            f"attribution (an upper estimate), "
             f"{measured.later_loss:+.4f} measured. Scores on {bench.prompts} test prompts per skill, losses on the "
             f"selection split, one random draw; {result.seconds:.1f} s."
         )
@@ -442,25 +449,39 @@ def build_page(
         )
         with gr.Tabs() as tabs:
             with gr.Tab("The story", id="story"):
-                told = gr.Dropdown(catalog.names, value=first[0] if first else None, label="Run", visible=len(catalog.names) > 1,
-                                   elem_id="story-run")  # fmt: skip
+                told = gr.Dropdown(
+                    catalog.names,
+                    value=first[0] if first else None,
+                    label="Run",
+                    visible=len(catalog.names) > 1,
+                    elem_id="story-run",
+                )
                 story = gr.HTML(elem_id="story")
                 with gr.Row():
                     to_compare = gr.Button("Compare runs", elem_id="to-compare")
                     to_rollback = gr.Button("Roll back live", visible=lab is not None, elem_id="to-rollback")
                 with gr.Accordion("Words used here", open=False):
                     gr.Markdown(
-                        "**Stage**: one training on one skill. **Route**: the smallest part that is compared: an MLP channel or an "
-                        "attention head. **Damage**: how much the loss of the earlier skill rose. **Rollback**: putting "
-                        "routes back to their earlier weights. **Control**: as many routes drawn at random. **Refresh**: a "
-                        "short new training on the damaged skill. The lab model is small and tuned so that interference "
+                        "**Stage**: one training on one skill. **Route**: the smallest part "
+                        "that is compared: an MLP channel or an "
+                        "attention head. **Damage**: how much the loss of the earlier skill "
+                        "rose. **Rollback**: putting "
+                        "routes back to their earlier weights. **Control**: as many routes "
+                        "drawn at random. **Refresh**: a "
+                        "short new training on the damaged skill. The lab model is small and "
+                        "tuned so that interference "
                         "shows; it is no evidence about large models."
                     )
             with gr.Tab("Compare models", id="compare"):
                 names = gr.Dropdown(
-                    catalog.names, value=first, multiselect=True, max_choices=MAX_MODELS, allow_custom_value=hub,
-                    label="Runs" + (" (or type user/repo)" if hub else ""), elem_id="models",
-                )  # fmt: skip
+                    catalog.names,
+                    value=first,
+                    multiselect=True,
+                    max_choices=MAX_MODELS,
+                    allow_custom_value=hub,
+                    label="Runs" + (" (or type user/repo)" if hub else ""),
+                    elem_id="models",
+                )
                 with gr.Accordion("Find more: Hub, upload", open=False, elem_id="more"):
                     with gr.Row():
                         words = gr.Textbox(label="Part of a name; repositories with the tag trl-interfere", scale=3)
@@ -480,8 +501,13 @@ def build_page(
                 )
                 message = gr.HTML(elem_id="message")
                 plot = gr.HTML(elem_id="plot")
-                table = gr.Radio([(label, key) for key, label in TABLES.items()], value="scores", label="Table", visible=False,
-                                 elem_id="table-kind")  # fmt: skip
+                table = gr.Radio(
+                    [(label, key) for key, label in TABLES.items()],
+                    value="scores",
+                    label="Table",
+                    visible=False,
+                    elem_id="table-kind",
+                )
                 frame = gr.Dataframe(
                     visible=False, interactive=False, show_search="filter", elem_id="table", wrap=True
                 )
@@ -498,8 +524,13 @@ def build_page(
 
         chosen = [names, reports, view, table, uploads]
         drawn = [message, plot, frame, table, text, address]
-        compare = {"fn": page.compare, "inputs": chosen, "outputs": drawn, "show_progress": "minimal",
-                   "trigger_mode": "always_last"}  # fmt: skip
+        compare = {
+            "fn": page.compare,
+            "inputs": chosen,
+            "outputs": drawn,
+            "show_progress": "minimal",
+            "trigger_mode": "always_last",
+        }
         linked = {"fn": None, "inputs": address, "outputs": address, "js": _SHOW_LINK}
         names.input(page.choices, [names, uploads], reports, show_progress="hidden").then(**compare).then(**linked)
         gr.on([reports.input, view.input, table.input], **compare).then(**linked)
@@ -550,8 +581,10 @@ def build_page(
 def _try_tab(page: Page) -> None:
     offered = page.models()
     lab = [name for name in offered if name.startswith("lab, ")]
-    gr.HTML('<p class="ti-lead">The same prompt to two models. For prompts of the lab, its verifier says whether the '
-            "answer is right.</p>")  # fmt: skip
+    gr.HTML(
+        '<p class="ti-lead">The same prompt to two models. For prompts of the lab, its verifier says whether the '
+        "answer is right.</p>"
+    )
     with gr.Row():
         skill = gr.Dropdown(
             ["math", "code", "qa", "writing"], value="math", label="Example of", elem_id="skill", scale=1
@@ -561,14 +594,18 @@ def _try_tab(page: Page) -> None:
     with gr.Row():
         sides = [
             gr.Dropdown(
-                offered, value=default, label=label, allow_custom_value=page.catalog.hub, elem_id=f"side-{key}",
+                offered,
+                value=default,
+                label=label,
+                allow_custom_value=page.catalog.hub,
+                elem_id=f"side-{key}",
                 info="Or type user/repo, or user/repo@revision." if page.catalog.hub else None,
             )
             for label, key, default in (
                 ("First model", "a", lab[1] if len(lab) > 1 else offered[0]),
                 ("Second model", "b", lab[-2] if len(lab) > 1 else offered[0]),
             )
-        ]  # fmt: skip
+        ]
     with gr.Accordion("Settings; server with OpenAI's protocol (vLLM)", open=False):
         with gr.Row():
             tokens = gr.Slider(1, 512, value=16, step=1, label="Longest answer (tokens)")
@@ -577,9 +614,13 @@ def _try_tab(page: Page) -> None:
         with gr.Row():
             known = list(page.endpoints or [])
             endpoint = gr.Dropdown(
-                known or ["http://127.0.0.1:8000/v1"], value=(known or ["http://127.0.0.1:8000/v1"])[0], label="Address",
-                allow_custom_value=page.endpoints is None, interactive=page.endpoints != [], elem_id="endpoint",
-            )  # fmt: skip
+                known or ["http://127.0.0.1:8000/v1"],
+                value=(known or ["http://127.0.0.1:8000/v1"])[0],
+                label="Address",
+                allow_custom_value=page.endpoints is None,
+                interactive=page.endpoints != [],
+                elem_id="endpoint",
+            )
             served = gr.Textbox(label="Its model (empty: the first)", max_length=200, elem_id="served")
             key = gr.Textbox(label="Key, if it needs one", type="password", max_length=400)
     ask = gr.Button("Ask both", variant="primary", elem_id="ask")
@@ -600,8 +641,8 @@ def _try_tab(page: Page) -> None:
 
 def _rollback_tab(page: Page) -> dict[str, Any]:
     gr.HTML(
-        '<p class="ti-lead">The lab model lost part of its math while it learned qa and writing. Put some of its parts '
-        "back to where they were after math, without any training, and see what returns and what the others pay.</p>"
+        '<p class="ti-lead">The lab model lost part of its math while it learned qa and writing. Put some of its '
+        "parts back to where they were after math, without any training, and see what returns and what the others pay.</p>"
     )
     with gr.Row():
         budget = gr.Slider(

@@ -111,8 +111,18 @@ def read_report(folder: Path) -> InterferenceReport:
 def _report_kinds() -> dict[str, tuple[type, ...]]:
     numbers = ("loss_before", "loss_after", "first_order", "second_order", "attributed", "outside_routes")
     names = ("before", "after", "earlier", "dtype")
-    tables = ("references", "later_loss_before", "later_loss_after", "later_residual", "cosines", "config", "versions",
-              "routes", "overlaps", "route_counts")  # fmt: skip
+    tables = (
+        "references",
+        "later_loss_before",
+        "later_loss_after",
+        "later_residual",
+        "cosines",
+        "config",
+        "versions",
+        "routes",
+        "overlaps",
+        "route_counts",
+    )
     return {
         **{name: (int, float) for name in numbers},
         **{name: (str,) for name in names},

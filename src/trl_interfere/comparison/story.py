@@ -63,7 +63,8 @@ def tell(run: StoredRun, report: InterferenceReport | None = None) -> list[State
             Statement(
                 "What broke",
                 f"−{lost:.0f} points" if lost > 0 else "nothing",
-                f"The skill {domain} scored {peak['value']:.0f} of 100 after its own stage and {end['value']:.0f} after {later}.",
+                f"The skill {domain} scored {peak['value']:.0f} of 100 after its own stage and "
+                f"{end['value']:.0f} after {later}.",
                 f"95% intervals {peak['low']:.0f} to {peak['high']:.0f} and {end['low']:.0f} to {end['high']:.0f}, "
                 f"{int(end['n'])} unseen prompts.",
             )
@@ -85,7 +86,8 @@ def _where(report: InterferenceReport) -> Statement:
     if not report.attributed > 0:
         return Statement("Where", "no routes", "The parts that we can attribute damage to were not damaged.", detail)
     share = top_share(report.routes["damage"], 0.02)
-    answer = f"2% of the network's small parts (channels and heads) carry {100 * share:.0f}% of the damage to {report.earlier}."
+    carried = f"carry {100 * share:.0f}% of the damage to {report.earlier}."
+    answer = f"2% of the network's small parts (channels and heads) {carried}"
     if share > 1:
         answer += " Above 100%: other parts were improved."
     return Statement("Where", f"{100 * share:.0f}% in 2%", answer, detail)
@@ -99,8 +101,9 @@ def _repaired(run: StoredRun) -> Statement | None:
         return None
     row = best[0]
     parts = [f"95% interval {100 * row['low']:.0f} to {100 * row['high']:.0f}%"]
-    control = next((other for other in rows if other["criterion"] == "random"
-                    and other["step_rule"] == row["step_rule"]), None)  # fmt: skip
+    control = next(
+        (other for other in rows if other["criterion"] == "random" and other["step_rule"] == row["step_rule"]), None
+    )
     if control is not None:
         parts.append(f"random parts instead: {100 * control['recovered']:.0f}%")
     refresh = run.results["refresh"]

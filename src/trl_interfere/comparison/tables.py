@@ -9,10 +9,34 @@ from .stored_run import StoredRun
 
 
 SCORE_COLUMNS = ["run", "stage", "domain", "score", "low", "high", "prompts"]
-DAMAGE_COLUMNS = ["report", "earlier", "later", "damage", "first order", "second order", "by routes", "outside",
-                  "cosine", "lowest module", "lowest cosine", "highest module", "highest cosine"]  # fmt: skip
-REPAIR_COLUMNS = ["run", "repair", "scope", "budget %", "step", "recovered %", "low", "high", "worst collateral",
-                  "prompts", "draws"]  # fmt: skip
+DAMAGE_COLUMNS = [
+    "report",
+    "earlier",
+    "later",
+    "damage",
+    "first order",
+    "second order",
+    "by routes",
+    "outside",
+    "cosine",
+    "lowest module",
+    "lowest cosine",
+    "highest module",
+    "highest cosine",
+]
+REPAIR_COLUMNS = [
+    "run",
+    "repair",
+    "scope",
+    "budget %",
+    "step",
+    "recovered %",
+    "low",
+    "high",
+    "worst collateral",
+    "prompts",
+    "draws",
+]
 
 
 def score_table(runs: Sequence[StoredRun]) -> pd.DataFrame:
