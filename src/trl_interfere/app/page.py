@@ -339,18 +339,17 @@ class Page:
             return html.notice(str(error)), ""
         measured, control = result.measured, result.control
         worst = min(measured.collateral, key=lambda name: measured.collateral[name].value)
+        share = measured.recovered
+        back, low, high = (100 * value for value in (share.value, share.low, share.high))
         lead = (
-            f"{measured.routes} of the network's parts were put back. They return {100 * "
-            f"measured.recovered.value:.0f}% of "
-            f"the lost {bench.earlier} score (95%: {100 * measured.recovered.low:.0f} to "
-            f"{100 * measured.recovered.high:.0f}); as many random ones {100 * control.recovered.value:.0f}%. "
+            f"{measured.routes} of the network's parts were put back. They return {back:.0f}% of the lost {bench.earlier} "
+            f"score (95%: {low:.0f} to {high:.0f}); as many random ones {100 * control.recovered.value:.0f}%. "
             f"Worst change elsewhere: {worst} {measured.collateral[worst].value:+.1f} points."
         )
+        later = " and ".join(bench.later)
         detail = (
-            f"Loss: {100 * result.predicted_loss:.0f}% predicted to come back, {100 * "
-            f"measured.loss:.0f}% measured. Mean "
-            f"loss of {' and '.join(bench.later)}: {result.predicted_later_loss:+.4f} by "
-            f"attribution (an upper estimate), "
+            f"Loss: {100 * result.predicted_loss:.0f}% predicted to come back, {100 * measured.loss:.0f}% measured. "
+            f"Mean loss of {later}: {result.predicted_later_loss:+.4f} by attribution (an upper estimate), "
             f"{measured.later_loss:+.4f} measured. Scores on {bench.prompts} test prompts per skill, losses on the "
             f"selection split, one random draw; {result.seconds:.1f} s."
         )
@@ -642,7 +641,8 @@ def _try_tab(page: Page) -> None:
 def _rollback_tab(page: Page) -> dict[str, Any]:
     gr.HTML(
         '<p class="ti-lead">The lab model lost part of its math while it learned qa and writing. Put some of its '
-        "parts back to where they were after math, without any training, and see what returns and what the others pay.</p>"
+        "parts back to where they were after math, without any training, and see what returns and what the others "
+        "pay.</p>"
     )
     with gr.Row():
         budget = gr.Slider(
