@@ -58,7 +58,8 @@ def main() -> None:
 
 def run(*arguments: str) -> dict:
     command = [sys.executable, __file__, *arguments]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
 
 
 def routes() -> int:
