@@ -133,8 +133,10 @@ def draw(folder: Path) -> None:
     seconds = {}
     for view in VIEWS:
         start = time.perf_counter()
-        page.compare(page.catalog.names, None, view, "damage", {})
+        message, *_ = page.compare(page.catalog.names, None, view, "damage", {})
         seconds[view] = time.perf_counter() - start
+        if "alert" in message:
+            raise ValueError(f"{view}: {message}")
     longest = max(seconds, key=seconds.get)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     figures = {"draw_seconds": round(seconds[longest], 2), "longest_view": longest}

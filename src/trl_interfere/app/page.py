@@ -343,7 +343,8 @@ class Page:
         back, low, high = (100 * value for value in (share.value, share.low, share.high))
         lead = (
             f"{measured.routes} of the network's parts were put back. They return {back:.0f}% of the lost "
-            f"{bench.earlier} score (95%: {low:.0f} to {high:.0f}); as many random ones {100 * control.recovered.value:.0f}%. "
+            f"{bench.earlier} score (95%: {low:.0f} to {high:.0f}); "
+            f"as many random ones {100 * control.recovered.value:.0f}%. "
             f"Worst change elsewhere: {worst} {measured.collateral[worst].value:+.1f} points."
         )
         later = " and ".join(bench.later)

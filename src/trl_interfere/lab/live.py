@@ -94,7 +94,8 @@ class LiveRollback:
     with `f_r` and `s_r` the first- and second-order damage of route r and `a_r` all that is attributed to it. A term
     of order k of the damage is homogeneous of degree k in the update, so that its slope at θ1, where the rollback
     begins, is k times the term (Euler's theorem on homogeneous functions). What is above second order is
-    taken for third. Interaction of the chosen routes with each other is left out: the prediction is for small budgets and steps. Of the
+    taken for third.
+    Interaction of the chosen routes with each other is left out: the prediction is for small budgets and steps. Of the
     later domains only `a_r` is known. Their loss is flat at θ1, to which they were trained, so that `-α Σ_r a_r`
     overstates what a small rollback costs them.
 
