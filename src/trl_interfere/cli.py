@@ -503,6 +503,30 @@ def push(
     console.print(f"Published: {result.url}" + (f", collection {result.collection}" if result.collection else ""))
 
 
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs or reports, or folders of such folders.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Defaults to a free one from 7860 on.")] = None,
+    hub: Annotated[bool, typer.Option(help="Let the page read repositories of the Hub.")] = True,
+    browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
+    threads: Threads = 1,  # a model of the lab's size gains nothing by more, and loses much on busy cores
+) -> None:
+    """Show runs and reports side by side, in a page on this machine."""
+    try:
+        from .app.page import build_page, launch
+    except ImportError as error:
+        raise ValueError(
+            f"compare: expected the extra 'space', pip install 'trl-interfere[space]' ({error})"
+        ) from error
+    from .comparison.catalog import is_packed_lab
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torch is loaded when a model is asked
+    lab = next((folder for folder in folders if is_packed_lab(folder)), None)
+    rest = [folder for folder in folders if folder != lab]
+    launch(build_page(rest, lab=lab, hub=hub), server_name=host, server_port=port, inbrowser=browser)
+
+
 def _prepare(threads: int) -> None:
     import torch
     import transformers

@@ -7,9 +7,10 @@ import yaml
 from datasets import Dataset, DatasetDict
 
 from trl_interfere.domains.domain import Domain
-from trl_interfere.domains.loading import build_dataclass, load_function, load_prompts, load_run_file
+from trl_interfere.domains.loading import build_dataclass, load_function, load_prompts, load_run_file, numbers
 from trl_interfere.domains.rewards import contains_words, exact_match
 from trl_interfere.lab.math import math_reward
+from trl_interfere.training.config import SequentialGRPOConfig
 
 
 ROWS = [{"question": f"{index}+{index}", "answer": str(2 * index), "level": index} for index in range(6)]
@@ -292,7 +293,10 @@ def domain(**settings):
             {"model": "m", "domains": [domain(eval={**DATA, "lmit": 2})]},
             r"domains\[0\], eval: unknown option 'lmit', did you mean 'limit'?",
         ),
-        ({"model": "m", "domains": [domain(eval="absent.jsonl")]}, r"domains\[0\], eval: 'absent.jsonl' is neither"),
+        (
+            {"model": "m", "domains": [domain(eval="absent.jsonl")]},
+            r"domains\[0\], eval: expected a file, found none at .*absent",
+        ),
         (
             {"model": "m", "domains": [domain(eval={**DATA, "skip": 6})]},
             r"domains\[0\], eval: expected at least one row, found 6 of which skip and limit leave none",
@@ -367,5 +371,13 @@ def test_build_dataclass():
         build_dataclass(Settings, {"step": 3}, "here")
     with pytest.raises(ValueError, match="here: steps: expected at least 1, found 0"):
         build_dataclass(Settings, {"steps": 0}, "here")
-    with pytest.raises(ValueError, match="here: .*'<' not supported"):
+    with pytest.raises(ValueError, match="here, steps: expected a number, found 'many'"):
         build_dataclass(Settings, {"steps": "many"}, "here")
+    assert build_dataclass(Settings, {"steps": "3"}, "here") == Settings(steps=3)
+
+
+def test_numbers_that_yaml_reads_as_text():
+    found = numbers(SequentialGRPOConfig, {"learning_rate": "5e-3", "output_dir": "1", "max_steps": "2"}, "here")
+    assert found == {"learning_rate": 5e-3, "output_dir": "1", "max_steps": 2}
+    with pytest.raises(ValueError, match="here, learning_rate: expected a number, found 'fast'"):
+        numbers(SequentialGRPOConfig, {"learning_rate": "fast"}, "here")
