@@ -120,6 +120,24 @@ class Failure:
     cut_after: int | None
 
 
+def _about(repo: Repo, commit: Commit, sizes: bool) -> dict:
+    card = commit.files.get("README.md")
+    front = None if card is None else re.match(r"---\n(.*?)\n---", card.content.decode(), re.DOTALL)
+    metadata = (front and yaml.safe_load(front[1])) or {}
+    content = {
+        "_id": "0", "id": repo.id, "modelId": repo.id, "author": repo.id.split("/")[0], "sha": commit.id,
+        "private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0,
+        "tags": metadata.get("tags") or [], "lastModified": commit.date, "createdAt": commit.date,
+        "siblings": [
+            {"rfilename": path, **({"size": blob.size or len(blob.content or b"")} if sizes else {})}
+            for path, blob in sorted(commit.files.items())
+        ],
+    }  # fmt: skip
+    if repo.sdk is not None:
+        content["sdk"] = repo.sdk
+    return content
+
+
 class Hub:
     """
     The server, in a thread.
@@ -159,6 +177,7 @@ class Hub:
                 )
             )
         routes += [
+            Route("/api/models", self._endpoint(self._models)),
             Route("/api/whoami-v2", self._endpoint(self._whoami)),
             Route("/api/repos/create", self._endpoint(self._create), methods=["POST"]),
             Route("/api/validate-yaml", self._endpoint(self._validate), methods=["POST"]),
@@ -321,15 +340,17 @@ class Hub:
     async def _info(self, request: Request) -> Response:
         repo = self._repo(request)
         commit = repo.resolve(request.path_params.get("revision", "main"))
-        content = {
-            "_id": "0", "id": repo.id, "modelId": repo.id, "author": repo.id.split("/")[0], "sha": commit.id,
-            "private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [],
-            "lastModified": commit.date, "createdAt": commit.date,
-            "siblings": [{"rfilename": path} for path in sorted(commit.files)],
-        }  # fmt: skip
-        if repo.sdk is not None:
-            content["sdk"] = repo.sdk
-        return JSONResponse(content)
+        sizes = request.query_params.get("blobs", "").lower() in ("true", "1")
+        return JSONResponse(_about(repo, commit, sizes))
+
+    async def _models(self, request: Request) -> Response:
+        """Models by tag and by a part of the name; private ones of this user only, who is the only one."""
+        tags, words = request.query_params.getlist("filter"), request.query_params.get("search", "").lower()
+        entries = [
+            _about(repo, repo.resolve("main"), False) for (kind, _), repo in self.repos.items() if kind == "model"
+        ]
+        entries = [entry for entry in entries if {*tags} <= {*entry["tags"]} and words in entry["id"].lower()]
+        return JSONResponse(entries[: int(request.query_params.get("limit", 1000))])
 
     async def _tree(self, request: Request) -> Response:
         repo, folder = self._repo(request), request.path_params.get("path", "").strip("/")
