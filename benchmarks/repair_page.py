@@ -58,8 +58,8 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
         "# The repair study",
         "",
         f"`{COMMAND}` runs the lab with {_listed({run.seed for run in done})} as seeds, in the orders "
-        f"{_listed(dict.fromkeys(','.join(run.order) for run in done))}: {len(done)} of the {WHOLE} runs that the whole "
-        "study is made of. It repairs math, which the stages after its own have damaged, writes this page, "
+        f"{_listed(dict.fromkeys(','.join(run.order) for run in done))}: {len(done)} of the {WHOLE} runs that the "
+        "whole study is made of. It repairs math, which the stages after its own have damaged, writes this page, "
         "and keeps every figure as a row of [data/repair.json](data/repair.json).",
         "",
         "Routes, steps and settings are chosen on the selection split (256 prompts of each domain), and figures "
