@@ -153,7 +153,7 @@ BAD_FILES = {
         change("domains.1.settings", {"temperature": 2.0}),
         "'temperature' cannot differ between stages",
     ),
-    "missing file": (change("domains.0.train", "gone.jsonl"), "domains[0], train: expected a file, found none at"),
+    "missing file": (change("domains.0.train", "gone.jsonl"), "'gone.jsonl' is neither a local file or folder nor"),
     "missing column": (change("domains.0.train", {"path": "math_train.jsonl", "columns": {"prompt": "question"}}),
                        "expected a column 'question', found"),
     "no prompt column": (change("domains.0.train", "no_prompt.jsonl"), "expected a column 'prompt', found"),

@@ -293,10 +293,7 @@ def domain(**settings):
             {"model": "m", "domains": [domain(eval={**DATA, "lmit": 2})]},
             r"domains\[0\], eval: unknown option 'lmit', did you mean 'limit'?",
         ),
-        (
-            {"model": "m", "domains": [domain(eval="absent.jsonl")]},
-            r"domains\[0\], eval: expected a file, found none at .*absent",
-        ),
+        ({"model": "m", "domains": [domain(eval="absent.jsonl")]}, r"domains\[0\], eval: 'absent.jsonl' is neither"),
         (
             {"model": "m", "domains": [domain(eval={**DATA, "skip": 6})]},
             r"domains\[0\], eval: expected at least one row, found 6 of which skip and limit leave none",

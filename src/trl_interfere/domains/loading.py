@@ -306,7 +306,9 @@ def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
     split = source.get("split", "train")
     local = folder / str(source["path"])
     if local.suffix in _FILE_TYPES and not local.exists():
-        raise ValueError(f"{where}: expected a file, found none at {local}")
+        raise ValueError(
+            f"{where}: {source['path']!r} is neither a local file or folder nor readable from the Hub (no file {local})"
+        )
     try:
         if local.is_file():
             if local.suffix not in _FILE_TYPES:
