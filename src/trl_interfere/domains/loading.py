@@ -307,7 +307,7 @@ def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
     local = folder / str(source["path"])
     if local.suffix in _FILE_TYPES and not local.exists():
         raise ValueError(
-            f"{where}: {source['path']!r} is neither a local file or folder nor readable from the Hub (no file {local})"
+            f"{where}: {source['path']!r} is neither a local file or folder nor readable from the Hub (no {local})"
         )
     try:
         if local.is_file():
