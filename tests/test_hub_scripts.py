@@ -137,6 +137,14 @@ def test_an_app(hub, tmp_path):
     deploy_app(hub, tmp_path, sys.executable)
 
 
+def test_the_space_of_this_repository(hub, tmp_path):
+    arguments = ("--folder", ROOT / "space", "--repo", "tester/interference")
+    check(start(sys.executable, "deploy_space.py", *arguments, hub=hub, folder=tmp_path), "of tester/interference")
+    files = set(hub.files("tester/interference", kind="space"))
+    assert {"app.py", "requirements.txt", "README.md", "data/lab/results.json"} <= files
+    assert not any("__pycache__" in name for name in files)
+
+
 @pytest.mark.slow  # five processes that import torch, and a run of the lab
 def test_all_scripts_here(hub, tmp_path):
     run_all(hub, tmp_path, lambda script: sys.executable)

@@ -110,6 +110,7 @@ class LiveRollback:
     """
 
     def __init__(self, folder: Path, prompts: int = PROMPTS):
+        folder = Path(folder)
         reports = sorted(path.parent for path in folder.glob(f"analysis/*/{REPORT_NAME}"))
         if not reports:
             raise ValueError(f"{folder}: expected a packed run of the lab with a report in analysis/, found none")
