@@ -262,7 +262,11 @@ def analyze(
         progress.update(task, description="done", completed=sum(passes.values()))
     report.save_pretrained(output_dir)
     report.save_figures(output_dir / "figures")
-    Console().print(Markdown(report.to_markdown()))
+    figures, _, _ = report.to_markdown().partition("\n## ")
+    Console().print(Markdown(figures))
+    Console().print(
+        f"Everything is in {output_dir}: report.json, report.md with the claims and their controls, figures/."
+    )
 
 
 @app.command()
@@ -537,6 +541,7 @@ def _prepare(threads: int) -> None:
     disable_progress_bars()
     # TRL still passes options under names that transformers has renamed; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
 
 
 def main() -> None:

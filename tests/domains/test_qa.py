@@ -142,9 +142,6 @@ def test_offline_domain(mmlu):
 
 
 def test_questions_of_lm_eval():
-    file = pytest.importorskip("importlib.util").find_spec("lm_eval")
-    if file is None:
-        pytest.skip("lm-eval is not installed (the extra qa)")
     domain = qa_domain()
     parts = [domain.train_dataset, domain.selection_dataset, domain.eval_dataset]
     assert [len(part) for part in parts] == [150, 50, 70]
