@@ -7,7 +7,9 @@ Makes four reports of a model of 36 layers and about 350,000 routes (9,728 MLP c
 heads in each layer, as Qwen3-4B has) with random figures, and draws every view of them in a process of its own:
 `draw_seconds` is the time of the longest view, `all_views_seconds` that of all of them, reading included,
 `peak_mb` the most memory that the process held, imports included. `ready_seconds` is the time from the start of
-another process to the answer of the page with the lab in it. Prints one JSON object on the last line.
+another process to the answer of the page with the lab in it, and `live_seconds` the longest of four measurements of
+the live rollback, each of other routes (its threads are those of OMP_NUM_THREADS). Prints one JSON object on the last
+line.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from pathlib import Path
 
 
 LAYERS, CHANNELS, QUERIES, KEYS = 36, 9728, 32, 8
+LAB = Path(__file__).parents[1] / "space" / "data" / "lab"
 MEASURES = (
     "damage",
     "first_order",
@@ -40,11 +43,14 @@ def main() -> None:
     parser.add_argument("--reports", type=int, default=4, help="number of reports (default: %(default)s)")
     parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--ready", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--live", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.draw:
         return draw(args.draw)
     if args.ready:
         return ready()
+    if args.live:
+        return live()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.reports):
             make_report(Path(folder) / f"model-{seed}", seed)
@@ -53,7 +59,7 @@ def main() -> None:
     start = time.perf_counter()
     answered = run("--ready")["answered"]
     results = {"reports": args.reports, "routes": routes(), "disk_mb": round(size / 2**20), **drawn}
-    print(json.dumps({**results, "ready_seconds": round(answered - start, 2)}))
+    print(json.dumps({**results, "ready_seconds": round(answered - start, 2), **run("--live")}))
 
 
 def run(*arguments: str) -> dict:
@@ -143,12 +149,23 @@ def draw(folder: Path) -> None:
     print(json.dumps({**figures, "all_views_seconds": round(sum(seconds.values()), 2), "peak_mb": round(peak)}))
 
 
+def live() -> None:
+    from trl_interfere.lab.live import LiveRollback
+
+    rollback, seconds = LiveRollback(LAB), []
+    for budget in (0.005, 0.02, 0.08, 0.32):
+        start = time.perf_counter()
+        rollback.measure("damage", budget)
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps({"live_seconds": round(max(seconds), 2)}))
+
+
 def ready() -> None:
     import httpx
 
     from trl_interfere.app.page import build_page, launch
 
-    blocks = build_page(lab=Path(__file__).parents[1] / "space" / "data" / "lab", hub=False)
+    blocks = build_page(lab=LAB, hub=False)
     _, address, _ = launch(blocks, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     httpx.get(address).raise_for_status()
     print(json.dumps({"answered": time.perf_counter()}), flush=True)
