@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_interfere.analysis.contraction import subspace_norms
+from trl_interfere.analysis.contraction import contraction, subspace_norms
 from trl_interfere.analysis.routes import RouteMap
 
 
@@ -44,3 +44,29 @@ def test_of_the_update_itself(make_model):
     owned = sum(tensor.numel() for name, tensor in delta.items() if route_map.cut(name) is not None)
     assert whole == pytest.approx(owned**0.5)
     assert subspace_norms(route_map, delta, [delta], np.vstack([ones, 2 * ones]))[0] == pytest.approx(whole)
+
+
+def test_contraction_by_a_refresh(make_model, owned_slices):
+    model = make_model("llama")
+    route_map = RouteMap(model.config)
+    generator = torch.Generator().manual_seed(0)
+    before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    after = {name: p + torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in before.items()}
+    directions = np.zeros((2, route_map.num_routes))
+    directions[0, 0], directions[1, 3] = 1.0, 2.0
+    # The refresh takes three quarters of the update of two routes back, and nothing else.
+    refreshed = {name: tensor.clone() for name, tensor in after.items()}
+    taken = {0, 3}
+    squares = [0.0, 0.0]
+    for route, (*_, owned) in enumerate(owned_slices(model)):
+        for name, index in owned:
+            update = after[name][index] - before[name][index]
+            share = 0.25 if route in taken else 1.0
+            refreshed[name][index] = before[name][index] + share * update
+            squares[0] += float((update**2).sum())
+            squares[1] += float(((share * update) ** 2).sum())
+    found = contraction(route_map, before, after, refreshed, directions)
+    assert found["directions"] == 2
+    assert found["subspace"] == pytest.approx(0.25)
+    assert found["routes"] == pytest.approx((squares[1] / squares[0]) ** 0.5)
+    assert 0.25 < found["random"] <= 1

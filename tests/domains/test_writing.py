@@ -125,6 +125,17 @@ def test_offline_domain():
     )
 
 
+@pytest.mark.parametrize("partial, expected", [(False, 0.0), (True, 0.75)])
+def test_score_of_a_part_of_the_rubric(partial, expected):
+    domain = writing_domain(sizes={"train": 4, "test": 4}, partial_score=partial)
+    rubric = {"words": [], "without": "never", "sentences": [2, 3], "length": [3, 50], "ending": "!"}
+    text = [{"role": "assistant", "content": "The rain stopped. A boy went home."}]  # with the wrong sign at its end
+    prompt = [{"role": "user", "content": "Write."}]
+    (found,) = domain.metric([text], [prompt], [json.dumps(rubric)])
+    assert found == expected
+    assert domain.reward_funcs[0]([text], [prompt], [json.dumps(rubric)]) == [0.75]
+
+
 class Endpoint(BaseHTTPRequestHandler):
     """An OpenAI-compatible endpoint whose model prefers longer texts, and the first of two by a point."""
 
@@ -334,6 +345,10 @@ def test_sets_of_the_hub(endpoint, tmp_path):
             "judge: .*missing 1 required positional argument: 'base_url'",
         ),
         ({"judge": {"base_url": "x", "model": "m"}}, "judge: expected none for the source 'constraints'"),
+        (
+            {"source": "creative-kimi", "partial_score": True, "judge": {"base_url": "x", "model": "m"}},
+            "partial_score: expected it with the source 'constraints' only",
+        ),
     ],
 )
 def test_what_cannot_be(options, message, tmp_path):

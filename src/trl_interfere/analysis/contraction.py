@@ -1,8 +1,11 @@
 """How far an update still reaches into the conflict subspace of an earlier one."""
 
+from typing import Any
+
 import numpy as np
 
-from .damage import Direction, dot
+from .damage import Direction, Elementwise, dot
+from .gradients import Tensors
 from .routes import RouteMap
 
 
@@ -43,3 +46,45 @@ def subspace_norms(
         # Directions on routes without an edit stand for nothing: the pseudo-inverse leaves them out.
         lengths.append(np.sqrt(max(0.0, along @ np.linalg.pinv(gram, hermitian=True) @ along)))
     return np.array(lengths)
+
+
+def contraction(
+    route_map: RouteMap, before: Tensors, after: Tensors, refreshed: Tensors, directions: np.ndarray, seed: int = 0
+) -> dict[str, Any]:
+    """
+    How much of an update's displacement a refresh left, within the conflict subspace and beside it.
+
+    Args:
+        route_map ([`RouteMap`]):
+            The routes.
+        before (`dict[str, torch.Tensor]`):
+            Parameters before the update, by name.
+        after (`dict[str, torch.Tensor]`):
+            Parameters after it.
+        refreshed (`dict[str, torch.Tensor]`):
+            Parameters after the refresh that followed.
+        directions (`numpy.ndarray` of shape `(k, num_routes)`):
+            Vectors of route space that span the subspace.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the random directions.
+
+    Returns:
+        `dict`: `directions` (their number), and the lengths that are left as shares of those of the update:
+        `subspace`, `random` (as many random directions of route space) and `routes` (all routes).
+    """
+
+    def away(parameters: Tensors) -> Elementwise:
+        return Elementwise(before, lambda name: (parameters[name] - before[name]).detach())
+
+    random = np.random.default_rng(seed).standard_normal(directions.shape)
+    displacements = [away(after), away(refreshed)]
+    inside, beside = (
+        subspace_norms(route_map, displacements[0], displacements, vectors) for vectors in (directions, random)
+    )
+    routes = [np.sqrt(dot(route_map, entry, entry).routes.sum()) for entry in displacements]
+    return {
+        "directions": len(directions),
+        "subspace": float(inside[1] / inside[0]),
+        "random": float(beside[1] / beside[0]),
+        "routes": float(routes[1] / routes[0]),
+    }

@@ -61,6 +61,7 @@ def writing_domain(
     sizes: Mapping[str, int | None] | None = None,
     thinking: bool = False,
     seed: int = 0,
+    partial_score: bool = False,
     max_prompt_characters: int | None = None,
     paths: Mapping[str, str] | None = None,
     columns: Mapping[str, Mapping[str, str]] | None = None,
@@ -83,6 +84,9 @@ def writing_domain(
             Whether the model thinks before it answers, see [`~domains.rewards.answer_text`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of the assignments.
+        partial_score (`bool`, *optional*, defaults to `False`):
+            Whether the score of a text by a rubric is the share that it meets, as the reward is. A small model meets
+            all of a rubric too rarely for a score to change.
         max_prompt_characters (`int`, *optional*):
             Longer prompts are left out.
         paths (`Mapping[str, str]`, *optional*):
@@ -109,11 +113,12 @@ def writing_domain(
     if names == [OFFLINE]:
         if judge is not None:
             raise ValueError(f"{where}, judge: expected none for the source {OFFLINE!r}, which has a rubric")
+        metric = RubricReward(thinking, all_or_nothing=not partial_score)
         dataset = Dataset.from_list(_assignments(2 * sum(size or 0 for size in sizes.values()) + 16, seed))
         parts = deal(dataset, sizes, f"{where}, sizes")
-        return parts.to_domain(
-            name, reward_funcs=RubricReward(thinking), metric=RubricReward(thinking, all_or_nothing=True)
-        )
+        return parts.to_domain(name, reward_funcs=RubricReward(thinking), metric=metric)
+    if partial_score:
+        raise ValueError(f"{where}, partial_score: expected it with the source {OFFLINE!r} only, found {names}")
     if judge is None:
         raise ValueError(
             f"{where}, judge: expected the settings of a judge (base_url, model, max_requests, ...) for {names}, "

@@ -16,8 +16,7 @@ from ..analysis.analyzer import InterferenceAnalyzer, load_model
 from ..analysis.checkpoint import Checkpoint
 from ..analysis.claims import report_claims
 from ..analysis.config import InterferenceConfig
-from ..analysis.contraction import subspace_norms
-from ..analysis.damage import Elementwise, dot
+from ..analysis.contraction import contraction
 from ..analysis.plots import (
     plot_changed_overlaps,
     plot_damage_concentration,
@@ -303,27 +302,9 @@ class Lab:
         if report.directions is None or not len(report.directions):
             return None
         *_, before, after = pair
-        start, end, model = (load_model(self._weights(record)) for record in (before, after, refreshed))
-        route_map = RouteMap(start.config)
-        origin = dict(start.named_parameters())
-
-        def away(model) -> Elementwise:
-            parameters = dict(model.named_parameters())
-            return Elementwise(origin, lambda name: (parameters[name] - origin[name]).detach())
-
-        random = np.random.default_rng(self.seed).standard_normal(report.directions.shape)
-        displacements = [away(end), away(model)]
-        inside, beside = (
-            subspace_norms(route_map, displacements[0], displacements, directions)
-            for directions in (report.directions, random)
-        )
-        routes = [np.sqrt(dot(route_map, entry, entry).routes.sum()) for entry in displacements]
-        return {
-            "directions": len(report.directions),
-            "subspace": float(inside[1] / inside[0]),
-            "random": float(beside[1] / beside[0]),
-            "routes": float(routes[1] / routes[0]),
-        }
+        models = [load_model(self._weights(record)) for record in (before, after, refreshed)]
+        tensors = (dict(model.named_parameters()) for model in models)
+        return contraction(RouteMap(models[0].config), *tensors, report.directions, self.seed)
 
     def _roll_back(
         self, trainer: SequentialGRPOTrainer, pairs: list[tuple], reports: list[InterferenceReport]

