@@ -13,11 +13,12 @@ VLLM_BIN := .venv-vllm/bin
 VLLM_INSTALLED := .venv-vllm/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help lab repair-study test test-resume test-vllm lint docs build clean distclean
+.PHONY: help lab repair-study study-smollm2 test test-resume test-vllm lint docs build clean distclean
 
 help:
 	@echo "make lab        run the lab into $(LAB_DIR)/; started again, it goes on where it stopped"
 	@echo "make repair-study  repairs of the lab over seeds and orders, into docs/repair.md; it goes on where it stopped"
+	@echo "make study-smollm2  SmolLM2 through four real domains, into docs/study-smollm2.md; it goes on where it stopped"
 	@echo "make test       run the tests, in two processes"
 	@echo "make test-resume  kill runs at 50 points each and resume them"
 	@echo "make test-vllm  run the tests that need vLLM, on a CPU, in an environment of their own"
@@ -32,6 +33,12 @@ lab: $(INSTALLED)
 
 repair-study: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/repair_study.py $(ARGS)
+
+study-smollm2: $(INSTALLED)
+	@command -v bwrap >/dev/null || { echo "bubblewrap is missing: programs are run in it \
+	(apt-get install bubblewrap)"; exit 2; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study_smollm2.py $(ARGS)
 
 test: $(INSTALLED)
 	@command -v bwrap >/dev/null || echo "bubblewrap is missing: tests of the sandbox will be skipped \

@@ -27,10 +27,12 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console
+from study_page import write_page
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model
+from trl_interfere.analysis.checkpoint import Checkpoint
 from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.contraction import contraction
 from trl_interfere.analysis.gradients import Batches
@@ -38,6 +40,7 @@ from trl_interfere.analysis.objectives import completion_logits
 from trl_interfere.analysis.references import References, collect_references
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.analysis.stage_edits import stage_edits
 from trl_interfere.domains.code import OFFLINE as HUMANEVAL
 from trl_interfere.domains.domain import Domain
 from trl_interfere.domains.extras import package_file
@@ -49,7 +52,7 @@ from trl_interfere.repair.interpolation import interpolated
 from trl_interfere.repair.measures import reference_probability
 from trl_interfere.repair.rollback import RouteRollback, rolled_back
 from trl_interfere.repair.sweep import Sweep, sweep
-from trl_interfere.training.manifest import write_atomically
+from trl_interfere.training.manifest import MANIFEST_NAME, Manifest, read_json, write_atomically
 from trl_interfere.training.requested_refresh import RequestedRefresh
 from trl_interfere.training.run_file import build_trainer
 
@@ -441,6 +444,47 @@ def refresh(run: Run) -> None:
     write_atomically(path, json.dumps({"schema_version": SCHEMA_VERSION, "refreshes": found}, indent=1) + "\n")
 
 
+def collected(run: Run) -> dict[str, Any] | None:
+    """
+    What there is of a seed, and its `results.json`, which `trl-interfere compare` and the Space read.
+
+    Args:
+        run ([`Run`]):
+            The seed.
+
+    Returns:
+        `dict`: See [`study_page.write_page`]; `None` if the training has not ended.
+    """
+    if not (run.folder / MANIFEST_NAME).exists():
+        return None
+    manifest = Manifest(run.folder, read_json(run.folder / MANIFEST_NAME, 1)["run"])
+    manifest.load()
+    if len(manifest.stages) <= len(run.order):
+        return None
+    found: dict[str, Any] = {"seed": run.seed, "order": run.order, "matrix": manifest.score_matrix(run.order)}
+    found["reports"] = {}
+    for name in run.order[:-1]:
+        folder = run.analysis(name)
+        if (folder / "report.json").exists():
+            found["reports"][name] = InterferenceReport.from_pretrained(folder)
+        elif (folder / "none.json").exists():
+            found["reports"][name] = read_json(folder / "none.json", SCHEMA_VERSION)["reason"]
+    checkpoints = [Checkpoint(run.stage(index)) for index in range(-1, len(run.order))]
+    found["edits"] = stage_edits(checkpoints, run.order, RouteMap(checkpoints[0].config))
+    for update in found["edits"].updates.values():
+        update.before, update.after = Path(update.before).name, Path(update.after).name
+    repairs = run.folder / "repair"
+    if (repairs / "rollback.json").exists():
+        found["rollback"] = read_json(repairs / "rollback.json", 1)["rows"]
+    if (repairs / "refresh.json").exists():
+        found["refreshes"] = read_json(repairs / "refresh.json", SCHEMA_VERSION)["refreshes"]
+    results = {"schema_version": 1, "seed": run.seed, "order": run.order, "edits": found["edits"].to_dict()}
+    results["rollback"] = found.get("rollback", [])
+    results["refresh"] = found.get("refreshes", {}).get(REPAIRED)
+    write_atomically(run.folder / "results.json", json.dumps(results, indent=1) + "\n")
+    return found
+
+
 STEPS_OF_STUDY = {"train": train, "analyze": analyze, "repair": repair, "refresh": refresh, "others": others}
 
 
@@ -472,6 +516,13 @@ def main() -> None:
             if part in arguments.parts:
                 run.say(f"{part} begins")
                 work(run)
+    if "report" in arguments.parts:
+        runs = (Run(folder, arguments.recipe, run_file, seed) for seed in arguments.seeds)
+        found = [entry for entry in map(collected, runs) if entry is not None]
+        if not found:
+            raise SystemExit(f"error: {folder}: expected a seed whose training has ended, found none")
+        write_page(found, REPAIRED, arguments.docs)
+        print(f"{arguments.docs / 'study-smollm2.md'}; look at the runs by: trl-interfere compare {folder}")
 
 
 if __name__ == "__main__":

