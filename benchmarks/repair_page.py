@@ -15,7 +15,18 @@ from trl_interfere.training.manifest import write_atomically
 COMMAND = "make repair-study"
 SCHEMA_VERSION = 1
 FITTED_STEPS = 5  # of the refresh, that the rate of the contraction is fitted to
-ROW_PARTS = ("sweep", "curve", "route_steps", "baselines", "joint", "refresh", "cost", "rehearsal")
+ROW_PARTS = (
+    "sweep",
+    "wide",
+    "unconstrained",
+    "curve",
+    "route_steps",
+    "baselines",
+    "joint",
+    "refresh",
+    "cost",
+    "rehearsal",
+)
 
 Rows = list[dict[str, Any]]
 WHOLE = 15  # five seeds in three orders
@@ -42,11 +53,13 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
         raise ValueError("repair study: expected at least one run with its part 'sweep', found none")
     parts = {part: [row for run in done for row in run.rows(part)] for part in ROW_PARTS}
     data = [{"part": part, **row} for part, rows in parts.items() for row in rows]
+    lost = {(run.labels["seed"], run.labels["order"]): run.lost for run in done}
     content = {"schema_version": SCHEMA_VERSION, "command": COMMAND, "rows": data}
     write_atomically(docs / "data" / "repair.json", json.dumps(content) + "\n")
     figures = docs / "figures" / "repair"
     figures.mkdir(parents=True, exist_ok=True)
-    plot_sweep([*parts["sweep"], *parts["curve"]], COMMAND).savefig(figures / "sweep.png", dpi=130)
+    budgets = [*parts["wide"], *parts["curve"]]
+    plot_sweep([*parts["sweep"], *budgets], COMMAND).savefig(figures / "sweep.png", dpi=130)
     if parts["cost"] and parts["refresh"]:
         plot_cost(_cost_rows(parts), COMMAND).savefig(figures / "cost.png", dpi=130)
     curves = _contractions(parts["refresh"])
@@ -77,7 +90,10 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
         "",
         "## 2% of the MLP routes",
         "",
-        _criteria_table(parts["sweep"]),
+        _criteria_table(parts["sweep"], lost),
+        "",
+        "*Pooled* is the recovered share of all points that were lost in all runs: runs that have lost little, whose "
+        "own shares are mostly noise, count little in it.",
         "",
         "`_protected` subtracts from the score of a route what the later domains owe it, with a weight that is "
         "chosen with "
@@ -87,15 +103,22 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
         "",
         "## Each run",
         "",
-        _runs_table(parts["sweep"]),
+        _runs_table(parts["sweep"], lost),
+        "",
+        "## What limits it",
+        "",
+        "The routes that carry the damage of math carry what the later domains have learnt as well. The same "
+        "comparison with steps that are chosen by math alone, whatever the other domains lose:",
+        "",
+        _summary(parts["unconstrained"], lost),
         "",
         "## Other budgets and scopes",
         "",
-        _summary([row for row in parts["curve"] if row["step_rule"] == "best"]),
+        _summary([row for row in budgets if row["step_rule"] == "best"]),
         "",
         "At 32% of MLP and attention together with the step 1:",
         "",
-        _summary([row for row in parts["curve"] if row["step_rule"] == "fixed"]),
+        _summary([row for row in budgets if row["step_rule"] == "fixed"]),
         "",
         "## Steps of single routes, and rounds",
         "",
@@ -159,13 +182,13 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
     joint = {
         name: [
             row["recovered"]
-            for row in parts["curve"]
+            for row in (*parts["wide"], *parts["curve"])
             if row["criterion"] == name and row["scope"] == "joint" and row["step_rule"] == "best"
             and row["recovered"] is not None
         ]
         for name in ("damage", "damage_protected")
     }  # fmt: skip
-    joint_best = _chosen([row for row in parts["curve"] if row["scope"] == "joint"], joint)
+    joint_best = _chosen([row for row in (*parts["wide"], *parts["curve"]) if row["scope"] == "joint"], joint)
     single = {
         name: [row for row in parts["route_steps"] if row["criterion"] == f"{name}_per_route_exact"]
         for name in ("damage", "damage_protected", "route_conflict", "random")
@@ -285,15 +308,36 @@ def _cell(values: list[float], factor: float = 100, unit: str = "%", sign: str =
     )
 
 
-def _criteria_table(rows: Rows) -> str:
+def _pooled(rows: Rows, lost: dict[tuple, float]) -> str:
+    """The recovered share of the points that were lost in all runs together."""
+    known = [row for row in rows if row["recovered"] is not None]
+    if not known:
+        return "not measured"
+    points = np.array([lost[row["seed"], row["order"]] for row in known])
+    shares = 100 * np.array([row["recovered"] for row in known])
+    if len(known) == 1:
+        return f"{shares[0]:.1f}%"
+
+    def share(back, whole, axis):
+        return back.sum(axis=axis) / whole.sum(axis=axis)
+
+    interval = bootstrap(share, shares * points, points)
+    return f"{interval.value:.1f}% [{interval.low:.1f}, {interval.high:.1f}]"
+
+
+def _criteria_table(rows: Rows, lost: dict[tuple, float]) -> str:
     lines = [
-        "| criterion | step 1: recovered | worst other | own best step: recovered | worst other | steps |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| criterion | step 1: recovered | worst other | own best step: recovered | pooled | worst other | steps |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in dict.fromkeys(row["criterion"] for row in rows):
         cells = []
         for rule in ("fixed", "best"):
             cells.append(_cell(_values(rows, name, rule)))
+            if rule == "best":
+                cells.append(
+                    _pooled([row for row in rows if (row["criterion"], row["step_rule"]) == (name, rule)], lost)
+                )
             cells.append(_cell(_values(rows, name, rule, "worst"), 1, "", "+"))
         steps = sorted(_values(rows, name, "best", "step"))
         cells.append(f"{np.median(steps):g} ({steps[0]:g} to {steps[-1]:g})" if steps else "")
@@ -301,11 +345,11 @@ def _criteria_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _runs_table(rows: Rows) -> str:
+def _runs_table(rows: Rows, lost: dict[tuple, float]) -> str:
     names = ("damage", "damage_protected", "route_conflict", "random_matched")
     lines = [
-        "| seed | order | " + " | ".join(f"`{name}`" for name in names) + " |",
-        "| ---: | --- |" + " --- |" * len(names),
+        "| seed | order | lost, points | " + " | ".join(f"`{name}`" for name in names) + " |",
+        "| ---: | --- | ---: |" + " --- |" * len(names),
     ]
     for seed, order in dict.fromkeys((row["seed"], row["order"]) for row in rows):
         cells = []
@@ -319,16 +363,17 @@ def _runs_table(rows: Rows) -> str:
             if row["recovered"] is not None:
                 share = f"{100 * row['recovered']:.1f}% [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
             cells.append(f"{share}, α {row['step']:g}, worst {row['worst']:+.2f}")
-        lines.append(f"| {seed} | {order} | " + " | ".join(cells) + " |")
+        lines.append(f"| {seed} | {order} | {lost[seed, order]:.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _summary(rows: Rows) -> str:
+def _summary(rows: Rows, lost: dict[tuple, float] | None = None) -> str:
     if not rows:
         return "Not measured yet."
+    pooled = "" if lost is None else " pooled |"
     lines = [
-        "| method | scope | budget | α | recovered | worst other | runs |",
-        "| --- | --- | ---: | --- | --- | --- | ---: |",
+        f"| method | scope | budget | α | recovered |{pooled} worst other | runs |",
+        f"| --- | --- | ---: | --- | --- |{pooled and ' --- |'} --- | ---: |",
     ]
     groups: dict[tuple, Rows] = {}
     for row in rows:
@@ -339,8 +384,8 @@ def _summary(rows: Rows) -> str:
         shares = [row["recovered"] for row in same if row["recovered"] is not None]
         worst = [row["worst"] for row in same if row["worst"] is not None]
         lines.append(
-            f"| `{criterion}` | {scope} | {100 * budget:g}% | {step} | {_cell(shares)} | {_cell(worst, 1, '', '+')} "
-            f"| {len(same)} |"
+            f"| `{criterion}` | {scope} | {100 * budget:g}% | {step} | {_cell(shares)} |"
+            f"{'' if lost is None else f' {_pooled(same, lost)} |'} {_cell(worst, 1, '', '+')} | {len(same)} |"
         )
     return "\n".join(lines)
 

@@ -45,7 +45,10 @@ from trl_interfere.training.trainer import SequentialGRPOTrainer
 
 
 ORDERS = ("code,math,qa,writing", "math,code,qa,writing", "writing,math,qa,code")
-PARTS = ("train", "sweep", "curve", "route_steps", "baselines", "joint", "refresh", "cost", "rehearsal", "report")
+PARTS = (
+    *("train", "sweep", "wide", "unconstrained", "curve", "route_steps", "baselines", "joint", "refresh", "cost"),
+    *("rehearsal", "report"),
+)
 REPAIRED = "math"
 CRITERIA = (
     "damage",
@@ -107,6 +110,13 @@ class Run:
     def write(self, part: str, rows: list[dict[str, Any]], finished: bool = True) -> None:
         content = {"schema_version": SCHEMA_VERSION, "finished": finished, "rows": rows}
         write_atomically(self.path(part), json.dumps(content, indent=1) + "\n")
+
+    @property
+    def lost(self) -> float:
+        """Points of math that the later stages have cost, on the test split."""
+        stages = read_json(self.folder / "stages.json", 1)["stages"]
+        peak, last = (stages[index + 1]["scores"][REPAIRED]["value"] for index in (self.position, len(self.order) - 1))
+        return peak - last
 
     def stage(self, index: int) -> Path:
         """Weights after the stage at a position of the order; -1 is the base model."""
@@ -209,6 +219,24 @@ def sweep_part(run: Run) -> None:
     run.write("sweep", found.rows)
 
 
+def wide(run: Run) -> None:
+    """32% of MLP and attention."""
+    settings = {"steps": (0.5, 1.0, 1.5, 2.0, 3.0), "protections": (0.75, 1.0), "max_drop": MAX_DROP}
+    names = ("damage", "damage_protected", "route_conflict", "magnitude", "random")
+    path = run.study / "wide-rows.json"
+    settings |= {"labels": run.labels, "path": path, "progress": note(run, "wide")}
+    run.write("wide", sweep(run.bench, names, (0.32,), ("joint",), draws=2, **settings).rows)
+
+
+def unconstrained(run: Run) -> None:
+    """2% of MLP routes, with steps that may cost the other domains what they will."""
+    settings = {"steps": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0), "protections": (0.75, 1.0), "max_drop": 100.0}
+    names = ("damage", "damage_protected", "route_conflict", "random_matched")
+    path = run.study / "unconstrained-rows.json"
+    settings |= {"labels": run.labels, "path": path, "progress": note(run, "unconstrained")}
+    run.write("unconstrained", sweep(run.bench, names, (0.02,), ("mlp",), draws=2, fixed=False, **settings).rows)
+
+
 def curve(run: Run) -> None:
     """Other budgets and scopes."""
     path, steps = run.study / "curve-rows.json", (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -216,7 +244,6 @@ def curve(run: Run) -> None:
     settings |= {"progress": note(run, "curve")}
     names = ("damage", "damage_protected", "route_conflict", "magnitude", "random")
     sweep(run.bench, names, (0.005, 0.08, 0.32), ("mlp",), draws=2, fixed=False, **settings)
-    sweep(run.bench, names, (0.32,), ("joint",), draws=2, fixed=True, **settings)
     sweep(run.bench, names, (0.25,), ("attention",), draws=2, fixed=False, **settings)
     run.write("curve", Sweep.load(path).rows)
 
@@ -445,6 +472,8 @@ def note(run: Run, part: str):
 STEPS_OF_STUDY = {
     "train": train,
     "sweep": sweep_part,
+    "wide": wide,
+    "unconstrained": unconstrained,
     "route_steps": route_steps,
     "baselines": baselines,
     "refresh": refresh,
