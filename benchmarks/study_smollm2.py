@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -53,6 +54,8 @@ from trl_interfere.repair.measures import reference_probability
 from trl_interfere.repair.rollback import RouteRollback, rolled_back
 from trl_interfere.repair.sweep import Sweep, sweep
 from trl_interfere.training.manifest import MANIFEST_NAME, Manifest, read_json, write_atomically
+from trl_interfere.training.plan import stage_steps
+from trl_interfere.training.progress import StageProgress
 from trl_interfere.training.requested_refresh import RequestedRefresh
 from trl_interfere.training.run_file import build_trainer
 
@@ -60,7 +63,7 @@ from trl_interfere.training.run_file import build_trainer
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "study-smollm2.yaml"
 PARTS = ("warm", "train", "analyze", "repair", "refresh", "others", "report")
-WARM_ROWS = {"code": 48, "math": 96, "qa": 96}
+WARM_ROWS = {"code": 48, "math": 512, "qa": 136}
 REPAIRED = "math"
 MEASURED = 32  # prompts of each domain that steps are chosen by
 STEPS, PROTECTIONS, DRAWS, MAX_DROP = (1.0, 1.5, 2.0, 3.0), (0.5, 1.0), 2, 1.0
@@ -144,7 +147,7 @@ def warm(folder: Path, domains: dict[str, Domain], model: Path) -> None:
         num_train_epochs=1,
         per_device_train_batch_size=8,
         train_sampling_strategy="group_by_length",
-        learning_rate=2e-5,
+        learning_rate=1e-4,
         lr_scheduler_type="constant",
         model_init_kwargs={"dtype": "float32"},
         bf16=True,
@@ -219,7 +222,19 @@ class Run:
 def train(run: Run) -> None:
     """All stages, with scores of every domain after each."""
     trainer = run.trainer()
-    trainer.train(resume_from_checkpoint=True)
+    steps = [
+        stage_steps(
+            ChainMap(trainer.args.stage_settings(stage.overrides), vars(trainer.args)),
+            trainer.domains[stage.domain].train_dataset,
+        )
+        for stage in trainer.schedule
+    ]
+    progress = StageProgress(steps, bars=sys.stderr.isatty())
+    trainer.add_callback(progress)
+    try:
+        trainer.train(resume_from_checkpoint=True)
+    finally:
+        progress.close()
     Console().print(trainer.score_matrix.to_table())
 
 

@@ -1,0 +1,68 @@
+"""The page of the repair study, from rows that were made up."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SHARES = {
+    "damage": (0.3, 0.1),
+    "damage_protected": (0.6, 0.2),
+    "route_conflict": (0.2, 0.1),
+    "random_matched": (0.1, 0.0),
+}
+
+
+@pytest.fixture
+def page(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("repair_page", BENCHMARKS / "repair_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Run:
+    def __init__(self, seed: int, lost: float, parts: tuple[str, ...] = ("sweep",)):
+        self.seed, self.lost, self.parts = seed, lost, parts
+        self.order = ["code", "math", "qa"]
+        self.labels = {"seed": seed, "order": "code,math,qa"}
+
+    def done(self, part: str) -> bool:
+        return part in self.parts
+
+    def rows(self, part: str) -> list[dict]:
+        if part not in self.parts:
+            return []
+        rows = []
+        for criterion, shares in SHARES.items():
+            for rule in ("fixed", "best"):
+                share = shares[self.seed] / (2 if rule == "fixed" else 1)
+                fields = {"recovered": share, "low": share - 0.1, "high": share + 0.1, "n": 8, "worst": -0.5}
+                fields |= {"scope": "mlp", "budget": 0.02, "step_rule": rule, "step": 2.0, "protection": 0.0}
+                rows.append({**self.labels, "criterion": criterion, **fields, "selection": {"math": share}})
+        return rows
+
+
+def test_page(page, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    means = page.write_page([Run(0, 30.0), Run(1, 10.0), Run(2, 5.0, parts=())], tmp_path)
+    assert means["runs"] == 2 and means["criterion"] == "damage_protected"
+    assert means["recovered"] == pytest.approx(0.4)
+    assert means["over_route_conflict"] == pytest.approx(0.4 / 0.15)
+    text = (tmp_path / "repair.md").read_text()
+    # 60% of 30 points and 20% of 10 are half of the 40.
+    assert "40.0% [20.0, 60.0]; 20.0 to 60.0 | 50.0% [20.0, 60.0]" in text
+    assert "| 0 | code,math,qa | 30.0 |" in text and "2 of the 15 runs" in " ".join(text.split())
+    assert "Not measured yet." in text
+    rows = json.loads((tmp_path / "data" / "repair.json").read_text())["rows"]
+    assert len(rows) == 2 * 2 * len(SHARES)
+    assert {"seed", "order", "criterion", "scope", "budget", "step", "recovered", "low", "high"} <= set(rows[0])
+
+
+def test_without_runs(page, tmp_path):
+    with pytest.raises(ValueError, match="expected at least one run with its part 'sweep', found none"):
+        page.write_page([Run(0, 30.0, parts=())], tmp_path)
