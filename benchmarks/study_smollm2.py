@@ -63,7 +63,7 @@ from trl_interfere.training.run_file import build_trainer
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "study-smollm2.yaml"
 PARTS = ("warm", "train", "analyze", "repair", "refresh", "others", "report")
-WARM_ROWS = {"code": 48, "math": 512, "qa": 136}
+WARM_ROWS = {"code": 48, "math": 192, "qa": 64}
 REPAIRED = "math"
 MEASURED = 32  # prompts of each domain that steps are chosen by
 STEPS, PROTECTIONS, DRAWS, MAX_DROP = (1.0, 1.5, 2.0, 3.0), (0.5, 1.0), 2, 1.0
@@ -147,7 +147,7 @@ def warm(folder: Path, domains: dict[str, Domain], model: Path) -> None:
         num_train_epochs=1,
         per_device_train_batch_size=8,
         train_sampling_strategy="group_by_length",
-        learning_rate=1e-4,
+        learning_rate=2e-5,
         lr_scheduler_type="constant",
         model_init_kwargs={"dtype": "float32"},
         bf16=True,
