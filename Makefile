@@ -32,7 +32,7 @@ lab: $(INSTALLED)
 	$(BIN)/trl-interfere lab --output-dir "$(LAB_DIR)" $(ARGS)
 
 repair-study: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/repair_study.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/repair_study.py --jobs 2 $(ARGS)
 
 study-smollm2: $(INSTALLED)
 	@command -v bwrap >/dev/null || { echo "bubblewrap is missing: programs are run in it \

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trl_interfere.evaluation.bootstrap import bootstrap
-from trl_interfere.repair.plots import plot_contraction, plot_cost, plot_sweep
+from trl_interfere.repair.plots import plot_contraction, plot_cost, plot_runs, plot_sweep
 from trl_interfere.training.manifest import write_atomically
 
 
@@ -60,6 +60,10 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
     figures.mkdir(parents=True, exist_ok=True)
     budgets = [*parts["wide"], *parts["curve"]]
     plot_sweep([*parts["sweep"], *budgets], COMMAND).savefig(figures / "sweep.png", dpi=130)
+    for name in ("sweep", "wide"):
+        if parts[name]:
+            plot_runs(parts[name], COMMAND).savefig(figures / f"runs-{name}.png", dpi=130)
+    further = {name: sum(run.done(name) for run in done) for name in ROW_PARTS if name not in ("sweep", "wide")}
     if parts["cost"] and parts["refresh"]:
         plot_cost(_cost_rows(parts), COMMAND).savefig(figures / "cost.png", dpi=130)
     curves = _contractions(parts["refresh"])
@@ -73,7 +77,10 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
         f"`{COMMAND}` runs the lab with {_listed({run.seed for run in done})} as seeds, in the orders "
         f"{_listed(dict.fromkeys(','.join(run.order) for run in done))}: {len(done)} of the {WHOLE} runs that the "
         "whole study is made of. It repairs math, which the stages after its own have damaged, writes this page, "
-        "and keeps every figure as a row of [data/repair.json](data/repair.json).",
+        "and keeps every figure as a row of [data/repair.json](data/repair.json). The criteria are compared in all of "
+        f"these runs; what takes longer is done in fewer, and says in how many ({_counts(further)}). The same seed on "
+        "another kind of processor rounds otherwise and trains to other weights: these figures repeat on one kind, "
+        "and their spread over seeds is what another one would show.",
         "",
         "Routes, steps and settings are chosen on the selection split (256 prompts of each domain), and figures "
         "are those of "
@@ -105,20 +112,29 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
         "",
         _runs_table(parts["sweep"], lost),
         "",
+        "![Recovered share and collateral of each run](figures/repair/runs-sweep.png)",
+        "",
         "## What limits it",
         "",
-        "The routes that carry the damage of math carry what the later domains have learnt as well. The same "
-        "comparison with steps that are chosen by math alone, whatever the other domains lose:",
+        "The routes that carry the damage of math carry what the later domains have learnt as well. Steps that are "
+        "chosen by math alone, whatever the other domains lose:",
         "",
         _summary(parts["unconstrained"], lost),
         "",
+        "The column of the worst change is the lowest of three noisy figures: a repair that changes nothing but the "
+        "dice of the sampled completions has a negative one too. The rows of random routes show how large that is.",
+        "",
         "## Other budgets and scopes",
         "",
-        _summary([row for row in budgets if row["step_rule"] == "best"]),
+        _summary([row for row in budgets if row["step_rule"] == "best"], lost),
         "",
         "At 32% of MLP and attention together with the step 1:",
         "",
-        _summary([row for row in budgets if row["step_rule"] == "fixed"]),
+        _summary([row for row in budgets if row["step_rule"] == "fixed"], lost),
+        "",
+        "![Recovered share and collateral of each run, 32% of both](figures/repair/runs-wide.png)"
+        if parts["wide"]
+        else "",
         "",
         "## Steps of single routes, and rounds",
         "",
@@ -179,16 +195,8 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
     conflict = {rule: _values(main, "route_conflict", rule) for rule in ("fixed", "best")}
     fixed, matched = _values(main, "damage", "fixed"), _values(main, "random_matched", "best")
     worst = _values(main, best, "best", "worst")
-    joint = {
-        name: [
-            row["recovered"]
-            for row in (*parts["wide"], *parts["curve"])
-            if row["criterion"] == name and row["scope"] == "joint" and row["step_rule"] == "best"
-            and row["recovered"] is not None
-        ]
-        for name in ("damage", "damage_protected")
-    }  # fmt: skip
-    joint_best = _chosen([row for row in (*parts["wide"], *parts["curve"]) if row["scope"] == "joint"], joint)
+    joint, joint_best = _joint_shares(parts["wide"])
+    free, free_best = _joint_shares([row for row in parts["unconstrained"] if row["scope"] == "joint"])
     single = {
         name: [row for row in parts["route_steps"] if row["criterion"] == f"{name}_per_route_exact"]
         for name in ("damage", "damage_protected", "route_conflict", "random")
@@ -222,8 +230,14 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
         (
             f"32% of MLP and attention, `{joint_best}` at its best step: recovered",
             "at least 95%",
-            _cell(joint[joint_best]),
-            _mean(joint[joint_best]) >= 0.95,
+            _cell(joint),
+            _mean(joint) >= 0.95,
+        ),
+        (
+            f"the same, `{free_best}`, with the step that math alone would take",
+            "at least 95%",
+            _cell(free),
+            _mean(free) >= 0.95,
         ),
     ]
     if shares[single_best]:
@@ -262,9 +276,16 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
         "random_matched": _mean(matched),
         "worst": _mean(worst),
         "over_route_conflict_at_step_1": fixed_ratio,
-        "joint_32": _mean(joint[joint_best]),
+        "joint_32": _mean(joint),
+        "joint_32_by_math_alone": _mean(free),
     }
     return "\n".join(lines), {name: value if not _is_nan(value) else None for name, value in means.items()}
+
+
+def _joint_shares(rows: Rows) -> tuple[list[float], str]:
+    """Recovered shares by the better of both kinds of `damage`, and its name."""
+    name = _chosen(rows, ("damage", "damage_protected"))
+    return _values(rows, name, "best"), name
 
 
 def _chosen(rows: Rows, names: Any) -> str:
@@ -591,6 +612,10 @@ def _contraction_text(curves: Rows) -> list[str]:
         "![Contraction](figures/repair/contraction.png)",
     ]
     return lines
+
+
+def _counts(further: dict[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} in {count}" for name, count in further.items())
 
 
 def _listed(values: Any) -> str:

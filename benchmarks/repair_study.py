@@ -2,20 +2,22 @@
 Repairs of the lab's damaged math, over seeds and orders: every criterion and control at its own best step, baselines,
 one repair for all earlier domains, and refreshes.
 
-    python benchmarks/repair_study.py --output-dir repair-study --seeds 0 1 2 3 4
+    python benchmarks/repair_study.py --output-dir repair-study --seeds 0 1 2 3 4 --jobs 2
 
-Every pair of a seed and an order has a folder of its own, and every part of it a file; what is there is not done
-again, so that a study that was stopped goes on, and one of more seeds takes over those that are done. `--parts report`
-writes the page and the data from what there is. Prints the acceptance figures, and on the last line the means as one
-JSON object.
+The comparison of criteria is made in all runs, the rest (`FURTHER_PARTS`) in those of some seeds. Every pair of a
+seed and an order has a folder of its own, and every part of it a file; what is there is not done again, so that a
+study that was stopped goes on, and one of more seeds takes over those that are done. `--parts report` writes the page
+and the data from what there is. Prints the acceptance figures, and on the last line the means as one JSON object.
 """
 
 import argparse
 import json
 import shutil
 import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,9 @@ from trl_interfere.training.trainer import SequentialGRPOTrainer
 
 
 ORDERS = ("code,math,qa,writing", "math,code,qa,writing", "writing,math,qa,code")
-PARTS = (
-    *("train", "sweep", "wide", "unconstrained", "curve", "route_steps", "baselines", "joint", "refresh", "cost"),
-    *("rehearsal", "report"),
-)
+MAIN_PARTS = ("train", "sweep", "wide", "unconstrained")
+FURTHER_PARTS = ("refresh", "cost", "baselines", "route_steps", "joint", "curve", "rehearsal")
+PARTS = (*MAIN_PARTS, *FURTHER_PARTS, "report")
 REPAIRED = "math"
 CRITERIA = (
     "damage",
@@ -63,6 +64,9 @@ CRITERIA = (
 )
 DRAWS = 3
 MAX_DROP = 1.0  # points that another domain may lose on the selection split
+WIDE_CRITERIA = ("damage", "damage_protected", "route_conflict", "magnitude", "random")
+WIDE = {"budgets": (0.32,), "scopes": ("joint",), "draws": 2}
+WIDE |= {"steps": (0.5, 0.75, 1.0, 1.5, 2.0), "protections": (0.75, 1.0, 1.5)}
 REFRESH_STEPS = (0, 1, 2, 5, 10, 20)
 REFRESH_BATCH = 128  # sequences of one step of the lab
 SUBSPACE = 4
@@ -221,20 +225,22 @@ def sweep_part(run: Run) -> None:
 
 def wide(run: Run) -> None:
     """32% of MLP and attention."""
-    settings = {"steps": (0.5, 1.0, 1.5, 2.0, 3.0), "protections": (0.75, 1.0), "max_drop": MAX_DROP}
-    names = ("damage", "damage_protected", "route_conflict", "magnitude", "random")
     path = run.study / "wide-rows.json"
-    settings |= {"labels": run.labels, "path": path, "progress": note(run, "wide")}
-    run.write("wide", sweep(run.bench, names, (0.32,), ("joint",), draws=2, **settings).rows)
+    found = sweep(
+        run.bench, WIDE_CRITERIA, **WIDE, max_drop=MAX_DROP, labels=run.labels, path=path, progress=note(run, "wide")
+    )
+    run.write("wide", found.rows)
 
 
 def unconstrained(run: Run) -> None:
-    """2% of MLP routes, with steps that may cost the other domains what they will."""
-    settings = {"steps": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0), "protections": (0.75, 1.0), "max_drop": 100.0}
-    names = ("damage", "damage_protected", "route_conflict", "random_matched")
+    """Both comparisons with steps that may cost the other domains what they will."""
+    settings = {"max_drop": 100.0, "fixed": False, "labels": run.labels, "progress": note(run, "unconstrained")}
+    names = ("damage", "damage_protected", "route_conflict", "magnitude", "random_matched")
     path = run.study / "unconstrained-rows.json"
-    settings |= {"labels": run.labels, "path": path, "progress": note(run, "unconstrained")}
-    run.write("unconstrained", sweep(run.bench, names, (0.02,), ("mlp",), draws=2, fixed=False, **settings).rows)
+    rows = sweep(run.bench, names, draws=DRAWS, path=path, **settings).rows
+    path = run.study / "unconstrained-wide-rows.json"
+    rows += sweep(run.bench, WIDE_CRITERIA, **WIDE, path=path, **settings).rows
+    run.write("unconstrained", rows)
 
 
 def curve(run: Run) -> None:
@@ -469,48 +475,72 @@ def note(run: Run, part: str):
     return lambda text: print(f"{run.name}: {part}: {text}", flush=True)
 
 
-STEPS_OF_STUDY = {
+WORK = {
     "train": train,
     "sweep": sweep_part,
     "wide": wide,
     "unconstrained": unconstrained,
-    "route_steps": route_steps,
-    "baselines": baselines,
     "refresh": refresh,
-    "joint": joint,
     "cost": cost,
+    "baselines": baselines,
+    "route_steps": route_steps,
+    "joint": joint,
     "curve": curve,
     "rehearsal": rehearsal,
 }
+
+
+def work(folder: Path, seed: int, order: list[str], parts: list[str], threads: int) -> None:
+    """
+    Do what is not done of a run. Called in a process of its own.
+
+    Args:
+        folder (`pathlib.Path`):
+            Folder of the study.
+        seed (`int`):
+            Seed of the training.
+        order (`list[str]`):
+            Domains in the order of training.
+        parts (`list[str]`):
+            Names of the parts.
+        threads (`int`):
+            Threads.
+    """
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    run = Run(folder, seed, order)
+    for part in parts:
+        if not run.done(part):
+            note(run, part)("begins")
+            WORK[part](run)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("repair-study"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds")
+    parser.add_argument("--further-seeds", type=int, nargs="*", default=[0], help="those with all parts")
     parser.add_argument("--orders", nargs="+", default=list(ORDERS), help="orders, each separated by commas")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is done")
-    parser.add_argument("--rehearsal-seeds", type=int, nargs="*", default=[0], help="seeds of the rehearsal")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder that the page is written to")
-    parser.add_argument("--threads", type=int, default=1, help="threads; results repeat for the same number")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a run; results repeat for the same number")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
-    runs = [
-        Run(arguments.output_dir, seed, order.split(",")) for seed in arguments.seeds for order in arguments.orders
-    ]
-    for run in runs:
-        for part, work in STEPS_OF_STUDY.items():
-            wanted = part in arguments.parts and (part != "rehearsal" or run.seed in arguments.rehearsal_seeds)
-            if wanted and not run.done(part):
-                note(run, part)("begins")
-                work(run)
-        run.__dict__.pop("bench", None)  # two models and all that was measured
-        run.__dict__.pop("references", None)
-        run.__dict__.pop("_measured", None)
+    if arguments.jobs < 1 or arguments.threads < 1:
+        parser.error(f"expected jobs and threads of at least 1, found {arguments.jobs} and {arguments.threads}")
+    places = [(seed, order.split(",")) for order in arguments.orders for seed in arguments.seeds]
+    # The further parts of a run take up what its main ones have left, so that these come first.
+    for group, seeds in ((MAIN_PARTS, arguments.seeds), (FURTHER_PARTS, arguments.further_seeds)):
+        parts = [part for part in group if part in arguments.parts]
+        chosen = [place for place in places if parts and place[0] in seeds]
+        with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            started = [pool.submit(work, arguments.output_dir, *place, parts, arguments.threads) for place in chosen]
+            for found in as_completed(started):
+                found.result()
     if "report" in arguments.parts:
         from repair_page import write_page
 
+        runs = [Run(arguments.output_dir, seed, order) for seed, order in places]
         print(json.dumps(write_page(runs, arguments.docs)))
 
 

@@ -57,7 +57,9 @@ def test_page(page, tmp_path, capsys):
     # 60% of 30 points and 20% of 10 are half of the 40.
     assert "40.0% [20.0, 60.0]; 20.0 to 60.0 | 50.0% [20.0, 60.0]" in text
     assert "| 0 | code,math,qa | 30.0 |" in text and "2 of the 15 runs" in " ".join(text.split())
-    assert "Not measured yet." in text
+    assert "Not measured yet." in text and "refresh in 0" in text
+    for figure in ("sweep.png", "runs-sweep.png"):
+        assert (tmp_path / "figures" / "repair" / figure).stat().st_size > 0
     rows = json.loads((tmp_path / "data" / "repair.json").read_text())["rows"]
     assert len(rows) == 2 * 2 * len(SHARES)
     assert {"seed", "order", "criterion", "scope", "budget", "step", "recovered", "low", "high"} <= set(rows[0])

@@ -7,7 +7,7 @@ import torch
 from trl_interfere.evaluation.bootstrap import recovered
 from trl_interfere.repair.bench import RepairBench, domain_scorer
 from trl_interfere.repair.measures import reference_probability
-from trl_interfere.repair.plots import plot_contraction, plot_cost, plot_sweep
+from trl_interfere.repair.plots import plot_contraction, plot_cost, plot_runs, plot_sweep
 from trl_interfere.repair.rollback import RouteRollback, rolled_back
 from trl_interfere.repair.sweep import Sweep, pareto, sweep
 
@@ -155,6 +155,21 @@ def test_table_and_figures(bench, tmp_path):
     ):
         figure.savefig(tmp_path / "figure.png")
         assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_every_run_is_a_point():
+    rows = [
+        {"criterion": name, "order": order, "step_rule": rule, "recovered": share, "worst": -1.0}
+        for name in ("damage", "random")
+        for order, share in (("a,b", 0.2), ("a,b", 0.6), ("b,a", None))
+        for rule in ("fixed", "best")
+    ]
+    recovered, worst = plot_runs(rows, "command").axes
+    means = [line.get_ydata() for line in recovered.lines if line.get_color() == "black"]
+    assert [list(values) for values in means] == [pytest.approx([40, 40])] * 2
+    points = [y for line in recovered.lines if line.get_marker() == "o" for y in line.get_ydata()]
+    assert sorted(points) == pytest.approx([20, 20, 60, 60])  # where nothing was lost there is no share
+    assert sum(len(line.get_ydata()) for line in worst.lines if line.get_marker() == "o") == 6
 
 
 def test_reference_probability(make_model, sequences, make_batches):

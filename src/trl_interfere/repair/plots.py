@@ -75,6 +75,54 @@ def plot_sweep(rows: list[dict[str, Any]], title: str = "") -> Figure:
     return figure
 
 
+def plot_runs(rows: list[dict[str, Any]], title: str = "") -> Figure:
+    """
+    Recovered share and worst change of another domain, one point for each run: the distribution behind the means.
+
+    Args:
+        rows (`list[dict]`):
+            Rows of sweeps over seeds and orders at one budget and in one scope; those at their own best step are
+            drawn.
+        title (`str`, *optional*, defaults to `""`):
+            Title, such as the command that made the rows.
+
+    Returns:
+        [`matplotlib.figure.Figure`]: The figure.
+    """
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    shown = [row for row in rows if row["step_rule"] == "best"]
+    names = list(dict.fromkeys(row["criterion"] for row in shown))
+    orders = list(dict.fromkeys(row["order"] for row in shown))
+    axes_of = dict(zip((("recovered", 100), ("worst", 1)), figure.subplots(1, 2), strict=True))
+    for (field, factor), axes in axes_of.items():
+        for place, name in enumerate(names):
+            known = [row for row in shown if row["criterion"] == name and row[field] is not None]
+            for number, order in enumerate(orders):
+                values = [factor * row[field] for row in known if row["order"] == order]
+                shift = 0.2 * (number - (len(orders) - 1) / 2)
+                axes.plot(
+                    [place + shift] * len(values),
+                    values,
+                    color=COLORS[number % len(COLORS)],
+                    marker="o",
+                    markersize=4,
+                    alpha=0.7,
+                    linestyle="",
+                    label=order if axes is axes_of["recovered", 100] and not place else None,
+                )
+            if known:
+                mean = np.mean([factor * row[field] for row in known])
+                axes.plot([place - 0.35, place + 0.35], [mean, mean], color="black", linewidth=1.5)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
+    axes_of["recovered", 100].set_ylabel("recovered share of the lost score (%)")
+    axes_of["worst", 1].set_ylabel("worst change of another domain (points)")
+    figure.suptitle(f"{title}: each run at its own best step; lines are means".lstrip(": "), fontsize=9)
+    if shown:
+        figure.legend(loc="outside right upper", fontsize=7)
+    return figure
+
+
 def plot_cost(rows: list[dict[str, Any]], title: str = "") -> Figure:
     """
     Recovered share against gradient passes: training-free repairs and refreshes in one figure.
