@@ -38,7 +38,7 @@ study-smollm2: $(INSTALLED)
 	@command -v bwrap >/dev/null || { echo "bubblewrap is missing: programs are run in it \
 	(apt-get install bubblewrap)"; exit 2; }
 	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study_smollm2.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study_smollm2.py --jobs 2 $(ARGS)
 
 test: $(INSTALLED)
 	@command -v bwrap >/dev/null || echo "bubblewrap is missing: tests of the sandbox will be skipped \

@@ -14,15 +14,14 @@ import argparse
 import json
 import shutil
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jobs import run_all
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model
@@ -492,7 +491,7 @@ WORK = {
 
 def work(folder: Path, seed: int, order: list[str], parts: list[str], threads: int) -> None:
     """
-    Do what is not done of a run. Called in a process of its own.
+    Do what is not done of a run.
 
     Args:
         folder (`pathlib.Path`):
@@ -533,10 +532,8 @@ def main() -> None:
     for group, seeds in ((MAIN_PARTS, arguments.seeds), (FURTHER_PARTS, arguments.further_seeds)):
         parts = [part for part in group if part in arguments.parts]
         chosen = [place for place in places if parts and place[0] in seeds]
-        with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            started = [pool.submit(work, arguments.output_dir, *place, parts, arguments.threads) for place in chosen]
-            for found in as_completed(started):
-                found.result()
+        calls = [(arguments.output_dir, *place, parts, arguments.threads) for place in chosen]
+        run_all(work, calls, arguments.jobs)
     if "report" in arguments.parts:
         from repair_page import write_page
 

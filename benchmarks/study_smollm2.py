@@ -2,11 +2,10 @@
 The study of a real model: SmolLM2-135M-Instruct, warmed up on answer formats, through code, math, qa and writing, with
 analysis, repairs beside their controls, and a refresh.
 
-    python benchmarks/study_smollm2.py --output-dir study-smollm2 --seeds 0 1
+    python benchmarks/study_smollm2.py --output-dir study-smollm2 --seeds 0 1 --jobs 2
 
-Every part is kept when it is done, and a stopped study goes on where it stopped. Seeds may run in processes of their
-own (`--seeds 1 --parts train analyze repair refresh others`); `--parts report` writes the page and the data from what
-there is.
+Every part is kept when it is done, and a stopped study goes on where it stopped. `--parts report` writes the page and
+the data from what there is. On a processor that multiplies in bfloat16 products are in bfloat16, else in float32.
 """
 
 import argparse
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from jobs import run_all
 from rich.console import Console
 from study_page import write_page
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
@@ -63,13 +63,28 @@ from trl_interfere.training.run_file import build_trainer
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "study-smollm2.yaml"
 PARTS = ("warm", "train", "analyze", "repair", "refresh", "others", "report")
-WARM_ROWS = {"code": 48, "math": 192, "qa": 64}
+WARM_ROWS = {"code": 40, "math": 192, "qa": 64}
 REPAIRED = "math"
-MEASURED = 32  # prompts of each domain that steps are chosen by
-STEPS, PROTECTIONS, DRAWS, MAX_DROP = (1.0, 1.5, 2.0, 3.0), (0.5, 1.0), 2, 1.0
-SHARES = (0.1, 0.2, 0.3, 0.5)  # of the update, for interpolation
+MEASURED = {"code": 8, "math": 32, "qa": 16, "writing": 16}  # prompts that steps are chosen by
+STEPS, WIDE_STEPS, PROTECTIONS, DRAWS, MAX_DROP = (1.0, 2.0, 3.0), (0.5, 1.0, 1.5), (1.0,), 2, 1.0
+SHARES = (0.1, 0.2, 0.4)  # of the update, for interpolation
+OTHERS = {"subspace_size": 0, "max_prompts": 16}  # analysis of the domains that are not repaired
 REFRESH_STEPS = 5
 SCHEMA_VERSION = 1
+
+
+# As the model was trained with, less the system message that it adds to every prompt.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products in bfloat16; emulated, they are many times slower."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def prepare() -> None:
@@ -126,7 +141,7 @@ def _without_docstrings(program: str) -> str:
     return ast.unparse(tree)
 
 
-def warm(folder: Path, domains: dict[str, Domain], model: Path) -> None:
+def warm(folder: Path, domains: dict[str, Domain], model: Path, bf16: bool) -> None:
     """
     One epoch of supervised training on answer formats.
 
@@ -137,6 +152,8 @@ def warm(folder: Path, domains: dict[str, Domain], model: Path) -> None:
             The domains.
         model (`pathlib.Path`):
             The model to begin with.
+        bf16 (`bool`):
+            Whether products are in bfloat16.
     """
     if (folder / "warm").exists():
         return
@@ -150,7 +167,7 @@ def warm(folder: Path, domains: dict[str, Domain], model: Path) -> None:
         learning_rate=2e-5,
         lr_scheduler_type="constant",
         model_init_kwargs={"dtype": "float32"},
-        bf16=True,
+        bf16=bf16,
         gradient_checkpointing=False,
         use_cpu=True,
         dataloader_pin_memory=False,
@@ -159,7 +176,11 @@ def warm(folder: Path, domains: dict[str, Domain], model: Path) -> None:
         report_to=[],
         seed=0,
     )
-    trainer = SFTTrainer(model=str(model), args=args, train_dataset=demonstrations(domains))
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    if "<|im_start|>" in tokenizer.chat_template:
+        tokenizer.chat_template = CHATML
+    dataset = demonstrations(domains)
+    trainer = SFTTrainer(model=str(model), args=args, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
     trainer.save_model(str(partial))
     partial.rename(folder / "warm")
@@ -178,10 +199,12 @@ class Run:
             Its content.
         seed (`int`):
             Seed of the training.
+        bf16 (`bool`, *optional*, defaults to `False`):
+            Whether products are in bfloat16, in training and in scores.
     """
 
-    def __init__(self, folder: Path, recipe: Path, run_file: RunFile, seed: int):
-        self.study, self.recipe, self.run_file, self.seed = folder, recipe, run_file, seed
+    def __init__(self, folder: Path, recipe: Path, run_file: RunFile, seed: int, bf16: bool = False):
+        self.study, self.recipe, self.run_file, self.seed, self.bf16 = folder, recipe, run_file, seed, bf16
         self.folder = folder / f"seed-{seed}"
         self.domains = {domain.name: domain for domain in run_file.domains}
         self.order: list[str] = run_file.training["order"]
@@ -191,7 +214,8 @@ class Run:
         return self.study / "warm" if index < 0 else self.folder / "stages" / f"{index + 1}-{self.order[index]}"
 
     def trainer(self, **options: Any):
-        settings = {"seed": self.seed, "output_dir": str(self.folder), "disable_tqdm": True, **options}
+        settings = {"seed": self.seed, "output_dir": str(self.folder), "bf16": self.bf16, "disable_tqdm": True}
+        settings |= options
         trainer = build_trainer(self.recipe, settings, str(self.study / "warm"))
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
@@ -207,6 +231,9 @@ class Run:
         return Scorer(
             self.tokenizer, max_new_tokens=training["score_max_new_tokens"], batch_size=training["score_batch_size"]
         )
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16)
 
     def config(self, **settings: Any) -> InterferenceConfig:
         return InterferenceConfig(**{**self.run_file.analysis, **settings})
@@ -275,7 +302,7 @@ def others(run: Run) -> None:
     """The other earlier domains, without their conflict subspace."""
     for name in run.order[:-1]:
         if name != REPAIRED:
-            analyze(run, name, subspace_size=0)
+            analyze(run, name, **OTHERS)
 
 
 class Bench:
@@ -303,7 +330,7 @@ class Bench:
         domain, run = self.run.domains[name], self.run
         dataset = getattr(domain, split)
         if split == "selection_dataset":
-            dataset = dataset.select(range(min(MEASURED, len(dataset))))
+            dataset = dataset.select(range(min(MEASURED[name], len(dataset))))
         if name in ("math", "qa"):
             texts = [answer(name, row) for row in dataset]
             config = run.config(reference="dataset", max_prompts=len(dataset))
@@ -311,7 +338,7 @@ class Bench:
         else:
             config = run.config(max_prompts=len(dataset), batch_size=len(dataset))
         try:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with run.autocast():
                 references: References = collect_references(self.model, run.tokenizer, domain, config, dataset)
         except ValueError as error:
             run.say(f"{name} is left out of the choice of steps: {error}")
@@ -320,7 +347,7 @@ class Bench:
 
     def score(self, model, split: str) -> dict[str, np.ndarray]:
         field = {"selection": "selection_dataset", "test": "eval_dataset"}[split]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with self.run.autocast():
             return {
                 name: self.run.scorer.score(model, domain, getattr(domain, field)).values
                 for name, domain in self.run.domains.items()
@@ -331,7 +358,7 @@ class Bench:
         Points on the selection split: the probability of the right answer (math, qa), or the mean probability of a
         token of what was right before the repair.
         """
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with self.run.autocast():
             return {
                 name: 100
                 * (
@@ -377,8 +404,9 @@ def repair(run: Run) -> None:
     sweep(bench.bench, ["damage"], (0.02,), ("mlp",), fixed=True, **settings)
     names = ["damage_protected", "route_conflict", "magnitude", "random", "random_matched"]
     sweep(bench.bench, names, (0.02,), ("mlp",), fixed=False, **settings)
-    sweep(bench.bench, ["damage_protected", "random"], (0.32,), ("joint",), fixed=False, **settings)
-    rows = Sweep.load(folder / "sweep.json").rows
+    wide = {**settings, "path": folder / "sweep-wide.json", "steps": WIDE_STEPS}
+    sweep(bench.bench, ["damage_protected", "random"], (0.32,), ("joint",), fixed=False, **wide)
+    rows = [*Sweep.load(settings["path"]).rows, *Sweep.load(wide["path"]).rows]
     nats = recovered_nats(bench)
     for row in rows:
         criterion = row["criterion"].removesuffix("_protected")
@@ -438,7 +466,7 @@ def refresh(run: Run) -> None:
         else:
             folder = run.folder / f"refresh-of-{name}"
             settings = {"seed": run.seed, "output_dir": str(folder), "order": [name], "max_steps": REFRESH_STEPS}
-            trainer = build_trainer(run.recipe, settings, str(last))
+            trainer = build_trainer(run.recipe, {**settings, "bf16": run.bf16}, str(last))
             trainer.train(resume_from_checkpoint=True)
         record, manifest = trainer.manifest.stages[-1], trainer.manifest
         scores = {entry: manifest.read_scores(record, entry) for entry in run.order}
@@ -500,7 +528,33 @@ def collected(run: Run) -> dict[str, Any] | None:
     return found
 
 
-STEPS_OF_STUDY = {"train": train, "analyze": analyze, "repair": repair, "refresh": refresh, "others": others}
+WORK = {"train": train, "analyze": analyze, "repair": repair, "refresh": refresh, "others": others}
+
+
+def work(folder: Path, recipe: Path, seed: int, parts: list[str], bf16: bool, threads: int) -> None:
+    """
+    Do what is not done of a seed.
+
+    Args:
+        folder (`pathlib.Path`):
+            Folder of the study.
+        recipe (`pathlib.Path`):
+            YAML file of the training.
+        seed (`int`):
+            Seed of the training.
+        parts (`list[str]`):
+            Names of the parts.
+        bf16 (`bool`):
+            Whether products are in bfloat16.
+        threads (`int`):
+            Threads.
+    """
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    run = Run(folder, recipe, load_run_file(recipe), seed, bf16)
+    for part in parts:
+        run.say(f"{part} begins")
+        WORK[part](run)
 
 
 def main() -> None:
@@ -511,28 +565,31 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is done")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder that the page is written to")
-    parser.add_argument("--threads", type=int, default=1, help="threads; results repeat for the same number")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of products")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each in a process of its own")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a seed; results repeat for the same number")
     arguments = parser.parse_args()
+    if arguments.jobs < 1 or arguments.threads < 1:
+        parser.error(f"expected jobs and threads of at least 1, found {arguments.jobs} and {arguments.threads}")
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
     run_file = load_run_file(arguments.recipe)
-    domains = {domain.name: domain for domain in run_file.domains}
-    folder = arguments.output_dir
+    folder, bf16 = arguments.output_dir, arguments.precision == "bf16"
+    if arguments.precision == "auto":
+        bf16 = multiplies_bfloat16()
     folder.mkdir(parents=True, exist_ok=True)
     if "warm" in arguments.parts:
         model = arguments.model
         if model is None:
             prepare()
             model = ROOT / "models" / "smollm2-135m-instruct"
-        warm(folder, domains, model)
-    for seed in arguments.seeds:
-        run = Run(folder, arguments.recipe, run_file, seed)
-        for part, work in STEPS_OF_STUDY.items():
-            if part in arguments.parts:
-                run.say(f"{part} begins")
-                work(run)
+        warm(folder, {domain.name: domain for domain in run_file.domains}, model, bf16)
+    parts = [part for part in WORK if part in arguments.parts]
+    if parts:
+        calls = [(folder, arguments.recipe, seed, parts, bf16, arguments.threads) for seed in arguments.seeds]
+        run_all(work, calls, arguments.jobs)
     if "report" in arguments.parts:
-        runs = (Run(folder, arguments.recipe, run_file, seed) for seed in arguments.seeds)
+        runs = (Run(folder, arguments.recipe, run_file, seed, bf16) for seed in arguments.seeds)
         found = [entry for entry in map(collected, runs) if entry is not None]
         if not found:
             raise SystemExit(f"error: {folder}: expected a seed whose training has ended, found none")

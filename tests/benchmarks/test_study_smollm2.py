@@ -33,8 +33,9 @@ def study(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "WARM_ROWS", {"code": 4, "math": 8, "qa": 4})
-    monkeypatch.setattr(module, "MEASURED", 4)
+    monkeypatch.setattr(module, "MEASURED", dict.fromkeys(module.MEASURED, 4))
     monkeypatch.setattr(module, "STEPS", (1.0,))
+    monkeypatch.setattr(module, "WIDE_STEPS", (1.0,))
     monkeypatch.setattr(module, "PROTECTIONS", (1.0,))
     monkeypatch.setattr(module, "SHARES", (0.5,))
     monkeypatch.setattr(module, "REFRESH_STEPS", 1)
@@ -70,7 +71,7 @@ def recipe(study, tmp_path):
     for entry in content["domains"]:
         entry["options"]["sizes"] = {"train": 8, "selection": 4, "test": 4}
         entry["settings"] = {"max_steps": 1, "max_completion_length": 4}
-    content["training"].update(bf16=False, score_max_new_tokens=4, learning_rate=1e-2, save_steps=1, num_generations=2)
+    content["training"].update(score_max_new_tokens=4, learning_rate=1e-2, save_steps=1, num_generations=2)
     # Random bytes are never right, and equal rewards teach nothing; the decay makes the stages differ all the same.
     content["training"].update(per_device_train_batch_size=4, weight_decay=1.0)
     content["analysis"].update(correct_threshold=0.0, max_prompts=4, max_new_tokens=4, subspace_size=1)
@@ -96,6 +97,7 @@ def test_whole_study(study, model, recipe, tmp_path, monkeypatch):
     folder, docs = tmp_path / "study", tmp_path / "docs"
     (docs / "data").mkdir(parents=True)
     arguments = ["--output-dir", str(folder), "--recipe", str(recipe), "--model", str(model), "--docs", str(docs)]
+    arguments += ["--precision", "fp32"]
     monkeypatch.setattr(sys, "argv", ["study_smollm2.py", *arguments, "--seeds", "0"])
     study.main()
     page, data = (
