@@ -16,7 +16,7 @@ def run_all(work: Callable[..., None], calls: list[tuple[Any, ...]], jobs: int) 
         calls (`list[tuple]`):
             Arguments of each call.
         jobs (`int`):
-            Calls at a time. With 1 they are made here, one after the other, else each in a process of its own.
+            Calls at a time. With 1 they are made here, one after the other, else in as many processes.
 
     Raises:
         `Exception`: That of the first call that failed, when those that run have ended; others are not begun.
@@ -25,7 +25,7 @@ def run_all(work: Callable[..., None], calls: list[tuple[Any, ...]], jobs: int) 
         for arguments in calls:
             work(*arguments)
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         started = [pool.submit(work, *arguments) for arguments in calls]
         try:
             for call in as_completed(started):
