@@ -46,7 +46,7 @@ from trl_interfere.training.trainer import SequentialGRPOTrainer
 
 
 ORDERS = ("code,math,qa,writing", "math,code,qa,writing", "writing,math,qa,code")
-MAIN_PARTS = ("train", "sweep", "wide", "unconstrained")
+MAIN_PARTS = ("train", "sweep", "wide", "unconstrained", "per_route")
 FURTHER_PARTS = ("refresh", "cost", "baselines", "route_steps", "joint", "curve", "rehearsal")
 PARTS = (*MAIN_PARTS, *FURTHER_PARTS, "report")
 REPAIRED = "math"
@@ -54,7 +54,6 @@ CRITERIA = (
     "damage",
     "damage_protected",
     "second_order",
-    "second_order_protected",
     "first_order",
     "route_conflict",
     "magnitude",
@@ -66,6 +65,7 @@ MAX_DROP = 1.0  # points that another domain may lose on the selection split
 WIDE_CRITERIA = ("damage", "damage_protected", "route_conflict", "magnitude", "random")
 WIDE = {"budgets": (0.32,), "scopes": ("joint",), "draws": 2}
 WIDE |= {"steps": (0.5, 0.75, 1.0, 1.5, 2.0), "protections": (0.75, 1.0, 1.5)}
+STEP_SCALES = (0.5, 0.75, 1.0, 1.25)  # of the steps that were solved for
 REFRESH_STEPS = (0, 1, 2, 5, 10, 20)
 REFRESH_BATCH = 128  # sequences of one step of the lab
 SUBSPACE = 4
@@ -167,6 +167,12 @@ class Run:
         references = references if count is None else references.take(list(range(count)))
         return references.batches(64, self.tokenizer.pad_token_id, torch.device("cpu"))
 
+    def losses(self, weight: float) -> dict[str, WeightedLoss]:
+        """Losses on half of the selection split: of math, and of the other domains with a weight."""
+        return {
+            name: WeightedLoss(self.batches(name, 128), 1.0 if name == REPAIRED else weight) for name in self.order
+        }
+
     def measure(self, model) -> dict[str, float]:
         """
         Points of each domain on the selection split. Where one answer is right its probability is the expected score;
@@ -234,11 +240,10 @@ def wide(run: Run) -> None:
 def unconstrained(run: Run) -> None:
     """Both comparisons with steps that may cost the other domains what they will."""
     settings = {"max_drop": 100.0, "fixed": False, "labels": run.labels, "progress": note(run, "unconstrained")}
-    names = ("damage", "damage_protected", "route_conflict", "magnitude", "random_matched")
     path = run.study / "unconstrained-rows.json"
-    rows = sweep(run.bench, names, draws=DRAWS, path=path, **settings).rows
+    rows = sweep(run.bench, ("damage", "damage_protected", "route_conflict"), draws=DRAWS, path=path, **settings).rows
     path = run.study / "unconstrained-wide-rows.json"
-    rows += sweep(run.bench, WIDE_CRITERIA, **WIDE, path=path, **settings).rows
+    rows += sweep(run.bench, ("damage", "damage_protected", "magnitude"), **WIDE, path=path, **settings).rows
     run.write("unconstrained", rows)
 
 
@@ -253,41 +258,53 @@ def curve(run: Run) -> None:
     run.write("curve", Sweep.load(path).rows)
 
 
-def route_steps(run: Run) -> None:
-    """Steps of single routes, and routes chosen in rounds, at 2% of MLP routes."""
-    bench, rows = run.bench, []
-    others = [name for name in run.order if name != REPAIRED]
-    losses = {name: WeightedLoss(run.batches(name, 128)) for name in run.order}
-    protected = RouteRollback(protection=run.best_protected()["protection"])
-    routes = protected.select(bench.report, bench.route_map)
-    scales = (0.25, 0.5, 0.75, 1.0, 1.25)
-    for label, base, exact, weights in (
-        ("damage_protected_per_route", protected, False, (0.0, 1.0)),
-        ("damage_per_route_exact", RouteRollback(), True, (1.0, 3.0, 10.0)),
-        ("damage_protected_per_route_exact", protected, True, (1.0, 3.0, 10.0)),
-        ("route_conflict_per_route_exact", RouteRollback(criterion="route_conflict"), True, (1.0, 3.0, 10.0)),
-        ("random_per_route_exact", RouteRollback(criterion="random"), True, (1.0, 10.0)),
+def solved_row(run: Run, label: str, rollback: RouteRollback, weights: tuple[float, ...], **settings: Any) -> dict:
+    """A rollback of 2% of MLP routes with a step for each, solved for on half of the selection split."""
+    bench = run.bench
+    routes, candidates = rollback.select(bench.report, bench.route_map, bench.parameters), []
+    for weight in weights:
+        note(run, label)(f"other domains with weight {weight:g}")
+        losses = run.losses(weight)
+        found = solve_steps(bench.model, bench.before, bench.route_map, routes, losses, bound=6.0, **settings)
+        candidates += [(scale * found.steps, weight, scale, found.passes) for scale in STEP_SCALES]
+    measures = [bench.measured(routes, candidate[0]) for candidate in candidates]
+    chosen = bench.choose(measures, MAX_DROP)
+    steps, weight, scale, passes = candidates[chosen]
+    more = {"protection": rollback.protection, "weight": weight, "scale": scale, "passes": passes}
+    more |= {"selection": measures[chosen], "steps": steps.tolist()}
+    return row(run, label, "mlp", 0.02, None, bench.figures([bench.scores(routes, steps)]), **more)
+
+
+def per_route(run: Run) -> None:
+    """Steps of single routes by the loss itself, at 2% of MLP routes."""
+    rows = []
+    for name, rollback in (
+        ("damage_protected", RouteRollback(protection=run.best_protected()["protection"])),
+        ("route_conflict", RouteRollback(criterion="route_conflict")),
+        ("random_matched", RouteRollback(criterion="random_matched")),
     ):
-        routes, candidates = base.select(bench.report, bench.route_map), []
-        for weight in weights:
-            note(run, "route_steps")(f"{label}, other domains with weight {weight:g}")
-            weighted = {name: replace(loss, weight=weight if name in others else 1.0) for name, loss in losses.items()}
-            arguments = (bench.model, bench.before, bench.route_map, routes, weighted)
-            found = solve_steps(*arguments, bound=6.0, evaluations=20 if exact else 12, exact=exact)
-            candidates += [(scale * found.steps, weight, scale, found.passes) for scale in scales]
-        measures = [bench.measured(routes, candidate[0]) for candidate in candidates]
-        chosen = bench.choose(measures, MAX_DROP)
-        steps, weight, scale, passes = candidates[chosen]
-        more = {"protection": base.protection, "weight": weight, "scale": scale, "passes": passes}
-        more |= {"selection": measures[chosen]}
-        figures = bench.figures([bench.scores(routes, steps)])
-        rows.append(row(run, label, "mlp", 0.02, None, figures, steps=steps.tolist(), **more))
+        label = f"{name}_per_route_exact"
+        rows.append(solved_row(run, label, rollback, (1.0, 3.0), evaluations=12, exact=True))
+    run.write("per_route", rows)
+
+
+def route_steps(run: Run) -> None:
+    """Steps of single routes by the quadratic model, more of their controls, and routes chosen in rounds."""
+    bench, exact = run.bench, {"evaluations": 12, "exact": True}
+    protected = RouteRollback(protection=run.best_protected()["protection"])
+    rows = [
+        solved_row(run, "damage_protected_per_route", protected, (0.0, 1.0), evaluations=12),
+        solved_row(run, "damage_per_route_exact", RouteRollback(), (1.0, 3.0), **exact),
+        *(
+            solved_row(run, f"{name}_per_route_exact", RouteRollback(criterion=name), (1.0, 3.0), **exact)
+            for name in ("magnitude", "random")
+        ),
+    ]
     for label, weight in (("damage_rounds", 0.0), ("damage_rounds_spared", 1.0)):
         note(run, "route_steps")(label)
-        weighted = {name: replace(loss, weight=weight if name in others else 1.0) for name, loss in losses.items()}
         rollback = RouteRollback(rounds=4, protection=weight)
         routes = rollback._select_in_rounds(
-            bench.report, bench.route_map, bench.parameters, bench.model, bench.before, weighted
+            bench.report, bench.route_map, bench.parameters, bench.model, bench.before, run.losses(weight)
         )
         steps = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
         step = steps[bench.choose([bench.measured(routes, step) for step in steps], MAX_DROP)]
@@ -479,6 +496,7 @@ WORK = {
     "sweep": sweep_part,
     "wide": wide,
     "unconstrained": unconstrained,
+    "per_route": per_route,
     "refresh": refresh,
     "cost": cost,
     "baselines": baselines,

@@ -37,6 +37,9 @@ class Run:
     def rows(self, part: str) -> list[dict]:
         if part not in self.parts:
             return []
+        if part == "per_route":
+            best = [row for row in self.rows("sweep") if row["step_rule"] == "best" and row["criterion"] != "damage"]
+            return [{**row, "criterion": f"{row['criterion']}_per_route_exact", "step": None} for row in best]
         rows = []
         for criterion, shares in SHARES.items():
             for rule in ("fixed", "best"):
@@ -49,9 +52,10 @@ class Run:
 
 def test_page(page, tmp_path, capsys):
     (tmp_path / "data").mkdir()
-    means = page.write_page([Run(0, 30.0), Run(1, 10.0), Run(2, 5.0, parts=())], tmp_path)
+    means = page.write_page([Run(0, 30.0, ("sweep", "per_route")), Run(1, 10.0), Run(2, 5.0, ())], tmp_path)
     assert means["runs"] == 2 and means["criterion"] == "damage_protected"
     assert means["recovered"] == pytest.approx(0.4)
+    assert means["per_route"] == pytest.approx(0.6) and means["per_route_over_route_conflict"] == pytest.approx(3.0)
     assert means["over_route_conflict"] == pytest.approx(0.4 / 0.15)
     text = (tmp_path / "repair.md").read_text()
     # 60% of 30 points and 20% of 10 are half of the 40.
@@ -61,7 +65,8 @@ def test_page(page, tmp_path, capsys):
     for figure in ("sweep.png", "runs-sweep.png"):
         assert (tmp_path / "figures" / "repair" / figure).stat().st_size > 0
     rows = json.loads((tmp_path / "data" / "repair.json").read_text())["rows"]
-    assert len(rows) == 2 * 2 * len(SHARES)
+    assert len(rows) == 2 * 2 * len(SHARES) + 3
+    assert "| 1 | code,math,qa | 10.0 |" in text and "not measured |" in text
     assert {"seed", "order", "criterion", "scope", "budget", "step", "recovered", "low", "high"} <= set(rows[0])
 
 
