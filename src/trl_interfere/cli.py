@@ -292,9 +292,18 @@ def rollback(
     budget_of: Annotated[str, typer.Option(help="What the budget is a share of: routes or parameters.")] = "routes",
     scope: Annotated[str, typer.Option(help="mlp, attention or joint.")] = "mlp",
     step: Annotated[
-        str, typer.Option(help="Share of the update that is taken back: a number, or optimal or per_route (--config).")
+        str,
+        typer.Option(
+            help="Share of the update that is taken back: a number, or (with --config) optimal, per_route or "
+            "per_route_exact."
+        ),
     ] = "1.0",
     protection: Annotated[float, typer.Option(help="Weight of what the later domains owe a route.")] = 0.0,
+    later_weight: Annotated[float, typer.Option(help="Weight of the later domains' losses in a search.")] = 1.0,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Points that a searched step may cost a later domain; it repairs most among these."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Parts in which the budget is spent (--config).")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the random criteria.")] = 0,
     config: Annotated[
@@ -334,6 +343,8 @@ def rollback(
         },
         config=config,
         dtype=dtype,
+        later_weight=later_weight,
+        max_drop=max_drop,
         delta=delta,
         undo=undo,
         apply_delta=apply_delta,

@@ -164,7 +164,7 @@ def config(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("step", ["optimal", "per_route"])
+@pytest.mark.parametrize("step", ["optimal", "per_route", "per_route_exact"])
 def test_a_searched_step(step, project, config, run, tmp_path):
     before, after, report = project
     code, out, err = run(
@@ -198,6 +198,48 @@ def test_a_searched_step(step, project, config, run, tmp_path):
     )
     found = load_model(tmp_path / "out")
     assert all(torch.equal(parameter, found.get_parameter(name)) for name, parameter in model.named_parameters())
+
+
+def test_a_step_that_costs_later_domains_too_much(project, config, run, tmp_path):
+    arguments = (
+        "--report",
+        project[2],
+        "--step",
+        "per_route_exact",
+        "--later-weight",
+        0.1,
+        "--output-dir",
+        tmp_path / "out",
+    )
+    shrinking_reward.value = 1.0
+    code, _, err = run(*arguments, "--config", config("shrinking_reward"), "--max-drop", 0.5)
+    assert code == 2 and "max_drop: expected a step that costs no later domain more than 0.5 points on the sel" in err
+    assert "(qa -" in err.replace("writing -", "qa -") and "nothing is written" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = run(*arguments, "--config", config(), "--max-drop", 0.5)
+    assert code == 0, err
+    (record,) = json.loads((tmp_path / "out" / "rollback.json").read_text())["rollbacks"]
+    assert record["search"]["later_weight"] == 0.1 and record["search"]["max_drop"] == 0.5
+
+
+def test_nothing_is_worth_rolling_back(project, config, run, tmp_path):
+    code, _, err = run("--report", project[2], "--config", config(), "--step", "per_route_exact",
+                       "--later-weight", 1000, "--output-dir", tmp_path / "out")  # fmt: skip
+    assert (
+        code == 2 and "losses are lowest where no route is rolled back, with the later domains at weight 1000" in err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_weight_of_later_domains_counts(project, config, run, tmp_path):
+    steps = []
+    for weight in (0, 0.3):
+        folder = tmp_path / f"out-{weight}"
+        code, _, err = run("--report", project[2], "--config", config(), "--step", "per_route_exact", "--budget", 0.5,
+                           "--later-weight", weight, "--output-dir", folder)  # fmt: skip
+        assert code == 0, err
+        steps.append(json.loads((folder / "rollback.json").read_text())["rollbacks"][0]["step"])
+    assert steps[0] != steps[1]
 
 
 def test_a_step_that_the_scores_do_not_confirm(project, config, run, tmp_path):
@@ -293,7 +335,17 @@ ARGUMENTS = {
     "step": (
         ("--report", "analysis/math", "--step", "much", "--output-dir", "out"),
         None,
-        "--step: expected a number, 'optimal'",
+        "--step: expected a number or one of 'optimal', 'per_route', 'per_route_exact', found 'much'",
+    ),
+    "later weight": (
+        ("--report", "analysis/math", "--later-weight", "-1", "--output-dir", "out"),
+        None,
+        "later_weight: expected 0 or more, found -1",
+    ),
+    "max drop": (
+        ("--report", "analysis/math", "--max-drop", "nan", "--output-dir", "out"),
+        None,
+        "max_drop: expected 0 or more points, found nan",
     ),
     "optimal": (
         ("--report", "analysis/math", "--step", "optimal", "--output-dir", "out"),

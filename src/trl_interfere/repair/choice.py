@@ -94,12 +94,15 @@ def choose_routes(
     description: Architecture | None = None,
     dtype: str = "float32",
     progress: Callable[[str], None] = lambda _: None,
+    later_weight: float = 1.0,
+    max_drop: float | None = None,
 ) -> RouteChoice:
     """
     Choose routes, and search for the step where that is asked for.
 
-    A search takes the losses of the earlier and the later domains, each with weight 1, on references of their
-    selection splits, and of the steps with the lowest sum the one with the best mean score on these splits.
+    A search takes the losses of the earlier and, with a weight, of the later domains on references of their selection
+    splits, and of the steps with the lowest sum the one with the best mean score on these splits. With `max_drop`, it
+    takes the one with the best score of the earlier domain among those that cost no later domain more than that.
 
     Args:
         rollback ([`RouteRollback`]):
@@ -120,6 +123,10 @@ def choose_routes(
             Data type that a search computes in.
         progress (`Callable[[str], None]`, *optional*):
             Called with the name of each part when it begins.
+        later_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the loss of each later domain in a search.
+        max_drop (`float`, *optional*):
+            Points of 100 that a searched step may cost a later domain on its selection split.
 
     Returns:
         [`RouteChoice`]: Routes and steps.
@@ -128,6 +135,10 @@ def choose_routes(
         `ValueError`: If the settings need a report or domains that are not given, or the report is of another model,
             or no step that a search tried is confirmed by the scores.
     """
+    if not 0 <= later_weight < float("inf"):
+        raise ValueError(f"later_weight: expected 0 or more, found {later_weight}")
+    if max_drop is not None and not max_drop >= 0:
+        raise ValueError(f"max_drop: expected 0 or more points, found {max_drop}")
     model = Checkpoint(after, base=base)
     route_map = RouteMap(model.config, description)
     settings = {
@@ -161,7 +172,9 @@ def choose_routes(
                 f"{asked}: needs a report and the domains that it names: give --report, and --config with the YAML "
                 "file of the training"
             )
-        return _search(rollback, before, after, report, run, base, description, dtype, progress, settings)
+        return _search(
+            rollback, before, after, report, run, base, description, dtype, progress, settings, later_weight, max_drop
+        )
     routes = rollback.select(measures, route_map, _parameters(model, route_map))
     if report is not None:
         settings["damage"] = report.damage
@@ -190,6 +203,8 @@ def _search(
     dtype: str,
     progress: Callable[[str], None],
     settings: dict[str, Any],
+    later_weight: float,
+    max_drop: float | None,
 ) -> RouteChoice:
     domains = _domains(report, run)
     progress("load")
@@ -199,24 +214,44 @@ def _search(
     analyzer = InterferenceAnalyzer(first, last, tokenizer, config=config, description=description)
     progress("reference completions")
     references = analyzer.references(domains[0], domains[1:])
-    losses = {name: WeightedLoss(batches) for name, batches in analyzer.batches(references).items()}
+    losses = {
+        name: WeightedLoss(batches, 1.0 if name == report.earlier else later_weight)
+        for name, batches in analyzer.batches(references).items()
+    }
     template = training_settings(run)["chat_template_kwargs"]
     scorer = Scorer(tokenizer, chat_template_kwargs=template, **sampling_settings(run))
 
     def values(model: PreTrainedModel) -> dict[str, np.ndarray]:
         return {domain.name: scorer.score(model, domain, domain.selection_dataset).values for domain in domains}
 
+    too_dear: list[str] = []
+
     def confirm(model: PreTrainedModel) -> float:
         progress("score a step")
-        return float(np.mean([part.mean() for part in values(model).values()]))
+        found = {name: float(part.mean()) for name, part in values(model).items()}
+        if max_drop is None:
+            return float(np.mean(list(found.values())))
+        change, name = min((100 * (found[name] - damaged[name].mean()), name) for name in report.later)
+        if change < -max_drop:
+            too_dear.append(f"{name} {change:+.1f}")
+            return float("-inf")
+        return found[report.earlier]
 
     progress("score the damaged model")
     damaged = values(last)
     progress("losses of steps")
     start = dict(first.named_parameters())
-    _, explanation = rollback.repair(
-        report, model=last, description=description, before=start, confirm=confirm, losses=losses
-    )
+    try:
+        _, explanation = rollback.repair(
+            report, model=last, description=description, before=start, confirm=confirm, losses=losses
+        )
+    except ValueError as error:
+        if not too_dear:
+            raise
+        raise ValueError(
+            f"max_drop: expected a step that costs no later domain more than {max_drop:g} points on the selection "
+            f"split, found none among those with the lowest losses ({', '.join(too_dear)}): nothing is written"
+        ) from error
     progress("score the repaired model")
     repaired = values(last)
     scores = {
@@ -228,6 +263,11 @@ def _search(
         for name in damaged
     }
     steps = np.array([entry["step"] for entry in explanation.routes])
+    if not steps.any():
+        raise ValueError(
+            f"step {rollback.step!r}: the losses are lowest where no route is rolled back, with the later domains at "
+            f"weight {later_weight:g}: nothing is written"
+        )
     change = np.mean([entry["difference"]["value"] for entry in scores.values()])
     if change < 0:
         points = ", ".join(f"{name} {entry['difference']['value']:+.1f}" for name, entry in scores.items())
@@ -241,6 +281,8 @@ def _search(
     settings |= {
         "search": {
             "split": "selection",
+            "later_weight": later_weight,
+            "max_drop": max_drop,
             "references": {
                 name: {"n": len(part.prompts), "tokens": part.num_tokens} for name, part in references.items()
             },

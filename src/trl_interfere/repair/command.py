@@ -15,7 +15,7 @@ from ..analysis.report import InterferenceReport
 from ..domains.loading import load_run_file
 from .choice import RouteChoice, choose_routes, locate_checkpoint
 from .folder import apply_delta, revert_delta, roll_back_folder, undo_rollback
-from .rollback import RouteRollback
+from .rollback import PER_ROUTE, RouteRollback
 
 
 @dataclass
@@ -40,6 +40,10 @@ class Request:
             YAML file with the domains.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Data type that a search of steps computes in.
+        later_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the loss of each later domain in a search.
+        max_drop (`float`, *optional*):
+            Points that a searched step may cost a later domain.
         delta (`pathlib.Path`, *optional*):
             Delta file to write.
         undo (`pathlib.Path`, *optional*):
@@ -63,6 +67,8 @@ class Request:
     rollback: dict[str, Any] = field(default_factory=dict)
     config: Path | None = None
     dtype: str = "float32"
+    later_weight: float = 1.0
+    max_drop: float | None = None
     delta: Path | None = None
     undo: Path | None = None
     apply_delta: Path | None = None
@@ -155,6 +161,8 @@ def _roll_back(request: Request, console: Console, progress: bool) -> dict[str, 
             base=request.base,
             dtype=request.dtype,
             progress=lambda part: bar.update(task, description=part),
+            later_weight=request.later_weight,
+            max_drop=request.max_drop,
         )
     record = roll_back_folder(
         before,
@@ -183,12 +191,13 @@ def _is_adapter(name: str) -> bool:
 
 
 def _step(text: str) -> float | str:
-    if text in ("optimal", "per_route"):
+    if text in ("optimal", *PER_ROUTE):
         return text
     try:
         return float(text)
     except ValueError as error:
-        raise ValueError(f"--step: expected a number, 'optimal' or 'per_route', found {text!r}") from error
+        known = ", ".join(repr(name) for name in ("optimal", *PER_ROUTE))
+        raise ValueError(f"--step: expected a number or one of {known}, found {text!r}") from error
 
 
 def _option(name: str) -> str:
