@@ -12,6 +12,7 @@ and the data from what there is. Prints the acceptance figures, and on the last 
 
 import argparse
 import json
+import os
 import shutil
 import warnings
 from dataclasses import replace
@@ -215,7 +216,33 @@ class Run:
 # Parts
 
 
+def take_over(run: Run) -> None:
+    """The first stages of a run of the same seed in another order, as far as both have them in common."""
+    found = []
+    for path in run.folder.parent.glob(f"seed-{run.seed}-*/stages.json"):
+        content = read_json(path, 1)
+        count = len(os.path.commonprefix([[stage["domain"] for stage in content["run"]["schedule"]], run.order]))
+        if 0 < count < len(content["stages"]):
+            found.append((count, path.parent, content))
+    if not found or run.folder.exists():
+        return
+    count, folder, content = max(found, key=lambda entry: entry[0])
+    partial = run.folder.with_name(f"{run.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    stages = content["stages"][: count + 1]
+    names = [stage["folder"] for stage in stages if stage["folder"]]
+    for name in [*names, *(entry["file"] for stage in stages for entry in stage["scores"].values())]:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (folder / name).is_dir() else shutil.copyfile)(folder / name, partial / name)
+    # As a run whose schedule ended there; training extends it.
+    same = {**content["run"], "schedule": content["run"]["schedule"][:count]}
+    content = {**content, "run": same, "run_name": None, "stages": stages, "current": None}
+    write_atomically(partial / "stages.json", json.dumps(content, indent=2) + "\n")
+    partial.rename(run.folder)
+
+
 def train(run: Run) -> None:
+    take_over(run)
     trainer = run.lab._trainer()
     trainer.train(resume_from_checkpoint=True)
 

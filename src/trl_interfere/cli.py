@@ -41,6 +41,12 @@ class Engine(StrEnum):
     vllm = "vllm"
 
 
+def _output() -> Console:
+    """Where results are printed: tables in a log are not cut at the 80 columns that rich takes for one."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if known else 140)
+
+
 @app.command()
 def lab(
     output_dir: Annotated[Path, typer.Option(help="Folder of the run; started again, it goes on.")] = Path("lab-out"),
@@ -62,8 +68,8 @@ def lab(
     run = Lab(output_dir, seed=seed, order=names, steps=steps, prompts=prompts, progress=LabProgress())
     results = run.run()
     write_report(results, output_dir)
-    print_summary(results, Console())
-    Console().print(f"Everything is in {output_dir}: results.json, report.md, figures/, stages/, analysis/.")
+    print_summary(results, _output())
+    _output().print(f"Everything is in {output_dir}: results.json, report.md, figures/, stages/, analysis/.")
 
 
 def _print_training_options(show: bool) -> None:
@@ -127,7 +133,7 @@ def train(
     if dry_run:
         plan = plan_run(*load_run(config, options, model))
         if os.environ.get("RANK", "0") == "0":
-            Console().print(plan.render())
+            _output().print(plan.render())
         return
 
     trainer = build_trainer(config, options, model)
@@ -154,8 +160,8 @@ def train(
         raise typer.Exit(STAGES_LEFT)
     if main_process:
         matrix = trainer.score_matrix
-        Console().print(matrix.to_table(), ScoreSummary.from_matrix(matrix).to_table())
-        Console().print(f"Stages, scores and the manifest are in {args.output_dir}.")
+        _output().print(matrix.to_table(), ScoreSummary.from_matrix(matrix).to_table())
+        _output().print(f"Stages, scores and the manifest are in {args.output_dir}.")
 
 
 @app.command()
@@ -202,8 +208,8 @@ def evaluate(
         engine=engine.value,
         **{name: value for name, value in sampling.items() if value is not None},
     )
-    print_evaluation(evaluation, Console())
-    Console().print(f"The scores are in {output_dir}: scores.json and scores/.")
+    print_evaluation(evaluation, _output())
+    _output().print(f"The scores are in {output_dir}: scores.json and scores/.")
 
 
 @app.command()
@@ -263,8 +269,8 @@ def analyze(
     report.save_pretrained(output_dir)
     report.save_figures(output_dir / "figures")
     figures, _, _ = report.to_markdown().partition("\n## ")
-    Console().print(Markdown(figures))
-    Console().print(
+    _output().print(Markdown(figures))
+    _output().print(
         f"Everything is in {output_dir}: report.json, report.md with the claims and their controls, figures/."
     )
 
@@ -351,7 +357,7 @@ def rollback(
         revert_delta=revert_delta,
         model=model,
     )
-    carry_out(request, Console(), progress=sys.stderr.isatty())
+    carry_out(request, _output(), progress=sys.stderr.isatty())
 
 
 @app.command()
@@ -397,13 +403,13 @@ def sweep(
 
     found = InterferenceReport.from_pretrained(report)
     names, shares, parts = listed(criteria, "criteria"), listed(budgets, "budgets", float), listed(scopes, "scopes")
-    check_settings(names, shares, parts, draws)
+    check_settings(names, shares, parts, draws, max_drop)
     before, after = (
         locate_checkpoint(name, report) if given is None else given
         for given, name in ((before, found.before), (after, found.after))
     )
-    output_dir.mkdir(parents=True, exist_ok=True)
     bench = RepairBench.from_run(load_run_file(config), found, before, after, progress=sys.stderr.isatty())
+    output_dir.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     result = run_sweep(
         bench,
@@ -418,8 +424,8 @@ def sweep(
     write_atomically(output_dir / "sweep.md", f"# Rollbacks of {found.earlier}\n\n{result.to_table()}")
     title = f"trl-interfere sweep --report {report.name}: {found.earlier}"
     plot_sweep(result.rows, title).savefig(output_dir / "sweep.png", dpi=150)
-    Console().print(Markdown(result.to_table()))
-    Console().print(f"Everything is in {output_dir}: sweep.json, sweep.md, sweep.png.")
+    _output().print(Markdown(result.to_table()))
+    _output().print(f"Everything is in {output_dir}: sweep.json, sweep.md, sweep.png.")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -464,8 +470,8 @@ def refresh(
     trainer.train(resume_from_checkpoint=True)
     if trainer.is_world_process_zero():
         matrix = trainer.score_matrix
-        Console().print(matrix.to_table(), ScoreSummary.from_matrix(matrix).to_table())
-        Console().print(
+        _output().print(matrix.to_table(), ScoreSummary.from_matrix(matrix).to_table())
+        _output().print(
             f"The refreshed weights are in {trainer.args.output_dir}/{trainer.manifest.stages[-1].folder}."
         )
 
@@ -494,7 +500,7 @@ def push(
     from .hub.run_folder import RunFolder
     from .training.manifest import MANIFEST_NAME
 
-    console = Console()
+    console = _output()
     if (folder / REPORT_NAME).is_file() and not (folder / MANIFEST_NAME).is_file():
         given = {"--stages": stages, "--collection": collection, "--model": model, "--model-index": model_index}
         for name, value in given.items():

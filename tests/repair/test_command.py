@@ -335,7 +335,17 @@ ARGUMENTS = {
     "step": (
         ("--report", "analysis/math", "--step", "much", "--output-dir", "out"),
         None,
-        "--step: expected a number or one of 'optimal', 'per_route', 'per_route_exact', found 'much'",
+        "--step: expected a number above 0 or one of 'optimal', 'per_route', 'per_route_exact', found 'much'",
+    ),
+    "step back": (
+        ("--report", "analysis/math", "--step", "-1", "--output-dir", "out"),
+        None,
+        "step: expected a number above 0 or one of 'optimal', 'per_route', 'per_route_exact', found -1.0",
+    ),
+    "protection": (
+        ("--report", "analysis/math", "--protection", "nan", "--output-dir", "out"),
+        None,
+        "protection: expected 0 or more, found nan",
     ),
     "later weight": (
         ("--report", "analysis/math", "--later-weight", "-1", "--output-dir", "out"),

@@ -259,7 +259,7 @@ def test_apply_keeps_the_stored_dtype(dtype, make_model, moved, make_report, tmp
         ({"budget": 0}, "budget: expected a share above 0 and up to 1, found 0"),
         ({"budget": 1.01}, "budget: expected a share above 0 and up to 1, found 1.01"),
         ({"budget": float("nan")}, "budget: expected a share above 0 and up to 1, found nan"),
-        ({"step": "best"}, "step: expected a number, 'optimal' or one of .*, found 'best'"),
+        ({"step": "best"}, "step: expected a number above 0 or one of 'optimal', .*, found 'best'"),
         ({"step": None}, "step: expected a number, 'optimal' or one of .*, found None"),
         ({"step": float("nan")}, "step: expected a number, 'optimal' or one of .*, found nan"),
         ({"scope": "everything"}, "scope: expected one of .*found 'everything'"),

@@ -102,6 +102,11 @@ def test_a_stopped_sweep_goes_on(bench, tmp_path):
     again = sweep(bench, ["damage", "magnitude"], [0.1, 0.5], path=path, progress=asked.append)
     assert len(asked) == len(whole.rows) - 3
     assert again.rows == whole.rows == Sweep.load(path).rows
+    name = "model.layers.1.mlp.down_proj.weight"
+    with torch.no_grad():
+        bench.model.get_parameter(name).add_(1e-3)
+    with pytest.raises(ValueError, match="holds another sweep; weights: expected"):
+        sweep(bench, ["damage", "magnitude"], [0.1, 0.5], path=path)
     path.write_text('{"schema_version": 1, "rows": 3}')
     with pytest.raises(ValueError, match="expected a list of rows, found int"):
         Sweep.load(path)
@@ -129,6 +134,8 @@ def test_several_damaged_domains(bench):
 def test_settings_out_of_range(bench):
     for settings, message in (
         ({"criteria": ["random_protected"]}, "criteria: expected some of .*found 'random_protected'"),
+        ({"criteria": []}, "criteria: expected at least one, found none"),
+        ({"max_drop": float("nan")}, "max_drop: expected 0 or more points, found nan"),
         ({"draws": 0}, "draws: expected at least 1, found 0"),
         ({"budgets": [0.0]}, "budget: expected a share"),
         ({"scopes": ["all"]}, "scope: expected one of"),

@@ -91,12 +91,15 @@ class RouteRollback:
             raise ValueError(f"scope: expected one of {sorted(SCOPES)}, found {self.scope!r}")
         if self.protection and self.criterion not in IN_NATS:
             raise ValueError(f"protection: expected a criterion of {IN_NATS}, found {self.criterion!r}")
+        if not 0 <= self.protection < np.inf:
+            raise ValueError(f"protection: expected 0 or more, found {self.protection}")
         if not 0 < self.budget <= 1:
             raise ValueError(f"budget: expected a share above 0 and up to 1, found {self.budget}")
         if self.step not in ("optimal", *PER_ROUTE) and not (
-            isinstance(self.step, (int, float)) and np.isfinite(self.step)
+            isinstance(self.step, (int, float)) and 0 < self.step < np.inf
         ):
-            raise ValueError(f"step: expected a number, 'optimal' or one of {list(PER_ROUTE)}, found {self.step!r}")
+            known = ", ".join(repr(name) for name in ("optimal", *PER_ROUTE))
+            raise ValueError(f"step: expected a number above 0 or one of {known}, found {self.step!r}")
         if self.budget_of not in BUDGETS_OF:
             raise ValueError(f"budget_of: expected one of {list(BUDGETS_OF)}, found {self.budget_of!r}")
         if not isinstance(self.rounds, int) or self.rounds < 1:

@@ -156,10 +156,11 @@ def sweep(
     Raises:
         `ValueError`: If a setting is out of range.
     """
-    check_settings(criteria, budgets, scopes, draws)
+    check_settings(criteria, budgets, scopes, draws, max_drop)
     labels = {"seed": None, "order": None} if labels is None else labels
     settings = {
         "report": hashlib.sha256(bench.report.routes["damage"].tobytes()).hexdigest(),
+        "weights": _weights(bench),
         "earlier": bench.report.earlier,
         "later": bench.report.later,
         "draws": draws,
@@ -200,6 +201,7 @@ def check_settings(
     budgets: list[float] | tuple[float, ...],
     scopes: list[str] | tuple[str, ...],
     draws: int,
+    max_drop: float = 1.0,
 ) -> None:
     """
     Refuse what [`sweep`] cannot measure, before anything is loaded.
@@ -213,10 +215,17 @@ def check_settings(
             Scopes.
         draws (`int`):
             Draws of each control.
+        max_drop (`float`, *optional*, defaults to `1.0`):
+            Points that no other domain may lose.
 
     Raises:
         `ValueError`: If one of them is out of range.
     """
+    for name, values in (("criteria", criteria), ("budgets", budgets), ("scopes", scopes)):
+        if not values:
+            raise ValueError(f"{name}: expected at least one, found none")
+    if not max_drop >= 0:
+        raise ValueError(f"max_drop: expected 0 or more points, found {max_drop}")
     if draws < 1:
         raise ValueError(f"draws: expected at least 1, found {draws}")
     for criterion in criteria:
@@ -225,6 +234,15 @@ def check_settings(
     for budget in budgets:
         for scope in scopes:
             RouteRollback(budget=budget, scope=scope)
+
+
+def _weights(bench: RepairBench) -> str:
+    """What tells two pairs of checkpoints apart: their last tensor that has routes."""
+    name = [name for name, _ in bench.model.named_parameters() if bench.route_map.cut(name) is not None][-1]
+    digest = hashlib.sha256()
+    for tensor in (bench.before[name], bench.model.get_parameter(name)):
+        digest.update(tensor.detach().double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _key(row: dict[str, Any]) -> tuple:

@@ -1,11 +1,14 @@
 """A refresh that is asked for by name, on a run that has finished."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from ..evaluation.score_matrix import ScoreMatrix
 from .callbacks import StageCallback
-from .manifest import MANIFEST_NAME, SCHEMA_VERSION, StageRecord, read_json
+from .manifest import MANIFEST_NAME, SCHEMA_VERSION, StageRecord, read_json, stage_name
 from .schedule import Stage
 
 
@@ -27,7 +30,8 @@ class RequestedRefresh(StageCallback):
             Further settings of the stage, e.g. `{"learning_rate": 1e-6}`.
 
     Raises:
-        `ValueError`: If the folder holds no run, or the steps are out of range.
+        `ValueError`: If the folder holds no run, the steps are out of range, or a refresh of this domain was stopped
+            that is of another number of steps.
     """
 
     def __init__(self, folder: str | Path, domain: str, steps: int, overrides: dict[str, Any] | None = None):
@@ -40,6 +44,22 @@ class RequestedRefresh(StageCallback):
         self.domain, self.steps, self.overrides = domain, steps, dict(overrides or {})
         # One that is trained and not yet scored is the one that is asked for.
         self.wanted = 1 + sum(self._is_mine(record["kind"], record["domain"]) for record in content["stages"])
+
+        planned = self._stopped(Path(folder), content)
+        if planned not in (None, steps):
+            raise ValueError(
+                f"steps: a refresh of {domain} with {planned} steps was stopped in {folder}; expected {planned}, to "
+                f"go on with it, found {steps}"
+            )
+
+    def _stopped(self, folder: Path, content: dict[str, Any]) -> int | None:
+        """Steps of the refresh that an earlier process was stopped in, if there is one."""
+        current = content.get("current")
+        if current is not None:
+            return current["overrides"].get("max_steps") if self._is_mine(current["kind"], current["domain"]) else None
+        name = stage_name(len(content["stages"]), "refresh", self.domain)
+        states = sorted((folder / "checkpoints" / name).glob(f"checkpoint-*/{TRAINER_STATE_NAME}"))
+        return json.loads(states[-1].read_text())["max_steps"] if states else None
 
     def _is_mine(self, kind: str, domain: str | None) -> bool:
         return kind == "refresh" and domain == self.domain

@@ -1,0 +1,56 @@
+import json
+
+import pytest
+
+from trl_interfere.training.manifest import SCHEMA_VERSION
+from trl_interfere.training.requested_refresh import RequestedRefresh
+
+
+def record(index, kind, domain, **fields):
+    return {"index": index, "kind": kind, "domain": domain, "folder": None, "scores": {}, **fields}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Function that writes the manifest of a run of two domains."""
+
+    def write(current=None):
+        stages = [record(0, "base", None), record(1, "train", "math"), record(2, "train", "qa")]
+        content = {"schema_version": SCHEMA_VERSION, "run": {}, "stages": stages, "current": current}
+        (tmp_path / "stages.json").write_text(json.dumps(content))
+        return tmp_path
+
+    return write
+
+
+def checkpoint(folder, name, step, steps):
+    path = folder / "checkpoints" / name / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": steps}))
+
+
+def test_a_stopped_refresh_goes_on_with_its_own_steps(run):
+    folder = run()
+    checkpoint(folder, "3-refresh-math", 4, 10)
+    assert RequestedRefresh(folder, "math", 10).wanted == 1
+    with pytest.raises(ValueError, match="a refresh of math with 10 steps was stopped in .*; expected 10, .*found 5"):
+        RequestedRefresh(folder, "math", 5)
+    RequestedRefresh(folder, "qa", 5)  # nothing of it was begun
+
+
+def test_checkpoints_of_other_stages_do_not_count(run):
+    folder = run()
+    checkpoint(folder, "2-qa", 4, 10)
+    RequestedRefresh(folder, "math", 5)
+
+
+def test_one_that_was_trained_and_not_scored(run):
+    folder = run(current=record(3, "refresh", "math", overrides={"max_steps": 7}))
+    assert RequestedRefresh(folder, "math", 7).wanted == 1
+    with pytest.raises(ValueError, match="math with 7 steps was stopped"):
+        RequestedRefresh(folder, "math", 8)
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(ValueError, match="expected the folder of a training run with stages.json, found none"):
+        RequestedRefresh(tmp_path, "math", 5)
