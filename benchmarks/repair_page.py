@@ -9,6 +9,7 @@ import numpy as np
 
 from trl_interfere.evaluation.bootstrap import bootstrap
 from trl_interfere.repair.plots import plot_contraction, plot_cost, plot_runs, plot_sweep
+from trl_interfere.repair.sweep import STEPS
 from trl_interfere.training.manifest import write_atomically
 
 
@@ -128,7 +129,8 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
         _summary(parts["unconstrained"], lost),
         "",
         "The column of the worst change is the lowest of three noisy figures: a repair that changes nothing but the "
-        "dice of the sampled completions has a negative one too. The rows of random routes show how large that is.",
+        "dice of the sampled completions has a negative one too. The rows of random routes show how large that is. "
+        f"The steps that are tried end at {STEPS[-1]:g}; where the best one is this, a larger one might do more.",
         "",
         "## Other budgets and scopes",
         "",
@@ -222,12 +224,7 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
         ),
         ("the same over `route_conflict` at its best step", "at least 1.5", f"{ratio:.2f}", ratio >= 1.5),
         ("`random_matched` at its best step: recovered", "at most 10%", _cell(matched), _mean(matched) <= 0.1),
-        (
-            f"`{best}`: worst change of another domain, mean over runs",
-            "at least -1 point",
-            f"{_mean(worst):+.2f} ({min(worst):+.2f} to {max(worst):+.2f})",
-            _mean(worst) >= -1,
-        ),
+        _change_row(f"`{best}`", [row for row in main if row["criterion"] == best and row["step_rule"] == "best"]),
         ("step 1, `damage` over `route_conflict`", "at least 2", f"{fixed_ratio:.2f}", fixed_ratio >= 2),
         (
             f"32% of MLP and attention, `{joint_best}` at its best step: recovered",
@@ -244,7 +241,6 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
     ]
     if shares["damage_protected"]:
         solved_ratio = _ratio(shares["damage_protected"], shares["route_conflict"])
-        solved_worst = [row["worst"] for row in solved["damage_protected"]]
         rows += [
             (
                 "2% MLP, `damage_protected`, a step for each route: recovered",
@@ -264,12 +260,7 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
                 _cell(shares["random_matched"]),
                 _mean(shares["random_matched"]) <= 0.1,
             ),
-            (
-                "`damage_protected` with such steps: worst change of another domain, mean over runs",
-                "at least -1 point",
-                f"{_mean(solved_worst):+.2f} ({min(solved_worst):+.2f} to {max(solved_worst):+.2f})",
-                _mean(solved_worst) >= -1,
-            ),
+            _change_row("`damage_protected` with such steps", solved["damage_protected"]),
         ]
     lines = [
         "| figure | target | found (mean, 95% interval over runs; lowest to highest) | met |",
@@ -291,6 +282,20 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
         "joint_32_by_math_alone": _mean(free),
     }
     return "\n".join(lines), {name: value if not _is_nan(value) else None for name, value in means.items()}
+
+
+def _change_row(label: str, rows: Rows) -> tuple[str, str, str, bool]:
+    """Mean change of each other domain, and the lowest change of any in any run."""
+    changes = {name: [row["collateral"][name] for row in rows] for name in rows[0]["collateral"]}
+    means = {name: _mean(values) for name, values in changes.items()}
+    found = ", ".join(f"{name} {value:+.2f}" for name, value in means.items())
+    lowest = min(min(values) for values in changes.values())
+    return (
+        f"{label}: change of each other domain, mean over runs",
+        "at least -1 point",
+        f"{found}; lowest of all {lowest:+.2f}",
+        min(means.values()) >= -1,
+    )
 
 
 def _joint_shares(rows: Rows) -> tuple[list[float], str]:

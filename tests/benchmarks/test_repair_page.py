@@ -45,6 +45,7 @@ class Run:
             for rule in ("fixed", "best"):
                 share = shares[self.seed] / (2 if rule == "fixed" else 1)
                 fields = {"recovered": share, "low": share - 0.1, "high": share + 0.1, "n": 8, "worst": -0.5}
+                fields |= {"collateral": {"code": 0.5, "qa": -0.5}}
                 fields |= {"scope": "mlp", "budget": 0.02, "step_rule": rule, "step": 2.0, "protection": 0.0}
                 rows.append({**self.labels, "criterion": criterion, **fields, "selection": {"math": share}})
         return rows
@@ -61,6 +62,7 @@ def test_page(page, tmp_path, capsys):
     # 60% of 30 points and 20% of 10 are half of the 40.
     assert "40.0% [20.0, 60.0]; 20.0 to 60.0 | 50.0% [20.0, 60.0]" in text
     assert "| 0 | code,math,qa | 30.0 |" in text and "2 of the 15 runs" in " ".join(text.split())
+    assert "| code +0.50, qa -0.50; lowest of all -0.50 | yes |" in text
     assert "Not measured yet." in text and "refresh in 0" in text
     for figure in ("sweep.png", "runs-sweep.png"):
         assert (tmp_path / "figures" / "repair" / figure).stat().st_size > 0
