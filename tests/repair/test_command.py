@@ -335,12 +335,17 @@ ARGUMENTS = {
     "step": (
         ("--report", "analysis/math", "--step", "much", "--output-dir", "out"),
         None,
-        "--step: expected a number above 0 or one of 'optimal', 'per_route', 'per_route_exact', found 'much'",
+        "--step: expected a number of 0 or more or one of 'optimal', 'per_route', 'per_route_exact', found 'much'",
+    ),
+    "step 0": (
+        ("--report", "analysis/math", "--step", "0", "--output-dir", "out"),
+        None,
+        "step: expected a number above 0, found 0, with which nothing is rolled back",
     ),
     "step back": (
         ("--report", "analysis/math", "--step", "-1", "--output-dir", "out"),
         None,
-        "step: expected a number above 0 or one of 'optimal', 'per_route', 'per_route_exact', found -1.0",
+        "step: expected a number of 0 or more or one of 'optimal', 'per_route', 'per_route_exact', found -1.0",
     ),
     "protection": (
         ("--report", "analysis/math", "--protection", "nan", "--output-dir", "out"),

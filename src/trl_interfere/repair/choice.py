@@ -137,6 +137,8 @@ def choose_routes(
     """
     if not 0 <= later_weight < float("inf"):
         raise ValueError(f"later_weight: expected 0 or more, found {later_weight}")
+    if rollback.step == 0:
+        raise ValueError("step: expected a number above 0, found 0, with which nothing is rolled back")
     if max_drop is not None and not max_drop >= 0:
         raise ValueError(f"max_drop: expected 0 or more points, found {max_drop}")
     model = Checkpoint(after, base=base)

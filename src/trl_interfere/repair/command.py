@@ -197,7 +197,7 @@ def _step(text: str) -> float | str:
         return float(text)
     except ValueError as error:
         known = ", ".join(repr(name) for name in ("optimal", *PER_ROUTE))
-        raise ValueError(f"--step: expected a number above 0 or one of {known}, found {text!r}") from error
+        raise ValueError(f"--step: expected a number of 0 or more or one of {known}, found {text!r}") from error
 
 
 def _option(name: str) -> str:

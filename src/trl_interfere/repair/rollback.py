@@ -96,10 +96,10 @@ class RouteRollback:
         if not 0 < self.budget <= 1:
             raise ValueError(f"budget: expected a share above 0 and up to 1, found {self.budget}")
         if self.step not in ("optimal", *PER_ROUTE) and not (
-            isinstance(self.step, (int, float)) and 0 < self.step < np.inf
+            isinstance(self.step, (int, float)) and 0 <= self.step < np.inf
         ):
             known = ", ".join(repr(name) for name in ("optimal", *PER_ROUTE))
-            raise ValueError(f"step: expected a number above 0 or one of {known}, found {self.step!r}")
+            raise ValueError(f"step: expected a number of 0 or more or one of {known}, found {self.step!r}")
         if self.budget_of not in BUDGETS_OF:
             raise ValueError(f"budget_of: expected one of {list(BUDGETS_OF)}, found {self.budget_of!r}")
         if not isinstance(self.rounds, int) or self.rounds < 1:
