@@ -61,6 +61,7 @@ def test_page(page, tmp_path, capsys):
     text = (tmp_path / "repair.md").read_text()
     # 60% of 30 points and 20% of 10 are half of the 40.
     assert "40.0% [20.0, 60.0]; 20.0 to 60.0 | 50.0% [20.0, 60.0]" in text
+    assert "| `damage_protected` | 40.0% [20.0, 60.0]; 20.0 to 60.0 |\n" in text  # of the one order
     assert "| 0 | code,math,qa | 30.0 |" in text and "2 of the 15 runs" in " ".join(text.split())
     assert "| code +0.50, qa -0.50; lowest of all -0.50 | yes |" in text
     assert "Not measured yet." in text and "refresh in 0" in text
