@@ -38,6 +38,13 @@ def test_a_stopped_refresh_goes_on_with_its_own_steps(run):
     RequestedRefresh(folder, "qa", 5)  # nothing of it was begun
 
 
+def test_a_half_written_state_is_skipped(run):
+    folder = run()
+    checkpoint(folder, "3-refresh-math", 4, 10)
+    (folder / "checkpoints/3-refresh-math/checkpoint-4/trainer_state.json").write_text('{"max_st')
+    assert RequestedRefresh(folder, "math", 5).wanted == 1
+
+
 def test_checkpoints_of_other_stages_do_not_count(run):
     folder = run()
     checkpoint(folder, "2-qa", 4, 10)

@@ -1,6 +1,7 @@
 """A refresh that is asked for by name, on a run that has finished."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,6 @@ class RequestedRefresh(StageCallback):
         self.domain, self.steps, self.overrides = domain, steps, dict(overrides or {})
         # One that is trained and not yet scored is the one that is asked for.
         self.wanted = 1 + sum(self._is_mine(record["kind"], record["domain"]) for record in content["stages"])
-
         planned = self._stopped(Path(folder), content)
         if planned not in (None, steps):
             raise ValueError(
@@ -58,8 +58,10 @@ class RequestedRefresh(StageCallback):
         if current is not None:
             return current["overrides"].get("max_steps") if self._is_mine(current["kind"], current["domain"]) else None
         name = stage_name(len(content["stages"]), "refresh", self.domain)
-        states = sorted((folder / "checkpoints" / name).glob(f"checkpoint-*/{TRAINER_STATE_NAME}"))
-        return json.loads(states[-1].read_text())["max_steps"] if states else None
+        for path in (folder / "checkpoints" / name).glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
+            with suppress(json.JSONDecodeError):  # half-written: the trainer skips it with a warning
+                return json.loads(path.read_text())["max_steps"]
+        return None
 
     def _is_mine(self, kind: str, domain: str | None) -> bool:
         return kind == "refresh" and domain == self.domain
