@@ -111,7 +111,8 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
         "",
         "`_protected` subtracts from the score of a route what the later domains owe it, with a weight that is "
         "chosen with "
-        "the step. Random controls are means over three draws, at 32% over two; with steps of single routes it is one.",
+        "the step. Random controls are means over three draws, at 32% over two; with steps of single routes it is "
+        "one.",
         "",
         "![Recovered share against budget and collateral](figures/repair/sweep.png)",
         "",
