@@ -193,8 +193,9 @@ def _of_seed(entry: dict[str, Any], repaired: str, figures: Path) -> list[str]:
             "the right "
             "answers on the same prompts, in float32, which moves where a greedy answer does not. Steps and "
             "protections "
-            "were chosen on the selection split. Random controls are means over two draws. Changes of the other "
-            "domains are in points.",
+            f"were chosen on the selection split. Random controls are {_draws(rollback)}. Changes of the other "
+            f"domains are in points, after repairs without training on the first prompts of the test split "
+            f"({_sizes(rollback)}), after a refresh on all of it.",
             "",
             _repair_table(rollback, entry.get("refreshes", {}), entry["order"], repaired),
             "",
@@ -260,6 +261,15 @@ def _repair_table(rollback: Rows, refreshes: dict[str, Any], order: list[str], r
         label = f"refresh of {name}, {entry['steps']} steps" + ("" if name == repaired else " (control)")
         lines.append(f"| {label} | all weights | | {_share(entry)} | | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _draws(rollback: Rows) -> str:
+    count = max(row.get("draws", 1) for row in rollback)
+    return f"means over {count} draws" if count > 1 else "one draw in each seed"
+
+
+def _sizes(rollback: Rows) -> str:
+    return ", ".join(f"{name} {change['n']}" for name, change in rollback[0]["changes"].items())
 
 
 def _share(row: dict[str, Any]) -> str:

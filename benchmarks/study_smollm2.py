@@ -66,7 +66,8 @@ PARTS = ("warm", "train", "analyze", "repair", "refresh", "others", "report")
 WARM_ROWS = {"code": 40, "math": 192, "qa": 64}
 REPAIRED = "math"
 MEASURED = {"code": 8, "math": 32, "qa": 16, "writing": 16}  # prompts that steps are chosen by
-STEPS, WIDE_STEPS, PROTECTIONS, DRAWS, MAX_DROP = (1.0, 2.0, 3.0), (0.5, 1.0, 1.5), (1.0,), 2, 1.0
+TESTED = {"code": 16, "qa": 32, "writing": 24}  # prompts of the other domains that repairs are tested on
+STEPS, WIDE_STEPS, PROTECTIONS, DRAWS, MAX_DROP = (1.0, 2.0, 3.0), (0.5, 1.0, 1.5), (1.0,), 1, 1.0
 SHARES = (0.1, 0.2, 0.4)  # of the update, for interpolation
 OTHERS = {"subspace_size": 0, "max_prompts": 16}  # analysis of the domains that are not repaired
 REFRESH_STEPS = 5
@@ -242,6 +243,12 @@ class Run:
         later = self.order[self.order.index(name) + 1 :]
         return self.folder / "analysis" / f"{name}-after-{'-'.join(later)}"
 
+    def manifest(self) -> Manifest:
+        """What the training has kept."""
+        manifest = Manifest(self.folder, read_json(self.folder / MANIFEST_NAME, 1)["run"])
+        manifest.load()
+        return manifest
+
     def say(self, text: str) -> None:
         print(f"seed {self.seed}: {text}", flush=True)
 
@@ -320,7 +327,14 @@ class Bench:
             if batches:
                 self.solved[name] = batches
         self.answers = self.batches(REPAIRED, "eval_dataset")
-        self.bench = RepairBench(self.model, self.before, self.report, self.score, self.measure)
+        known = {"after": self.known(len(run.order)), REPAIRED: self.known(run.order.index(REPAIRED) + 1)}
+        self.bench = RepairBench(self.model, self.before, self.report, self.score, self.measure, known=known)
+
+    def known(self, stage: int) -> dict[str, np.ndarray]:
+        """Scores of the training on what repairs are tested on."""
+        manifest = self.run.manifest()
+        scores = {name: manifest.read_scores(manifest.stages[stage], name) for name in self.run.order}
+        return {name: values[: TESTED.get(name)] for name, values in scores.items()}
 
     def batches(self, name: str, split: str) -> Batches:
         """
@@ -347,11 +361,13 @@ class Bench:
 
     def score(self, model, split: str) -> dict[str, np.ndarray]:
         field = {"selection": "selection_dataset", "test": "eval_dataset"}[split]
-        with self.run.autocast():
-            return {
-                name: self.run.scorer.score(model, domain, getattr(domain, field)).values
-                for name, domain in self.run.domains.items()
-            }
+        found = {}
+        for name, domain in self.run.domains.items():
+            dataset = getattr(domain, field)
+            dataset = dataset.select(range(min(TESTED.get(name, len(dataset)), len(dataset))))
+            with self.run.autocast():
+                found[name] = self.run.scorer.score(model, domain, dataset).values
+        return found
 
     def measure(self, model) -> dict[str, float]:
         """
@@ -445,17 +461,17 @@ def recovered_nats(bench: Bench) -> Callable[[np.ndarray], dict[str, Any]]:
 def refresh(run: Run) -> None:
     """Short refreshes of the repaired domain and, as a control, of the last one; what they contracted."""
     path = run.folder / "repair" / "refresh.json"
-    if path.exists():
+    found = read_json(path, SCHEMA_VERSION)["refreshes"] if path.exists() else {}
+    position, names = run.order.index(REPAIRED), [REPAIRED, run.order[-1]]
+    names = [name for name in names if name not in found]
+    if not names:
         return
-    position, names = run.order.index(REPAIRED), [run.order[-1], REPAIRED]
     peak, last = run.stage(position), run.stage(len(run.order) - 1)
     report = InterferenceReport.from_pretrained(run.analysis(REPAIRED))
-    read = run.trainer().manifest
-    read.load()
+    read = run.manifest()
     before = {name: read.read_scores(read.stages[position + 1], name) for name in run.order}
     after = {name: read.read_scores(read.stages[len(run.order)], name) for name in run.order}
     tensors = [{name: p.detach() for name, p in load_model(entry).named_parameters()} for entry in (peak, last)]
-    found = {}
     for name in names:
         run.say(f"refresh of {name}")
         if name == REPAIRED:  # as `trl-interfere refresh` does it: a stage of the run
@@ -465,7 +481,8 @@ def refresh(run: Run) -> None:
             trainer.train(resume_from_checkpoint=True)
         else:
             folder = run.folder / f"refresh-of-{name}"
-            settings = {"seed": run.seed, "output_dir": str(folder), "order": [name], "max_steps": REFRESH_STEPS}
+            own = {**run.run_file.training["stage_overrides"][name], "max_steps": REFRESH_STEPS}
+            settings = {"seed": run.seed, "output_dir": str(folder), "order": [name], "stage_overrides": {name: own}}
             trainer = build_trainer(run.recipe, {**settings, "bf16": run.bf16}, str(last))
             trainer.train(resume_from_checkpoint=True)
         record, manifest = trainer.manifest.stages[-1], trainer.manifest
@@ -484,7 +501,7 @@ def refresh(run: Run) -> None:
             model = load_model(manifest.folder / record.folder)
             now = {key: p.detach() for key, p in model.named_parameters()}
             found[name]["contraction"] = contraction(RouteMap(model.config), *tensors, now, report.directions)
-    write_atomically(path, json.dumps({"schema_version": SCHEMA_VERSION, "refreshes": found}, indent=1) + "\n")
+        write_atomically(path, json.dumps({"schema_version": SCHEMA_VERSION, "refreshes": found}, indent=1) + "\n")
 
 
 def collected(run: Run) -> dict[str, Any] | None:
@@ -500,8 +517,7 @@ def collected(run: Run) -> dict[str, Any] | None:
     """
     if not (run.folder / MANIFEST_NAME).exists():
         return None
-    manifest = Manifest(run.folder, read_json(run.folder / MANIFEST_NAME, 1)["run"])
-    manifest.load()
+    manifest = run.manifest()
     if len(manifest.stages) <= len(run.order):
         return None
     found: dict[str, Any] = {"seed": run.seed, "order": run.order, "matrix": manifest.score_matrix(run.order)}
@@ -567,7 +583,12 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder that the page is written to")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of products")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each in a process of its own")
-    parser.add_argument("--threads", type=int, default=1, help="threads of a seed; results repeat for the same number")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="threads of a seed; results repeat for the same numbers of threads and jobs",
+    )
     arguments = parser.parse_args()
     if arguments.jobs < 1 or arguments.threads < 1:
         parser.error(f"expected jobs and threads of at least 1, found {arguments.jobs} and {arguments.threads}")
@@ -583,7 +604,9 @@ def main() -> None:
         if model is None:
             prepare()
             model = ROOT / "models" / "smollm2-135m-instruct"
+        torch.set_num_threads(arguments.threads * arguments.jobs)  # the seeds wait for it
         warm(folder, {domain.name: domain for domain in run_file.domains}, model, bf16)
+        torch.set_num_threads(arguments.threads)
     parts = [part for part in WORK if part in arguments.parts]
     if parts:
         calls = [(folder, arguments.recipe, seed, parts, bf16, arguments.threads) for seed in arguments.seeds]

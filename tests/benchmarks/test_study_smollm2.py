@@ -34,6 +34,7 @@ def study(monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "WARM_ROWS", {"code": 4, "math": 8, "qa": 4})
     monkeypatch.setattr(module, "MEASURED", dict.fromkeys(module.MEASURED, 4))
+    monkeypatch.setattr(module, "TESTED", {"code": 3, "qa": 2})
     monkeypatch.setattr(module, "STEPS", (1.0,))
     monkeypatch.setattr(module, "WIDE_STEPS", (1.0,))
     monkeypatch.setattr(module, "PROTECTIONS", (1.0,))
@@ -70,7 +71,7 @@ def recipe(study, tmp_path):
     content = yaml.safe_load(study.RECIPE.read_text())
     for entry in content["domains"]:
         entry["options"]["sizes"] = {"train": 8, "selection": 4, "test": 4}
-        entry["settings"] = {"max_steps": 1, "max_completion_length": 4}
+        entry["settings"] = {"max_steps": 1 + (entry["name"] == "writing"), "max_completion_length": 4}
     content["training"].update(score_max_new_tokens=4, learning_rate=1e-2, save_steps=1, num_generations=2)
     # Random bytes are never right, and equal rewards teach nothing; the decay makes the stages differ all the same.
     content["training"].update(per_device_train_batch_size=4, weight_decay=1.0)
@@ -108,7 +109,8 @@ def test_whole_study(study, model, recipe, tmp_path, monkeypatch):
     assert list(seed["scores"])[:5] == ["0-base", "1-code", "2-math", "3-qa", "4-writing"]
     assert list(seed["reports"]) == ["code", "math", "qa"]
     assert {row["criterion"] for row in seed["rollback"]} >= {"damage", "route_conflict", "random", "interpolation"}
-    assert list(seed["refreshes"]) == ["writing", "math"]
+    assert list(seed["refreshes"]) == ["math", "writing"]
+    assert [entry["steps"] for entry in seed["refreshes"].values()] == [1, 1]
     assert "## Seed 0" in page and "| `interpolation` |" in page and str(tmp_path) not in page
     assert str(tmp_path) not in json.dumps(data)
     for figure in ("scores-0.png", "cosines-0.png", "concentration-0.png"):

@@ -76,6 +76,9 @@ class RepairBench:
             Parameters at the peak of each damaged domain. Defaults to `before` for the report's earlier domain.
         description ([`Architecture`], *optional*):
             Description of the architecture, if it is none of those that are known.
+        known (`dict[str, dict[str, numpy.ndarray]]`, *optional*):
+            Scores on the test split that are not to be measured again, such as those of the training: `"after"` of the
+            model, and by damaged domain those at its peak.
 
     Attributes:
         earlier (`list[str]`):
@@ -93,6 +96,7 @@ class RepairBench:
         measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         peaks: dict[str, Tensors] | None = None,
         description: Architecture | None = None,
+        known: dict[str, Scores] | None = None,
     ):
         self.model, self.before, self.report, self.score = model, before, report, score
         self.measure = measure or self._mean_scores
@@ -101,6 +105,9 @@ class RepairBench:
         self.peaks = {report.earlier: before} if peaks is None else peaks
         self.earlier = list(self.peaks)
         self._kept: dict[Any, Any] = {}
+        for name, scores in (known or {}).items():
+            place = ("test", b"", b"") if name == "after" else ("peak", name, "test")
+            self._kept[place] = scores if name == "after" else scores[name]
         self.damaged = self.measured(np.array([], dtype=int), 1.0)
         unknown = sorted(set(self.earlier) - set(self.damaged))
         if unknown:
