@@ -30,7 +30,8 @@ def write_page(found: Rows, repaired: str, docs: Path) -> None:
 
     Args:
         found (`list[dict]`):
-            For each seed `seed`, `order`, `matrix` ([`ScoreMatrix`]), `edits` ([`StageEdits`]), `reports` (by domain;
+            For each seed `seed`, `order`, `matrix` ([`ScoreMatrix`]), `unchanged` (stages that left the weights
+            as they were), `edits` of the others ([`StageEdits`]), `reports` (by domain;
             the reason as text where there is none), `rollback` (rows) and `refreshes` (by refreshed domain), as far as
             they are there.
         repaired (`str`):
@@ -127,6 +128,11 @@ def brief(found: Rows, repaired: str) -> list[str]:
             f"Seed {seed}: by their own stages, {', '.join(gained)}; from there to the end of the sequence, "
             f"{', '.join(lost)}."
         )
+        sentences += [
+            f"Seed {seed}: the stage of {name} changed no weight: in none of its steps did two completions of a "
+            "prompt differ in their reward."
+            for name in entry["unchanged"]
+        ]
         report = entry["reports"].get(repaired)
         if isinstance(report, InterferenceReport):
             sentences.append(

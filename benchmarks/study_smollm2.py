@@ -19,6 +19,7 @@ import warnings
 from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import replace
+from filecmp import cmp
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -142,22 +143,26 @@ def _without_docstrings(program: str) -> str:
     return ast.unparse(tree)
 
 
-def warm(folder: Path, domains: dict[str, Domain], model: Path, bf16: bool) -> None:
+def warm(folder: Path, recipe: Path, model: Path, bf16: bool, threads: int) -> None:
     """
     One epoch of supervised training on answer formats.
 
     Args:
         folder (`pathlib.Path`):
             Folder of the study; the model goes to `warm`.
-        domains (`dict[str, Domain]`):
-            The domains.
+        recipe (`pathlib.Path`):
+            YAML file of the training, which names the domains.
         model (`pathlib.Path`):
             The model to begin with.
         bf16 (`bool`):
             Whether products are in bfloat16.
+        threads (`int`):
+            Threads.
     """
     if (folder / "warm").exists():
         return
+    torch.set_num_threads(threads)
+    domains = {domain.name: domain for domain in load_run_file(recipe).domains}
     partial = folder / "warm.partial"
     shutil.rmtree(partial, ignore_errors=True)
     args = SFTConfig(
@@ -213,6 +218,14 @@ class Run:
     def stage(self, index: int) -> Path:
         """Weights after the stage at a position of the order; -1 is the model that the training begins with."""
         return self.study / "warm" if index < 0 else self.folder / "stages" / f"{index + 1}-{self.order[index]}"
+
+    def changed(self, index: int) -> bool:
+        """
+        Whether the stage at a position changed any weight. Where no two completions of a prompt differ in their reward
+        there is no gradient.
+        """
+        before, after = (self.stage(place) / "model.safetensors" for place in (index - 1, index))
+        return not cmp(before, after, shallow=False)
 
     def trainer(self, **options: Any):
         settings = {"seed": self.seed, "output_dir": str(self.folder), "bf16": self.bf16, "disable_tqdm": True}
@@ -280,7 +293,7 @@ def analyze(run: Run, name: str = REPAIRED, **settings: Any) -> None:
     analyzer = InterferenceAnalyzer.from_pretrained(
         before=run.stage(position),
         after=run.stage(len(run.order) - 1),
-        base=run.stage(position - 1),
+        base=run.stage(position - 1) if run.changed(position) else None,
         config=run.config(**settings),
     )
     later = [run.domains[entry] for entry in run.order[position + 1 :]]
@@ -292,7 +305,8 @@ def analyze(run: Run, name: str = REPAIRED, **settings: Any) -> None:
             run.say(f"analysis of {name} with {[domain.name for domain in chosen]}: {error}")
             reason = str(error)
             continue
-        names = {field: Path(getattr(report, field)).name for field in ("base", "before", "after")}
+        paths = {field: getattr(report, field) for field in ("base", "before", "after")}
+        names = {field: None if path is None else Path(path).name for field, path in paths.items()}
         updates = {
             key: {**update, **{end: Path(update[end]).name for end in ("before", "after")}}
             for key, update in report.updates.items()
@@ -528,8 +542,10 @@ def collected(run: Run) -> dict[str, Any] | None:
             found["reports"][name] = InterferenceReport.from_pretrained(folder)
         elif (folder / "none.json").exists():
             found["reports"][name] = read_json(folder / "none.json", SCHEMA_VERSION)["reason"]
-    checkpoints = [Checkpoint(run.stage(index)) for index in range(-1, len(run.order))]
-    found["edits"] = stage_edits(checkpoints, run.order, RouteMap(checkpoints[0].config))
+    trained = [index for index in range(len(run.order)) if run.changed(index)]
+    found["unchanged"] = [name for index, name in enumerate(run.order) if index not in trained]
+    checkpoints = [Checkpoint(run.stage(index)) for index in (-1, *trained)]
+    found["edits"] = stage_edits(checkpoints, [run.order[i] for i in trained], RouteMap(checkpoints[0].config))
     for update in found["edits"].updates.values():
         update.before, update.after = Path(update.before).name, Path(update.after).name
     repairs = run.folder / "repair"
@@ -604,9 +620,8 @@ def main() -> None:
         if model is None:
             prepare()
             model = ROOT / "models" / "smollm2-135m-instruct"
-        torch.set_num_threads(arguments.threads * arguments.jobs)  # the seeds wait for it
-        warm(folder, {domain.name: domain for domain in run_file.domains}, model, bf16)
-        torch.set_num_threads(arguments.threads)
+        # The seeds wait for it. Its memory is free for them when its process has ended.
+        run_all(warm, [(folder, arguments.recipe, model, bf16, arguments.threads * arguments.jobs)], arguments.jobs)
     parts = [part for part in WORK if part in arguments.parts]
     if parts:
         calls = [(folder, arguments.recipe, seed, parts, bf16, arguments.threads) for seed in arguments.seeds]

@@ -72,9 +72,11 @@ def recipe(study, tmp_path):
     for entry in content["domains"]:
         entry["options"]["sizes"] = {"train": 8, "selection": 4, "test": 4}
         entry["settings"] = {"max_steps": 1 + (entry["name"] == "writing"), "max_completion_length": 4}
+        if entry["name"] == "code":
+            entry["settings"]["learning_rate"] = 0.0
     content["training"].update(score_max_new_tokens=4, learning_rate=1e-2, save_steps=1, num_generations=2)
     # Random bytes are never right, and equal rewards teach nothing; the decay makes the stages differ all the same.
-    content["training"].update(per_device_train_batch_size=4, weight_decay=1.0)
+    content["training"].update(per_device_train_batch_size=2, weight_decay=1.0)
     content["analysis"].update(correct_threshold=0.0, max_prompts=4, max_new_tokens=4, subspace_size=1)
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -111,6 +113,7 @@ def test_whole_study(study, model, recipe, tmp_path, monkeypatch):
     assert {row["criterion"] for row in seed["rollback"]} >= {"damage", "route_conflict", "random", "interpolation"}
     assert list(seed["refreshes"]) == ["math", "writing"]
     assert [entry["steps"] for entry in seed["refreshes"].values()] == [1, 1]
+    assert "Seed 0: the stage of code changed no weight" in page  # its learning rate is 0
     assert "## Seed 0" in page and "| `interpolation` |" in page and str(tmp_path) not in page
     assert str(tmp_path) not in json.dumps(data)
     for figure in ("scores-0.png", "cosines-0.png", "concentration-0.png"):
