@@ -10,7 +10,7 @@ import numpy as np
 from trl_interfere.evaluation.bootstrap import bootstrap
 from trl_interfere.repair.plots import plot_contraction, plot_cost, plot_runs, plot_sweep
 from trl_interfere.repair.sweep import STEPS
-from trl_interfere.training.manifest import write_atomically
+from trl_interfere.training.manifest import read_json, write_atomically
 
 
 COMMAND = "make repair-study"
@@ -34,7 +34,44 @@ Rows = list[dict[str, Any]]
 WHOLE = 15  # five seeds in three orders
 
 
-def write_page(runs: list, docs: Path) -> dict[str, Any]:
+class Kept:
+    """
+    A run, with the parts that are not in its folder as the data of the page has them.
+
+    Args:
+        run (`Run`):
+            The run.
+        content (`dict`):
+            The data of the page.
+    """
+
+    def __init__(self, run: Any, content: dict[str, Any]):
+        self.run, self.seed, self.order, self.labels = run, run.seed, run.order, run.labels
+        self.parts: dict[str, Rows] = {}
+        for row in content["rows"]:
+            if _place(row) == _place(self.labels):
+                self.parts.setdefault(row["part"], []).append({key: row[key] for key in row if key != "part"})
+        self.points = {_place(entry): entry["points"] for entry in content.get("lost", [])}
+
+    def done(self, part: str) -> bool:
+        return self.run.done(part) or part in self.parts
+
+    def rows(self, part: str) -> Rows:
+        return self.run.rows(part) if self.run.done(part) else self.parts.get(part, [])
+
+    def kept(self, part: str) -> bool:
+        return part in self.parts and not self.run.done(part)
+
+    @property
+    def lost(self) -> float:
+        return self.points[_place(self.labels)] if self.kept("sweep") else self.run.lost
+
+
+def _place(labels: dict[str, Any]) -> tuple[int, str]:
+    return labels["seed"], labels["order"]
+
+
+def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
     """
     Write `repair.md`, `data/repair.json` and the figures, and print the acceptance figures.
 
@@ -43,6 +80,8 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
             Runs of the study; those without any part are left out.
         docs (`pathlib.Path`):
             Folder of the documentation.
+        keep (`bool`, *optional*, defaults to `False`):
+            Whether rows of the data that is there are kept where a run lacks the part.
 
     Returns:
         `dict`: Means of the acceptance figures.
@@ -50,14 +89,19 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
     Raises:
         `ValueError`: If no run has its comparison of criteria.
     """
+    path = docs / "data" / "repair.json"
+    if keep:
+        content = read_json(path, SCHEMA_VERSION)
+        runs = [Kept(run, content) for run in runs]
     done = [run for run in runs if run.done("sweep")]
     if not done:
         raise ValueError("repair study: expected at least one run with its part 'sweep', found none")
     parts = {part: [row for run in done for row in run.rows(part)] for part in ROW_PARTS}
     data = [{"part": part, **row} for part, rows in parts.items() for row in rows]
-    lost = {(run.labels["seed"], run.labels["order"]): run.lost for run in done}
+    lost = {_place(run.labels): run.lost for run in done}
     content = {"schema_version": SCHEMA_VERSION, "command": COMMAND, "rows": data}
-    write_atomically(docs / "data" / "repair.json", json.dumps(content) + "\n")
+    content["lost"] = [{**run.labels, "points": run.lost} for run in done]
+    write_atomically(path, json.dumps(content) + "\n")
     figures = docs / "figures" / "repair"
     figures.mkdir(parents=True, exist_ok=True)
     budgets = [*parts["wide"], *parts["curve"]]
@@ -82,7 +126,7 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
         "and keeps every figure as a row of [data/repair.json](data/repair.json). The criteria are compared in all of "
         f"these runs; what takes longer is done in fewer, and says in how many ({_counts(further)}). The same seed on "
         "another kind of processor rounds otherwise and trains to other weights: these figures repeat on one kind, "
-        "and their spread over seeds is what another one would show.",
+        "and their spread over seeds is what another one would show." + _kept_text(done, keep),
         "",
         "The orders are ones that end with a loss of math. In the order writing, math, qa, code its score goes from "
         "57.8 to 27.2 by the stage of qa and to 54.3 by that of code (seed 3, `python benchmarks/repair_study.py "
@@ -200,6 +244,16 @@ def write_page(runs: list, docs: Path) -> dict[str, Any]:
     ]
     write_atomically(docs / "repair.md", "\n".join(_wrapped(lines)) + "\n")
     return means
+
+
+def _kept_text(runs: list, keep: bool) -> str:
+    new = sum(not run.kept("sweep") for run in runs) if keep else len(runs)
+    if new in (0, len(runs)):
+        return ""
+    return (
+        f" This page puts together what two machines have measured (`--keep`): {new} of the runs were trained again "
+        "for what takes longer, and what these had measured before was measured anew or is kept."
+    )
 
 
 def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:

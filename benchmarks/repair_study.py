@@ -7,7 +7,8 @@ one repair for all earlier domains, and refreshes.
 The comparison of criteria is made in all runs, the rest (`FURTHER_PARTS`) in those of some seeds. Every pair of a
 seed and an order has a folder of its own, and every part of it a file; what is there is not done again, so that a
 study that was stopped goes on, and one of more seeds takes over those that are done. `--parts report` writes the page
-and the data from what there is. Prints the acceptance figures, and on the last line the means as one JSON object.
+and the data from what there is; with `--keep` it keeps the rows of the data for what this folder lacks. Prints the
+acceptance figures, and on the last line the means as one JSON object.
 """
 
 import argparse
@@ -568,6 +569,7 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", default=list(ORDERS), help="orders, each separated by commas")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is done")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder that the page is written to")
+    parser.add_argument("--keep", action="store_true", help="keep rows of the page's data where a run lacks the part")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run; results repeat for the same number")
     arguments = parser.parse_args()
@@ -584,7 +586,7 @@ def main() -> None:
         from repair_page import write_page
 
         runs = [Run(arguments.output_dir, seed, order) for seed, order in places]
-        print(json.dumps(write_page(runs, arguments.docs)))
+        print(json.dumps(write_page(runs, arguments.docs, arguments.keep)))
 
 
 if __name__ == "__main__":

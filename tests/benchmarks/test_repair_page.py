@@ -76,3 +76,24 @@ def test_page(page, tmp_path, capsys):
 def test_without_runs(page, tmp_path):
     with pytest.raises(ValueError, match="expected at least one run with its part 'sweep', found none"):
         page.write_page([Run(0, 30.0, parts=())], tmp_path)
+
+
+def test_rows_of_another_machine_are_kept(page, tmp_path):
+    (tmp_path / "data").mkdir()
+    page.write_page([Run(0, 30.0, ("sweep", "per_route")), Run(1, 10.0)], tmp_path)
+    first = json.loads((tmp_path / "data" / "repair.json").read_text())
+    assert first["lost"] == [
+        {"seed": seed, "order": "code,math,qa", "points": lost} for seed, lost in ((0, 30), (1, 10))
+    ]
+    # Nothing new: the same rows and figures.
+    means = page.write_page([Run(0, 0.0, ()), Run(1, 0.0, ())], tmp_path, keep=True)
+    assert json.loads((tmp_path / "data" / "repair.json").read_text()) == first
+    assert means["runs"] == 2 and means["recovered"] == pytest.approx(0.4)
+    # Trained again: its own comparison and points, and the part that it lacks as it was.
+    page.write_page([Run(0, 20.0), Run(1, 0.0, ())], tmp_path, keep=True)
+    again = json.loads((tmp_path / "data" / "repair.json").read_text())
+    assert again["rows"] == first["rows"] and [entry["points"] for entry in again["lost"]] == [20.0, 10.0]
+    assert "1 of the runs were trained again" in " ".join((tmp_path / "repair.md").read_text().split())
+    # Without it, what this machine has is all there is.
+    page.write_page([Run(0, 20.0), Run(1, 0.0, ())], tmp_path)
+    assert {row["seed"] for row in json.loads((tmp_path / "data" / "repair.json").read_text())["rows"]} == {0}
