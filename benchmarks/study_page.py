@@ -168,6 +168,12 @@ def brief(found: Rows, repaired: str) -> list[str]:
                 f"right answer of {repaired} has lost on the test split, repairs without training bring back: "
                 f"{', '.join(parts)}."
             )
+        elif entry.get("rollback"):
+            damage = entry["rollback"][0]["nats"]["damage"]
+            sentences.append(
+                f"Seed {seed}: a right answer of {repaired} has lost {damage['value']:+.3f} [{damage['low']:+.3f}, "
+                f"{damage['high']:+.3f}] nats on the test split: there is nothing to repair."
+            )
     return sentences
 
 
