@@ -71,6 +71,7 @@ TESTED = {"code": 16, "qa": 32, "writing": 24}  # prompts of the other domains t
 STEPS, WIDE_STEPS, PROTECTIONS, DRAWS, MAX_DROP = (1.0, 2.0, 3.0), (0.5, 1.0, 1.5), (1.0,), 1, 1.0
 SHARES = (0.1, 0.2, 0.4)  # of the update, for interpolation
 OTHERS = {"subspace_size": 0, "max_prompts": 16}  # analysis of the domains that are not repaired
+LOWER_THRESHOLD = 0.6  # of a rubric's score, where no completion reaches that of the recipe
 REFRESH_STEPS = 5
 SCHEMA_VERSION = 1
 
@@ -298,11 +299,15 @@ def analyze(run: Run, name: str = REPAIRED, **settings: Any) -> None:
     )
     later = [run.domains[entry] for entry in run.order[position + 1 :]]
     others = [run.domains[entry] for entry in run.order[:position] if name == REPAIRED]
-    for chosen in (others, []) if others else ([],):
+    thresholds = (run.config().correct_threshold, LOWER_THRESHOLD)
+    tries = [(chosen, threshold) for chosen in ((others, []) if others else ([],)) for threshold in thresholds]
+    for chosen, threshold in tries:
+        analyzer.config = run.config(**settings, correct_threshold=threshold)
         try:
             report = analyzer.analyze(run.domains[name], later, progress=run.say, others=chosen)
         except ValueError as error:  # of a domain that the model solves nothing of, there are no references
-            run.say(f"analysis of {name} with {[domain.name for domain in chosen]}: {error}")
+            with_others = f" beside {', '.join(domain.name for domain in chosen)}" if chosen else ""
+            run.say(f"analysis of {name}{with_others} from scores of {threshold:g} on: {error}")
             reason = str(error)
             continue
         paths = {field: getattr(report, field) for field in ("base", "before", "after")}
