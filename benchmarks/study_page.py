@@ -30,10 +30,10 @@ def write_page(found: Rows, repaired: str, docs: Path) -> None:
 
     Args:
         found (`list[dict]`):
-            For each seed `seed`, `order`, `matrix` ([`ScoreMatrix`]), `unchanged` (stages that left the weights
-            as they were), `edits` of the others ([`StageEdits`]), `reports` (by domain;
-            the reason as text where there is none), `rollback` (rows) and `refreshes` (by refreshed domain), as far as
-            they are there.
+            For each seed `seed`, `order`, `matrix` ([`ScoreMatrix`]), `unchanged` (stages that left the weights as
+            they were), `edits` of the others ([`StageEdits`]), `reports` (by domain; the reason as text where there is
+            none), `rollback` (rows), `lost` (nats of a right answer, as an interval) and `refreshes` (by refreshed
+            domain), as far as they are there.
         repaired (`str`):
             Domain that the repairs are for.
         docs (`pathlib.Path`):
@@ -161,18 +161,18 @@ def brief(found: Rows, repaired: str) -> list[str]:
             if key in rows
         ]
         if parts:
-            damage = rows[next(iter(rows))]["nats"]["damage"]
+            damage = entry["lost"]
             sentences.append(
                 f"Seed {seed}: of the {damage['value']:+.3f} [{damage['low']:+.3f}, {damage['high']:+.3f}] nats "
                 "that a "
                 f"right answer of {repaired} has lost on the test split, repairs without training bring back: "
                 f"{', '.join(parts)}."
             )
-        elif entry.get("rollback"):
-            damage = entry["rollback"][0]["nats"]["damage"]
+        elif "lost" in entry:
+            damage = entry["lost"]
             sentences.append(
                 f"Seed {seed}: a right answer of {repaired} has lost {damage['value']:+.3f} [{damage['low']:+.3f}, "
-                f"{damage['high']:+.3f}] nats on the test split: there is nothing to repair."
+                f"{damage['high']:+.3f}] nats on the test split: there is nothing to repair, and no rollback was made."
             )
     return sentences
 
@@ -193,26 +193,25 @@ def _of_seed(entry: dict[str, Any], repaired: str, figures: Path) -> list[str]:
             "",
         ]
     lines += ["### What the later stages did to each domain", "", _damage_table(entry["reports"]), ""]
-    rollback = entry.get("rollback", [])
-    if rollback:
-        shown = [row for row in rollback if row["recovered"] is not None]
-        if shown:
-            plot_rollback(shown, repaired).savefig(figures / f"rollback-{seed}.png", dpi=110)
+    rollback, refreshes = entry.get("rollback", []), entry.get("refreshes", {})
+    if rollback or refreshes:
         lines += [
             f"### Repairs of {repaired}",
             "",
-            "*Score*: share of the lost score that came back, on the test split; *nats*: share of the loss of "
-            "the right "
-            "answers on the same prompts, in float32, which moves where a greedy answer does not. Steps and "
-            "protections "
-            f"were chosen on the selection split. Random controls are {_draws(rollback)}. Changes of the other "
-            f"domains are in points, after repairs without training on the first prompts of the test split "
-            f"({_sizes(rollback)}), after a refresh on all of it.",
-            "",
-            _repair_table(rollback, entry.get("refreshes", {}), entry["order"], repaired),
-            "",
+            "*Score*: share of the lost score that came back, on the test split. Changes of the other domains are in "
+            "points.",
         ]
+        if rollback:
+            lines.append(
+                "*Nats*: share of the loss of the right answers on the same prompts, in float32, which moves where a "
+                "greedy answer does not. Steps and protections were chosen on the selection split. Random controls "
+                f"are {_draws(rollback)}. Repairs without training were tested on the first prompts of the other "
+                f"domains ({_sizes(rollback)}), refreshes on all."
+            )
+        lines += ["", _repair_table(rollback, refreshes, entry["order"], repaired), ""]
+        shown = [row for row in rollback if row["recovered"] is not None]
         if shown:
+            plot_rollback(shown, repaired).savefig(figures / f"rollback-{seed}.png", dpi=110)
             lines += [f"![Recovered score](figures/study-smollm2/rollback-{seed}.png)", ""]
     return lines
 

@@ -71,6 +71,7 @@ TESTED = {"code": 16, "qa": 32, "writing": 24}  # prompts of the other domains t
 STEPS, WIDE_STEPS, PROTECTIONS, DRAWS, MAX_DROP = (1.0, 2.0, 3.0), (0.5, 1.0, 1.5), (1.0,), 1, 1.0
 SHARES = (0.1, 0.2, 0.4)  # of the update, for interpolation
 OTHERS = {"subspace_size": 0, "max_prompts": 16}  # analysis of the domains that are not repaired
+LEAST_DAMAGE = 0.0  # nats of a right answer; where no more is lost there is nothing to repair
 LOWER_THRESHOLD = 0.6  # of a rubric's score, where no completion reaches that of the recipe
 REFRESH_STEPS = 5
 SCHEMA_VERSION = 1
@@ -433,6 +434,11 @@ def repair(run: Run) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(run)
+    nats, damage = recovered_nats(bench)
+    if damage["value"] <= LEAST_DAMAGE:
+        run.say(f"a right answer of {REPAIRED} has lost {damage['value']:+.4f} nats: there is nothing to repair")
+        write_atomically(path, json.dumps({"schema_version": 1, "damage": damage, "rows": []}, indent=1) + "\n")
+        return
     settings = {"steps": STEPS, "protections": PROTECTIONS, "draws": DRAWS, "max_drop": MAX_DROP}
     settings |= {"labels": {"seed": run.seed, "order": ",".join(run.order)}, "path": folder / "sweep.json"}
     settings |= {"progress": run.say}
@@ -442,7 +448,6 @@ def repair(run: Run) -> None:
     wide = {**settings, "path": folder / "sweep-wide.json", "steps": WIDE_STEPS}
     sweep(bench.bench, ["damage_protected", "random"], (0.32,), ("joint",), fixed=False, **wide)
     rows = [*Sweep.load(settings["path"]).rows, *Sweep.load(wide["path"]).rows]
-    nats = recovered_nats(bench)
     for row in rows:
         criterion = row["criterion"].removesuffix("_protected")
         chosen = {name: row[name] for name in ("budget", "scope", "protection")}
@@ -465,16 +470,16 @@ def repair(run: Run) -> None:
         losses = bench.losses(model)
     place = {"criterion": "interpolation", "scope": "all", "budget": 1.0, "step_rule": "optimal", "step": share}
     rows.append({**settings["labels"], **place, "protection": 0.0, **figures, "nats": nats(losses)})
-    write_atomically(path, json.dumps({"schema_version": 1, "rows": rows}, indent=1) + "\n")
+    write_atomically(path, json.dumps({"schema_version": 1, "damage": damage, "rows": rows}, indent=1) + "\n")
 
 
-def recovered_nats(bench: Bench) -> Callable[[np.ndarray], dict[str, Any]]:
-    """The share of the damage in nats on the test split that losses per prompt mean."""
+def recovered_nats(bench: Bench) -> tuple[Callable[[np.ndarray], dict[str, Any]], dict[str, Any]]:
+    """The share of the damage in nats on the test split that losses per prompt mean, and this damage."""
     damaged = bench.losses(bench.model)
     with interpolated(bench.model, bench.before, 1.0) as model:
         peak = bench.losses(model)
     damage = difference(damaged, peak).to_dict()
-    return lambda losses: {**share_fields(recovered(-losses, -damaged, -peak)), "damage": damage}
+    return lambda losses: {**share_fields(recovered(-losses, -damaged, -peak)), "damage": damage}, damage
 
 
 def refresh(run: Run) -> None:
@@ -555,7 +560,9 @@ def collected(run: Run) -> dict[str, Any] | None:
         update.before, update.after = Path(update.before).name, Path(update.after).name
     repairs = run.folder / "repair"
     if (repairs / "rollback.json").exists():
-        found["rollback"] = read_json(repairs / "rollback.json", 1)["rows"]
+        content = read_json(repairs / "rollback.json", 1)
+        found["rollback"] = content["rows"]
+        found["lost"] = content["damage"] if "damage" in content else found["rollback"][0]["nats"]["damage"]
     if (repairs / "refresh.json").exists():
         found["refreshes"] = read_json(repairs / "refresh.json", SCHEMA_VERSION)["refreshes"]
     results = {"schema_version": 1, "seed": run.seed, "order": run.order, "edits": found["edits"].to_dict()}

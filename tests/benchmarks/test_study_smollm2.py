@@ -35,6 +35,7 @@ def study(monkeypatch):
     monkeypatch.setattr(module, "WARM_ROWS", {"code": 4, "math": 8, "qa": 4})
     monkeypatch.setattr(module, "MEASURED", dict.fromkeys(module.MEASURED, 4))
     monkeypatch.setattr(module, "TESTED", {"code": 3, "qa": 2})
+    monkeypatch.setattr(module, "LEAST_DAMAGE", float("-inf"))
     monkeypatch.setattr(module, "STEPS", (1.0,))
     monkeypatch.setattr(module, "WIDE_STEPS", (1.0,))
     monkeypatch.setattr(module, "PROTECTIONS", (1.0,))
@@ -128,6 +129,12 @@ def test_whole_study(study, model, recipe, tmp_path, monkeypatch):
     study.main()
     assert (docs / "study-smollm2.md").read_text() == page
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    # Where nothing was lost nothing is rolled back, and the refreshes stay.
+    (folder / "seed-0" / "repair" / "rollback.json").unlink()
+    monkeypatch.setattr(study, "LEAST_DAMAGE", float("inf"))
+    study.main()
+    page = (docs / "study-smollm2.md").read_text()
+    assert "there is nothing to repair" in page and "| `interpolation` |" not in page and "(control)" in page
 
 
 def _later(order):
