@@ -478,7 +478,8 @@ def recovered_nats(bench: Bench) -> tuple[Callable[[np.ndarray], dict[str, Any]]
     damaged = bench.losses(bench.model)
     with interpolated(bench.model, bench.before, 1.0) as model:
         peak = bench.losses(model)
-    damage = difference(damaged, peak).to_dict()
+    interval = difference(damaged, peak).to_dict()  # in points of 100
+    damage = {**interval, **{name: interval[name] / 100 for name in ("value", "low", "high")}}
     return lambda losses: {**share_fields(recovered(-losses, -damaged, -peak)), "damage": damage}, damage
 
 

@@ -103,6 +103,9 @@ def test_whole_study(study, model, recipe, tmp_path, monkeypatch):
     arguments = ["--output-dir", str(folder), "--recipe", str(recipe), "--model", str(model), "--docs", str(docs)]
     arguments += ["--precision", "fp32"]
     monkeypatch.setattr(sys, "argv", ["study_smollm2.py", *arguments, "--seeds", "0"])
+    with monkeypatch.context() as patch:  # a page of what there is, before the refreshes go on
+        patch.setattr(sys, "argv", [*sys.argv, "--parts", "warm", "train", "analyze", "repair", "report"])
+        study.main()
     study.main()
     page, data = (
         (docs / "study-smollm2.md").read_text(),

@@ -337,7 +337,7 @@ def _settings(run: RunFolder, repo_id: str | None) -> str:
 
 
 def _command(run: RunFolder) -> str:
-    if run.results is not None:
+    if run.results is not None and "steps_per_stage" in run.results:  # of the lab
         results = run.results
         order, steps = ",".join(results["order"]), results["steps_per_stage"]
         return f"trl-interfere lab --seed {results['seed']} --order {order} --steps {steps}"
