@@ -567,7 +567,9 @@ def collected(run: Run) -> dict[str, Any] | None:
     if (repairs / "refresh.json").exists():
         found["refreshes"] = read_json(repairs / "refresh.json", SCHEMA_VERSION)["refreshes"]
     results = {"schema_version": 1, "seed": run.seed, "order": run.order, "edits": found["edits"].to_dict()}
-    results["rollback"] = found.get("rollback", [])
+    later = run.order[run.order.index(REPAIRED) + 1 :]
+    results["pairs"] = [{"earlier": REPAIRED, "later": later}]
+    results["rollback"] = [{**row, "pair": 0} for row in found.get("rollback", [])]
     results["refresh"] = found.get("refreshes", {}).get(REPAIRED)
     write_atomically(run.folder / "results.json", json.dumps(results, indent=1) + "\n")
     return found

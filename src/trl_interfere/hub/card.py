@@ -105,7 +105,7 @@ def analysis_card(
         **_rollback_section(run.results),
         refresh=_refresh_table(summary) if refreshed else "",
         repaired=repaired,
-        lab=run.results is not None,
+        lab=_of_lab(run),
         settings=_settings(run, repo_id),
         command=_command(run),
         repo_id=repo_id,
@@ -232,9 +232,13 @@ def _title(run: RunFolder, repo_id: str | None) -> str:
     return repo_id.split("/")[-1] if repo_id else (run.manifest.run_name or run.folder.absolute().name)
 
 
+def _of_lab(run: RunFolder) -> bool:
+    return run.results is not None and "steps_per_stage" in run.results
+
+
 def _base(run: RunFolder) -> str:
     base, revision = split_revision(run.base_model)
-    if run.results is not None:
+    if _of_lab(run):
         return "The model of the lab of `trl-interfere`"
     name = f"[{base}](https://huggingface.co/{base})" if "/" in base else f"`{base}`"
     return name if revision is None else f"{name} (revision `{revision}`)"
@@ -337,7 +341,7 @@ def _settings(run: RunFolder, repo_id: str | None) -> str:
 
 
 def _command(run: RunFolder) -> str:
-    if run.results is not None and "steps_per_stage" in run.results:  # of the lab
+    if _of_lab(run):
         results = run.results
         order, steps = ",".join(results["order"]), results["steps_per_stage"]
         return f"trl-interfere lab --seed {results['seed']} --order {order} --steps {steps}"
