@@ -154,6 +154,7 @@ def brief(found: Rows, repaired: str) -> list[str]:
                 (("route_conflict", "mlp", "optimal"), "`route_conflict`"),
                 (("random", "mlp", "optimal"), "random routes"),
                 (("random_matched", "mlp", "optimal"), "matched ones"),
+                (("damage", "joint", "optimal"), "`damage` at 32% of MLP and attention"),
                 (("damage_protected", "joint", "optimal"), "`damage_protected` at 32% of MLP and attention"),
                 (("random", "joint", "optimal"), "random ones"),
                 (("interpolation", "all", "optimal"), "interpolation of all weights"),
@@ -173,6 +174,13 @@ def brief(found: Rows, repaired: str) -> list[str]:
             sentences.append(
                 f"Seed {seed}: a right answer of {repaired} has lost {damage['value']:+.3f} [{damage['low']:+.3f}, "
                 f"{damage['high']:+.3f}] nats on the test split: there is nothing to repair, and no rollback was made."
+            )
+        for name, refresh in entry.get("refreshes", {}).items():
+            change, nats = refresh["changes"][repaired], refresh["nats"]["change"]
+            sentences.append(
+                f"Seed {seed}: {refresh['steps']} steps of refresh on {name}"
+                f"{'' if name == repaired else ' (control)'} change {repaired} by {_change(change)} points, and the "
+                f"loss of a right answer by {nats['value']:+.3f} [{nats['low']:+.3f}, {nats['high']:+.3f}] nats."
             )
     return sentences
 
@@ -198,8 +206,9 @@ def _of_seed(entry: dict[str, Any], repaired: str, figures: Path) -> list[str]:
         lines += [
             f"### Repairs of {repaired}",
             "",
-            "*Score*: share of the lost score that came back, on the test split. Changes of the other domains are in "
-            "points.",
+            "*Score*: share of the lost score that came back, on the test split; where less was lost than the "
+            "interval is wide it says nothing (resamples in which nothing was lost are left out). Changes of the "
+            "domains are in points.",
         ]
         if rollback:
             lines.append(
@@ -253,7 +262,7 @@ def _damage_table(reports: dict[str, InterferenceReport | str]) -> str:
 
 
 def _repair_table(rollback: Rows, refreshes: dict[str, Any], order: list[str], repaired: str) -> str:
-    others = [name for name in order if name != repaired]
+    others = [repaired, *(name for name in order if name != repaired)]
     lines = [
         "| repair | routes | α | score | nats | " + " | ".join(others) + " |",
         "| --- | --- | ---: | --- | --- |" + " --- |" * len(others),
@@ -262,7 +271,8 @@ def _repair_table(rollback: Rows, refreshes: dict[str, Any], order: list[str], r
         protection = f", protection {row['protection']:g}" if row["protection"] else ""
         routes = "all weights" if row["scope"] == "all" else f"{100 * row['budget']:g}% of {row['scope']}"
         best = " (best)" if row["step_rule"] == "optimal" else ""
-        cells = [_change(row["changes"][name]) for name in others]
+        changes = {**row["changes"], **row["own_changes"]}
+        cells = [_change(changes[name]) for name in others]
         lines.append(
             f"| `{row['criterion']}`{protection} | {routes} | {row['step']:g}{best} | {_share(row)} | "
             f"{_share(row['nats'])} | " + " | ".join(cells) + " |"
@@ -270,7 +280,9 @@ def _repair_table(rollback: Rows, refreshes: dict[str, Any], order: list[str], r
     for name, entry in refreshes.items():
         cells = [_change(entry["changes"][other]) for other in others]
         label = f"refresh of {name}, {entry['steps']} steps" + ("" if name == repaired else " (control)")
-        lines.append(f"| {label} | all weights | | {_share(entry)} | | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {label} | all weights | | {_share(entry)} | {_share(entry['nats'])} | " + " | ".join(cells) + " |"
+        )
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ from datasets import Dataset, concatenate_datasets
 from jobs import run_all
 from rich.console import Console
 from study_page import write_page
-from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model
@@ -47,7 +47,7 @@ from trl_interfere.domains.code import OFFLINE as HUMANEVAL
 from trl_interfere.domains.domain import Domain
 from trl_interfere.domains.extras import package_file
 from trl_interfere.domains.loading import RunFile, load_run_file
-from trl_interfere.evaluation.bootstrap import difference, recovered
+from trl_interfere.evaluation.bootstrap import Interval, difference, recovered
 from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.repair.bench import RepairBench, share_fields
 from trl_interfere.repair.interpolation import interpolated
@@ -332,6 +332,43 @@ def others(run: Run) -> None:
             analyze(run, name, **OTHERS)
 
 
+def references(run: Run, model: PreTrainedModel, name: str, split: str) -> Batches:
+    """
+    References of a domain: the right answer where there is one in the format of the warm-up, else completions of the
+    model that are right.
+
+    Args:
+        run ([`Run`]):
+            The seed.
+        model ([`~transformers.PreTrainedModel`]):
+            The damaged model.
+        name (`str`):
+            Name of the domain.
+        split (`str`):
+            `"selection_dataset"`, of which there are `MEASURED` prompts, or `"eval_dataset"`.
+
+    Returns:
+        `list[dict[str, torch.Tensor]]`: Batches, none where the model has no right completion.
+    """
+    domain = run.domains[name]
+    dataset = getattr(domain, split)
+    if split == "selection_dataset":
+        dataset = dataset.select(range(min(MEASURED[name], len(dataset))))
+    if name in ("math", "qa"):
+        texts = [answer(name, row) for row in dataset]
+        config = run.config(reference="dataset", max_prompts=len(dataset))
+        dataset = dataset.add_column(config.reference_column, texts)
+    else:
+        config = run.config(max_prompts=len(dataset), batch_size=len(dataset))
+    try:
+        with run.autocast():
+            found: References = collect_references(model, run.tokenizer, domain, config, dataset)
+    except ValueError as error:
+        run.say(f"{name} is left out of the choice of steps: {error}")
+        return []
+    return found.batches(32, run.tokenizer.pad_token_id, torch.device("cpu"))
+
+
 class Bench:
     """What a seed's repairs are chosen and measured by."""
 
@@ -343,10 +380,10 @@ class Bench:
         self.before = {name: parameter.detach() for name, parameter in before.named_parameters()}
         self.solved = {}
         for name in run.order:
-            batches = self.batches(name, "selection_dataset")
+            batches = references(run, self.model, name, "selection_dataset")
             if batches:
                 self.solved[name] = batches
-        self.answers = self.batches(REPAIRED, "eval_dataset")
+        self.answers = references(run, self.model, REPAIRED, "eval_dataset")
         known = {"after": self.known(len(run.order)), REPAIRED: self.known(run.order.index(REPAIRED) + 1)}
         self.bench = RepairBench(self.model, self.before, self.report, self.score, self.measure, known=known)
 
@@ -355,29 +392,6 @@ class Bench:
         manifest = self.run.manifest()
         scores = {name: manifest.read_scores(manifest.stages[stage], name) for name in self.run.order}
         return {name: values[: TESTED.get(name)] for name, values in scores.items()}
-
-    def batches(self, name: str, split: str) -> Batches:
-        """
-        References of a domain: the right answer where there is one in the format of the warm-up, else completions of
-        the damaged model that are right.
-        """
-        domain, run = self.run.domains[name], self.run
-        dataset = getattr(domain, split)
-        if split == "selection_dataset":
-            dataset = dataset.select(range(min(MEASURED[name], len(dataset))))
-        if name in ("math", "qa"):
-            texts = [answer(name, row) for row in dataset]
-            config = run.config(reference="dataset", max_prompts=len(dataset))
-            dataset = dataset.add_column(config.reference_column, texts)
-        else:
-            config = run.config(max_prompts=len(dataset), batch_size=len(dataset))
-        try:
-            with run.autocast():
-                references: References = collect_references(self.model, run.tokenizer, domain, config, dataset)
-        except ValueError as error:
-            run.say(f"{name} is left out of the choice of steps: {error}")
-            return []
-        return references.batches(32, run.tokenizer.pad_token_id, torch.device("cpu"))
 
     def score(self, model, split: str) -> dict[str, np.ndarray]:
         field = {"selection": "selection_dataset", "test": "eval_dataset"}[split]
@@ -432,6 +446,9 @@ def repair(run: Run) -> None:
     path, folder = run.folder / "repair" / "rollback.json", run.folder / "repair"
     if path.exists():
         return
+    if not (run.analysis(REPAIRED) / "report.json").exists():
+        run.say(f"there is no analysis of {REPAIRED} to repair by")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(run)
     nats, damage = recovered_nats(bench)
@@ -446,7 +463,7 @@ def repair(run: Run) -> None:
     names = ["damage_protected", "route_conflict", "magnitude", "random", "random_matched"]
     sweep(bench.bench, names, (0.02,), ("mlp",), fixed=False, **settings)
     wide = {**settings, "path": folder / "sweep-wide.json", "steps": WIDE_STEPS}
-    sweep(bench.bench, ["damage_protected", "random"], (0.32,), ("joint",), fixed=False, **wide)
+    sweep(bench.bench, ["damage", "damage_protected", "random"], (0.32,), ("joint",), fixed=False, **wide)
     rows = [*Sweep.load(settings["path"]).rows, *Sweep.load(wide["path"]).rows]
     for row in rows:
         criterion = row["criterion"].removesuffix("_protected")
@@ -478,9 +495,13 @@ def recovered_nats(bench: Bench) -> tuple[Callable[[np.ndarray], dict[str, Any]]
     damaged = bench.losses(bench.model)
     with interpolated(bench.model, bench.before, 1.0) as model:
         peak = bench.losses(model)
-    interval = difference(damaged, peak).to_dict()  # in points of 100
-    damage = {**interval, **{name: interval[name] / 100 for name in ("value", "low", "high")}}
+    damage = in_nats(difference(damaged, peak))
     return lambda losses: {**share_fields(recovered(-losses, -damaged, -peak)), "damage": damage}, damage
+
+
+def in_nats(interval: Interval) -> dict[str, Any]:
+    """A [`difference`], which is in points of 100, of values in nats."""
+    return {**interval.to_dict(), **{name: getattr(interval, name) / 100 for name in ("value", "low", "high")}}
 
 
 def refresh(run: Run) -> None:
@@ -492,11 +513,15 @@ def refresh(run: Run) -> None:
     if not names:
         return
     peak, last = run.stage(position), run.stage(len(run.order) - 1)
-    report = InterferenceReport.from_pretrained(run.analysis(REPAIRED))
+    analysis = run.analysis(REPAIRED)
+    report = InterferenceReport.from_pretrained(analysis) if (analysis / "report.json").exists() else None
     read = run.manifest()
     before = {name: read.read_scores(read.stages[position + 1], name) for name in run.order}
     after = {name: read.read_scores(read.stages[len(run.order)], name) for name in run.order}
-    tensors = [{name: p.detach() for name, p in load_model(entry).named_parameters()} for entry in (peak, last)]
+    models = [load_model(entry) for entry in (peak, last)]
+    answers = references(run, models[1], REPAIRED, "eval_dataset")
+    best, damaged = (np.concatenate(_losses(model, answers)) for model in models)
+    tensors = [{name: p.detach() for name, p in model.named_parameters()} for model in models]
     for name in names:
         run.say(f"refresh of {name}")
         if name == REPAIRED:  # as `trl-interfere refresh` does it: a stage of the run
@@ -522,8 +547,13 @@ def refresh(run: Run) -> None:
             "collateral": {entry: change.value for entry, change in changes.items() if entry != REPAIRED},
             "changes": {entry: change.to_dict() for entry, change in changes.items()},
         }
-        if report.directions is not None and len(report.directions):
-            model = load_model(manifest.folder / record.folder)
+        model = load_model(manifest.folder / record.folder)
+        losses = np.concatenate(_losses(model, answers))
+        found[name]["nats"] = {
+            **share_fields(recovered(-losses, -damaged, -best)),
+            "change": in_nats(difference(losses, damaged)),
+        }
+        if report is not None and report.directions is not None and len(report.directions):
             now = {key: p.detach() for key, p in model.named_parameters()}
             found[name]["contraction"] = contraction(RouteMap(model.config), *tensors, now, report.directions)
         write_atomically(path, json.dumps({"schema_version": SCHEMA_VERSION, "refreshes": found}, indent=1) + "\n")

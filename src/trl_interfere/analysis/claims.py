@@ -130,6 +130,8 @@ def _gradients(report: "InterferenceReport") -> list[Claim]:
             value += " [{:+.3f}, {:+.3f}]".format(*entry["interval"])
         if entry.get("ceiling") is not None:
             control = f"noise of the gradients allows ±{entry['ceiling']:.3f}"
+            if entry["ceiling"] == 0:
+                control = "gradients of two halves of the references do not agree: cosines of this size are noise"
         figure = f"gradient cosine of the whole model: {report.earlier} and {name}"
         rows.append(Claim(claim, figure, value, control, "about 0 (math and QA)"))
         for key, sign in (("most_conflicting", "conflict"), ("most_synergistic", "synergise")):

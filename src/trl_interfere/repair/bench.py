@@ -245,7 +245,8 @@ class RepairBench:
         Returns:
             `dict`: `recovered`, `low`, `high`, `n`, `by_domain` (the same of each damaged domain), `by_draw`,
             `collateral` (change of every other domain, in points), `worst` (the lowest of them), `changes` (collateral
-            with intervals), `mean_score` (change of the mean score of all domains), `draws` and `split`.
+            with intervals), `own_changes` (the same of the damaged domains), `mean_score` (change of the mean score of
+            all domains), `draws` and `split`.
         """
         mean = {name: np.mean([entry[name] for entry in scores], axis=0) for name in scores[0]}
         damaged = self.scores(np.array([], dtype=int), 1.0, split)
@@ -273,6 +274,7 @@ class RepairBench:
             "collateral": {name: change.value for name, change in changes.items()},
             "worst": min((change.value for change in changes.values()), default=None),
             "changes": {name: change.to_dict() for name, change in changes.items()},
+            "own_changes": {name: difference(mean[name], damaged[name]).to_dict() for name in self.earlier},
             "mean_score": 100
             * float(np.mean([values.mean() - damaged[name].mean() for name, values in mean.items()])),
             "draws": len(scores),

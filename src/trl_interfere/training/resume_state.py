@@ -56,6 +56,7 @@ def save_resume_state(trainer: "SequentialGRPOTrainer", folder: str | Path) -> N
         },
         "loss": [trainer._tr_loss.item(), trainer._total_loss_scalar, trainer._globalstep_last_logged],
         "entropy": [trainer.entropy_coef, trainer._last_world_entropy],
+        "overrides": _overrides(trainer),
     }
     write_atomically(folder / f"resume_state_{rank}.json", json.dumps(state) + "\n")
 
@@ -69,6 +70,9 @@ def load_resume_state(trainer: "SequentialGRPOTrainer", folder: str | Path) -> N
             The trainer, before its first step.
         folder (`str` or `pathlib.Path`):
             Folder of the checkpoint.
+
+    Raises:
+        `ValueError`: If the checkpoint is of another number of processes, or of a stage with other settings.
     """
     folder, rank = Path(folder), trainer.args.process_index
     path = folder / f"resume_state_{rank}.json"
@@ -85,6 +89,14 @@ def load_resume_state(trainer: "SequentialGRPOTrainer", folder: str | Path) -> N
             f"{path}: missing. The checkpoint was written by another number of processes; a run goes on with as many "
             "processes as it began with"
         ) from None
+    # The schedule is compared with the run's; what a callback asks for is in no other file before the stage has ended.
+    wanted, found = _overrides(trainer), state.get("overrides")
+    if found is not None and wanted != found:
+        names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
+        raise ValueError(
+            f"{folder}: expected to go on with the settings that the stage was stopped with, "
+            + ", ".join(f"{name} {found.get(name, 'unset')}, found {wanted.get(name, 'unset')}" for name in names)
+        )
     device = trainer.accelerator.device
     if state["buffer"] is not None:
         inputs: list[dict[str, Any]] = [dict(values) for values in state["buffer"]]
@@ -97,6 +109,10 @@ def load_resume_state(trainer: "SequentialGRPOTrainer", folder: str | Path) -> N
     loss, trainer._total_loss_scalar, trainer._globalstep_last_logged = state["loss"]
     trainer._tr_loss = torch.tensor(loss, device=device)
     trainer.entropy_coef, trainer._last_world_entropy = state["entropy"]
+
+
+def _overrides(trainer: "SequentialGRPOTrainer") -> dict[str, Any]:
+    return json.loads(json.dumps(trainer._stage[1].overrides)) if trainer._stage is not None else {}
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -362,8 +362,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
         What the run does next, derived from the finished stages alone.
 
         Returns:
-            [`Stage`] or `None`: A stage that a [`StageCallback`] asks for, else the next one of the schedule, else
-            nothing.
+            [`Stage`] or `None`: A stage that a [`StageCallback`] asks for, with the `stage_overrides` of its domain
+            beneath its own, else the next one of the schedule, else nothing.
         """
         trained = sum(record.kind == "train" for record in self.manifest.stages)
         for callback in self.callback_handler.callbacks:
@@ -372,7 +372,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 stage = callback.request_stage(self.manifest.stages, matrix, schedule_finished=last)
                 if stage is not None:
                     build_schedule(self.domains, [stage.domain], {stage.domain: stage.overrides}, STAGE_OPTIONS)
-                    return stage
+                    own = (self.args.stage_overrides or {}).get(stage.domain, {})
+                    return replace(stage, overrides={**own, **stage.overrides})
         return self.schedule[trained] if trained < len(self.schedule) else None
 
     def _run_stage(self, stage: Stage, **kwargs) -> TrainOutput:
