@@ -234,6 +234,7 @@ def analyze(
     from .analysis.analyzer import InterferenceAnalyzer
     from .analysis.config import InterferenceConfig
     from .domains.loading import build_dataclass, load_run_file
+    from .evaluation.checkpoints import analysis_settings
 
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"{output_dir}: expected an empty or a new folder")
@@ -243,10 +244,7 @@ def analyze(
     for name in (earlier, *names):
         if name not in domains:
             raise ValueError(f"unknown domain {name!r}, {config} has {sorted(domains)}")
-    # Completions are as long as in the training, where the file does not say otherwise.
-    longest = run.training.get("max_completion_length")
-    analysis = {**({"max_new_tokens": longest} if longest else {}), **run.analysis}
-    settings = build_dataclass(InterferenceConfig, analysis, f"{config}, analysis")
+    settings = build_dataclass(InterferenceConfig, analysis_settings(run), f"{config}, analysis")
     output_dir.mkdir(parents=True, exist_ok=True)  # an analysis must not be lost to a folder that cannot be made
     analyzer = InterferenceAnalyzer.from_pretrained(before, after, base=base, config=settings, dtype=dtype)
     passes = analyzer.passes(later=len(names))
@@ -278,7 +276,14 @@ def analyze(
 @app.command()
 def rollback(
     report: Annotated[
-        Path | None, typer.Option(help="Folder of an analysis: it names the checkpoints and ranks the routes.")
+        list[Path] | None,
+        typer.Option(
+            help="Folder of an analysis: it names the checkpoints and ranks the routes. Given once for each earlier "
+            "domain, all of them are repaired by one set of routes."
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="With several reports, weights of their domains, e.g. math=2,qa=1.")
     ] = None,
     before: Annotated[
         str | None, typer.Option(help="Checkpoint before the update; over the one in the report.")
@@ -332,7 +337,8 @@ def rollback(
     from .repair.command import Request, carry_out
 
     request = Request(
-        report=report,
+        reports=report or [],
+        weights=weights,
         before=before,
         after=after,
         base=base,
@@ -363,7 +369,13 @@ def rollback(
 @app.command()
 def sweep(
     config: Annotated[Path, typer.Option(help="YAML file of the training: it names the domains.")],
-    report: Annotated[Path, typer.Option(help="Folder of a report that `analyze` wrote.")],
+    report: Annotated[
+        list[Path],
+        typer.Option(
+            help="Folder of a report that `analyze` wrote. Given several times, as for runs of several seeds, each is "
+            "swept and the table and the figure show means and ranges."
+        ),
+    ],
     output_dir: Annotated[Path, typer.Option(help="Folder of the results; started again, it goes on.")],
     before: Annotated[
         str | None, typer.Option(help="Checkpoint before the update. Defaults to the one of the report.")
@@ -372,10 +384,20 @@ def sweep(
         str | None, typer.Option(help="Checkpoint after the update. Defaults to the one of the report.")
     ] = None,
     criteria: Annotated[
-        str, typer.Option(help="Criteria and controls, separated by commas.")
-    ] = "damage,damage_protected,route_conflict,magnitude,random,random_matched",
+        str | None,
+        typer.Option(
+            help="Criteria and controls, separated by commas. Defaults to damage, damage_protected and all others "
+            "that the report can rank by."
+        ),
+    ] = None,
     budgets: Annotated[str, typer.Option(help="Shares of the routes, separated by commas.")] = "0.02,0.08,0.32",
     scopes: Annotated[str, typer.Option(help="mlp, attention, joint, separated by commas.")] = "mlp",
+    steps: Annotated[
+        str, typer.Option(help="Steps that the best one is chosen from, separated by commas.")
+    ] = "0.5,1,1.5,2,2.5,3,4",
+    protections: Annotated[
+        str, typer.Option(help="Weights that the best protection is chosen from, separated by commas.")
+    ] = "0.5,0.75,1,1.5",
     draws: Annotated[int, typer.Option(min=1, help="Draws of each random control.")] = 5,
     max_drop: Annotated[
         float, typer.Option(min=0, help="Points that no other domain may lose on the selection split.")
@@ -390,8 +412,9 @@ def sweep(
     from .domains.loading import load_run_file
     from .repair.bench import RepairBench
     from .repair.choice import locate_checkpoint
+    from .repair.criteria import CRITERIA
     from .repair.plots import plot_sweep
-    from .repair.sweep import check_settings
+    from .repair.sweep import Sweep, check_settings, rankable
     from .repair.sweep import sweep as run_sweep
     from .training.manifest import write_atomically
 
@@ -401,31 +424,62 @@ def sweep(
         except ValueError:
             raise ValueError(f"--{option}: expected numbers separated by commas, found {text!r}") from None
 
-    found = InterferenceReport.from_pretrained(report)
-    names, shares, parts = listed(criteria, "criteria"), listed(budgets, "budgets", float), listed(scopes, "scopes")
-    check_settings(names, shares, parts, draws, max_drop)
-    before, after = (
-        locate_checkpoint(name, report) if given is None else given
-        for given, name in ((before, found.before), (after, found.after))
-    )
-    bench = RepairBench.from_run(load_run_file(config), found, before, after, progress=sys.stderr.isatty())
-    output_dir.mkdir(parents=True, exist_ok=True)
+    found = [InterferenceReport.from_pretrained(folder) for folder in report]
     console = Console(stderr=True)
-    result = run_sweep(
-        bench,
-        names,
-        shares,
-        parts,
-        draws=draws,
-        max_drop=max_drop,
-        path=output_dir / "sweep.json",
-        progress=console.print,
+    if criteria is None:
+        possible = [set(rankable(entry)) for entry in found]
+        names = [name for name in ("damage", "damage_protected", *CRITERIA) if all(name in part for part in possible)]
+        names = list(dict.fromkeys(names))
+        if "route_conflict" not in names:
+            console.print("route_conflict is left out: it needs a report that was made with --base.")
+    else:
+        names = listed(criteria, "criteria")
+    shares, parts = listed(budgets, "budgets", float), listed(scopes, "scopes")
+    tried, weights = (
+        tuple(listed(text, name, float)) for text, name in ((steps, "steps"), (protections, "protections"))
     )
-    write_atomically(output_dir / "sweep.md", f"# Rollbacks of {found.earlier}\n\n{result.to_table()}")
-    title = f"trl-interfere sweep --report {report.name}: {found.earlier}"
-    plot_sweep(result.rows, title).savefig(output_dir / "sweep.png", dpi=150)
-    _output().print(Markdown(result.to_table()))
-    _output().print(f"Everything is in {output_dir}: sweep.json, sweep.md, sweep.png.")
+    if len(found) > 1 and (before is not None or after is not None):
+        raise ValueError("--before, --after: expected one --report with them, each of several reports names its own")
+    if len({entry.earlier for entry in found}) > 1:
+        raise ValueError(f"--report: expected reports of one domain, found {[entry.earlier for entry in found]}")
+    for entry in found:
+        check_settings(names, shares, parts, draws, max_drop, tried, weights, entry)
+    places = [
+        [
+            locate_checkpoint(name, folder) if given is None else given
+            for given, name in ((before, entry.before), (after, entry.after))
+        ]
+        for entry, folder in zip(found, report, strict=True)
+    ]
+    run = load_run_file(config)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    together = Sweep()
+    for number, (entry, place) in enumerate(zip(found, places, strict=True)):
+        several = len(found) > 1
+        bench = RepairBench.from_run(run, entry, *place, progress=sys.stderr.isatty())
+        if bench.left_out and not number:
+            console.print(f"Not measured, since they lack selection or eval prompts: {', '.join(bench.left_out)}.")
+        result = run_sweep(
+            bench,
+            names,
+            shares,
+            parts,
+            steps=tried,
+            protections=weights,
+            draws=draws,
+            max_drop=max_drop,
+            labels={"seed": number, "order": None} if several else None,
+            path=output_dir / (f"sweep-{number}.json" if several else "sweep.json"),
+            progress=console.print,
+        )
+        together.rows += result.rows
+    table = together.to_table()
+    write_atomically(output_dir / "sweep.md", f"# Rollbacks of {found[0].earlier}\n\n{table}")
+    title = f"trl-interfere sweep --report {' --report '.join(folder.name for folder in report)}: {found[0].earlier}"
+    plot_sweep(together.rows, title).savefig(output_dir / "sweep.png", dpi=150)
+    _output().print(Markdown(table))
+    files = "sweep.json" if len(found) == 1 else f"sweep-0.json to sweep-{len(found) - 1}.json"
+    _output().print(f"Everything is in {output_dir}: {files}, sweep.md, sweep.png.")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

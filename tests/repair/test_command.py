@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from trl_interfere.analysis.analyzer import load_model
 from trl_interfere.analysis.routes import RouteMap
 from trl_interfere.cli import main
 from trl_interfere.repair.choice import locate_checkpoint
+from trl_interfere.repair.joint import joint_before, joint_report
 from trl_interfere.repair.rollback import STEPS, roll_back
 
 
@@ -222,6 +224,62 @@ def test_a_step_that_costs_later_domains_too_much(project, config, run, tmp_path
     assert record["search"]["later_weight"] == 0.1 and record["search"]["max_drop"] == 0.5
 
 
+def test_a_given_step_is_taken_whatever_the_scores_say(project, config, run, tmp_path):
+    shrinking_reward.value = 1.0
+    code, _, err = run("--report", project[2], "--config", config("shrinking_reward"), "--rounds", 2, "--step", 1.5,
+                       "--output-dir", tmp_path / "out")  # fmt: skip
+    assert code == 0, err
+    (record,) = json.loads((tmp_path / "out" / "rollback.json").read_text())["rollbacks"]
+    assert record["step"] == 1.5 and record["search"]["scores"]["math"]["difference"]["value"] < 0
+
+
+def test_it_explains_itself(project, config, run, tmp_path):
+    code, out, err = run("--report", project[2], "--output-dir", tmp_path / "given", "--step", 2.0)
+    assert code == 0 and "expected by the attribution" in out and "attributed to these routes" in out, err
+    (record,) = json.loads((tmp_path / "given" / "rollback.json").read_text())["rollbacks"]
+    damage = InterferenceReport.from_pretrained(project[2]).routes["damage"]
+    assert record["expected"] == pytest.approx(2.0 * damage[record["routes"]].sum())
+    code, out, err = run(
+        "--report", project[2], "--config", config(), "--step", "optimal", "--output-dir", tmp_path / "searched"
+    )
+    assert code == 0, err
+    achieved = next(line for line in out.splitlines() if "achieved, weighted loss" in line)
+    assert "not measured" not in achieved
+    (record,) = json.loads((tmp_path / "searched" / "rollback.json").read_text())["rollbacks"]
+    assert f"{record['search']['achieved']:+.4f}" in achieved
+
+
+@pytest.mark.parametrize("step", ["1.5", "optimal"])
+def test_several_domains_at_once(step, project, config, run, make_report, moved, contents, tmp_path):
+    before, after, report = project
+    code_before = tmp_path / "after-code"
+    moved(load_model(before), seed=5).save_pretrained(code_before)
+    shutil.copyfile(before / "tokenizer.json", code_before / "tokenizer.json")
+    shutil.copyfile(before / "tokenizer_config.json", code_before / "tokenizer_config.json")
+    measures = {"damage": np.random.default_rng(3).normal(size=NUM_ROUTES), "edit_size": np.ones(NUM_ROUTES)}
+    second = replace(make_report(NUM_ROUTES, "after-code", "after", **measures), earlier="writing", later=["qa"])
+    second.save_pretrained(tmp_path / "analysis" / "writing")
+    code, out, err = run(
+        "--report", report, "--report", tmp_path / "analysis" / "writing", "--weights", "math=2,writing=1",
+        "--budget", 0.5, "--step", step, "--config", config(), "--output-dir", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    (record,) = json.loads((tmp_path / "out" / "rollback.json").read_text())["rollbacks"]
+    assert record["earlier"] == "math+writing" and record["weights"] == {"math": 2.0, "writing": 1.0}
+    assert set(record["targets"]) == {0, 1}
+    joint, target = joint_report([InterferenceReport.from_pretrained(report), second], record["weights"])
+    routes = RouteRollback(budget=0.5).select(joint, RouteMap(load_model(after).config))
+    assert record["routes"] == routes.tolist() and record["targets"] == target[routes].tolist()
+    starts = [dict(load_model(place).named_parameters()) for place in (before, code_before)]
+    model = load_model(after)
+    route_map = RouteMap(model.config)
+    roll_back(model, joint_before(starts, target, route_map), route_map, routes, record["step"])
+    found = load_model(tmp_path / "out")
+    assert all(torch.equal(parameter, found.get_parameter(name)) for name, parameter in model.named_parameters())
+    original = contents(after)
+    assert run("--undo", tmp_path / "out")[0] == 0 and contents(tmp_path / "out") == original
+
+
 def test_nothing_is_worth_rolling_back(project, config, run, tmp_path):
     code, _, err = run("--report", project[2], "--config", config(), "--step", "per_route_exact",
                        "--later-weight", 1000, "--output-dir", tmp_path / "out")  # fmt: skip
@@ -310,6 +368,41 @@ ARGUMENTS = {
     "two things": (("--undo", "after", "--apply-delta", "x"), None, "expected --undo without --apply-delta"),
     "undo and report": (("--undo", "after", "--report", "analysis/math"), None, "expected --undo without --report"),
     "delta without model": (("--apply-delta", "x"), None, "--apply-delta: expected --model, the folder to change"),
+    "undo and model": (
+        ("--undo", "before", "--model", "after"),
+        None,
+        "--model: expected with --apply-delta or --revert-delta; --undo names the folder itself",
+    ),
+    "limit for a given step": (
+        ("--report", "analysis/math", "--max-drop", "1", "--output-dir", "out"),
+        None,
+        "max_drop: expected a step that is searched for, such as 'optimal', found 1, which is taken as it is",
+    ),
+    "weight for a given step": (
+        ("--report", "analysis/math", "--later-weight", "2", "--output-dir", "out"),
+        None,
+        "later_weight: expected a step that is searched for",
+    ),
+    "weights of one": (
+        ("--report", "analysis/math", "--weights", "math=1", "--output-dir", "out"),
+        None,
+        "--weights: expected several --report, one for each earlier domain",
+    ),
+    "one domain twice": (
+        ("--report", "analysis/math", "--report", "analysis/math", "--output-dir", "out"),
+        None,
+        "reports: expected one for each domain, found ['math', 'math']",
+    ),
+    "before of several": (
+        ("--report", "analysis/math", "--report", "analysis/math", "--before", "before", "--output-dir", "out"),
+        None,
+        "--before: expected one --report with it, each of several reports names its own",
+    ),
+    "weights": (
+        ("--report", "analysis/math", "--report", "analysis/math", "--weights", "math", "--output-dir", "out"),
+        None,
+        "--weights: expected domain=number separated by commas, found 'math'",
+    ),
     "model alone": (("--model", "after"), None, "--model: expected with --apply-delta or --revert-delta"),
     "missing delta": (
         ("--apply-delta", "x", "--model", "after"),

@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from trl_interfere import RouteRollback
+from trl_interfere.analysis.analyzer import load_model
 from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.repair.folder import roll_back_folder, undo_rollback
 from trl_interfere.repair.joint import joint_before, joint_report
+from trl_interfere.repair.rollback import roll_back
 
 
 NUM_ROUTES = 36
@@ -56,3 +60,47 @@ def test_reports_that_do_not_fit(reports):
     for weights in ({"writing": 1.0}, {"code": 0.0}, {"code": 1.0, "math": -1.0}):
         with pytest.raises(ValueError, match="weights: expected"):
             joint_report(reports, weights)
+
+
+def test_a_live_model_needs_the_parameters_that_were_put_together(reports, make_model, moved):
+    report, target = joint_report(reports)
+    assert report.before is None
+    after = moved(make_model("llama"))
+    with pytest.raises(ValueError, match="before: a report of several domains goes back to several checkpoints"):
+        RouteRollback().apply(report, after)
+    befores = [dict(moved(make_model("llama"), seed=seed).named_parameters()) for seed in (1, 2, 3)]
+    composed = joint_before(befores, target, RouteMap(after.config))
+    repaired = RouteRollback(budget=1.0, scope="joint").apply(report, after, before=composed)
+    route_map = RouteMap(after.config)
+    for name, parameter in repaired.named_parameters():
+        if route_map.cut(name) is not None:
+            assert torch.equal(parameter, composed[name])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3-moe", "gpt2"])
+def test_a_folder_goes_back_to_several_checkpoints(family, checkpoints, make_model, moved, contents, tmp_path):
+    first, after, route_map = checkpoints(family)
+    second = tmp_path / "second"
+    moved(make_model(family, dtype=torch.float32), seed=7).save_pretrained(second)
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 2, size=route_map.num_routes)
+    routes = np.sort(rng.choice(route_map.num_routes, size=12, replace=False))
+    record = roll_back_folder([first, second], after, tmp_path / "out", routes, 1.5, target=target)
+    assert record["before"] == [str(first), str(second)]
+    assert record["targets"] == target[routes].tolist()
+    model, befores = load_model(after), [dict(load_model(place).named_parameters()) for place in (first, second)]
+    roll_back(model, joint_before(befores, target, route_map), route_map, routes, 1.5)
+    found = load_model(tmp_path / "out")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, found.get_parameter(name)), name
+    original = contents(after)
+    undo_rollback(tmp_path / "out")
+    assert contents(tmp_path / "out") == original
+
+
+@pytest.mark.parametrize("target", [None, np.zeros(3, dtype=int), np.full(NUM_ROUTES, 2)])
+def test_targets_that_do_not_fit(target, checkpoints, tmp_path):
+    before, after, _ = checkpoints()
+    with pytest.raises(ValueError, match="target: expected for each of 36 routes a position in `before`, from 0 to 1"):
+        roll_back_folder([before, before], after, tmp_path / "out", np.array([1]), target=target)
+    assert not (tmp_path / "out").exists()

@@ -53,6 +53,7 @@ def test_forgetting_is_taken_before_the_refresh():
         ("3-refresh-math", 1.0, 1.0),
     ):
         matrix.append(name, {"math": np.full(8, math), "qa": np.full(8, qa)})
-    (only,) = forgetting_claims(matrix)
+    only, last = forgetting_claims(matrix)
+    assert last.figure.startswith("qa, trained last") and last.value == "0.0 [0.0, 0.0] to 100.0 [100.0, 100.0]"
     assert only.figure == "math: points lost from the peak to the end of the sequence (n=8)"
     assert only.value == "50.0 [50.0, 50.0], from 100.0 to 50.0" and only.control == "base 25.0 [25.0, 25.0]"

@@ -10,7 +10,7 @@ from trl_interfere.analysis.gradients import mean_loss
 from trl_interfere.analysis.references import collect_references
 from trl_interfere.analysis.routes import RouteMap
 from trl_interfere.domains.domain import Domain
-from trl_interfere.repair.rollback import STEPS, RouteRollback, line_search, roll_back, rolled_back
+from trl_interfere.repair.rollback import STEPS, RouteRollback, line_search, roll_back, rolled_back, search_step
 
 
 # The tiny model: 2 x 12 MLP channels, 2 x 4 query heads, 2 x 2 key/value heads.
@@ -347,3 +347,44 @@ def test_planted_damage(seed, trained, moved, make_domain, owned_slices, tokeniz
         with rolled_back(analyzer.after, start, route_map, routes, 1.0):
             left.append(mean_loss(analyzer.after, batches) - losses[0])
     assert left[0] < 0.1 * report.damage < left[1]
+
+
+def test_steps_that_are_out_of_the_question_do_not_end_a_search(update_of_llama):
+    before, after, route_map = update_of_llama
+    losses, scores = iter([-step for step in STEPS] * 2), iter([-np.inf] * 5 + [0.5])
+    arguments = (after, parameters(before), route_map, np.arange(4), lambda model: next(losses))
+    step, tried = search_step(*arguments, lambda model: next(scores))
+    assert step == 1.0  # 4, 3, 2.5, 2 and 1.5 have lower losses and cost too much
+    assert [entry["step"] for entry in tried if "score" not in entry] == [0.5]
+    with pytest.raises(ValueError, match="score: expected a finite value at one of the steps"):
+        search_step(*arguments, lambda model: -np.inf)
+
+
+@pytest.fixture
+def update_of_llama(make_model, moved):
+    before = make_model("llama")
+    return before, moved(before), RouteMap(before.config)
+
+
+def test_models_that_do_not_fit_the_report(make_model, moved, make_report):
+    from peft import LoraConfig, get_peft_model
+
+    before = make_model("llama")
+    start, report = parameters(before), make_report(NUM_ROUTES, "before", "after")
+    rollback = RouteRollback(budget=0.25)
+    with pytest.raises(ValueError, match="model: expected one of 36 routes as in the report, found one of 40"):
+        rollback.apply(report, make_model("llama", intermediate_size=14), before=start)
+    with pytest.raises(ValueError, match="before: expected .* of shape .*, found none"):
+        rollback.apply(report, moved(before), before={})
+    adapted = get_peft_model(moved(before), LoraConfig(r=2, target_modules=["up_proj", "q_proj"]))
+    with pytest.raises(
+        ValueError, match="expected whole weights .*, found an adapter on them: merge it first"
+    ):
+        rollback.apply(report, adapted, before=start)
+
+
+def test_matched_routes_run_out(make_model, make_report):
+    route_map = RouteMap(make_model("llama").config)
+    report = make_report(NUM_ROUTES)
+    with pytest.raises(ValueError, match="random_matched: expected other routes .* found none at a budget of 1"):
+        RouteRollback(criterion="random_matched", budget=1.0).select(report, route_map)

@@ -139,6 +139,10 @@ def test_settings_out_of_range(bench):
         ({"draws": 0}, "draws: expected at least 1, found 0"),
         ({"budgets": [0.0]}, "budget: expected a share"),
         ({"scopes": ["all"]}, "scope: expected one of"),
+        ({"steps": ()}, "steps: expected at least one, found none"),
+        ({"steps": (0.0,)}, "steps: expected numbers above 0, found 0.0"),
+        ({"protections": (-1.0,)}, "protection: expected 0 or more, found -1.0"),
+        ({}, "criteria: 'route_conflict' needs a report that was made with --base"),
     ):
         with pytest.raises(ValueError, match=message):
             sweep(bench, **settings)
@@ -197,3 +201,28 @@ def test_a_bench_leaves_the_model_as_it_was(bench):
     end = {name: parameter.detach().clone() for name, parameter in bench.model.named_parameters()}
     sweep(bench, ["damage"], [0.5], steps=(0.5, 2.0))
     assert all(torch.equal(parameter, end[name]) for name, parameter in bench.model.named_parameters())
+
+
+def test_rows_of_other_data_are_not_continued(bench, tmp_path):
+    path = tmp_path / "rows.json"
+    bench.data = {"scoring": {"num_samples": 1}, "rows": {"math": {"test": "1f"}}}
+    sweep(bench, ["damage"], [0.1], path=path, fixed=False)
+    sweep(bench, ["damage"], [0.1], path=path, fixed=False)
+    bench.data = {**bench.data, "rows": {"math": {"test": "2f"}}}
+    with pytest.raises(ValueError, match="holds another sweep; data: expected .*2f.*, found .*1f"):
+        sweep(bench, ["damage"], [0.1], path=path, fixed=False)
+
+
+def test_several_runs_in_one_table():
+    def row(seed, recovered, worst, step):
+        place = {"criterion": "damage", "scope": "mlp", "budget": 0.1, "step_rule": "best", "protection": 0.0}
+        known = recovered is not None
+        ends = {"low": 0.0 if known else None, "high": 0.5 if known else None}
+        more = {"worst": worst, "routes": 2, "asked": 4, "draws": 1, "step": step}
+        return {"seed": seed, "order": None, **place, "recovered": recovered, **ends, **more}
+
+    table = Sweep([row(0, 0.2, -1.0, 1.0), row(1, 0.4, 0.0, 2.0), row(2, None, -9.0, 2.0)]).to_table()
+    assert (
+        "| damage | mlp | 10%, 50% of it found | 1, 2 (best) | 30.0% [20.0, 40.0] | -0.50 | 3 | 1 | Pareto |" in table
+    )
+    assert "| 20.0% [0.0, 50.0] | -1.00 | 1 | 1 |" in Sweep([row(0, 0.2, -1.0, 1.0)]).to_table()

@@ -14,6 +14,7 @@ from transformers.utils import find_adapter_config_file
 from .. import __version__
 from ..domains.domain import Domain
 from ..hub.pull import checkpoint_folder
+from ..hub.revision import split_revision
 from .activity import ActivityMeter, route_activity
 from .architectures import Architecture
 from .checkpoint import Checkpoint, check_comparable
@@ -561,6 +562,7 @@ def load_model(
     device_map: str | dict | None = None,
     trust_remote_code: bool = False,
     max_memory: dict | None = None,
+    base: str | Path | None = None,
 ) -> PreTrainedModel:
     """
     Load a causal language model from safetensors, with a clear error if it cannot be.
@@ -578,6 +580,8 @@ def load_model(
             Whether to run code that comes with the checkpoint.
         max_memory (`dict`, *optional*):
             Memory of each device that `device_map` may use, as in transformers.
+        base (`str` or `pathlib.Path`, *optional*):
+            Where the model of an adapter lies, if not where the adapter says.
 
     Returns:
         [`~transformers.PreTrainedModel`]: The model, in evaluation mode. `config.dtype` keeps the stored data type.
@@ -590,7 +594,7 @@ def load_model(
     if is_adapter(folder):
         if dtype not in ("float32", "float64", torch.float32, torch.float64):
             raise ValueError(f"dtype: expected 'float32' to merge the adapter {checkpoint} in, found {dtype!r}")
-        adapter = Checkpoint(folder, trust_remote_code=trust_remote_code)
+        adapter = Checkpoint(folder, base=base, trust_remote_code=trust_remote_code)
         model = load_model(adapter.folder, dtype, device_map, trust_remote_code, max_memory)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
@@ -632,7 +636,8 @@ def load_model(
 def is_adapter(checkpoint: str | Path) -> bool:
     """Whether a folder or Hub repository holds an adapter and no whole model."""
     try:
-        return find_adapter_config_file(str(checkpoint)) is not None
+        name, revision = split_revision(checkpoint)
+        return find_adapter_config_file(name, revision=revision) is not None
     except (OSError, ValueError):
         return False  # there is nothing at all, which whoever loads it says better
 

@@ -35,8 +35,9 @@ class InterferenceReport:
     before the update, "after" the one after it.
 
     Args:
-        before (`str`):
-            Folder or Hub id of the checkpoint before the update.
+        before (`str`, *optional*):
+            Folder or Hub id of the checkpoint before the update; `None` in a report that [`joint_report`] has put
+            together.
         after (`str`):
             Folder or Hub id of the checkpoint after it.
         base (`str`, *optional*):
@@ -103,7 +104,7 @@ class InterferenceReport:
             Number of routes of each kind in each layer. Routes are numbered by kind, then by layer.
     """
 
-    before: str
+    before: str | None
     after: str
     base: str | None
     earlier: str

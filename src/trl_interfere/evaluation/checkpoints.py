@@ -178,6 +178,22 @@ def sampling_settings(run: RunFile) -> dict[str, Any]:
     }
 
 
+def analysis_settings(run: RunFile) -> dict[str, Any]:
+    """
+    Settings of an analysis: those of the file; completions are as long as in the training, where it does not say
+    otherwise.
+
+    Args:
+        run ([`RunFile`]):
+            The file.
+
+    Returns:
+        `dict`: Fields of [`InterferenceConfig`].
+    """
+    longest = run.training.get("max_completion_length")
+    return {**({"max_new_tokens": longest} if longest else {}), **run.analysis}
+
+
 def load_checkpoint(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
     """
     Load a checkpoint: whole weights, or an adapter together with the model that it names.

@@ -1,13 +1,14 @@
 """A bench for repairs: both checkpoints of an update in memory, and what scores a repair."""
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..analysis.analyzer import load_model
 from ..analysis.architectures import Architecture
@@ -17,13 +18,14 @@ from ..analysis.routes import RouteMap
 from ..domains.domain import Domain
 from ..domains.loading import RunFile
 from ..evaluation.bootstrap import Interval, difference, recovered
+from ..evaluation.checkpoints import load_tokenizer, sampling_settings, training_settings
 from ..evaluation.scorer import Scorer
-from ..training.config import SequentialGRPOConfig
 from .merging import held
 from .rollback import rolled_back, route_parameters
 
 
-SPLITS = ("selection", "test")
+_FIELDS = {"selection": "selection_dataset", "test": "eval_dataset"}
+SPLITS = tuple(_FIELDS)
 Scores = dict[str, np.ndarray]
 # (model, split) -> score of each prompt, by domain
 Score = Callable[[PreTrainedModel, str], Scores]
@@ -45,14 +47,13 @@ def domain_scorer(scorer: Scorer, domains: list[Domain]) -> Score:
     Raises:
         `ValueError`: If a domain lacks a split: what is chosen on one must be reported on the other.
     """
-    fields = {"selection": "selection_dataset", "test": "eval_dataset"}
     for domain in domains:
-        for field in fields.values():
+        for field in _FIELDS.values():
             if getattr(domain, field) is None:
                 raise ValueError(f"domain {domain.name!r}: expected a {field}, found none")
 
     def score(model: PreTrainedModel, split: str) -> Scores:
-        return {domain.name: scorer.score(model, domain, getattr(domain, fields[split])).values for domain in domains}
+        return {domain.name: scorer.score(model, domain, getattr(domain, _FIELDS[split])).values for domain in domains}
 
     return score
 
@@ -79,12 +80,16 @@ class RepairBench:
         known (`dict[str, dict[str, numpy.ndarray]]`, *optional*):
             Scores on the test split that are not to be measured again, such as those of the training: `"after"` of the
             model, and by damaged domain those at its peak.
+        data (`dict`, *optional*):
+            What is scored and how, as JSON values: a sweep of other data is not continued.
 
     Attributes:
         earlier (`list[str]`):
             Names of the damaged domains.
         damaged (`dict[str, float]`):
             The measure after the update, by domain.
+        left_out (`list[str]`):
+            Domains of a YAML file that are not scored, since they lack a split.
     """
 
     def __init__(
@@ -97,13 +102,14 @@ class RepairBench:
         peaks: dict[str, Tensors] | None = None,
         description: Architecture | None = None,
         known: dict[str, Scores] | None = None,
+        data: dict[str, Any] | None = None,
     ):
         self.model, self.before, self.report, self.score = model, before, report, score
         self.measure = measure or self._mean_scores
         self.route_map = RouteMap(model.config, description)
         self.parameters = route_parameters(model, self.route_map)
         self.peaks = {report.earlier: before} if peaks is None else peaks
-        self.earlier = list(self.peaks)
+        self.earlier, self.data, self.left_out = list(self.peaks), data, []
         self._kept: dict[Any, Any] = {}
         for name, scores in (known or {}).items():
             place = ("test", b"", b"") if name == "after" else ("peak", name, "test")
@@ -127,7 +133,8 @@ class RepairBench:
 
         Args:
             run ([`RunFile`]):
-                Names the domains, and the settings of scoring. Domains with both splits are scored.
+                Names the domains, and the settings of scoring. Domains with both splits are scored; those that the
+                report names need them, the others are `left_out` without.
             report ([`InterferenceReport`]):
                 The analysis.
             before (`str` or `pathlib.Path`, *optional*):
@@ -141,38 +148,38 @@ class RepairBench:
             [`RepairBench`]: The bench.
 
         Raises:
-            `ValueError`: If the damaged domain lacks a split, or the checkpoints do not fit the report.
+            `ValueError`: If a domain of the report lacks a split, or the checkpoints do not fit the report.
         """
-        settings = {field.name: field.default for field in fields(SequentialGRPOConfig)} | run.training
-        domains = [domain for domain in run.domains if domain.selection_dataset and domain.eval_dataset]
-        if report.earlier not in [domain.name for domain in domains]:
-            raise ValueError(
-                f"domain {report.earlier!r} of the report: expected it in the file with selection and eval data sets, "
-                f"found both for {[domain.name for domain in domains]}"
-            )
+        domains = [domain for domain in run.domains if all(getattr(domain, field) for field in _FIELDS.values())]
+        scored = [domain.name for domain in domains]
+        for name in (report.earlier, *report.later):
+            if name not in scored:
+                raise ValueError(
+                    f"domain {name!r} of the report: expected it in the file with selection and eval data sets, found "
+                    f"both for {scored}"
+                )
+        settings, sampling = training_settings(run), sampling_settings(run)
         device = PartialState(cpu=bool(settings["use_cpu"])).device
         model = load_model(report.after if after is None else after).to(device)
         start = load_model(report.before if before is None else before)
         name = str(report.after if after is None else after)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name}: expected a tokenizer beside the weights ({error})") from error
-        scorer = Scorer(
-            tokenizer,
-            max_new_tokens=settings["score_max_new_tokens"] or settings["max_completion_length"],
-            batch_size=settings["score_batch_size"],
-            chat_template_kwargs=settings["chat_template_kwargs"],
-            temperature=settings["score_temperature"],
-            num_samples=settings["score_samples"],
-            progress=progress,
-        )
+        template = settings["chat_template_kwargs"]
+        scorer = Scorer(load_tokenizer(name), chat_template_kwargs=template, progress=progress, **sampling)
         routes = RouteMap(model.config).num_routes
         if len(report.routes["damage"]) != routes:
             raise ValueError(
                 f"{name}: expected a model of {len(report.routes['damage'])} routes as in the report, found {routes}"
             )
-        return cls(model, dict(start.named_parameters()), report, domain_scorer(scorer, domains))
+        # A batch is as large as the memory of a machine allows: another size is no other measurement.
+        scoring = {name: value for name, value in sampling.items() if name != "batch_size"} | {"template": template}
+        rows = {
+            domain.name: {split: _digest(getattr(domain, field)) for split, field in _FIELDS.items()}
+            for domain in domains
+        }
+        score = domain_scorer(scorer, domains)
+        bench = cls(model, dict(start.named_parameters()), report, score, data={"scoring": scoring, "rows": rows})
+        bench.left_out = [domain.name for domain in run.domains if domain.name not in scored]
+        return bench
 
     def _mean_scores(self, model: PreTrainedModel) -> dict[str, float]:
         return {name: 100 * float(values.mean()) for name, values in self.score(model, "selection").items()}
@@ -280,6 +287,11 @@ class RepairBench:
             "draws": len(scores),
             "split": split,
         }
+
+
+def _digest(dataset: Any) -> str:
+    rows = json.dumps(dataset.to_list(), sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(rows.encode()).hexdigest()
 
 
 def recovered_value(repaired: np.ndarray, damaged: np.ndarray, peak: np.ndarray) -> float:

@@ -1,17 +1,15 @@
 """The choice of routes and steps for a rollback of checkpoints on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel
-from transformers.utils import ADAPTER_CONFIG_NAME
+from transformers import PreTrainedModel
 
-from ..analysis.analyzer import InterferenceAnalyzer, load_model
+from ..analysis.analyzer import InterferenceAnalyzer, is_adapter, load_model
 from ..analysis.architectures import Architecture
 from ..analysis.checkpoint import Checkpoint
 from ..analysis.config import InterferenceConfig
@@ -21,8 +19,10 @@ from ..analysis.updates import update_statistics
 from ..domains.domain import Domain
 from ..domains.loading import RunFile, build_dataclass
 from ..evaluation.bootstrap import difference, score
-from ..evaluation.checkpoints import sampling_settings, training_settings
+from ..evaluation.checkpoints import analysis_settings, load_tokenizer, sampling_settings, training_settings
 from ..evaluation.scorer import Scorer
+from .explanation import RollbackExplanation, explain
+from .joint import joint_before, joint_report
 from .rollback import RouteRollback
 from .route_steps import WeightedLoss
 
@@ -43,11 +43,17 @@ class RouteChoice:
             Share of the update that is taken back, of all of them or of each.
         settings (`dict`):
             How they were chosen, as it stands in `rollback.json`.
+        explanation ([`RollbackExplanation`], *optional*):
+            The account of it; `None` without a report.
+        target (`numpy.ndarray` of shape `(num_routes,)`, *optional*):
+            With several reports, the position of the checkpoint that each route goes back to.
     """
 
     routes: np.ndarray
     step: float | np.ndarray
     settings: dict[str, Any] = field(default_factory=dict)
+    explanation: RollbackExplanation | None = None
+    target: np.ndarray | None = None
 
 
 def locate_checkpoint(name: str, report: str | Path) -> str:
@@ -86,9 +92,9 @@ def locate_checkpoint(name: str, report: str | Path) -> str:
 
 def choose_routes(
     rollback: RouteRollback,
-    before: str | Path | None,
+    before: str | Path | Sequence[str | Path] | None,
     after: str | Path,
-    report: InterferenceReport | None = None,
+    report: InterferenceReport | Sequence[InterferenceReport] | None = None,
     run: RunFile | None = None,
     base: str | Path | None = None,
     description: Architecture | None = None,
@@ -96,23 +102,28 @@ def choose_routes(
     progress: Callable[[str], None] = lambda _: None,
     later_weight: float = 1.0,
     max_drop: float | None = None,
+    weights: dict[str, float] | None = None,
 ) -> RouteChoice:
     """
     Choose routes, and search for the step where that is asked for.
 
     A search takes the losses of the earlier and, with a weight, of the later domains on references of their selection
     splits, and of the steps with the lowest sum the one with the best mean score on these splits. With `max_drop`, it
-    takes the one with the best score of the earlier domain among those that cost no later domain more than that.
+    takes the one with the best score of the earlier domains among those that cost no later domain more than that.
+
+    With several reports, one for each earlier domain, one set of routes is chosen for all of them, see
+    [`joint_report`].
 
     Args:
         rollback ([`RouteRollback`]):
             Criterion, budget, scope and step.
         before (`str` or `pathlib.Path`, *optional*):
-            Checkpoint before the update. Defaults to the model of the adapter `after`.
+            Checkpoint before the update. Defaults to the model of the adapter `after`. One for each of several
+            reports.
         after (`str` or `pathlib.Path`):
             Checkpoint after it.
-        report ([`InterferenceReport`], *optional*):
-            The analysis. Without it, only the criteria in `WITHOUT_DATA` are possible.
+        report ([`InterferenceReport`] or `list[InterferenceReport]`, *optional*):
+            The analysis, or one for each earlier domain. Without it, only the criteria in `WITHOUT_DATA` are possible.
         run ([`RunFile`], *optional*):
             Names the domains, for a search of steps and for more than one round.
         base (`str` or `pathlib.Path`, *optional*):
@@ -127,6 +138,8 @@ def choose_routes(
             Weight of the loss of each later domain in a search.
         max_drop (`float`, *optional*):
             Points of 100 that a searched step may cost a later domain on its selection split.
+        weights (`dict[str, float]`, *optional*):
+            With several reports, the weight of each earlier domain. Defaults to 1 each.
 
     Returns:
         [`RouteChoice`]: Routes and steps.
@@ -135,17 +148,44 @@ def choose_routes(
         `ValueError`: If the settings need a report or domains that are not given, or the report is of another model,
             or no step that a search tried is confirmed by the scores.
     """
+    searched = isinstance(rollback.step, str)
     if not 0 <= later_weight < float("inf"):
         raise ValueError(f"later_weight: expected 0 or more, found {later_weight}")
     if rollback.step == 0:
         raise ValueError("step: expected a number above 0, found 0, with which nothing is rolled back")
     if max_drop is not None and not max_drop >= 0:
         raise ValueError(f"max_drop: expected 0 or more points, found {max_drop}")
+    for name, given in (
+        ("max_drop", max_drop is not None),
+        ("later_weight", later_weight != 1.0 and rollback.rounds == 1),
+    ):
+        if given and not searched:
+            raise ValueError(
+                f"{name}: expected a step that is searched for, such as 'optimal', found {rollback.step:g}, which is "
+                "taken as it is"
+            )
+    reports = [report] if isinstance(report, InterferenceReport) else list(report or [])
+    befores = [before] if before is None or isinstance(before, (str, Path)) else list(before)
+    target = None
+    if len(reports) > 1:
+        if len(befores) != len(reports):
+            raise ValueError(
+                f"before: expected one checkpoint for each of {len(reports)} reports, found {len(befores)}"
+            )
+        if is_adapter(after):
+            raise ValueError(f"{after}: expected whole weights for a rollback of several domains, found an adapter")
+        report, target = joint_report(reports, weights)
+        earlier = {entry.earlier: 1.0 if weights is None else weights.get(entry.earlier, 0.0) for entry in reports}
+    else:
+        if weights is not None:
+            raise ValueError("weights: expected with several reports, one for each earlier domain")
+        report = reports[0] if reports else None
+        earlier = {} if report is None else {report.earlier: 1.0}
     model = Checkpoint(after, base=base)
     route_map = RouteMap(model.config, description)
     settings = {
         **asdict(rollback),
-        "step_rule": rollback.step if isinstance(rollback.step, str) else "fixed",
+        "step_rule": rollback.step if searched else "fixed",
     }
     del settings["step"]  # the record has the one that was taken
     if report is None:
@@ -157,8 +197,8 @@ def choose_routes(
         measures = SimpleNamespace(routes={"damage": np.zeros(route_map.num_routes)}, config={})
         if rollback.criterion == "magnitude":
             progress("edit sizes")
-            earlier = Checkpoint(model.folder) if before is None else Checkpoint(before, base=base)
-            measures.routes["edit_size"] = update_statistics([earlier, model], route_map)[0].edit_size
+            first = Checkpoint(model.folder) if befores[0] is None else Checkpoint(befores[0], base=base)
+            measures.routes["edit_size"] = update_statistics([first, model], route_map)[0].edit_size
     else:
         measures = report
         if len(report.routes["damage"]) != route_map.num_routes:
@@ -167,22 +207,43 @@ def choose_routes(
                 f"found {route_map.num_routes}"
             )
         settings |= {"earlier": report.earlier, "later": report.later}
-    if isinstance(rollback.step, str) or rollback.rounds > 1:
+        if target is not None:
+            settings["weights"] = earlier
+    if searched or rollback.rounds > 1:
         if report is None or run is None:
-            asked = f"step {rollback.step!r}" if isinstance(rollback.step, str) else f"{rollback.rounds} rounds"
+            asked = f"step {rollback.step!r}" if searched else f"{rollback.rounds} rounds"
             raise ValueError(
                 f"{asked}: needs a report and the domains that it names: give --report, and --config with the YAML "
                 "file of the training"
             )
-        return _search(
-            rollback, before, after, report, run, base, description, dtype, progress, settings, later_weight, max_drop
+        choice = _search(
+            rollback,
+            befores,
+            after,
+            report,
+            {name: weight for name, weight in earlier.items() if weight},
+            target,
+            run,
+            base,
+            description,
+            dtype,
+            progress,
+            settings,
+            later_weight,
+            max_drop,
         )
-    routes = rollback.select(measures, route_map, _parameters(model, route_map))
+        choice.target = target
+        return choice
+    parameters = _parameters(model, route_map)
+    routes = rollback.select(measures, route_map, parameters)
+    explanation = None
     if report is not None:
-        settings["damage"] = report.damage
+        steps = np.full(len(routes), float(rollback.step))
+        explanation = explain(rollback, report, route_map, parameters, routes, steps)
+        settings |= {"damage": report.damage, "expected": explanation.expected}
         if report.damage > 0:
-            settings["share_of_damage"] = float(report.routes["damage"][routes].sum() / report.damage)
-    return RouteChoice(routes, float(rollback.step), settings)
+            settings["share_of_damage"] = explanation.carried_share
+    return RouteChoice(routes, float(rollback.step), settings, explanation, target)
 
 
 def _parameters(model: Checkpoint, route_map: RouteMap) -> np.ndarray:
@@ -196,9 +257,11 @@ def _parameters(model: Checkpoint, route_map: RouteMap) -> np.ndarray:
 
 def _search(
     rollback: RouteRollback,
-    before: str | Path | None,
+    befores: list[str | Path | None],
     after: str | Path,
     report: InterferenceReport,
+    earlier: dict[str, float],
+    target: np.ndarray | None,
     run: RunFile,
     base: str | Path | None,
     description: Architecture | None,
@@ -208,23 +271,30 @@ def _search(
     later_weight: float,
     max_drop: float | None,
 ) -> RouteChoice:
-    domains = _domains(report, run)
+    domains = _domains([*earlier, *report.later], run)
+    tokenizer = load_tokenizer(str(after))
     progress("load")
-    first, last = _load_whole(before, after, base, dtype), _load_whole(after, after, base, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(str(after))
-    config = build_dataclass(InterferenceConfig, run.analysis, "analysis")
-    analyzer = InterferenceAnalyzer(first, last, tokenizer, config=config, description=description)
+    last = _load_whole(after, after, base, dtype)
+    firsts = [_load_whole(before, after, base, dtype) for before in befores]
+    starts = [dict(model.named_parameters()) for model in firsts]
+    start = starts[0] if target is None else joint_before(starts, target, RouteMap(last.config, description))
+    config = build_dataclass(InterferenceConfig, analysis_settings(run), "analysis")
     progress("reference completions")
-    references = analyzer.references(domains[0], domains[1:])
+    references, later = {}, [domains[name] for name in report.later]
+    # Completions of an earlier domain come from the checkpoint that it goes back to.
+    owners = {report.earlier: firsts[0]} if target is None else dict(zip(settings["weights"], firsts, strict=True))
+    for name in earlier:
+        analyzer = InterferenceAnalyzer(owners[name], last, tokenizer, config=config, description=description)
+        references |= analyzer.references(domains[name], [entry for entry in later if entry.name not in references])
     losses = {
-        name: WeightedLoss(batches, 1.0 if name == report.earlier else later_weight)
+        name: WeightedLoss(batches, earlier.get(name, later_weight))
         for name, batches in analyzer.batches(references).items()
     }
     template = training_settings(run)["chat_template_kwargs"]
     scorer = Scorer(tokenizer, chat_template_kwargs=template, **sampling_settings(run))
 
     def values(model: PreTrainedModel) -> dict[str, np.ndarray]:
-        return {domain.name: scorer.score(model, domain, domain.selection_dataset).values for domain in domains}
+        return {name: scorer.score(model, domain, domain.selection_dataset).values for name, domain in domains.items()}
 
     too_dear: list[str] = []
 
@@ -237,12 +307,11 @@ def _search(
         if change < -max_drop:
             too_dear.append(f"{name} {change:+.1f}")
             return float("-inf")
-        return found[report.earlier]
+        return float(np.mean([found[name] for name in earlier]))
 
     progress("score the damaged model")
     damaged = values(last)
     progress("losses of steps")
-    start = dict(first.named_parameters())
     try:
         _, explanation = rollback.repair(
             report, model=last, description=description, before=start, confirm=confirm, losses=losses
@@ -252,7 +321,7 @@ def _search(
             raise
         raise ValueError(
             f"max_drop: expected a step that costs no later domain more than {max_drop:g} points on the selection "
-            f"split, found none among those with the lowest losses ({', '.join(too_dear)}): nothing is written"
+            f"split, found none among those that were tried ({', '.join(too_dear)}): nothing is written"
         ) from error
     progress("score the repaired model")
     repaired = values(last)
@@ -265,18 +334,19 @@ def _search(
         for name in damaged
     }
     steps = np.array([entry["step"] for entry in explanation.routes])
-    if not steps.any():
-        raise ValueError(
-            f"step {rollback.step!r}: the losses are lowest where no route is rolled back, with the later domains at "
-            f"weight {later_weight:g}: nothing is written"
-        )
     change = np.mean([entry["difference"]["value"] for entry in scores.values()])
-    if change < 0:
-        points = ", ".join(f"{name} {entry['difference']['value']:+.1f}" for name, entry in scores.items())
-        raise ValueError(
-            f"step {rollback.step!r}: the step of the lowest losses is not confirmed by the scores of the selection "
-            f"split ({points} points): nothing is written; give a number to have it all the same"
-        )
+    if isinstance(rollback.step, str):  # a number is taken whatever the scores say
+        if not steps.any():
+            raise ValueError(
+                f"step {rollback.step!r}: the losses are lowest where no route is rolled back, with the later domains "
+                f"at weight {later_weight:g}: nothing is written"
+            )
+        if change < 0:
+            points = ", ".join(f"{name} {entry['difference']['value']:+.1f}" for name, entry in scores.items())
+            raise ValueError(
+                f"step {rollback.step!r}: the step of the lowest losses is not confirmed by the scores of the "
+                f"selection split ({points} points): nothing is written; give a number to have it all the same"
+            )
     account = explanation.to_dict()
     for key in ("routes", "layers", "criterion", "scope", "budget", "budget_of"):
         account.pop(key, None)
@@ -293,12 +363,12 @@ def _search(
         }
     }
     routes = np.array([entry["route"] for entry in explanation.routes])
-    return RouteChoice(routes, float(steps[0]) if np.ptp(steps) == 0 else steps, settings)
+    return RouteChoice(routes, float(steps[0]) if np.ptp(steps) == 0 else steps, settings, explanation)
 
 
-def _domains(report: InterferenceReport, run: RunFile) -> list[Domain]:
+def _domains(names: list[str], run: RunFile) -> dict[str, Domain]:
     known = {domain.name: domain for domain in run.domains}
-    for name in (report.earlier, *report.later):
+    for name in names:
         if name not in known:
             raise ValueError(f"the report names the domain {name!r}, the configuration has {sorted(known)}")
         if known[name].selection_dataset is None:
@@ -306,13 +376,11 @@ def _domains(report: InterferenceReport, run: RunFile) -> list[Domain]:
                 f"domain {name!r}: expected selection prompts (`selection:` in the configuration) to choose the step "
                 "on, found none"
             )
-    return [known[name] for name in (report.earlier, *report.later)]
+    return {name: known[name] for name in names}
 
 
 def _load_whole(name: str | Path | None, after: str | Path, base: str | Path | None, dtype: str) -> PreTrainedModel:
     # Whole weights; those of an adapter are merged into its model, in memory only.
-    adapter = None if name is None or not (Path(name) / ADAPTER_CONFIG_NAME).is_file() else name
-    if name is not None and adapter is None:
-        return load_model(name, dtype)
-    model = load_model(Checkpoint(adapter or after, base=base).folder, dtype)
-    return model if adapter is None else PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().eval()
+    if name is None:
+        return load_model(Checkpoint(after, base=base).folder, dtype)
+    return load_model(name, dtype, base=base)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers.utils import ADAPTER_CONFIG_NAME
 
+from ..analysis.analyzer import is_adapter
 from ..analysis.report import InterferenceReport
 from ..domains.loading import load_run_file
 from .choice import RouteChoice, choose_routes, locate_checkpoint
@@ -24,8 +25,10 @@ class Request:
     What the command line asks for: one of a rollback, `undo`, `apply_delta` and `revert_delta`.
 
     Args:
-        report (`pathlib.Path`, *optional*):
-            Folder of an analysis.
+        reports (`list[pathlib.Path]`, *optional*):
+            Folders of analyses, one for each earlier domain that is repaired.
+        weights (`str`, *optional*):
+            Weights of these domains, as `math=2,qa=1`. Defaults to 1 each.
         before (`str`, *optional*):
             Checkpoint before the update. Defaults to the one in the report.
         after (`str`, *optional*):
@@ -59,7 +62,8 @@ class Request:
         `ValueError`: If more than one thing is asked for, or a part of it is missing.
     """
 
-    report: Path | None = None
+    reports: list[Path] = field(default_factory=list)
+    weights: str | None = None
     before: str | None = None
     after: str | None = None
     base: str | None = None
@@ -78,17 +82,21 @@ class Request:
     def __post_init__(self):
         others = ("undo", "apply_delta", "revert_delta")
         asked = [name for name in others if getattr(self, name) is not None]
-        given = [name for name in ("report", "before", "after", "delta", "config") if getattr(self, name) is not None]
+        given = [name for name in ("before", "after", "delta", "config", "weights") if getattr(self, name) is not None]
+        given = (["report"] if self.reports else []) + given
         if len(asked) > 1 or (asked and given):
             raise ValueError(f"expected {_option(asked[0])} without {_option([*asked[1:], *given][0])}")
-        if (self.model is None) == bool(asked and asked != ["undo"]):
-            raise ValueError(
-                f"{_option(asked[0])}: expected --model, the folder to change"
-                if asked
-                else "--model: expected with --apply-delta or --revert-delta; a rollback takes --after"
-            )
+        if asked and asked != ["undo"] and self.model is None:
+            raise ValueError(f"{_option(asked[0])}: expected --model, the folder to change")
+        if self.model is not None and asked in ([], ["undo"]):
+            instead = "--undo names the folder itself" if asked else "a rollback takes --after"
+            raise ValueError(f"--model: expected with --apply-delta or --revert-delta; {instead}")
         if not asked:
-            if self.report is None and self.after is None:
+            if len(self.reports) > 1 and self.before is not None:
+                raise ValueError("--before: expected one --report with it, each of several reports names its own")
+            if self.weights is not None and len(self.reports) < 2:
+                raise ValueError("--weights: expected several --report, one for each earlier domain")
+            if not self.reports and self.after is None:
                 raise ValueError(
                     "expected --report, or --before and --after, or one of --undo, --apply-delta and --revert-delta"
                 )
@@ -136,14 +144,17 @@ def _roll_back(request: Request, console: Console, progress: bool) -> dict[str, 
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"{output_dir}: expected an empty or a new folder")  # before anything is computed
     rollback = RouteRollback(**{**request.rollback, "step": _step(request.rollback.get("step", "1.0"))})
-    report = None if request.report is None else InterferenceReport.from_pretrained(request.report)
+    reports = [InterferenceReport.from_pretrained(folder) for folder in request.reports]
+    weights = None if request.weights is None else _weights(request.weights)
     before, after = request.before, request.after
-    if report is not None:
+    if reports:
         # An adapter that stands in for the checkpoint of the report is rolled back to its own model.
-        if before is None and not (after is not None and _is_adapter(after)):
-            before = locate_checkpoint(report.before, request.report)
-        after = after or locate_checkpoint(report.after, request.report)
-    if request.delta is not None and before is not None and _is_adapter(before) and _is_adapter(after):
+        if before is None and not (after is not None and is_adapter(after)):
+            places = zip(reports, request.reports, strict=True)
+            before = [locate_checkpoint(report.before, folder) for report, folder in places]
+            before = before[0] if len(before) == 1 else before
+        after = after or locate_checkpoint(reports[0].after, request.reports[0])
+    if request.delta is not None and isinstance(before, str) and is_adapter(before) and is_adapter(after):
         raise ValueError(
             f"{request.delta}: an adapter that is rolled back to an earlier one has another rank and no delta file; "
             "it is itself the small file"
@@ -156,13 +167,14 @@ def _roll_back(request: Request, console: Console, progress: bool) -> dict[str, 
             rollback,
             before,
             after,
-            report,
+            reports,
             run,
             base=request.base,
             dtype=request.dtype,
             progress=lambda part: bar.update(task, description=part),
             later_weight=request.later_weight,
             max_drop=request.max_drop,
+            weights=weights,
         )
     record = roll_back_folder(
         before,
@@ -173,8 +185,11 @@ def _roll_back(request: Request, console: Console, progress: bool) -> dict[str, 
         base=request.base,
         settings=choice.settings,
         progress=progress,
+        target=choice.target,
     )
     console.print(_summary(record, choice))
+    if choice.explanation is not None:
+        console.print(Markdown(choice.explanation.to_markdown()))
     console.print(f"The checkpoint is in {output_dir}; undo it with --undo {output_dir}.", soft_wrap=True)
     if request.delta is not None:
         request.delta.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -186,8 +201,15 @@ def _roll_back(request: Request, console: Console, progress: bool) -> dict[str, 
     return record
 
 
-def _is_adapter(name: str) -> bool:
-    return (Path(name) / ADAPTER_CONFIG_NAME).is_file()
+def _weights(text: str) -> dict[str, float]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        found = {name: float(value) for name, value in (part.rsplit("=", 1) for part in parts)}
+    except ValueError as error:
+        raise ValueError(f"--weights: expected domain=number separated by commas, found {text!r}") from error
+    if len(found) < len(parts):
+        raise ValueError(f"--weights: expected each domain once, found {text!r}")
+    return found
 
 
 def _step(text: str) -> float | str:
@@ -218,8 +240,6 @@ def _summary(record: dict[str, Any], choice: RouteChoice) -> Table:
     table.add_row("layers", ", ".join(map(str, layers)))
     table.add_row("criterion, scope", f"{choice.settings['criterion']}, {choice.settings['scope']}")
     table.add_row("step", f"{min(steps):.3g} to {max(steps):.3g}" if isinstance(steps, list) else f"{steps:g}")
-    if "share_of_damage" in choice.settings:
-        table.add_row("damage attributed to them", f"{100 * choice.settings['share_of_damage']:.1f}%")
     if choice.settings.get("damage", 1) <= 0:
         table.add_row("note", "the report found no damage: there was nothing to repair")
     if "tensors" in record:

@@ -80,13 +80,15 @@ class RollbackExplanation:
 
         steps = np.array([route["step"] for route in self.routes])
         step = f"{steps[0]:g}" if np.ptp(steps) == 0 else f"{steps.min():.2f} to {steps.max():.2f}, by route"
+        # Of an update that did no damage as a whole there is no share.
+        share = f" ({100 * self.carried_share:.1f}%)" if self.damage > 0 else ""
         rows = [
             ("routes", f"{len(self.routes)} ({100 * self.share_of_routes:.2g}% of {self.scope})"),
             ("their parameters", f"{100 * self.share_of_parameters:.2g}% of those of {self.scope} routes"),
             ("criterion", self.criterion),
             ("step α", step),
             ("damage of the update (nats per token)", nats(self.damage)),
-            ("attributed to these routes", f"{nats(self.carried)} ({100 * self.carried_share:.1f}%)"),
+            ("attributed to these routes", nats(self.carried) + share),
             ("expected by the attribution", nats(self.expected)),
             ("expected to second order, weighted loss", nats(self.expected_second_order)),
             ("achieved, weighted loss", nats(self.achieved)),

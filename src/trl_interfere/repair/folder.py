@@ -4,7 +4,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from .. import __version__
 from ..analysis.architectures import Architecture
 from ..analysis.checkpoint import Checkpoint, StoredTensor, check_comparable, stored_tensors
 from ..analysis.routes import KINDS, RouteMap
+from ..hub.revision import split_revision
 from .adapter import CONCATENATION, check_adapter, concatenate, restore_adapter, same_model, touched_factors
 from .blocks import Blocks, touched_blocks
 from .delta import DeltaWriter, RollbackDelta, to_bits
@@ -36,7 +37,7 @@ _WEIGHTS = (*_PICKLES_AND_OTHERS, ".safetensors", ".safetensors.index.json", "tr
 
 
 def roll_back_folder(
-    before: str | Path | None,
+    before: str | Path | Sequence[str | Path] | None,
     after: str | Path,
     output_dir: str | Path,
     routes: np.ndarray,
@@ -45,6 +46,7 @@ def roll_back_folder(
     description: Architecture | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: bool = False,
+    target: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """
     Write a checkpoint in which routes are rolled back.
@@ -74,7 +76,8 @@ def roll_back_folder(
 
     Args:
         before (`str` or `pathlib.Path`, *optional*):
-            Folder or Hub id of the checkpoint before the update; may be left out for an adapter.
+            Folder or Hub id of the checkpoint before the update; may be left out for an adapter. With `target` a list
+            of them, all whole weights.
         after (`str` or `pathlib.Path`):
             Folder or Hub id of the checkpoint after it, whole weights or an adapter.
         output_dir (`str` or `pathlib.Path`):
@@ -91,6 +94,8 @@ def roll_back_folder(
             How the routes were chosen: criterion, budget, scope and what else is to stand in the record. JSON values.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar over bytes.
+        target (`numpy.ndarray` of shape `(num_routes,)`, *optional*):
+            Position in `before` of the checkpoint that each route goes back to, see [`joint_report`].
 
     Returns:
         `dict`: The record of the rollback, as it stands in `rollback.json`.
@@ -100,17 +105,23 @@ def roll_back_folder(
             kind of adapter cannot be rolled back exactly, the output folder is not empty, or the result overflows.
     """
     source = _local_folder(after)
+    several = not (before is None or isinstance(before, (str, Path)))
+    befores = list(before) if several else [before]
     with _new_folder(output_dir) as folder:
         history = _carry_over(source, folder)
         is_adapter = (source / ADAPTER_CONFIG_NAME).is_file()
-        if before is None and not is_adapter:
+        if None in befores and not is_adapter:
             raise ValueError(f"before: expected a checkpoint, since {after} is no adapter")
-        first = None if before is None else _local_folder(before)
-        if first is not None and (first / ADAPTER_CONFIG_NAME).is_file() and not is_adapter:
-            raise ValueError(f"{before}: expected whole weights as in {after}, found an adapter: merge it first")
+        if several and is_adapter:
+            raise ValueError(f"{after}: expected whole weights to roll back to several checkpoints, found an adapter")
+        places = [None if entry is None else _local_folder(entry) for entry in befores]
+        for entry, place in zip(befores, places, strict=True):
+            if place is not None and (place / ADAPTER_CONFIG_NAME).is_file() and not is_adapter:
+                raise ValueError(f"{entry}: expected whole weights as in {after}, found an adapter: merge it first")
+        first = places[0]
         record = {
             "kind": "adapter" if is_adapter else "weights",
-            "before": str(before),
+            "before": [str(entry) for entry in befores] if several else str(before),
             "after": str(after),
             "file": f"{history.next_name()}.safetensors",
         }
@@ -125,6 +136,18 @@ def roll_back_folder(
         steps = route_steps(route_map, routes, step)
         if not steps.any():
             raise ValueError("routes: expected at least one with a step other than 0, found none")
+        if several:
+            target = np.zeros(route_map.num_routes, dtype=int) if target is None and len(befores) == 1 else target
+            if (
+                target is None
+                or np.shape(target) != (route_map.num_routes,)
+                or not set(np.unique(target)) <= set(range(len(befores)))
+            ):
+                raise ValueError(
+                    f"target: expected for each of {route_map.num_routes} routes a position in `before`, from 0 to "
+                    f"{len(befores) - 1}, found {'none' if target is None else f'shape {np.shape(target)}'}"
+                )
+            record["targets"] = np.asarray(target)[np.asarray(routes)].astype(int).tolist()
         record |= {
             "model_type": model.config.model_type,
             **(settings or {}),
@@ -148,16 +171,17 @@ def roll_back_folder(
                         f"{before}: expected the model {record['base']} of the adapter {after}, or another adapter of "
                         "it: no other weights can be reached inside an adapter, merge it first"
                     )
-                earlier = None
+                earlier = []
                 touched = touched_factors(adapter, route_map, steps)
                 tensors = stored_tensors(source / SAFETENSORS_WEIGHTS_NAME)
             else:
-                earlier = Checkpoint(first)
-                check_comparable(earlier, model)
+                earlier = [Checkpoint(place) for place in places]
+                for checkpoint in earlier:
+                    check_comparable(checkpoint, model)
                 touched = _touched(model, route_map, steps)
                 tensors = {name: model[name] for name in touched}
             with DeltaWriter(folder / record["file"]) as delta:
-                roll_back = _Rollback(earlier, touched, delta, after)
+                roll_back = _Rollback(earlier, touched, delta, after, route_map, target if several else None)
                 chosen = [tensors[name] for name in touched]
                 _rewrite(source, folder, chosen, roll_back, progress, "roll back")
                 record = delta.close(record)
@@ -260,22 +284,22 @@ class _Rollback:
 
     def __init__(
         self,
-        before: Checkpoint | None,
+        befores: list[Checkpoint],
         touched: dict[str, tuple[Blocks, np.ndarray]],
         delta: DeltaWriter,
         after: str | Path,
+        route_map: RouteMap,
+        target: np.ndarray | None,
     ):
-        self.before, self.touched, self.delta, self.after = before, touched, delta, after
+        self.befores, self.touched, self.delta, self.after = befores, touched, delta, after
+        self.route_map, self.target = route_map, target
 
     def __call__(self, stored: StoredTensor, bits: torch.Tensor) -> None:
         blocks, steps = self.touched[stored.name]
         old = blocks.take(bits)
         values = old.view(getattr(torch, stored.dtype))
-        if self.before is None:  # the model of an adapter has no update
-            start = torch.zeros_like(values)
-        else:
-            first = self.before[stored.name]
-            start = blocks.take(read_bits(first)).view(getattr(torch, first.dtype))
+        # The model of an adapter has no update.
+        start = self._start(stored, blocks) if self.befores else torch.zeros_like(values)
         moved = move_back(values, start, steps)
         if not torch.isfinite(moved).all():
             raise ValueError(
@@ -285,6 +309,19 @@ class _Rollback:
         new = to_bits(moved)
         blocks.put(bits, new)
         self.delta.add(stored, blocks, old, new)
+
+    def _start(self, stored: StoredTensor, blocks: Blocks) -> torch.Tensor:
+        start = None
+        for position, checkpoint in enumerate(self.befores):
+            first = checkpoint[stored.name]
+            values = blocks.take(read_bits(first)).view(getattr(torch, first.dtype))
+            if start is None:
+                start = values
+                continue
+            shape = torch.empty(1, dtype=torch.bool).expand(stored.shape)
+            mine = self.route_map.spread(stored.name, self.target == position, shape)
+            start = torch.where(blocks.take(mine.expand(stored.shape)), values, start)
+        return start
 
 
 def _touched(model: Checkpoint, route_map: RouteMap, steps: np.ndarray) -> dict[str, tuple[Blocks, np.ndarray]]:
@@ -481,6 +518,8 @@ def _local_folder(name: str | Path) -> Path:
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(str(name), ignore_patterns=[f"*{ending}" for ending in _PICKLES_AND_OTHERS]))
+        repo_id, revision = split_revision(name)
+        patterns = [f"*{ending}" for ending in _PICKLES_AND_OTHERS]
+        return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=patterns))
     except (OSError, HFValidationError) as error:
         raise ValueError(f"{name}: expected a folder or the id of a Hub repository ({error})") from error

@@ -35,8 +35,9 @@ def joint_report(
             w_d by name of the domain. Defaults to 1 each.
 
     Returns:
-        `tuple[InterferenceReport, numpy.ndarray]`: The report, whose `before` is the one of the first report, and for
-        each route the position of the report whose `before` it goes back to, see [`joint_before`].
+        `tuple[InterferenceReport, numpy.ndarray]`: The report, which names no `before`, since there are several, and
+        for each route the position of the report whose `before` it goes back to: [`joint_before`] puts these together
+        for a live model, [`roll_back_folder`] takes both for a folder.
 
     Raises:
         `ValueError`: If there are no reports, two of one domain, or reports of different updates.
@@ -73,6 +74,7 @@ def joint_report(
 
     report = replace(
         reports[0],
+        before=None,
         earlier="+".join(name for name, factor in zip(names, factors, strict=True) if factor),
         later=sorted({name for report in reports for name in report.later} - set(names)) or reports[-1].later,
         **{name: total(name) for name in ("loss_before", "loss_after", "first_order", "second_order")},

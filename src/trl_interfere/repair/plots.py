@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..analysis.plots import COLORS
-from .sweep import CONTROLS, pareto
+from .sweep import CONTROLS, averaged, by_repair, pareto
 
 
 def plot_sweep(rows: list[dict[str, Any]], title: str = "") -> Figure:
@@ -52,15 +52,7 @@ def plot_sweep(rows: list[dict[str, Any]], title: str = "") -> Figure:
         figure.legend(loc="outside right upper", fontsize=7)
     else:
         left.text(0.5, 0.5, "no score was lost", transform=left.transAxes, ha="center")
-    means = [
-        {
-            "recovered": float(np.mean([row["recovered"] for row in same])),
-            "worst": float(np.mean([row["worst"] for row in same])),
-        }
-        for same in _grouped(
-            [row for row in best if row["worst"] is not None], ("criterion", "scope", "budget")
-        ).values()
-    ]
+    means = [averaged(same) for same in by_repair(best).values()]
     front = pareto(means)
     right.plot([row["worst"] for row in front], [100 * row["recovered"] for row in front], color="grey", linewidth=1)
     for axes in (left, right):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..analysis.analyzer import load_model
@@ -122,10 +123,11 @@ class RouteRollback:
                 Number of parameters of each route, see [`route_parameters`]; needed with `budget_of="parameters"`.
 
         Returns:
-            `numpy.ndarray` of shape `(chosen,)`: Indices of routes, highest score first.
+            `numpy.ndarray` of shape `(chosen,)`: Indices of routes, highest score first. `"random_matched"` has fewer
+            than asked for where a layer has not as many others.
 
         Raises:
-            `ValueError`: If the number of parameters is needed and not given.
+            `ValueError`: If the number of parameters is needed and not given, or nothing is left to match.
         """
         ranked_by = "damage" if self.criterion == "random_matched" else self.criterion
         scores = route_scores(ranked_by, report, route_map, protection=self.protection, seed=self.seed)
@@ -133,7 +135,13 @@ class RouteRollback:
         ranked = candidates[np.argsort(-scores[candidates], kind="stable")]
         chosen = ranked[: self._count(ranked, parameters)]
         if self.criterion == "random_matched":
-            return matched_routes(chosen, report, route_map, seed=self.seed)
+            matched = matched_routes(chosen, report, route_map, seed=self.seed)
+            if not len(matched):
+                raise ValueError(
+                    f"random_matched: expected other routes of the same layers beside the {len(chosen)} of 'damage', "
+                    f"found none at a budget of {self.budget:g}"
+                )
+            return matched
         return chosen
 
     def _count(self, ranked: np.ndarray, parameters: np.ndarray | None) -> int:
@@ -230,9 +238,9 @@ class RouteRollback:
             before (`dict[str, torch.Tensor]`, *optional*):
                 Parameters before the update, by name. Defaults to loading them.
             confirm (`Callable[[PreTrainedModel], float]`, *optional*):
-                Score on the selection split, the higher the better. Of the `CONFIRMED` steps with the lowest objective
-                the one with the best score is taken. A score of all domains keeps the step from repairing one of them
-                at the cost of another.
+                Score on the selection split, the higher the better, `-inf` for a step that is out of the question. Of
+                the `CONFIRMED` steps with the lowest objective the one with the best score is taken. A score of
+                all domains keeps the step from repairing one of them at the cost of another.
             losses (`dict[str, WeightedLoss]`, *optional*):
                 References of the domains on the selection split and their weights: the damaged domain, and with a
                 weight of their own those that are to be spared. Needed for steps of routes and for rounds; where
@@ -242,17 +250,24 @@ class RouteRollback:
             `tuple`: The repaired model and a [`RollbackExplanation`].
 
         Raises:
-            `ValueError`: If the settings need an objective or losses, and there are none.
+            `ValueError`: If the settings need an objective or losses, and there are none, or the model or `before` is
+                not of the report's model.
         """
         if self.step == "optimal" and objective is None and losses is None and confirm is None:
             raise ValueError("step: 'optimal' needs an objective, such as a loss on the selection split")
         for setting, needed in ((f"step: {self.step!r}", self.step in PER_ROUTE), ("rounds", self.rounds > 1)):
             if needed and not losses:
                 raise ValueError(f"{setting}: needs `losses`, references of the domains on the selection split")
+        if before is None and report.before is None:
+            raise ValueError(
+                "before: a report of several domains goes back to several checkpoints, expected their parameters as "
+                "`joint_before` puts them together, found none"
+            )
         model = load_model(report.after) if model is None else model
         before = dict(load_model(report.before).named_parameters()) if before is None else before
         route_map = RouteMap(model.config, description)
         parameters = route_parameters(model, route_map)
+        _check(report, route_map, parameters, model, before)
         if self.rounds == 1:
             routes = self.select(report, route_map, parameters)
         else:
@@ -284,6 +299,23 @@ class RouteRollback:
         if losses:
             achieved -= weighted_loss(model, losses)
         return model, explain(self, report, route_map, parameters, routes, steps, expected, achieved, tried)
+
+
+def _check(
+    report: InterferenceReport, route_map: RouteMap, parameters: np.ndarray, model: PreTrainedModel, before: Tensors
+) -> None:
+    expected, found = len(report.routes["damage"]), route_map.num_routes
+    if found != expected:
+        raise ValueError(f"model: expected one of {expected} routes as in the report, found one of {found}")
+    if isinstance(model, PeftModel) or not parameters.all():
+        raise ValueError(
+            f"model: expected whole weights of {found} routes, found an adapter on them: merge it first "
+            "(`merge_and_unload`), or roll back its folder (`roll_back_folder`)"
+        )
+    for name, parameter in model.named_parameters():
+        if route_map.cut(name) is not None and (name not in before or before[name].shape != parameter.shape):
+            place = f"shape {tuple(before[name].shape)}" if name in before else "none"
+            raise ValueError(f"before: expected {name} of shape {tuple(parameter.shape)}, found {place}")
 
 
 def route_parameters(model: PreTrainedModel, route_map: RouteMap) -> np.ndarray:
@@ -423,8 +455,9 @@ def search_step(
         objective (`Callable[[PreTrainedModel], float]`, *optional*):
             What is minimised, such as a loss. Without it every step is scored.
         confirm (`Callable[[PreTrainedModel], float]`, *optional*):
-            Score, the higher the better, of the `CONFIRMED` steps with the lowest objective. Without it the lowest
-            one is taken.
+            Score, the higher the better, of the `CONFIRMED` steps with the lowest objective. A step that is out of the
+            question scores `-inf`; where all of these do, the next ones are scored too, until one does not. Without
+            it the lowest one is taken.
         steps (`tuple[float, ...]`, *optional*, defaults to `STEPS`):
             Steps that are tried.
         along (`numpy.ndarray` of shape `(chosen,)`, *optional*):
@@ -441,13 +474,16 @@ def search_step(
     for key, measure in (("objective", objective), ("score", confirm)):
         if measure is None:
             continue
-        candidates = tried
+        ranked, enough = tried, len(tried)
         if key == "score" and objective is not None:
-            candidates = sorted(tried, key=lambda entry: _finite(entry["objective"]))[:CONFIRMED]
-        for entry in candidates:
+            ranked, enough = sorted(tried, key=lambda entry: _finite(entry["objective"])), CONFIRMED
+        found = []
+        for entry in ranked:
+            if len(found) >= enough and np.isfinite(found).any():
+                break
             with rolled_back(model, before, route_map, routes, entry["step"] * along) as candidate:
                 entry[key] = float(measure(candidate))
-        found = [entry[key] for entry in candidates]
+            found.append(entry[key])
         if not np.isfinite(found).any():
             raise ValueError(f"{key}: expected a finite value at one of the steps {tuple(steps)}, found {found}")
     if confirm is None:

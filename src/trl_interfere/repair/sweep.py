@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..analysis.report import InterferenceReport
 from ..training.manifest import read_json, write_atomically
 from .bench import RepairBench
 from .criteria import CRITERIA, IN_NATS
@@ -62,26 +63,84 @@ class Sweep:
         return pareto(self.rows)
 
     def to_table(self) -> str:
-        """The rows as a Markdown table."""
+        """
+        The rows as a Markdown table. Those on the [`pareto`] front are marked.
+
+        Rows of several runs (`seed`, `order`) are averaged, with the lowest and the highest of them in brackets; a
+        single row has its 95% interval there.
+        """
+        groups = list(by_repair(self.rows).values())
+        means = [averaged(rows) for rows in groups]
+        front = [id(row) for row in pareto(means)]
         lines = [
-            "| criterion | scope | budget | α | recovered | worst change of another domain | draws |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+            "| criterion | scope | budget | α | recovered | worst change of another domain | runs | draws | front |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
         ]
-        for row in self.rows:
+        for rows, mean in zip(groups, means, strict=True):
+            row = rows[0]
             share = "nothing was lost"
-            if row["recovered"] is not None:
-                share = f"{100 * row['recovered']:.1f}%"
-                if row["low"] is not None:
-                    share += f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-            worst = "none" if row["worst"] is None else f"{row['worst']:+.2f}"
+            if mean["recovered"] is not None:
+                share = f"{100 * mean['recovered']:.1f}%"
+                if mean["low"] is not None:
+                    share += f" [{100 * mean['low']:.1f}, {100 * mean['high']:.1f}]"
+            worst = "none" if mean["worst"] is None else f"{mean['worst']:+.2f}"
             rule = "fixed" if row["step_rule"] == "fixed" else "best"
-            protection = f", protection {row['protection']:g}" if row["protection"] else ""
-            step = "by route" if row["step"] is None else f"{row['step']:g}"
+            protections = sorted({entry["protection"] for entry in rows})
+            protection = f", protection {_listed(protections)}" if any(protections) else ""
+            steps = ["by route" if entry["step"] is None else entry["step"] for entry in rows]
+            budget = f"{100 * row['budget']:g}%"
+            if any(entry["routes"] < entry.get("asked", 0) for entry in rows):
+                found = sum(entry["routes"] for entry in rows) / sum(entry["asked"] for entry in rows)
+                budget += f", {100 * found:.0f}% of it found"
+            mark = "Pareto" if id(mean) in front else ""
             lines.append(
-                f"| {row['criterion']}{protection} | {row['scope']} | {100 * row['budget']:g}% | {step} ({rule}) "
-                f"| {share} | {worst} | {row['draws']} |"
+                f"| {row['criterion']}{protection} | {row['scope']} | {budget} | {_listed(steps)} ({rule}) "
+                f"| {share} | {worst} | {len(rows)} | {row['draws']} | {mark} |"
             )
         return "\n".join(lines) + "\n"
+
+
+def _listed(values: list[Any]) -> str:
+    return ", ".join(dict.fromkeys(value if isinstance(value, str) else f"{value:g}" for value in values))
+
+
+def by_repair(rows: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
+    """
+    Rows of several runs, those of the same repair together.
+
+    Args:
+        rows (`list[dict]`):
+            Rows of sweeps.
+
+    Returns:
+        `dict[tuple, list[dict]]`: Rows by `criterion`, `scope`, `budget` and `step_rule`.
+    """
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in ("criterion", "scope", "budget", "step_rule")), []).append(row)
+    return groups
+
+
+def averaged(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """
+    Mean of what one repair recovered in several runs, and of what it cost.
+
+    Args:
+        rows (`list[dict]`):
+            Its rows, one for each run.
+
+    Returns:
+        `dict`: `recovered` and `worst`, means over the runs in which something was lost, `None` without one, and `low`
+        and `high`: the lowest and highest run, or the 95% interval of a single one.
+    """
+    known = [row for row in rows if row["recovered"] is not None]
+    worst = [row["worst"] for row in known or rows if row["worst"] is not None]
+    found = {"recovered": None, "low": None, "high": None, "worst": float(np.mean(worst)) if worst else None}
+    if not known:
+        return found
+    shares = [row["recovered"] for row in known]
+    ends = (min(shares), max(shares)) if len(known) > 1 else (known[0]["low"], known[0]["high"])
+    return {**found, "recovered": float(np.mean(shares)), "low": ends[0], "high": ends[1]}
 
 
 def pareto(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,11 +215,12 @@ def sweep(
     Raises:
         `ValueError`: If a setting is out of range.
     """
-    check_settings(criteria, budgets, scopes, draws, max_drop)
+    check_settings(criteria, budgets, scopes, draws, max_drop, steps, protections, bench.report)
     labels = {"seed": None, "order": None} if labels is None else labels
     settings = {
         "report": hashlib.sha256(bench.report.routes["damage"].tobytes()).hexdigest(),
         "weights": _weights(bench),
+        "data": bench.data,
         "earlier": bench.report.earlier,
         "later": bench.report.later,
         "draws": draws,
@@ -202,6 +262,9 @@ def check_settings(
     scopes: list[str] | tuple[str, ...],
     draws: int,
     max_drop: float = 1.0,
+    steps: tuple[float, ...] = STEPS,
+    protections: tuple[float, ...] = PROTECTIONS,
+    report: InterferenceReport | None = None,
 ) -> None:
     """
     Refuse what [`sweep`] cannot measure, before anything is loaded.
@@ -217,12 +280,19 @@ def check_settings(
             Draws of each control.
         max_drop (`float`, *optional*, defaults to `1.0`):
             Points that no other domain may lose.
+        steps (`tuple[float, ...]`, *optional*):
+            Steps.
+        protections (`tuple[float, ...]`, *optional*):
+            Weights of the protection.
+        report ([`InterferenceReport`], *optional*):
+            The analysis, which must be able to rank routes by each criterion.
 
     Raises:
         `ValueError`: If one of them is out of range.
     """
-    for name, values in (("criteria", criteria), ("budgets", budgets), ("scopes", scopes)):
-        if not values:
+    lists = {"criteria": criteria, "budgets": budgets, "scopes": scopes, "steps": steps, "protections": protections}
+    for name, values in lists.items():
+        if not len(values):
             raise ValueError(f"{name}: expected at least one, found none")
     if not max_drop >= 0:
         raise ValueError(f"max_drop: expected 0 or more points, found {max_drop}")
@@ -234,6 +304,32 @@ def check_settings(
     for budget in budgets:
         for scope in scopes:
             RouteRollback(budget=budget, scope=scope)
+    for step in steps:
+        if not 0 < step < np.inf:
+            raise ValueError(f"steps: expected numbers above 0, found {step}")
+    for protection in protections:
+        RouteRollback(protection=protection)
+    for criterion in criteria:
+        if report is not None and criterion not in rankable(report):
+            raise ValueError(
+                f"criteria: {criterion!r} needs a report that was made with --base, the checkpoint that "
+                f"{report.earlier}'s own training started from, found one without"
+            )
+
+
+def rankable(report: InterferenceReport) -> list[str]:
+    """
+    Criteria that a report can rank routes by.
+
+    Args:
+        report ([`InterferenceReport`]):
+            The analysis.
+
+    Returns:
+        `list[str]`: All of `CRITERIA` and `PROTECTED`; without a base in the analysis all but `"route_conflict"`.
+    """
+    lacking = () if "opposed" in report.routes else ("route_conflict",)
+    return [name for name in (*CRITERIA, *PROTECTED) if name not in lacking]
 
 
 def _weights(bench: RepairBench) -> str:
@@ -283,6 +379,7 @@ def _best(
         "protection": float(weight),
         **bench.figures([bench.scores(routes, step) for routes in selections]),
         "routes": len(selections[0]),
+        "asked": max(1, round(budget * int(bench.route_map.scope(scope).sum()))),
         "selection": measures[chosen],
     }
 
