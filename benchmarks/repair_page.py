@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 
 from trl_interfere.evaluation.bootstrap import bootstrap
+from trl_interfere.lab.pipeline import LEARNING_RATE
 from trl_interfere.repair.plots import plot_contraction, plot_cost, plot_runs, plot_sweep
 from trl_interfere.repair.sweep import STEPS
 from trl_interfere.training.manifest import read_json, write_atomically
 
 
 COMMAND = "make repair-study"
+WIDE: dict[str, Any] = {"budgets": (0.32,), "scopes": ("joint",), "draws": 2}
+WIDE |= {"steps": (0.5, 0.75, 1.0, 1.5, 2.0), "protections": (0.75, 1.0, 1.5)}
+CURVE_STEPS = (0.5, 1.0, 1.5, 2.0, 3.0)
 SCHEMA_VERSION = 1
 FITTED_STEPS = 5  # of the refresh, that the rate of the contraction is fitted to
 ROW_PARTS = (
@@ -105,7 +109,10 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
     figures = docs / "figures" / "repair"
     figures.mkdir(parents=True, exist_ok=True)
     budgets = [*parts["wide"], *parts["curve"]]
-    plot_sweep([*parts["sweep"], *budgets], COMMAND).savefig(figures / "sweep.png", dpi=130)
+    # Points of one line are of the same runs.
+    whole = {_place(row) for row in parts["curve"]} or {_place(row) for row in parts["sweep"]}
+    shown = [row for row in (*parts["sweep"], *budgets) if _place(row) in whole]
+    plot_sweep(shown, f"{COMMAND}: {len(whole)} of {len(done)} runs").savefig(figures / "sweep.png", dpi=130)
     plot_runs([*parts["sweep"], *parts["per_route"]], COMMAND).savefig(figures / "runs-sweep.png", dpi=130)
     if parts["wide"]:
         plot_runs(parts["wide"], COMMAND).savefig(figures / "runs-wide.png", dpi=130)
@@ -124,20 +131,21 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
         f"{_listed(dict.fromkeys(','.join(run.order) for run in done))}: {len(done)} of the {WHOLE} runs that the "
         "whole study is made of. It repairs math, which the stages after its own have damaged, writes this page, "
         "and keeps every figure as a row of [data/repair.json](data/repair.json). The criteria are compared in all of "
-        f"these runs; what takes longer is done in fewer, and says in how many ({_counts(further)}). The same seed on "
+        f"these runs; what takes longer is done in fewer, and says in how many ({_counts(further)}; the command goes "
+        "on to seed 0 in each order, `--further-seeds` to more). The same seed on "
         "another kind of processor rounds otherwise and trains to other weights: these figures repeat on one kind, "
         "and their spread over seeds is what another one would show." + _kept_text(done, keep),
         "",
-        "The orders are ones that end with a loss of math. In the order writing, math, qa, code its score goes from "
-        "57.8 to 27.2 by the stage of qa and to 54.3 by that of code (seed 3, `python benchmarks/repair_study.py "
-        "--seeds 3 --orders writing,math,qa,code --parts train`): a related domain is a refresh, and a share of the "
-        "3.5 points that are left is noise.",
+        "The orders are ones that end with a loss of math. In the order writing, math, qa, code the last stage gives "
+        "most of it back (`python benchmarks/repair_study.py --seeds 3 --orders writing,math,qa,code --parts train`): "
+        "a related domain is a refresh, and shares of the little that is left would be noise.",
         "",
         "Routes, steps and settings are chosen on the selection split (256 prompts of each domain), and figures "
         "are those of "
         "the test split (512). *Recovered* and *collateral* are defined on the page on [repair](science/repair.md). "
         "Every criterion, and every control, has its own best step: the one that recovers most on the selection split "
-        "while no other domain loses more than one point there. Where a figure is a mean over runs, its interval is a "
+        "while no other domain loses more than one point there, or, where no step keeps to that, the one with the "
+        "best mean score of all domains. Where a figure is a mean over runs, its interval is a "
         "95% bootstrap interval over the runs, and the lowest and the highest run stand beside it. The "
         "intervals over prompts "
         "of each run are in the data, and those of the main comparison under [Each run](#each-run).",
@@ -155,8 +163,8 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
         "",
         "`_protected` subtracts from the score of a route what the later domains owe it, with a weight that is "
         "chosen with "
-        "the step. Random controls are means over three draws, at 32% over two; with steps of single routes it is "
-        "one.",
+        "the step. Random controls are means over three draws, at other budgets over two; with steps of single routes "
+        "it is one.",
         "",
         "![Recovered share against budget and collateral](figures/repair/sweep.png)",
         "",
@@ -179,9 +187,13 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
         "",
         "The column of the worst change is the lowest of three noisy figures: a repair that changes nothing but the "
         "dice of the sampled completions has a negative one too. The rows of random routes show how large that is. "
-        f"The steps that are tried end at {STEPS[-1]:g}; where the best one is this, a larger one might do more.",
+        f"The steps that are tried end at {STEPS[-1]:g}, at 32% of both at {max(WIDE['steps']):g}; where the best one "
+        "is this, a larger one might do more.",
         "",
         "## Other budgets and scopes",
+        "",
+        f"Steps end at {CURVE_STEPS[-1]:g} here, at 32% of both at {max(WIDE['steps']):g}. The figure under "
+        "[2% of the MLP routes](#2-of-the-mlp-routes) has the runs in which all budgets were measured.",
         "",
         _summary([row for row in budgets if row["step_rule"] == "best"], lost),
         "",
@@ -645,6 +657,7 @@ def _contractions(rows: Rows) -> Rows:
         ratio = np.log(inside[fitted] / inside[0])
         rate = float(np.exp((steps[fitted] @ ratio) / (steps[fitted] @ steps[fitted])))
         above = steps[(inside > rate**steps * inside[0] * 1.001) & (steps > 0)]
+        later = steps > 0
         curves.append(
             {
                 "label": f"{row['criterion']}, seed {row['seed']}, {row['order']}",
@@ -653,6 +666,7 @@ def _contractions(rows: Rows) -> Rows:
                 "inside": inside.tolist(),
                 "outside": outside.tolist(),
                 "rate": rate,
+                "bound": float(np.max((inside[later] / inside[0]) ** (1 / steps[later]))),
                 "fails": len(above) / max(1, len(steps) - 1),
                 "first": int(above[0]) if len(above) else None,
                 "shares": row["spectrum"]["shares"],
@@ -671,21 +685,28 @@ def _contraction_text(curves: Rows) -> list[str]:
         "after math. The "
         "coordinate of a route is 1 where the update stands in full and 0 where it is undone. The rate 1 - αμ "
         "is fitted to "
-        f"the first {FITTED_STEPS} steps (least squares of the logarithm, through 1 at step 0). The bound is that of "
-        "Theorem 1 with this rate; it fails at a step where the distance in S is above it. The refresh is Adam on a "
-        "policy-gradient loss and not gradient descent on the token loss, so that αμ is an effective figure.",
+        f"the first {FITTED_STEPS} steps (least squares of the logarithm, through 1 at step 0), so that some of these "
+        "lie above it; the bound of Theorem 1 with this rate fails at the other steps at which the distance in S is "
+        "above it. The rate that bounds every step is the largest t-th root of the distance after t steps: with 1 or "
+        "more there is no μ above 0 for which the theorem holds. The refresh is Adam on a policy-gradient loss and "
+        f"not gradient descent on the token loss: μ is αμ over the learning rate α = {LEARNING_RATE:g}, an effective "
+        "figure.",
         "",
-        "| refresh | 1 - αμ, fitted | in S after the last step | outside S | steps at which the bound fails | "
-        "positive eigenvalues | runs |",
-        "| --- | --- | --- | --- | --- | --- | ---: |",
+        "| refresh | 1 - αμ, fitted | μ of it | rate that bounds every step | in S after the last step | outside S | "
+        "steps at which the fitted bound fails | the first of them | positive eigenvalues | runs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | ---: |",
     ]
     for name in dict.fromkeys(curve["criterion"] for curve in curves):
         same = [curve for curve in curves if curve["criterion"] == name]
         ends = {key: [curve[key][-1] / curve[key][0] for curve in same] for key in ("inside", "outside")}
-        rates = [curve["rate"] for curve in same]
+        rates, bounds = [curve["rate"] for curve in same], [curve["bound"] for curve in same]
+        first = [curve["first"] for curve in same if curve["first"] is not None]
         lines.append(
-            f"| `{name}` | {_mean(rates):.4f} ({min(rates):.4f} to {max(rates):.4f}) | {_cell(ends['inside'])} "
+            f"| `{name}` | {_mean(rates):.4f} ({min(rates):.4f} to {max(rates):.4f}) "
+            f"| {_mean([(1 - rate) / LEARNING_RATE for rate in rates]):.3g} "
+            f"| {_mean(bounds):.4f} ({min(bounds):.4f} to {max(bounds):.4f}) | {_cell(ends['inside'])} "
             f"| {_cell(ends['outside'])} | {100 * _mean([curve['fails'] for curve in same]):.0f}% "
+            f"| {min(first) if first else 'none'} "
             f"| {_mean([curve['positive'] for curve in same]):.1f} of {same[0]['size']} | {len(same)} |"
         )
     shares = [100 * sum(curve["shares"]) for curve in curves if curve["shares"]]

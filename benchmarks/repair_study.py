@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from jobs import run_all
+from repair_page import CURVE_STEPS, WIDE, write_page
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model
@@ -66,8 +67,6 @@ CRITERIA = (
 DRAWS = 3
 MAX_DROP = 1.0  # points that another domain may lose on the selection split
 WIDE_CRITERIA = ("damage", "damage_protected", "route_conflict", "magnitude", "random")
-WIDE = {"budgets": (0.32,), "scopes": ("joint",), "draws": 2}
-WIDE |= {"steps": (0.5, 0.75, 1.0, 1.5, 2.0), "protections": (0.75, 1.0, 1.5)}
 STEP_SCALES = (0.5, 0.75, 1.0, 1.25)  # of the steps that were solved for
 REFRESH_STEPS = (0, 1, 2, 5, 10, 20)
 REFRESH_BATCH = 128  # sequences of one step of the lab
@@ -278,8 +277,14 @@ def unconstrained(run: Run) -> None:
 
 def curve(run: Run) -> None:
     """Other budgets and scopes."""
-    path, steps = run.study / "curve-rows.json", (0.5, 1.0, 1.5, 2.0, 3.0)
-    settings = {"steps": steps, "protections": (0.75, 1.0), "max_drop": MAX_DROP, "labels": run.labels, "path": path}
+    path = run.study / "curve-rows.json"
+    settings = {
+        "steps": CURVE_STEPS,
+        "protections": (0.75, 1.0),
+        "max_drop": MAX_DROP,
+        "labels": run.labels,
+        "path": path,
+    }
     settings |= {"progress": note(run, "curve")}
     names = ("damage", "damage_protected", "route_conflict", "magnitude", "random")
     sweep(run.bench, names, (0.005, 0.08, 0.32), ("mlp",), draws=2, fixed=False, **settings)
@@ -583,8 +588,6 @@ def main() -> None:
         calls = [(arguments.output_dir, *place, parts, arguments.threads) for place in chosen]
         run_all(work, calls, arguments.jobs)
     if "report" in arguments.parts:
-        from repair_page import write_page
-
         runs = [Run(arguments.output_dir, seed, order) for seed, order in places]
         print(json.dumps(write_page(runs, arguments.docs, arguments.keep)))
 

@@ -470,7 +470,17 @@ def test_sweep_of_a_report(tmp_path, content, run):
     assert "damage" in (tmp_path / "sweep" / "sweep.md").read_text()
     code, _, errors = run(*sweep, *some)  # goes on where it stopped: nothing is left to do
     assert code == 0 and "best step" not in errors
+    several = (*sweep[:-1], tmp_path / "runs", "--report", tmp_path / "report", "--criteria", "magnitude")
+    code, output, errors = run(*several, "--budgets", "0.1", "--steps", "1,2")
+    assert code == 0, errors
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        "sweep-0.json", "sweep-1.json", "sweep.md", "sweep.png"
+    }  # fmt: skip
+    lines = [line for line in (tmp_path / "runs" / "sweep.md").read_text().splitlines() if "magnitude" in line]
+    assert len(lines) == 2 and all("| 2 | 1 |" in line for line in lines)
     for options, message in (
+        (("--report", tmp_path / "report", "--after", "x"), "--before, --after: expected one --report with them"),
+        (("--steps", "0,1"), "steps: expected numbers above 0, found 0"),
         (("--budgets", "0.1,a"), "--budgets: expected numbers separated by commas, found '0.1,a'"),
         (("--criteria", "damages"), "criteria: expected some of"),
         (("--after", MODEL_FOLDER / "nothing"), "expected a folder or Hub repository"),
