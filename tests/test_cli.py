@@ -399,6 +399,7 @@ def test_a_process_per_stage_gives_the_same_run(tmp_path, content, run, monkeypa
 
 
 def test_refresh_of_a_finished_run(tmp_path, content, run):
+    content["training"]["stage_overrides"] = {"math": {"learning_rate": 3e-4}}
     config = write(tmp_path, content)
     refresh = ("refresh", "--config", config, "--domain", "math", "--steps", 2)
     code, _, errors = run(*refresh)
@@ -422,6 +423,7 @@ def test_refresh_of_a_finished_run(tmp_path, content, run):
     assert run(*refresh[:-1], 1)[0] == 0
     again = json.loads((out / "stages.json").read_text())["stages"]
     assert again[:-1] == stages and again[-1]["folder"] == "stages/4-refresh-math" and again[-1]["steps"] == 1
+    assert again[-1]["overrides"] == {"learning_rate": 3e-4, "max_steps": 1}  # those of the domain's own stage
     code, _, errors = run("refresh", "--config", config, "--domain", "maths")
     assert (
         code == 2 and "--domain: expected a domain with a train_dataset, ['math', 'writing'], found 'maths'" in errors
@@ -429,20 +431,30 @@ def test_refresh_of_a_finished_run(tmp_path, content, run):
 
 
 def test_a_refresh_that_was_stopped_goes_on(tmp_path, content, run, monkeypatch):
+    content["training"] |= {"save_strategy": "steps", "save_steps": 1}
     config = write(tmp_path, content)
     assert run("train", "--config", config)[0] == 0
+    refresh = ("refresh", "--config", config, "--domain", "math", "--steps", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("trl_interfere.training.trainer.SequentialGRPOTrainer._finish_stage", _stop)
+        assert run(*refresh)[0] != 0
+    code, _, errors = run(*refresh, "--learning-rate", 1e-4)
+    message = "settings that the stage was stopped with, learning_rate unset, found 0.0001"
+    assert code == 2 and message in errors.replace("\n", " "), errors
     # Trained and saved, but not scored: what a process leaves that is killed between the two.
     with monkeypatch.context() as patch:
         patch.setattr("trl_interfere.training.trainer.SequentialGRPOTrainer._score_stage", _stop)
-        assert run("refresh", "--config", config, "--domain", "math", "--steps", 1)[0] != 0
+        assert run(*refresh)[0] != 0
     assert json.loads((tmp_path / "out" / "stages.json").read_text())["current"]["kind"] == "refresh"
-    assert run("refresh", "--config", config, "--domain", "math", "--steps", 1)[0] == 0
+    code, _, errors = run(*refresh, "--learning-rate", 1e-4)
+    assert code == 2 and "learning_rate: a refresh of math with learning_rate unset was stopped" in errors
+    assert run(*refresh)[0] == 0
     content = json.loads((tmp_path / "out" / "stages.json").read_text())
     assert [record["kind"] for record in content["stages"]] == ["base", "train", "train", "refresh"]
     assert content["current"] is None
 
 
-def _stop(self):
+def _stop(self, *args, **kwargs):
     raise KeyboardInterrupt
 
 

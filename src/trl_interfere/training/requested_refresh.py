@@ -32,7 +32,7 @@ class RequestedRefresh(StageCallback):
 
     Raises:
         `ValueError`: If the folder holds no run, the steps are out of range, or a refresh of this domain was stopped
-            that is of another number of steps.
+            that is of another number of steps or, where it is not yet scored, has other settings.
     """
 
     def __init__(self, folder: str | Path, domain: str, steps: int, overrides: dict[str, Any] | None = None):
@@ -46,6 +46,14 @@ class RequestedRefresh(StageCallback):
         # One that is trained and not yet scored is the one that is asked for.
         self.wanted = 1 + sum(self._is_mine(record["kind"], record["domain"]) for record in content["stages"])
         planned = self._stopped(Path(folder), content)
+        current = content.get("current")
+        if current is not None and self._is_mine(current["kind"], current["domain"]):
+            for name, value in self.overrides.items():
+                if current["overrides"].get(name) != value:
+                    raise ValueError(
+                        f"{name}: a refresh of {domain} with {name} {current['overrides'].get(name, 'unset')} was "
+                        f"stopped in {folder} before it was scored; expected that, to go on with it, found {value}"
+                    )
         if planned not in (None, steps):
             raise ValueError(
                 f"steps: a refresh of {domain} with {planned} steps was stopped in {folder}; expected {planned}, to "
