@@ -117,6 +117,9 @@ def test_whole_study(study, model, recipe, tmp_path, monkeypatch):
     assert {row["criterion"] for row in seed["rollback"]} >= {"damage", "route_conflict", "random", "interpolation"}
     assert list(seed["refreshes"]) == ["math", "writing"]
     assert [entry["steps"] for entry in seed["refreshes"].values()] == [1, 1]
+    stages = json.loads((folder / "seed-0" / "stages.json").read_text())["stages"]
+    assert stages[5]["overrides"] == {**stages[2]["overrides"], "max_steps": 1}  # math's own settings
+    assert stages[2]["overrides"]["max_completion_length"] == 4
     assert "Seed 0: the stage of code changed no weight" in page  # its learning rate is 0
     assert "## Seed 0" in page and "| `interpolation` |" in page and str(tmp_path) not in page
     assert str(tmp_path) not in json.dumps(data)

@@ -43,7 +43,31 @@ TABLE = [
     (r"\boxed{B}", r"\text{B}", 1),
     (r"<think>It may be \boxed{7}.</think> \boxed{42}", "42", 1),
     (r"I first thought \boxed{41}, but it is \boxed{42}", "42", 1),
+    ("The answer is $42$.", "42", 1),
+    (r"The answer is \(42\).", "42", 1),
+    ("**42**.", "42", 1),
+    ("Therefore, the sum is 42.", "42", 1),
+    ("So we get\n$x = 42$", "42", 1),
+    ("The answer is 42 apples.", "42", 1),
+    (r"\boxed{\frac12}", r"\frac{1}{2}", 1),
+    (r"\boxed{24\text{ cm}^2}", "24", 1),
+    (r"\boxed{24 \text{ m/s}}", "24", 1),
+    (r"\boxed{10^5}", "100000", 1),
+    (r"\boxed{1\frac{1}{2}}", "1.5", 1),
+    (r"\boxed{{5}}", "5", 1),
+    (r"\boxed{AB = 12}", "12", 1),
+    (r"\boxed {42}", "42", 1),
+    (r"\boxed{x = 2\sqrt{3}}", r"2\sqrt{3}", 1),
     # wrong
+    ("The answer is $41$.", "42", 0),
+    ("Therefore, the sum is 41.", "42", 0),
+    (r"\boxed{\frac13}", r"\frac{1}{2}", 0),
+    (r"\boxed{24\text{ cm}^2}", "42", 0),
+    (r"\boxed{10^5}", "10", 0),
+    (r"\boxed{10^5}", "105", 0),
+    (r"\boxed{1\frac{1}{2}}", "0.5", 0),
+    (r"\boxed{AB = 13}", "12", 0),
+    (r"\boxed{x = 2\sqrt{5}}", r"2\sqrt{3}", 0),
     (r"\boxed{41}", "42", 0),
     (r"\boxed{-42}", "42", 0),
     (r"\boxed{0.333}", THIRD, 0),
@@ -62,6 +86,18 @@ TABLE = [
     (r"<think>\boxed{42}", "42", 0),
     ("The answer is", "42", 0),
     # adversarial
+    (r"\boxed{42 million}", "42", 0),
+    (r"\boxed{42 \text{ million}}", "42", 0),
+    (r"\boxed{42 percent}", "42", 0),
+    (r"\boxed{42 or more}", "42", 0),
+    (r"\boxed{42 is wrong}", "42", 0),
+    ("The answer is 42 plus something", "42", 0),
+    ("The answer is 42 dozen eggs", "42", 0),
+    (r"\boxed{7 = 2\sqrt{3}}", r"2\sqrt{3}", 0),
+    (r"\boxed{2x = 12}", "12", 0),
+    ("The sum is not 42", "42", 0),
+    (r"\boxed{" + "4 apples " * 30 + "}", "4", 0),
+    ("The answer is 42 " + "a" * 200, "42", 0),
     (r"\boxed{57 + 87}", "144", 0),
     (r"\boxed{\sqrt{1764}}", "42", 0),
     (r"\boxed{\int_0^{42} 1 dx}", "42", 0),
@@ -202,6 +238,12 @@ def test_sets_of_the_hub(copies, tmp_path):
     # Proofs have no answer, and problems of the test are not trained on: 40 - 8 - 2 are left.
     with pytest.raises(ValueError, match=r"sizes: expected at least 31 different prompts .*found 30"):
         math_domain(source="openr1-math", test_source="aime25", sizes={"train": 31}, paths=copies, folder=tmp_path)
+
+
+def test_a_test_source_is_the_test_as_a_whole(copies, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_interfere.domains.math._SIZES", {"train": 20, "selection": 5, "test": 128})
+    domain = math_domain(source="openr1-math", test_source="aime25", paths=copies, folder=tmp_path)
+    assert len(domain.train_dataset) == 20 and len(domain.selection_dataset) == 5 and len(domain.eval_dataset) == 6
 
 
 @pytest.mark.parametrize(

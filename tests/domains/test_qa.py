@@ -35,6 +35,16 @@ TABLE = [
     ("Answer: C\n\nA is wrong, since London is in England.", 1),
     ("<think>Perhaps A. Answer: A</think>\nAnswer: C", 1),
     ("C) Paris\nIt has been the capital for a long time.", 1),
+    ("Answer:\nC", 1),
+    ("The answer is:\n\nC", 1),
+    ("**Answer:**\n\n(C) Paris", 1),
+    ("Answer: C\nI hope this answer is helpful!", 1),
+    ("Answer: C (Paris)", 1),
+    ("Answer: C (Paris).", 1),
+    ("Answer: C - Paris", 1),
+    ("The answer is C, Paris.", 1),
+    (r"\boxed{C) Paris}", 1),
+    (r"\boxed{\text{(C) Paris}}", 1),
     # wrong
     ("Answer: A", 0),
     ("The answer is (D).", 0),
@@ -67,6 +77,23 @@ TABLE = [
     ("A) London\nB) Berlin\nC) Paris\nD) Rome", 0),
     (r"\boxed{A}\boxed{C}", 0),
     (r"\boxed{A, C}", 0),
+    (r"\boxed{C) or A}", 0),
+    (r"\boxed{C or A}", 0),
+    ("Answer:\nA", 0),
+    ("Answer:\nC or A", 0),
+    ("Choose the right answer:\nC) Paris\nA) London", 0),
+    ("Answer: C (or A)", 0),
+    ("Answer: C - A", 0),
+    ("Answer: C - Paris or A", 0),
+    ("Answer: C, maybe A", 0),
+    ("Answer: C, Paris or A", 0),
+    ("The answer is C, or perhaps A", 0),
+    ("Answer: C\nNo, the answer is not C.", 0),
+    ("I hope this answer is helpful!", 0),
+    ("Answer: A\nI hope this answer is helpful!", 0),
+    ("Answer: C" + "(" * 50_000, 0),
+    ("Answer: C, " + "or " * 30_000, 0),
+    ("Answer:\n" * 20_000, 0),
     ("The answer is C. Or the answer is A.", 0),
     ("Answer: $LETTER", 0),
     ("C" * 100_000, 0),
@@ -178,7 +205,7 @@ MMLU_PRO = [
 ]
 
 
-def test_sets_of_the_hub(tmp_path):
+def test_sets_of_the_hub(tmp_path, monkeypatch):
     for name, rows in (("a", SUPERGPQA), ("b", MMLU_PRO)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     paths = {"supergpqa": "a.jsonl", "mmlu-pro": "b.jsonl"}
@@ -192,6 +219,8 @@ def test_sets_of_the_hub(tmp_path):
     assert len(mixed.eval_dataset) == 8 and set(mixed.eval_dataset["answer"]) == {"C"}
     with pytest.raises(ValueError, match="expected at least 39 different prompts"):  # two are in the test
         qa_domain(source="supergpqa", test_source="mmlu-pro", sizes={"train": 39}, paths=paths, folder=tmp_path)
+    monkeypatch.setattr("trl_interfere.domains.qa._SIZES", {"train": 20, "selection": 5, "test": 70})
+    assert len(qa_domain(source="supergpqa", test_source="mmlu-pro", paths=paths, folder=tmp_path).eval_dataset) == 8
 
 
 def test_bad_files(tmp_path):

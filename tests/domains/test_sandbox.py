@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trl_interfere.domains.sandbox import Limits, Sandbox, SandboxError
+from trl_interfere.domains.sandbox import Limits, Sandbox, SandboxError, _Worker
 from trl_interfere.domains.seccomp import seccomp_filter
 
 
@@ -245,10 +245,56 @@ def test_what_programs_may_do(sandbox):
     assert (execution.status, execution.stdout) == ("ok", "42\nthread\nend\n"), execution
 
 
+# What a program prints that is given the line "in", by the ways that programs have to read, print and end.
+WAYS = {
+    "exit": ("print(1)\nexit()\nprint(2)", "1\n"),
+    "quit": ("print(1)\nquit()\nprint(2)", "1\n"),
+    "a thread that outlives the program": (
+        "import sys, threading, time\ndef f():\n    time.sleep(0.1)\n    print('thread')\n"
+        "threading.Thread(target=f).start()\nsys.exit()",
+        "thread\n",
+    ),
+    "a call at the end": ("import atexit, sys\natexit.register(print, 'end')\nsys.exit(0)", "end\n"),
+    "a text that is printed at the end": (
+        "import atexit, io, sys\nout = sys.stdout = io.StringIO()\n"
+        "atexit.register(lambda: sys.__stdout__.write(out.getvalue()))\nprint('x')",
+        "x\n",
+    ),
+    "a file of the output": ("o = open(1, 'w')\no.write('x')", "x"),
+    "a file in an object": ("class A:\n    o = open(1, 'w')\nA.o.write('x')", "x"),
+    "a file by its descriptor": ("import os\no = os.fdopen(1, 'w')\no.write('x')", "x"),
+    "another output": ("import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer)\nprint('x')", "x\n"),
+    "a second output": ("import io, sys\no = io.TextIOWrapper(sys.stdout.buffer)\no.write('x')", "x"),
+    "bytes": ("import io\no = io.BufferedWriter(io.FileIO(1, 'w'))\no.write(b'x')", "x"),
+    "another input": ("import io, sys\nsys.stdin = io.TextIOWrapper(sys.stdin.buffer)\nprint(input())", "in\n"),
+    "/dev/stdin": ("print(open('/dev/stdin').read(), end='')", "in\n"),
+    "a path": ("import pathlib\nprint(pathlib.Path('/dev/stdin').read_text(), end='')", "in\n"),
+    "/dev/stdout": ("with open('/dev/stdout', 'w') as f:\n    f.write('x')\nprint('y')", "xy\n"),
+    "the descriptor": ("print(open(0).read(), end='')", "in\n"),
+    "an output that is closed": ("import sys\nprint('x')\nsys.stdout.close()", "x\n"),
+    "an import from the future": ("from __future__ import annotations\nprint('x')", "x\n"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_read_and_print(way, sandbox):
+    """As by the interpreter outside the sandbox."""
+    program, expected = WAYS[way]
+    execution = sandbox.run(program, "in\n")
+    assert (execution.status, execution.stdout) == ("ok", expected), execution
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, input="in\n", capture_output=True, text=True, timeout=60).stdout == expected
+
+
 @pytest.mark.parametrize(
     "program, status, code",
     [
         ("pass", "ok", 0),
+        ("exit()", "ok", 0),
+        ("exit(3)", "error", 3),
+        ("quit('text')", "error", 1),
+        ("import atexit; atexit.register(print, 'x'); 1 / 0", "error", 1),
+        ("import sys; sys.stdout = None; sys.exit()", "ok", 0),
         ("import sys; sys.exit()", "ok", 0),
         ("import sys; sys.exit(3)", "error", 3),
         ("import sys; sys.exit('text')", "error", 1),
@@ -316,6 +362,61 @@ def test_a_worker_that_is_lost_while_it_runs(bubblewrap):
         timer.start()
         # The second attempt, on a fresh worker, finds a program that takes too long.
         assert sandbox.run("import time; time.sleep(60)", limits=SHORT).status == "timeout"
+
+
+def test_a_program_that_ends_every_worker_counts_as_failed(bubblewrap, monkeypatch, caplog):
+    """No program can. If one could, it would not end a training."""
+    run, ended = _Worker.run, []
+
+    def end(worker, program, *arguments):
+        if "end" in program:
+            ended.append(worker)
+            worker.process.kill()
+        return run(worker, program, *arguments)
+
+    with Sandbox(workers=1) as sandbox:
+        monkeypatch.setattr(_Worker, "run", end)
+        assert sandbox.run("print('end')").status == "lost"
+        assert len(set(ended)) == 3 and "it ended 3 times with one program (" in caplog.text
+        assert sandbox.run("print(1)").stdout == "1\n"
+
+
+def test_a_sandbox_that_ends_with_any_program_is_an_error(bubblewrap, monkeypatch):
+    def end(worker, *arguments):
+        raise OSError("the worker ended")
+
+    monkeypatch.setattr("trl_interfere.domains.sandbox._PAUSES", (0, 0, 0))
+    with Sandbox(workers=1) as sandbox:
+        monkeypatch.setattr(_Worker, "run", end)
+        with pytest.raises(SandboxError, match=r"it ends with any program \(the worker ended\)"):
+            sandbox.run("print(1)")
+        monkeypatch.undo()
+        assert sandbox.run("print(1)").stdout == "1\n"
+
+
+def test_a_program_that_the_system_ends_is_run_again(bubblewrap):
+    """As where the machine is out of memory, which says nothing of the program."""
+
+    def end():
+        time.sleep(0.5)
+        (bubble,) = sandbox._open
+        programs = [child for child in psutil.Process(bubble.process.pid).children(True) if not child.children()]
+        programs[-1].kill()
+
+    with Sandbox(workers=1) as sandbox:
+        threading.Thread(target=end).start()
+        execution = sandbox.run("import time\ntime.sleep(1.5)\nprint(1)")
+    assert (execution.status, execution.stdout) == ("ok", "1\n")
+
+
+def test_processor_time_is_limited(sandbox):
+    """Threads that compute outside the interpreter use more of it than there is wall clock."""
+    program = (
+        "import hashlib, threading\n"
+        "def f(): hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)\n"
+        "for _ in range(8): threading.Thread(target=f).start()"
+    )
+    assert sandbox.run(program, limits=Limits(seconds=3)).status == "timeout"
 
 
 def test_closing_leaves_no_process(bubblewrap):

@@ -1,5 +1,7 @@
 import json
+import os
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -23,9 +25,12 @@ class Piston(BaseHTTPRequestHandler):
         if server.statuses:
             self.answer(server.statuses.pop(0), {"message": "no"})
             return
-        execution = server.sandbox.run(
-            body["files"][0]["content"], body["stdin"], Limits(seconds=body["run_timeout"] / 1000)
-        )
+        if body["run_timeout"] > server.run_timeout:
+            limit = f"run_timeout cannot exceed the configured limit of {server.run_timeout}"
+            self.answer(400, {"message": limit})
+            return
+        limits = Limits(seconds=body["run_timeout"] / 1000, output=server.output_max_size)
+        execution = server.sandbox.run(body["files"][0]["content"], body["stdin"], limits)
         code, status = execution.code, {"timeout": "TO", "output": "OL"}.get(execution.status)
         run = {
             "stdout": execution.stdout,
@@ -50,6 +55,7 @@ class Piston(BaseHTTPRequestHandler):
 def piston(sandbox):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Piston)
     server.requests, server.statuses, server.sandbox = [], [], sandbox
+    server.run_timeout, server.output_max_size = 20_000, 2**20
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}"
     yield server
@@ -61,7 +67,7 @@ def test_piston(piston):
     sandbox = PistonSandbox(piston.url)
     execution = sandbox.run("print(int(input()) + 1)", "41")
     assert (execution.status, execution.stdout, execution.code) == ("ok", "42\n", 0)
-    path, body = piston.requests[0]
+    path, body = piston.requests[1]  # after one about the output
     assert path == "/api/v2/execute" and body["language"] == "python" and body["stdin"] == "41"
     assert sandbox.run("1 / 0").status == "error"
     assert sandbox.run("while True: pass", limits=Limits(seconds=0.5)).status == "timeout"
@@ -77,6 +83,37 @@ def test_tests_by_piston(piston):
     tests = json.dumps({"inputs": ["1 2"], "outputs": ["3"]})
     reward = CodeReward(sandbox=piston.url)
     assert reward(["print(sum(map(int, input().split())))", "print(4)"], [tests] * 2) == [1, 0]
+
+
+def test_piston_with_its_default_limits(piston):
+    """Every program would fail, for no fault of its own."""
+    piston.run_timeout, piston.output_max_size = 3000, 1024
+    tests = json.dumps({"inputs": ["1 2"], "outputs": ["3"]})
+    with pytest.raises(
+        SandboxError, match="run_timeout cannot exceed.*Raise PISTON_RUN_TIMEOUT on the server, to 5000 or more"
+    ):
+        PistonSandbox(piston.url).run("print(1)")
+    sandbox = PistonSandbox(piston.url)
+    for _ in range(2):
+        with pytest.raises(SandboxError, match="1,048,575 characters .*found 1,024 .*PISTON_OUTPUT_MAX_SIZE=1048576"):
+            check_calls(sandbox, "f = int", "assert f(1) == 1", Limits(seconds=2))
+    piston.run_timeout = 5000
+    with pytest.raises(SandboxError, match="PISTON_OUTPUT_MAX_SIZE"):
+        CodeReward(sandbox=piston.url)(["print(3)"], [tests])
+    piston.output_max_size = 2**20
+    assert check_calls(sandbox, "f = int", "assert f(1) == 1", Limits(seconds=5)).passed
+    # A program that prints more than it may fails by itself.
+    assert sandbox.run("print('x' * 2**21)").status == "output"
+
+
+def test_a_report_that_is_cut_off(sandbox):
+    class Cut:
+        def run(self, program, stdin, limits):
+            execution = sandbox.run(program, stdin, limits)
+            return replace(execution, stdout=execution.stdout[:40])
+
+    with pytest.raises(SandboxError, match="expected the report of a test as JSON.*PISTON_OUTPUT_MAX_SIZE"):
+        check_calls(Cut(), "f = int", "assert f(1) == 1", Limits())
 
 
 def test_piston_that_is_busy(piston, monkeypatch):
@@ -100,7 +137,23 @@ def test_unsafe():
     assert sandbox.run("1 / 0").status == "error"
     assert sandbox.run("while True: pass", limits=Limits(seconds=0.5)).status == "timeout"
     assert sandbox.run("print('x' * 100)", limits=Limits(output=10)).status == "output"
+    assert sandbox.run("exit()").status == "ok"
+    assert sandbox.run("print(open('/dev/stdin').read())", "x").stdout == "x\n"
     assert check_calls(sandbox, "f = lambda x: x + 1", "assert f(1) == 2", Limits(seconds=20)).passed
+
+
+@pytest.mark.filterwarnings("ignore:sandbox. unsafe")
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_without_end_is_ended(stream, monkeypatch):
+    """Before the time is over, and before the disk is full."""
+    sizes, fstat = [], os.fstat
+    monkeypatch.setattr(
+        "trl_interfere.domains.sandboxes.os.fstat", lambda file: sizes.append(fstat(file)) or sizes[-1]
+    )
+    program = f"import sys, time\nwhile True:\n    sys.{stream}.write('x' * 10**5)\n    time.sleep(0.01)"
+    execution = UnsafeSandbox().run(program, limits=Limits(seconds=60))
+    assert execution.status == "output" and execution.seconds < 50
+    assert len(execution.stdout + execution.stderr) == 2**20 and max(size.st_size for size in sizes) < 2**26
 
 
 def test_names():

@@ -1,6 +1,7 @@
 # ruff: noqa: E501
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -146,6 +147,7 @@ class Endpoint(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.requests.append((self.path, self.headers.get("Authorization"), body))
+        time.sleep(server.delay)
         if server.failures:
             server.failures -= 1
             self.send_response(500)
@@ -178,7 +180,7 @@ class Endpoint(BaseHTTPRequestHandler):
 def endpoint():
     pytest.importorskip("openai")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    server.requests, server.failures, server.reply = [], 0, None
+    server.requests, server.failures, server.reply, server.delay = [], 0, None, 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     yield server
@@ -228,6 +230,54 @@ def test_budget(endpoint, tmp_path):
     with pytest.raises(JudgeError, match="max_requests: the budget of 10"):
         many(["Write."] * 20, [f"text {index}" for index in range(20)], ["a"] * 20)
     assert len(endpoint.requests) == 10
+
+
+def test_equal_texts_are_asked_once(endpoint, tmp_path):
+    """Also while the first request is in flight, as in a group of completions."""
+    endpoint.delay = 0.2
+    asked = judge(endpoint, tmp_path, max_requests=2)
+    rewards = JudgeReward(asked)(["Write."] * 8, ["one two"] * 8, ["a"] * 8)
+    assert len(set(rewards)) == 1 and len(endpoint.requests) == 2 and asked.spent() == (2, 200)
+
+
+def test_a_request_that_fails_fails_for_all_who_wait(endpoint, tmp_path):
+    endpoint.delay, endpoint.failures = 0.2, 1
+    asked = judge(endpoint, tmp_path, retries=0)
+    with pytest.raises(JudgeError, match="InternalServerError"):
+        JudgeReward(asked)(["Write."] * 8, ["one two"] * 8, ["a"] * 8)
+    assert asked.spent()[0] <= len(endpoint.requests) - 1
+    assert asked.compare("Write.", "one two", "a") and asked._flying == {} and asked._pledged == 0
+
+
+def test_tokens_in_flight_count(endpoint, tmp_path):
+    """Eight at a time would take 800 tokens before the first is counted."""
+    endpoint.delay = 0.05
+    asked = judge(endpoint, tmp_path, max_tokens=250)
+    with pytest.raises(JudgeError, match="max_tokens: the budget of 250"):
+        JudgeReward(asked)(["Write."] * 20, [f"text {index}" for index in range(20)], ["a"] * 20)
+    assert asked.spent() == (3, 300) and len(endpoint.requests) == 3
+
+
+def test_requests_of_two_processes_count(endpoint, tmp_path):
+    """They may ask the same at the same time: one reply is kept, and both are paid for."""
+    first, second = judge(endpoint, tmp_path), judge(endpoint, tmp_path)
+    endpoint.delay = 0.5
+    thread = threading.Thread(target=first.compare, args=("Write.", "one", "a"))
+    thread.start()
+    second.compare("Write.", "one", "a")
+    thread.join()
+    n = len(endpoint.requests)
+    assert first.spent() == second.spent() == (n, 100 * n) and n > 2
+    with pytest.raises(JudgeError, match=f"max_requests: the budget of {n}"):
+        judge(endpoint, tmp_path, max_requests=n).compare("Write.", "two", "a")
+
+
+def test_a_file_of_replies_of_before(endpoint, tmp_path):
+    """The requests that led to its replies count."""
+    asked = judge(endpoint, tmp_path)
+    asked.compare("Write.", "one", "a")
+    asked._replies.execute("DROP TABLE requests")
+    assert judge(endpoint, tmp_path).spent() == (2, 200)
 
 
 def test_retries(endpoint, tmp_path):

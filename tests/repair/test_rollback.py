@@ -377,9 +377,7 @@ def test_models_that_do_not_fit_the_report(make_model, moved, make_report):
     with pytest.raises(ValueError, match="before: expected .* of shape .*, found none"):
         rollback.apply(report, moved(before), before={})
     adapted = get_peft_model(moved(before), LoraConfig(r=2, target_modules=["up_proj", "q_proj"]))
-    with pytest.raises(
-        ValueError, match="expected whole weights .*, found an adapter on them: merge it first"
-    ):
+    with pytest.raises(ValueError, match="expected whole weights .*, found an adapter on them: merge it first"):
         rollback.apply(report, adapted, before=start)
 
 

@@ -4,7 +4,10 @@ import ast
 import gzip
 import json
 import re
+import textwrap
 from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from datasets import Dataset
 
 from .domain import Domain
 from .extras import package_file
-from .program_tests import Verdict, check_calls, check_output
+from .program_tests import Verdict, check_calls, check_output, program_names, unsupported
 from .rewards import answer_text
 from .sandbox import Limits
 from .sandboxes import check_sandbox, open_sandbox
@@ -30,6 +33,7 @@ INSTRUCTION = "Complete this Python function. Reply with the whole function in o
 _SIZES = {"train": 84, "selection": 30, "test": 50}
 _LONGEST = 100_000  # characters of a program
 _FENCE = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_ITEM = re.compile(r"\s*(?:(?:[-*+]|\d+[.)])\s+)?")
 _BEGIN = re.compile(r"^(?:import|from|def|class|async def|@)\b", re.MULTILINE)
 
 
@@ -61,7 +65,8 @@ def code_domain(
         test_source (`str`, *optional*):
             Where the test part comes from. Defaults to `source`.
         sizes (`Mapping[str, int]`, *optional*):
-            Rows of `train`, `selection` and `test`. Defaults to 84, 30 and 50.
+            Rows of `train`, `selection` and `test`. Defaults to 84, 30 and 50. Of a `test_source` that is a data set,
+            all rows are the test if `test` is not given.
         instruction (`str`, *optional*):
             What precedes the function of HumanEval in the prompt.
         thinking (`bool`, *optional*, defaults to `False`):
@@ -95,7 +100,8 @@ def code_domain(
     for option in (source, test_source or source):
         check_source(option, (*SOURCES, OFFLINE), where)
     check_sandbox(sandbox)
-    sizes = part_sizes(sizes, _SIZES, f"{where}, sizes")
+    default = _SIZES if test_source in (None, source, OFFLINE) else {**_SIZES, "test": None}
+    sizes = part_sizes(sizes, default, f"{where}, sizes")
     paths = dict(paths or {})
 
     def load(option: str, others: Mapping[str, str] | None = None) -> Dataset:
@@ -138,7 +144,8 @@ class CodeReward:
     """
     1 if the program of a completion passes all tests, 0 otherwise.
 
-    The program is the last block between fences, or the whole completion if there is none.
+    The program is the last block between fences that defines the function that is asked for; the last one where no
+    function is asked for or none defines it; the whole completion where there is none.
 
     Args:
         sandbox (`str`, *optional*, defaults to `"bubblewrap"`):
@@ -208,8 +215,7 @@ class CodeReward:
             )
         shares = []
         for test in content["calls"]:
-            program_text, test_text = f"{content['header']}\n{program}", f"{content['helpers']}\n{test}"
-            verdict = check_calls(sandbox, program_text, test_text, self.limits)
+            verdict = check_calls(sandbox, program, f"{content['helpers']}\n{test}", self.limits, content["header"])
             shares.append(verdict.share)
             if not verdict.passed and not self.partial:
                 break
@@ -228,7 +234,7 @@ def extract_program(text: str | None, function: str | None = None, code: str | N
         text (`str`, *optional*):
             What a model said after its thoughts.
         function (`str`, *optional*):
-            Function that the program must define.
+            Function or class that the program must define, unless it is the last of several blocks.
         code (`str`, *optional*):
             Beginning of the program, up to the body of the function. A text that begins with an indented line goes on
             from there.
@@ -238,19 +244,39 @@ def extract_program(text: str | None, function: str | None = None, code: str | N
     """
     if not text or not text.strip() or len(text) > _LONGEST:
         return None
-    blocks = [(tag.casefold(), block) for tag, block in _FENCE.findall(text)]
-    blocks = [block for tag, block in blocks if tag in ("python", "py", "python3")] or [block for _, block in blocks]
-    program = blocks[-1] if blocks else text
-    if function is None or re.search(
-        rf"^(?:async\s+)?(?:def\s+{function}\b|{function}\s*[=:])", program, re.MULTILINE
-    ):
-        if not blocks and function is not None:
-            program = program[_BEGIN.search(program).start() :] if _BEGIN.search(program) else program
-        return program
+    blocks = [_block(text, match) for match in _FENCE.finditer(text)]
+    tagged = [block for tag, block in blocks if tag in ("python", "py", "python3")]
+    blocks = [block for _, block in blocks]
+    if function is None:
+        return _dedented((tagged or blocks or [text])[-1])
+    begin = re.compile(
+        rf"^(?:(?:async\s+)?def\s+{re.escape(function)}\b|class\s+{re.escape(function)}\b|{re.escape(function)}\s*[=:])",
+        re.MULTILINE,
+    )
+    for block in (*reversed(tagged), *reversed(blocks)):
+        for program in (block, _dedented(block)):
+            if begin.search(program):
+                return program
+    program = (tagged or blocks or [text])[-1]
+    if not blocks and begin.search(program):
+        return program[_BEGIN.search(program).start() :] if _BEGIN.search(program) else program
     if code is not None and program.lstrip("\n")[:1] in (" ", "\t"):
         body = re.split(r"\n(?=\S)", program.strip("\n"), maxsplit=1)[0]
         return f"{code}\n{body}\n"
-    return None
+    return program if blocks else None
+
+
+def _dedented(program: str) -> str:
+    return textwrap.dedent(program) if program.lstrip("\n")[:1] in (" ", "\t") else program
+
+
+def _block(text: str, match: re.Match) -> tuple[str, str]:
+    """Tag and content of a block between fences, without the indentation of the fence, as in an item of a list."""
+    before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+    width = len(before) if _ITEM.fullmatch(before) else 0
+    lines = match[2].split("\n")
+    lines = [line[min(width, len(line) - len(line.lstrip(" \t"))) :] for line in lines]
+    return match[1].casefold(), "\n".join(lines)
 
 
 def _humaneval(file: Path, instruction: str, where: str) -> Dataset:
@@ -303,7 +329,7 @@ def _klear_tests(truth: str | dict | None, max_tests: int) -> str:
     functional = content.get("functional") or content.get("pytest")
     if functional:
         calls = [functional] if isinstance(functional, str) else list(functional)[:max_tests]
-        return json.dumps({"header": _IMPORTS, "helpers": "", "calls": calls})
+        return _functional_tests(calls) if all(isinstance(test, str) for test in calls) else ""
     inputs, outputs = content.get("inputs"), content.get("outputs")
     if not inputs or not outputs or len(inputs) != len(outputs) or content.get("fn_name"):
         return ""
@@ -314,6 +340,39 @@ def _klear_tests(truth: str | dict | None, max_tests: int) -> str:
 
     pairs = list(zip(map(text, inputs), map(text, outputs), strict=True))[:max_tests]
     return json.dumps({"inputs": [pair[0] for pair in pairs], "outputs": [pair[1] for pair in pairs]})
+
+
+def _functional_tests(calls: list[str]) -> str:
+    try:
+        names = set().union(*map(program_names, calls))
+    except (SyntaxError, ValueError):
+        return ""
+    # Tests may take the same imports for granted as solutions, and get their own: were they the program's, it could
+    # make `isclose` say yes. A name that is all that a test uses is that of the function, whatever else has it.
+    helpers = {name: line for name, line in _helpers().items() if name in names}
+    if names == helpers.keys():
+        helpers = {name: line for name, line in helpers.items() if line.startswith("import")}
+    text = "\n".join(helpers.values())
+    if any(unsupported(f"{text}\n{test}") for test in calls):
+        return ""
+    names = set().union(*(program_names(f"{text}\n{test}") for test in calls))
+    functions = [name for name in sorted(names) if not name[:1].isupper()] or sorted(names & {"Solution"}) or [*names]
+    function = functions[0] if len(functions) == 1 else None
+    return json.dumps({"function": function, "header": _IMPORTS, "helpers": text, "calls": calls})
+
+
+@cache
+def _helpers() -> dict[str, str]:
+    """Names that `_IMPORTS` binds, with an import of each."""
+    lines = {}
+    for node in ast.parse(_IMPORTS).body:
+        if isinstance(node, ast.Import):
+            lines |= {alias.name: f"import {alias.name}" for alias in node.names}
+        else:
+            module = import_module(node.module)
+            names = getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])
+            lines |= {name: f"from {node.module} import {name}" for name in names}
+    return lines
 
 
 # What solutions to problems of functions may take for granted.

@@ -7,6 +7,9 @@ import os
 import re
 import sqlite3
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ class Judge:
     Grades two texts against each other, in both orders.
 
     Replies are kept in a file, so that a run that is resumed, or scored again, asks nothing twice. The budget counts
-    the replies in that file: it is one for all runs that share it.
+    the requests that led to them, which stand in that file too: it is one for all runs that share it.
 
     Args:
         base_url (`str`):
@@ -50,9 +53,10 @@ class Judge:
         cache (`str` or `pathlib.Path`, *optional*, defaults to `"judge.sqlite"`):
             File of the replies.
         max_requests (`int`, *optional*):
-            Most replies in the file.
+            Most requests.
         max_tokens (`int`, *optional*):
-            Most tokens of prompts and replies in the file, as the endpoint counts them.
+            Most tokens of prompts and replies, as the endpoint counts them. A request is made while there are any
+            left; near the end, one at a time.
         rubric (`str`, *optional*):
             What to grade by.
         temperature (`float`, *optional*, defaults to `0.0`):
@@ -94,7 +98,8 @@ class Judge:
         self._client = openai.OpenAI(
             base_url=base_url, api_key=os.environ.get(api_key_env) or "none", timeout=timeout, max_retries=retries
         )
-        self._lock, self._asked = threading.Lock(), 0
+        # What requests in flight will give, by key, and the tokens that they may take.
+        self._changed, self._flying, self._pledged = threading.Condition(), {}, 0
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             self._replies = sqlite3.connect(self.cache, check_same_thread=False, isolation_level=None, timeout=60)
@@ -103,6 +108,12 @@ class Judge:
                 "CREATE TABLE IF NOT EXISTS replies "
                 "(key TEXT PRIMARY KEY, reply TEXT NOT NULL, tokens INTEGER NOT NULL)"
             )
+            # A row for each request: several processes can make the same. `tokens` is 0 while it is in flight.
+            with _transaction(self._replies):
+                known = self._replies.execute("SELECT 1 FROM sqlite_master WHERE name = 'requests'").fetchone()
+                if known is None:
+                    self._replies.execute("CREATE TABLE requests (id INTEGER PRIMARY KEY, tokens INTEGER NOT NULL)")
+                    self._replies.execute("INSERT INTO requests (tokens) SELECT tokens FROM replies")
         except (sqlite3.Error, OSError) as error:
             raise JudgeError(f"judge, cache: {self.cache} cannot be used as a file of replies ({error})") from error
 
@@ -143,11 +154,11 @@ class Judge:
         Returns:
             `tuple[int, int]`: Requests and tokens.
         """
-        with self._lock:
+        with self._changed:
             return self._spent()
 
     def _spent(self) -> tuple[int, int]:
-        return self._replies.execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM replies").fetchone()
+        return self._replies.execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM requests").fetchone()
 
     def _grade(self, assignment: str, first: str, second: str) -> tuple[float, float] | None:
         for attempt in range(_ATTEMPTS):
@@ -175,14 +186,32 @@ class Judge:
             "max_tokens": self.reply_tokens,
         }
         key = hashlib.sha256(json.dumps([self.base_url, request, attempt], sort_keys=True).encode()).hexdigest()
-        with self._lock:
+        with self._changed:
             row = self._replies.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        if row is not None:
-            return row[0]
-        self._reserve()
-        reply = None
+            if row is not None:
+                return row[0]
+            future, first = self._flying.get(key), key not in self._flying
+            if first:
+                future = self._flying[key] = Future()
+        if first:
+            try:
+                future.set_result(self._request(key, request))
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                with self._changed:
+                    del self._flying[key]
+        return future.result()
+
+    def _request(self, key: str, request: dict[str, Any]) -> str:
+        # No token is shorter than a byte; what the template of a chat adds is taken to be no more than this.
+        pledge = sum(len(message["content"].encode("utf-8", "replace")) + 64 for message in request["messages"])
+        pledge += self.reply_tokens
+        number = self._reserve(pledge)
+        reply, tokens, answered = None, 0, False
         try:
             completion = self._client.chat.completions.create(**request)
+            answered = True
             tokens = completion.usage.total_tokens if completion.usage is not None else 0
             reply = completion.choices[0].message.content or ""
         except (self._errors, AttributeError, IndexError, TypeError) as error:
@@ -191,26 +220,49 @@ class Judge:
                 f"{type(error).__name__}: {error}"
             ) from error
         finally:
-            with self._lock:
-                self._asked -= 1
-                if reply is not None:
-                    self._replies.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (key, reply, tokens))
+            with self._changed:
+                self._pledged -= pledge
+                with _transaction(self._replies):
+                    if answered:
+                        self._replies.execute("UPDATE requests SET tokens = ? WHERE id = ?", (tokens, number))
+                    else:
+                        self._replies.execute("DELETE FROM requests WHERE id = ?", (number,))
+                    if reply is not None:
+                        self._replies.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (key, reply, tokens))
+                self._changed.notify_all()
         return reply
 
-    def _reserve(self) -> None:
-        """Count a request that is about to be made, or refuse it."""
-        with self._lock:
-            requests, tokens = self._spent()
-            for name, limit, spent in (
-                ("max_requests", self.max_requests, requests + self._asked),
-                ("max_tokens", self.max_tokens, tokens),
-            ):
-                if limit is not None and spent >= limit:
-                    raise JudgeError(
-                        f"judge, {name}: the budget of {limit:,} is used up ({spent:,} in {self.cache}). Raise it and "
-                        "go on with --resume"
-                    )
-            self._asked += 1
+    def _reserve(self, pledge: int) -> int:
+        """Count a request that is about to be made, or refuse it. Returns its number."""
+        with self._changed:
+            while True:
+                with _transaction(self._replies):
+                    requests, tokens = self._spent()
+                    for name, limit, spent in (
+                        ("max_requests", self.max_requests, requests),
+                        ("max_tokens", self.max_tokens, tokens),
+                    ):
+                        if limit is not None and spent >= limit:
+                            raise JudgeError(
+                                f"judge, {name}: the budget of {limit:,} is used up ({spent:,} in {self.cache}). "
+                                "Raise it and go on with --resume"
+                            )
+                    if self._pledged == 0 or self.max_tokens is None or tokens + self._pledged < self.max_tokens:
+                        self._pledged += pledge
+                        return self._replies.execute("INSERT INTO requests (tokens) VALUES (0)").lastrowid
+                self._changed.wait()
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """What other processes see as a whole or not at all."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
 
 
 def _read(reply: str) -> tuple[float, float] | None:

@@ -34,11 +34,47 @@ _LONGEST = 300  # characters of an answer
 _NO_ANSWER = {"", "proof", "not found", "notfound", "none", "null"}
 
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+_TEN = r"10\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}?"
 _SCIENTIFIC = re.compile(
-    rf"([+-]?)({_NUMBER})(?:e([+-]?\d{{1,3}})|(?:\\times|\\cdot|\*)10\^\{{?([+-]?\d{{1,3}})\}}?)?"
+    rf"([+-]?)\s*(?:{_TEN}|({_NUMBER})(?:e([+-]?\d{{1,3}})|\s*(?:\\times|\\cdot|\*|×)\s*{_TEN})?)"
 )
-_QUOTIENT = re.compile(rf"([+-]?)(?:\\[dt]?frac\{{([+-]?(?:{_NUMBER}))\}}\{{({_NUMBER})\}}|({_NUMBER})/({_NUMBER}))")
-_STATED = re.compile(r"(?:final answer|answer)\s*(?:is\s*:?|:|=)\s*([^\n]+)", re.IGNORECASE)
+_PART = rf"\s*(?:\{{\s*([+-]?(?:{_NUMBER}))\s*\}}|(\d))"
+_QUOTIENT = re.compile(
+    rf"([+-]?)\s*(?:(\d+)(?:\s+|(?=\\)))?(?:\\[cdt]?frac{_PART}{_PART}|({_NUMBER})\s*/\s*({_NUMBER}))"
+)
+
+# Words behind a number that change its value, or say that it is not the answer.
+_NO_UNIT = (
+    r"\b(?:(?:hundred|thousand|\w*illion|lakh|crore|dozen|score|ten|half|third|quarter)s?|halves|gross|basis|"
+    r"per\s?cent(?:s|ages?)?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|\w*illion)"
+    r"ths?|and|are|as|but|by|equals|fewer|has|if|is|its|less|minus|mod|modulo|more|no|not|or|out|over|plus|than|this|"
+    r"times(?=\s)|to|unless|was|were)\b"
+)
+_PLURAL = r"[a-z]+s|[a-z]*(?:people|children|men|feet|mice|geese|teeth|fish|sheep)|yen|yuan"
+_SQUARED = r"(?:\s*\^\s*\{?\s*[23]\s*\}?|[²³])?"
+_SYMBOL = (
+    r"(?:[cdkmµμ]?m|[kmµμ]?g|[cdm]?[lL]|m?s|k?(?:Hz|J|N|Pa|V|W)|deg|ft|h|hrs?|in|kmh|lbs?|mi|min|mph|oz|rad|sec|yd)"
+    + _SQUARED
+)
+_WORDS = (
+    rf"(?i:\s+(?!.*{_NO_UNIT})(?:[a-z]+\.?\s)?(?:%s){_SQUARED}"
+    r"(?:\s(?:per|of)\s[a-z]+|\sin\stotal|\sleft|\scelsius|\sfahrenheit)?)"
+)
+_UNIT = re.compile(
+    r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|°)\s*[CF]?"
+    rf"|(?:\s+|(?=[ckm]m|kg))(?:(?:cu|sq)\.?\s)?{_SYMBOL}(?:\s*/\s*{_SYMBOL})?|{_WORDS % _PLURAL}"
+)
+_UNIT_OF_ONE = re.compile(_WORDS % "[a-z]{2,}")
+_VALUE_IN_TEXT = re.compile(rf"[\d}}]\s*\\text\s*\{{[^{{}}]*{_NO_UNIT}[^{{}}]*\}}$", re.IGNORECASE)
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_STATED = re.compile(r"(?:final answer|answer)[\s*_]*(?:is\s*:?|:|=)\s*([^\n]+)", re.IGNORECASE)
+_DELIMITERS = re.compile(r"\\?\$|\\[()\[\]]|\*\*|__")
+_EQUALS = re.compile(r"(?<![<>!])=|\\equiv\b")
+_CONCLUDES = re.compile(rf"{_EQUALS.pattern}|\b(?:is|are|equals)\b:?")
+_DENIED = re.compile(r"\b(?:not|never|wrong|false|if|unless)\b|n['’]t\b", re.IGNORECASE)
+_SUBSCRIPTS = re.compile(r"_\{[^{}]*\}|_\w|(?<=[A-Za-z'}])\([^()]*\)")
+_NO_NAME = re.compile(r"\d|\\(?:sqrt|pi|infty|not|neq?|[lg]eq?)(?![A-Za-z])|[<>!≠≤≥π√∞]|^\s*[-+]")
 # Powers of powers, and exponents and factorials that no answer has: a comparison would work on them for minutes.
 _COSTLY = re.compile(r"\^[^\^]{0,40}\^|\^\{?\s*[+-]?\d{4,}|\d{4,}\s*!|!\s*!")
 
@@ -68,7 +104,8 @@ def math_domain(
         test_source (`str`, *optional*):
             Where the test part comes from. Defaults to `source`.
         sizes (`Mapping[str, int]`, *optional*):
-            Rows of `train`, `selection` and `test`. Defaults to 512, 64 and 128, and all rows of a `test_source`.
+            Rows of `train`, `selection` and `test`. Defaults to 512, 64 and 128. Of a `test_source` that is a
+            data set, all rows are the test if `test` is not given.
         tasks (`Mapping[str, dict]` or `list[str]`, *optional*):
             Generators of reasoning-gym with their settings. Defaults to `TASKS`.
         seed (`int`, *optional*, defaults to `0`):
@@ -96,7 +133,8 @@ def math_domain(
     for option in (source, test_source or source):
         check_source(option, (*SOURCES, OFFLINE), where)
     require("math_verify", "math", where)
-    sizes = part_sizes(sizes, _SIZES, f"{where}, sizes")
+    default = _SIZES if test_source in (None, source, OFFLINE) else {**_SIZES, "test": None}
+    sizes = part_sizes(sizes, default, f"{where}, sizes")
     paths = dict(paths or {})
 
     def load(option: str, others: Mapping[str, str] | None = None) -> Dataset:
@@ -133,9 +171,12 @@ class MathReward:
     1 if the final answer has the value of the expected one, 0 otherwise.
 
     The final answer is the content of the last `\\boxed{}`, or what follows the last "answer is" or "answer:", or the
-    last line if it is, or ends in an equation with, a number. Where a number is expected, a number must be given: an
-    expression that has the value, such as the one in the problem, is not an answer. Other answers are compared by
-    math-verify.
+    number that the last line is or ends in, after "=", "is", "are" or "equals".
+
+    Where a number is expected, a number must be given, see [`number`]: an expression that has the value, such as the
+    one in the problem, is not an answer. Other answers are compared by math-verify. The name of a quantity and "=" may
+    stand before an answer, as in `AB = 12`, `f(2) = 12` or `m + n = 12`. Such a name has variables, and no number
+    except in indices and arguments: `7 = 2\\sqrt{3}` and `2x = 12` state no value.
 
     Args:
         thinking (`bool`, *optional*, defaults to `False`):
@@ -182,10 +223,9 @@ def final_answer(text: str | None) -> str | None:
     """
     if not text:
         return None
-    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-    if start >= 0:
-        begin = text.index("{", start) + 1
-        depth = 1
+    boxes = list(_BOX.finditer(text))
+    if boxes:
+        begin, depth = boxes[-1].end(), 1
         for end in range(begin, min(len(text), begin + _LONGEST + 1)):
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             if depth == 0:
@@ -194,14 +234,20 @@ def final_answer(text: str | None) -> str | None:
     stated = _STATED.findall(text[-2000:])
     if stated:
         return stated[-1].strip()
-    lines = text.strip().rsplit("\n", 1)
-    last = lines[-1].rpartition("=")[2].strip() if lines[-1] else ""
-    return last if number(last) is not None else None
+    line = _DELIMITERS.sub(" ", text[-2000:]).strip().rsplit("\n", 1)[-1]
+    *before, last = _CONCLUDES.split(line)
+    denied = before and _DENIED.search(re.split(r"[,.;:]", before[-1])[-1])
+    return last.strip() if not denied and number(last) is not None else None
 
 
 def number(text: str) -> Fraction | None:
     """
-    The number that a text writes down: an integer, a decimal, a quotient or in powers of ten, with or without a unit.
+    The number that a text writes down: an integer, a decimal, a quotient, a mixed number or in powers of ten.
+
+    A unit may follow, bare or in `\\text{}`: a symbol (`cm^2`, `km/h`, `^\\circ`), or a noun, with at most one word
+    before it, and "per ...", "of ...", "in total" or "left" behind it. The noun must be a plural (`42 apples`,
+    `42 square feet`), unless the number is at most 1 (`1 apple`, `1/2 cup`). Words for numbers, shares and comparisons
+    are no units: `42 million`, `42 percent`, `42 dozen eggs` and `42 or more` are not 42, and no numbers here.
 
     Args:
         text (`str`):
@@ -212,30 +258,50 @@ def number(text: str) -> Fraction | None:
     """
     if len(text) > _LONGEST:
         return None
-    text = text.strip().strip("*_` ")
-    text = re.sub(r"^\\\((.*)\\\)$|^\\\[(.*)\\\]$|^\$+(.*?)\$+$", lambda m: next(filter(None, m.groups()), ""), text)
-    text = text.strip().removesuffix(".").strip()
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{\s*([-+\d.,/]+)\s*\}", r"\1", text)
-    text = re.sub(r"\\[,!;:]|\\ |(?<=\d)\{,\}(?=\d{3})", lambda m: "," if m[0] == "{,}" else "", text)
-    text = re.sub(r"\s*(\\times|\\cdot)\s*", r"\1", text)
-    text = re.sub(r"^[a-zA-Z]\s*=\s*", "", text)
-    text = re.sub(r"^(?:\\?\$|€|£)\s*", "", text)
-    # A unit: words, not signs.
-    text = re.sub(r"\s*(?:\\(?:text|mathrm)\s*\{[\sA-Za-z.^23]*\}|\^\{?\\circ\}?|°)\s*$", "", text)
-    text = re.sub(r"(?<=\d)\s+[A-Za-z]+(?:\s[A-Za-z]+)?$", "", text)
-    text = text.replace("−", "-").replace(" ", "") if re.fullmatch(r"[-+−]\s?[\d.,/]+|\S*", text) else text
-    match = _SCIENTIFIC.fullmatch(text)
-    if match:
-        sign, digits, *exponents = match.groups()
-        exponent = next(filter(None, exponents), "0")
-        return (-1 if sign == "-" else 1) * Fraction(digits.replace(",", "")) * Fraction(10) ** int(exponent)
-    match = _QUOTIENT.fullmatch(text)
-    if match:
-        sign, *parts = match.groups()
-        top, bottom = (part.replace(",", "") for part in parts if part is not None)
-        if Fraction(bottom) != 0:
-            return (-1 if sign == "-" else 1) * Fraction(top) / Fraction(bottom)
+    text = _DELIMITERS.sub(" ", text).replace("−", "-").replace("~", " ")
+    text = re.sub(r"\\(?:text\w*|math(?:bf|it|rm)|mbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 ", text)
+    text = re.sub(r"\\!|(?<=\d)(?:\{,\}|\\[,;: ])(?=\d{3})", "", text)
+    text = _stripped(re.sub(r"\\[,;: ]|\s+", " ", text))
+    text = re.sub(r"^\{([^{}]*)\}$", r"\1", text)
+    name, *values = _EQUALS.split(text)
+    if len(values) > 1 or (values and not _is_name(name)):
+        return None
+    text = re.sub(r"^([+-]?)\s*[€£]", r"\1", (values or [name])[0].strip())
+    for pattern in (_QUOTIENT, _SCIENTIFIC):
+        match = pattern.match(text)
+        value = match and _value(match)
+        if value is not None and _is_unit(text[match.end() :], value):
+            return value
     return None
+
+
+def _value(match: re.Match) -> Fraction | None:
+    sign, *parts = match.groups()
+    factor = -1 if sign == "-" else 1
+    if match.re is _SCIENTIFIC:
+        ten, digits, *exponents = parts
+        exponent = ten or next(filter(None, exponents), "0")
+        return factor * Fraction((digits or "1").replace(",", "")) * Fraction(10) ** int(exponent)
+    whole, *parts = parts
+    top, bottom = (Fraction(part.replace(",", "")) for part in parts if part is not None)
+    if bottom == 0 or (whole and not 0 <= top < bottom):
+        return None
+    return factor * (int(whole or 0) + top / bottom)
+
+
+def _is_unit(text: str, value: Fraction) -> bool:
+    return bool(not text or _UNIT.fullmatch(text) or (abs(value) <= 1 and _UNIT_OF_ONE.fullmatch(text)))
+
+
+def _is_name(text: str) -> bool:
+    """Whether the left side of an equation names a quantity: variables, and no number but in indices and arguments."""
+    text = _SUBSCRIPTS.sub("", text)
+    return re.search(r"[^\W\d_]", text) is not None and _NO_NAME.search(text) is None
+
+
+def _stripped(text: str) -> str:
+    """Without emphasis around it, and without the full stop at its end."""
+    return re.sub(r"(?<!\.)\.$", "", text.strip("*_` \n")).strip("*_` \n")
 
 
 def _agree(given: str | None, expected: str) -> bool:
@@ -244,7 +310,16 @@ def _agree(given: str | None, expected: str) -> bool:
     value = number(expected)
     if value is not None:
         return number(given) == value
+    given = _stripped(given)
     if _COSTLY.search(given):
+        return False
+    # math-verify drops the left side of an equation, and any text behind an expression.
+    if not _EQUALS.search(expected):
+        for part in re.split(r"[,;]|\b(?:and|or)\b", _SUBSCRIPTS.sub("", given)):
+            name, *values = _EQUALS.split(part)
+            if len(values) > 1 or (values and not _is_name(name)):
+                return False
+    if "\\text" not in expected and _VALUE_IN_TEXT.search(given):
         return False
     from math_verify import parse, verify
 

@@ -45,15 +45,26 @@ _QUESTION = re.compile(r"(.+?)\n\(A\)\s(.+?)\s\(B\)\s(.+?)\s\(C\)\s(.+?)\s\(D\)\
 _LETTER = re.compile(r"The answer is \(?([A-D])\)?")
 
 _OPEN, _CLOSE = r"[\s*_`$([{\\]*(?:(?:boxed|text|mathbf|mathrm|textbf)\s*\{\s*\(?)*", r"[\s*_`$)\]}]*"
-# After a letter: the end, a full stop, or the text of the option behind ")", ":" or "."; no other letter, and no "or".
-_REST = rf"{_CLOSE}(?:[.!]?{_CLOSE}$|[.:)][^\n]*$|,?\s+(?:because|since)\b[^\n]*$)"
+# After a letter: the end, a full stop, or the text of the option behind ")", ":", ".", a dash or a comma or in
+# parentheses; no other letter, and no "or".
+_OPTION = r"(?!(?:or|and|but|maybe|perhaps|possibly)\b|[A-Z]\b)(?![^\n]*\b(?:or|and)\s+\(?[A-Z]\b)\w[^\n]*"
+_REST = (
+    rf"{_CLOSE}(?:[.!]?{_CLOSE}$|[.:)][^\n]*$|,?\s+(?:because|since)\b[^\n]*$|\s*\({_OPTION}\)[.!]?{_CLOSE}$"
+    rf"|\s+[-–—]+\s+{_OPTION}$|,\s+(?=\w\w){_OPTION}$)"
+)
 _STATED = re.compile(
     rf"(?:answer|option|choice)\s*(?:is)?[\s*_]*:?\s*{_OPEN}(?:option\s+)?([A-Z])(?![A-Za-z']){_REST}", re.IGNORECASE
 )
 _MARKED = re.compile(r"answer\s*(?:is|:)|\\boxed|\b(?:option|choice)\s+is", re.IGNORECASE)
 _ALONE = re.compile(rf"^{_OPEN}([A-Z])(?![A-Za-z']){_CLOSE}(?:[.!]?{_CLOSE}$|[.:)]\s*\S[^\n]*$)")
 _NAMED = re.compile(rf"(?:answer|option|choice)\s*(?:is)?[\s*_]*:?\s*{_OPEN}([A-Z])(?![A-Za-z'])", re.IGNORECASE)
-_BOXED = re.compile(r"\\boxed\s*\{\s*(?:\\(?:text|mathrm|mathbf|textbf)\s*\{)?\s*\(?([A-Za-z])\)?\s*\}?\s*\}")
+_BOXED = re.compile(
+    r"\\boxed\s*\{\s*(?:\\(?:text|mathrm|mathbf|textbf)\s*\{)?\s*\(?([A-Za-z])\)?"
+    r"(?:(?<=\))\s*|[.:]\s+)?(?:(?<=[).:\s])(?!(?:or|and)\b|[A-Z]\b)\w[^{}\n]*)?\s*\}?\s*\}"
+)
+# "Answer:" with the letter on the next line, and lines that speak of an answer and give none.
+_AWAITS = re.compile(r"(?:answer|option|choice)\s*(?:is)?[\s*_]*:?[\s*_]*$", re.IGNORECASE)
+_ABOUT = re.compile(r"\b(?:hope|this|my|your)\b[^.\n]*\banswer\b", re.IGNORECASE)
 _ANOTHER = re.compile(r"^\s*(?:[/,&+|]|or\b|and\b)\s*\(?[A-Z]\b", re.IGNORECASE)
 
 
@@ -81,7 +92,8 @@ def qa_domain(
         test_source (`str`, *optional*):
             Where the test part comes from. Defaults to `source`.
         sizes (`Mapping[str, int]`, *optional*):
-            Rows of `train`, `selection` and `test`. Defaults to 150, 50 and 70.
+            Rows of `train`, `selection` and `test`. Defaults to 150, 50 and 70. Of a `test_source` that is a data set,
+            all rows are the test if `test` is not given.
         instruction (`str`, *optional*):
             What precedes the question in the prompt; `{letters}` is replaced by those of the options.
         thinking (`bool`, *optional*, defaults to `False`):
@@ -104,7 +116,8 @@ def qa_domain(
     where = f"domain {name!r}"
     for option in (source, test_source or source):
         check_source(option, (*SOURCES, OFFLINE), where)
-    sizes = part_sizes(sizes, _SIZES, f"{where}, sizes")
+    default = _SIZES if test_source in (None, source, OFFLINE) else {**_SIZES, "test": None}
+    sizes = part_sizes(sizes, default, f"{where}, sizes")
     paths = dict(paths or {})
 
     def load(option: str, others: Mapping[str, str] | None = None) -> Dataset:
@@ -178,8 +191,8 @@ def chosen_letter(text: str | None, n_options: int) -> str | None:
     """
     The letter of the option that a text chooses.
 
-    It is the one in the last line with "Answer:", "the answer is" or a box, or that alone, or before its option,
-    makes up the first or the last line. A line that names several letters chooses none.
+    It is the one in the last line with "Answer:", "the answer is" or a box, or on the line behind such a line, or that
+    alone, or before its option, makes up the first or the last line. A line that names several letters chooses none.
 
     Args:
         text (`str`, *optional*):
@@ -193,7 +206,18 @@ def chosen_letter(text: str | None, n_options: int) -> str | None:
     lines = [line.strip() for line in (text or "").strip()[-4000:].splitlines() if line.strip()]
     if not lines:
         return None
+    for place, line in enumerate(lines[:-1]):
+        if (
+            _AWAITS.search(line)
+            and _ALONE.match(lines[place + 1])
+            and not _several_alone(lines[place + 1 :], n_options)
+        ):
+            lines[place] = f"{line.rstrip('*_: ')}: {lines[place + 1]}"
     marked = [line for line in lines if _MARKED.search(line)]
+    while (
+        len(marked) > 1 and _ABOUT.search(marked[-1]) and not (_NAMED.search(marked[-1]) or _BOXED.search(marked[-1]))
+    ):
+        del marked[-1]
     letter = None
     if marked:
         boxed = _BOXED.findall(marked[-1])

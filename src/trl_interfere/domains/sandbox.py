@@ -26,8 +26,11 @@ logger = logging.getLogger(__name__)
 
 _WORKER = Path(__file__).with_name("sandbox_worker.py")
 _GRACE = 5.0  # seconds on top of its own limit after which a worker that does not answer is ended
+_ATTEMPTS = 3  # at a program whose worker is lost
+_PAUSES = (0, 2, 8)  # seconds before each attempt at a program of ours, longer than those around it run by default
 _FOLDERS = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+_PROBE = "print(1 + 1)"
 _UIDS = range(61184, 65534)  # of programs, where the sandbox is made by root; no account has them
 
 
@@ -70,7 +73,7 @@ class Execution:
     Args:
         status (`str`):
             `"ok"` (ended by itself with exit code 0), `"error"` (ended otherwise), `"timeout"`, `"output"` (it wrote
-            more than it may) or `"lost"` (the sandbox itself ended).
+            more than it may) or `"lost"` (the sandbox itself ended, with this program only).
         stdout (`str`):
             What it wrote to standard output, up to the limit.
         stderr (`str`):
@@ -120,10 +123,12 @@ class Sandbox:
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
         self._finalizer = weakref.finalize(self, _close, self._pool, self._open, self._closing)
         try:
-            probe = self.run("print(1 + 1)")
-        except SandboxError:
+            probe = self._pool.submit(self._attempt, _PROBE, "", self.limits, _GRACE).result()
+        except (OSError, ValueError) as error:
             self.close()
-            raise
+            if isinstance(error, SandboxError):
+                raise
+            raise SandboxError(f"sandbox: it ended with a first program ({error})") from error
         if (probe.status, probe.stdout) != ("ok", "2\n"):
             self.close()
             raise SandboxError(f"sandbox: expected a first program to print 2, found {probe}")
@@ -142,6 +147,9 @@ class Sandbox:
 
         Returns:
             [`Execution`]: How it ended.
+
+        Raises:
+            [`SandboxError`]: If the sandbox ends again and again, also with a program that does nothing.
         """
         return self._pool.submit(self._run, program, stdin, limits or self.limits).result()
 
@@ -172,24 +180,52 @@ class Sandbox:
         self.close()
 
     def _run(self, program: str, stdin: str, limits: Limits) -> Execution:
-        for _ in range(2):
-            worker = getattr(self._local, "worker", None)
+        reason = ""
+        for attempt in range(_ATTEMPTS):
+            last = attempt == _ATTEMPTS - 1
+            if last:
+                self._probe(reason)
             if self._closing.is_set():
                 return Execution("lost", stderr="the sandbox is closed")
-            if worker is None:
-                worker = self._local.worker = _Worker()
-                self._open.add(worker)
             try:
-                execution = worker.run(program, stdin, limits)
+                return self._attempt(program, stdin, limits, _GRACE * (4 if last else 1))
             except (OSError, ValueError) as error:
-                logger.debug("sandbox worker lost: %s", error)
-                execution = Execution("lost", stderr=str(error))
-            if execution.status != "lost":
-                break
+                reason = str(error)
+        if not self._closing.is_set():
+            # No program is known that could do this. Were there one, it should not end a training.
+            logger.warning(
+                "sandbox: it ended %d times with one program (%s) and not with others: that program counts as failed",
+                _ATTEMPTS,
+                reason,
+            )
+        return Execution("lost", stderr=reason)
+
+    def _attempt(self, program: str, stdin: str, limits: Limits, grace: float) -> Execution:
+        worker = getattr(self._local, "worker", None)
+        if worker is None:
+            worker = self._local.worker = _Worker()
+            self._open.add(worker)
+        try:
+            return worker.run(program, stdin, limits, grace)
+        except (OSError, ValueError):
             worker.close()
             self._open.discard(worker)
             self._local.worker = None
-        return execution
+            raise
+
+    def _probe(self, reason: str) -> None:
+        """Raise an error if the sandbox ends with any program."""
+        for pause in _PAUSES:
+            if self._closing.wait(pause):
+                return
+            try:
+                if self._attempt(_PROBE, "", self.limits, _GRACE).stdout == "2\n":
+                    return
+            except (OSError, ValueError) as error:
+                reason = str(error)
+        raise SandboxError(
+            f"sandbox: it ends with any program ({reason}). Is the machine out of memory, processes or open files?"
+        )
 
 
 def find_bubblewrap() -> str:
@@ -270,9 +306,9 @@ class _Worker:
         line, self._lines = self._lines.split(b"\n", 1)
         return line
 
-    def run(self, program: str, stdin: str, limits: Limits) -> Execution:
+    def run(self, program: str, stdin: str, limits: Limits, grace: float) -> Execution:
         start = time.monotonic()
-        deadline = start + limits.seconds + _GRACE
+        deadline = start + limits.seconds + grace
         request = {
             "seconds": limits.seconds,
             "cpu_seconds": int(limits.seconds) + 2,
@@ -300,10 +336,14 @@ class _Worker:
             for descriptor in (*inputs, *outputs):
                 os.close(descriptor)
         texts = {name: bytes(content).decode("utf-8", "replace") for name, content in outputs.values()}
+        killed = report["code"] in (-signal.SIGKILL, -signal.SIGXCPU)
         if flooded:
             status = "output"
-        elif report["ended"] == "timeout" or report["code"] == -signal.SIGXCPU:
+        elif report["ended"] == "timeout" or killed and report["cpu_seconds"] > request["cpu_seconds"] - 0.5:
             status = "timeout"
+        elif killed:
+            # Neither by the worker nor by the program, which may not.
+            raise OSError("the system ended a program, for want of memory?")
         else:
             status = "ok" if report["code"] == 0 else "error"
         return Execution(

@@ -5,7 +5,9 @@ It sees neither programs nor their input and output: the pipes of a program come
 Only the standard library is there; this file is bound into the sandbox by itself.
 """
 
+import _io
 import atexit
+import builtins
 import ctypes
 import gc
 import json
@@ -18,6 +20,8 @@ import socket
 import sys
 import threading
 import traceback
+import weakref
+from _sitebuiltins import Quitter
 from importlib import import_module
 
 
@@ -30,6 +34,13 @@ for _name in (
 
 _SET_NO_NEW_PRIVILEGES, _SET_SECCOMP, _SET_DUMPABLE, _FILTER = 38, 22, 4, 2
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
+_OPENED = weakref.WeakSet()
+_PATHS = {
+    path: number
+    for name, number in _STREAMS.items()
+    for path in (f"/dev/{name}", f"/dev/fd/{number}", f"/proc/self/fd/{number}")
+}
 
 
 class _Program(ctypes.Structure):
@@ -78,19 +89,38 @@ def _child(pipes: list[int], limits: dict, instructions: bytes) -> None:
         os.closerange(4, 256)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         _confine(limits, instructions)
-        sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)
-        sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False, buffering=1)
+        for name, number in _STREAMS.items():
+            mode, buffering = "r" if name == "stdin" else "w", 1 if name == "stderr" else -1
+            stream = open(number, mode, buffering, encoding="utf-8", errors="replace", closefd=False)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
         with open(3, encoding="utf-8", errors="replace") as stream:
             text = stream.read()
+        del stream
+        # What the module `site` would add, and the paths that lead to `/proc`, which is not there.
+        builtins.exit, builtins.quit = Quitter("exit", "Ctrl-D"), Quitter("quit", "Ctrl-D")
+        builtins.open = _io.open = sys.modules["io"].open = _open
         random.seed(0)
         sys.argv = ["program.py"]
         code = _run(text)
-        sys.stdout.flush()
+        code = _finish() or code
     except BaseException:
         code = code or 1
     finally:
         os._exit(code)
+
+
+def _open(file, *arguments, _open=open, _dup=os.dup, **keywords):
+    """Open a file. The standard streams have paths too."""
+    path = file.__fspath__() if isinstance(file, os.PathLike) else file
+    if isinstance(path, str) and path in _PATHS:
+        file = _dup(_PATHS[path])
+    opened = _open(file, *arguments, **keywords)
+    _OPENED.add(opened)
+    return opened
+
+
+_open.__name__ = _open.__qualname__ = "open"
 
 
 def _run(text: str) -> int:
@@ -98,16 +128,46 @@ def _run(text: str) -> int:
     sys.modules["__main__"] = module
     try:
         exec(compile(text, "program.py", "exec"), module.__dict__)
-        threading._shutdown()  # as the interpreter does at its end: wait for threads, then call what asked for it
-        atexit._run_exitfuncs()
     except SystemExit as error:
         if error.code is None:
             return 0
-        return error.code & 255 if isinstance(error.code, int) else 1
+        if isinstance(error.code, int):
+            return error.code & 255
+        print(error.code, file=sys.stderr)
+        return 1
     except BaseException:
         traceback.print_exc(limit=-4)
         return 1
     return 0
+
+
+def _finish() -> int:
+    """
+    What the interpreter does at its end, whatever ended the program: wait for threads, call what asked for it, and
+    write what files still hold. Returns a code if standard output could not be written.
+    """
+    for step in (threading._shutdown, atexit._run_exitfuncs):
+        try:
+            step()
+        except BaseException:
+            traceback.print_exc(limit=-4)
+    code = 0
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name, None)
+        try:
+            if stream is not None and not getattr(stream, "closed", False):
+                stream.flush()
+        except BaseException:
+            code = 120 if name == "stdout" else code
+    files = [sys.__stdout__, sys.__stderr__, *_OPENED, *vars(sys.modules["__main__"]).values()]
+    for kind in (_io.TextIOWrapper, _io.BufferedWriter, _io.BufferedRandom):
+        for file in files:
+            if type(file) is kind:
+                try:
+                    file.flush()
+                except BaseException:  # a file that the program has spoilt says nothing about what it printed
+                    continue
+    return code
 
 
 def _wait(channel: socket.socket, child: int, seconds: float) -> str | None:

@@ -1,11 +1,14 @@
 """Choosing where generated programs run, and what can stand in for the sandbox."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +18,9 @@ from urllib.parse import urlparse
 import requests
 
 from .sandbox import Execution, Limits, Sandbox, SandboxError, find_bubblewrap
+
+
+_LOOK = 0.05  # seconds between looks at the output of a program that runs without isolation
 
 
 def check_sandbox(name: str) -> None:
@@ -85,6 +91,10 @@ class PistonSandbox(_Mapping):
     Programs and inputs leave this machine; expected results do not, except in tests of functions, which run on the
     server as well. How well the programs are isolated is up to the server.
 
+    A server on its default limits refuses runs of more than 3 seconds and cuts outputs off after 1024 characters:
+    `PISTON_RUN_TIMEOUT` and `PISTON_OUTPUT_MAX_SIZE` have to be raised. Before the first program it is seen whether
+    they were.
+
     Args:
         url (`str`):
             Address of the server, without `/api/v2`.
@@ -99,6 +109,7 @@ class PistonSandbox(_Mapping):
         self.version = version
         self.retries = retries
         self.limits = Limits()
+        self._lock, self._roomy = threading.Lock(), False
 
     def run(self, program: str, stdin: str = "", limits: Limits | None = None) -> Execution:
         """
@@ -116,9 +127,27 @@ class PistonSandbox(_Mapping):
             [`Execution`]: How it ended.
 
         Raises:
-            [`SandboxError`]: If the server cannot be reached or refuses the program.
+            [`SandboxError`]: If the server cannot be reached, refuses the program or has too low limits.
         """
         limits = limits or self.limits
+        with self._lock:
+            if not self._roomy:
+                self._check_output(limits)
+            self._roomy = True
+        return self._run(program, stdin, limits)
+
+    def _check_output(self, limits: Limits) -> None:
+        """Whether the server gives back as much as a program may print. Asked by a program of ours, which does."""
+        n = self.limits.output - 1
+        execution = self._run(f"import sys\nsys.stdout.write('x' * {n})\n", "", limits)
+        if execution.status != "ok" or len(execution.stdout) != n:
+            raise SandboxError(
+                f"sandbox: expected {n:,} characters from a program on {self.url} that prints as many, found "
+                f"{len(execution.stdout):,} ({execution.status}). Set PISTON_OUTPUT_MAX_SIZE={self.limits.output} and "
+                f"PISTON_RUN_TIMEOUT={int(limits.seconds * 1000)}, or more, on the server"
+            )
+
+    def _run(self, program: str, stdin: str, limits: Limits) -> Execution:
         body = {
             "language": "python",
             "version": self.version,
@@ -131,13 +160,13 @@ class PistonSandbox(_Mapping):
         run = self._post(body, limits.seconds)
         stdout, stderr = str(run.get("stdout") or ""), str(run.get("stderr") or "")
         status = "ok" if run.get("code") == 0 and not run.get("signal") else "error"
-        if run.get("status") == "TO" or (
-            run.get("signal") == "SIGKILL" and time.monotonic() - start >= limits.seconds
-        ):
+        late = time.monotonic() - start >= limits.seconds
+        if run.get("status") == "TO" or (run.get("signal") == "SIGKILL" and late):
             status = "timeout"
         if run.get("status") in ("OL", "EL") or len(stdout) > limits.output:
             status = "output"
-        return Execution(status, stdout[: limits.output], stderr[: limits.output], run.get("code"))
+        seconds = time.monotonic() - start
+        return Execution(status, stdout[: limits.output], stderr[: limits.output], run.get("code"), seconds)
 
     def _post(self, body: dict, seconds: float) -> dict:
         for attempt in range(self.retries + 1):
@@ -157,8 +186,10 @@ class PistonSandbox(_Mapping):
             run = content["run"]
         except (ValueError, KeyError, TypeError):
             text = response.text[:300]
+            limit = re.search(r"(run_\w+) cannot exceed the configured limit", text)
             raise SandboxError(
                 f"sandbox: expected an answer of Piston from {self.url}, found status {response.status_code}: {text}"
+                + (f". Raise PISTON_{limit[1].upper()} on the server, to {body[limit[1]]} or more" if limit else "")
             ) from None
         if not isinstance(run, dict):
             raise SandboxError(
@@ -194,32 +225,38 @@ class UnsafeSandbox(_Mapping):
         """
         limits = limits or self.limits
         start = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             path = os.path.join(folder, "program.py")
             with open(path, "w", encoding="utf-8", errors="surrogatepass") as file:
                 file.write(program)
+            given, *outputs = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+            given.write(stdin.encode("utf-8", "surrogatepass"))
+            given.seek(0)
             process = subprocess.Popen(
                 [sys.executable, "-I", path],
-                stdin=subprocess.PIPE,
-                stdout=out,
-                stderr=err,
+                stdin=given,
+                stdout=outputs[0],
+                stderr=outputs[1],
                 cwd=folder,
                 start_new_session=True,
             )
-            try:
-                process.communicate(stdin.encode("utf-8", "surrogatepass"), timeout=limits.seconds)
-                late = False
-            except subprocess.TimeoutExpired:
-                late = True
+            late = flooded = False
+            while not late and not flooded:
+                try:
+                    process.wait(_LOOK)
+                    break
+                except subprocess.TimeoutExpired:
+                    late = time.monotonic() - start >= limits.seconds
+                    flooded = any(os.fstat(file.fileno()).st_size > limits.output for file in outputs)
             try:
                 os.killpg(process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
             process.wait()
             texts = []
-            for stream in (out, err):
-                stream.seek(0)
-                texts.append(stream.read(limits.output + 1))
+            for file in outputs:
+                file.seek(0)
+                texts.append(file.read(limits.output + 1))
         status = "timeout" if late else "ok" if process.returncode == 0 else "error"
         status = "output" if any(len(text) > limits.output for text in texts) else status
         stdout, stderr = (text[: limits.output].decode("utf-8", "replace") for text in texts)
