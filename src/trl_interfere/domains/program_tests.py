@@ -3,8 +3,10 @@
 import ast
 import json
 import logging
+import marshal
 import sys
 import threading
+from binascii import b2a_base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -26,8 +28,8 @@ _PYTEST = {"raises", "approx", "fail", "main", "mark", "mark.parametrize", "mark
 _SET_UPS = {"setup_module", "setup_function", "setup_class", "setUpModule"}
 # What only an exception of the program itself could be, or what it prints, or a second process.
 _ELSEWHERE = set(
-    "StopIteration StopAsyncIteration SystemExit KeyboardInterrupt GeneratorExit stdin stdout stderr redirect_stdout "
-    "redirect_stderr patch mock Mock MagicMock asyncio subprocess multiprocessing".split()
+    "StopIteration StopAsyncIteration SystemExit KeyboardInterrupt GeneratorExit stdin stdout stderr __stdout__ "
+    "redirect_stdout redirect_stderr patch mock Mock MagicMock asyncio subprocess multiprocessing".split()
 )
 
 
@@ -355,18 +357,25 @@ def _root(node: ast.AST | None) -> str | None:
     return node.id if isinstance(node, ast.Name) else None
 
 
-def _sides() -> tuple[str, str]:
+def _sides() -> dict[tuple[str, bool], str]:
     """
-    Texts of the two programs that [`check_calls`] runs, without comments.
+    Texts of the two programs that [`check_calls`] runs, by their names and whether they run by this interpreter.
 
-    Made here once: each is compiled in every run.
+    Made here once. Where they do, they hold bytecode: it takes longer to compile them than to run most programs.
     """
-    body = ast.parse(Path(__file__).with_name("calls.py").read_text(encoding="utf-8")).body
+    body, texts = ast.parse(Path(__file__).with_name("calls.py").read_text(encoding="utf-8")).body, {}
     end = next(index for index, node in enumerate(body) if getattr(node, "name", "") == "answer")
-    return tuple(ast.unparse(ast.Module(part, [])) for part in (body[: end + 1], body[:end] + body[end + 1 :]))
+    for side, part in (("answer", body[: end + 1]), ("test", body[:end] + body[end + 1 :])):
+        text, call = ast.unparse(ast.Module(part, [])), f"\n{side}(json.loads(sys.stdin.read()))\n"
+        code = b2a_base64(
+            marshal.dumps(compile(text, f"{side}.py", "exec", dont_inherit=True)), newline=False
+        ).decode()
+        texts[side, False] = text + call
+        texts[side, True] = f"import binascii, marshal\nexec(marshal.loads(binascii.a2b_base64({code!r}))){call}"
+    return texts
 
 
-_ANSWER, _TEST = _sides()
+_SIDES = _sides()
 
 
 def check_calls(sandbox: Any, program: str, tests: str, limits: Limits, header: str = "") -> Verdict:
@@ -441,8 +450,7 @@ def _foreseen_calls(sandbox: Any, tests: str, limits: Limits) -> tuple[str, list
 
 
 def _run(sandbox: Any, side: str, request: dict, limits: Limits) -> Execution:
-    text = _ANSWER if side == "answer" else _TEST
-    return sandbox.run(f"{text}\n{side}(json.loads(sys.stdin.read()))\n", json.dumps(request), limits)
+    return sandbox.run(_SIDES[side, getattr(sandbox, "same_interpreter", False)], json.dumps(request), limits)
 
 
 def _report(execution: Execution) -> dict:

@@ -112,6 +112,8 @@ class Sandbox:
         [`SandboxError`]: If bubblewrap is not installed or may not make namespaces here.
     """
 
+    same_interpreter = True  # runs programs, as the one that runs this
+
     def __init__(self, workers: int | None = None, limits: Limits | None = None):
         self.limits = limits or Limits()
         self.workers = workers or len(os.sched_getaffinity(0))

@@ -201,6 +201,8 @@ class PistonSandbox(_Mapping):
 class UnsafeSandbox(_Mapping):
     """Runs Python programs as ordinary processes of the user, with no isolation but a limit of time and of output."""
 
+    same_interpreter = True
+
     def __init__(self):
         self.limits = Limits()
         warnings.warn(
