@@ -106,6 +106,7 @@ def test_whole_study(study, model, recipe, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # a page of what there is, before the refreshes go on
         patch.setattr(sys, "argv", [*sys.argv, "--parts", "warm", "train", "analyze", "repair", "report"])
         study.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--parts", *study.PARTS, *study.FURTHER_PARTS])
     study.main()
     page, data = (
         (docs / "study-smollm2.md").read_text(),
