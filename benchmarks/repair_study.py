@@ -365,8 +365,8 @@ def baselines(run: Run) -> None:
                 measures.append(run.measure(model))
         setting, tensors = candidates[bench.choose(measures, MAX_DROP)]
         with held(bench.model, tensors) as model:
-            figures = bench.figures([run.score(model, "test")])
-        rows.append(row(run, label, "all", 1.0, setting, figures))
+            scores = run.score(model, "test")
+        rows.append(row(run, label, "all", 1.0, setting, bench.figures([scores])))
     run.write("baselines", rows)
 
 

@@ -485,8 +485,8 @@ def repair(run: Run) -> None:
             measures.append(bench.measure(model))
     share = SHARES[bench.bench.choose(measures, MAX_DROP)]
     with interpolated(bench.model, bench.before, share) as model:
-        figures = bench.bench.figures([bench.score(model, "test")])
-        losses = bench.losses(model)
+        scores, losses = bench.score(model, "test"), bench.losses(model)
+    figures = bench.bench.figures([scores])
     place = {"criterion": "interpolation", "scope": "all", "budget": 1.0, "step_rule": "optimal", "step": share}
     rows.append({**settings["labels"], **place, "protection": 0.0, **figures, "nats": nats(losses)})
     write_atomically(path, json.dumps({"schema_version": 1, "damage": damage, "rows": rows}, indent=1) + "\n")

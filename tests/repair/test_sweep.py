@@ -226,3 +226,13 @@ def test_several_runs_in_one_table():
         "| damage | mlp | 10%, 50% of it found | 1, 2 (best) | 30.0% [20.0, 40.0] | -0.50 | 3 | 1 | Pareto |" in table
     )
     assert "| 20.0% [0.0, 50.0] | -1.00 | 1 | 1 |" in Sweep([row(0, 0.2, -1.0, 1.0)]).to_table()
+
+
+def test_nothing_is_compared_with_the_weights_of_another_repair(bench):
+    from trl_interfere.repair.interpolation import interpolated
+
+    with interpolated(bench.model, bench.before, 0.5) as model:
+        scores = bench.score(model, "test")
+        with pytest.raises(ValueError, match="model: expected it as it is after the update, found .*mlp.* changed"):
+            bench.figures([scores])
+    assert bench.figures([scores])["recovered"] > 0

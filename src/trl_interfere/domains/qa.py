@@ -45,27 +45,26 @@ _QUESTION = re.compile(r"(.+?)\n\(A\)\s(.+?)\s\(B\)\s(.+?)\s\(C\)\s(.+?)\s\(D\)\
 _LETTER = re.compile(r"The answer is \(?([A-D])\)?")
 
 _OPEN, _CLOSE = r"[\s*_`$([{\\]*(?:(?:boxed|text|mathbf|mathrm|textbf)\s*\{\s*\(?)*", r"[\s*_`$)\]}]*"
-# After a letter: the end, a full stop, or the text of the option behind ")", ":", ".", a dash or a comma or in
-# parentheses; no other letter, and no "or".
-_OPTION = r"(?!(?:or|and|but|maybe|perhaps|possibly)\b|[A-Z]\b)(?![^\n]*\b(?:or|and)\s+\(?[A-Z]\b)\w[^\n]*"
-_REST = (
-    rf"{_CLOSE}(?:[.!]?{_CLOSE}$|[.:)][^\n]*$|,?\s+(?:because|since)\b[^\n]*$|\s*\({_OPTION}\)[.!]?{_CLOSE}$"
-    rf"|\s+[-–—]+\s+{_OPTION}$|,\s+(?=\w\w){_OPTION}$)"
-)
+# After a letter: the end, a reason, or the text of the option behind ")", ":", ".", a comma or a dash or in parentheses.
+_REST = rf"{_CLOSE}(?:(?:[.!]{_CLOSE})?$|[.:)]|,?\s+(?:because|since)\b|,\s+\w|\s[-–—]+\s|\s\()"
 _STATED = re.compile(
     rf"(?:answer|option|choice)\s*(?:is)?[\s*_]*:?\s*{_OPEN}(?:option\s+)?([A-Z])(?![A-Za-z']){_REST}", re.IGNORECASE
 )
-_MARKED = re.compile(r"answer\s*(?:is|:)|\\boxed|\b(?:option|choice)\s+is", re.IGNORECASE)
+_MARKED = re.compile(r"answer[\s*_]*(?:is|:)|\\boxed|\b(?:option|choice)\s+is", re.IGNORECASE)
 _ALONE = re.compile(rf"^{_OPEN}([A-Z])(?![A-Za-z']){_CLOSE}(?:[.!]?{_CLOSE}$|[.:)]\s*\S[^\n]*$)")
 _NAMED = re.compile(rf"(?:answer|option|choice)\s*(?:is)?[\s*_]*:?\s*{_OPEN}([A-Z])(?![A-Za-z'])", re.IGNORECASE)
-_BOXED = re.compile(
-    r"\\boxed\s*\{\s*(?:\\(?:text|mathrm|mathbf|textbf)\s*\{)?\s*\(?([A-Za-z])\)?"
-    r"(?:(?<=\))\s*|[.:]\s+)?(?:(?<=[).:\s])(?!(?:or|and)\b|[A-Z]\b)\w[^{}\n]*)?\s*\}?\s*\}"
-)
+_BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_BOXED = re.compile(rf"{_OPEN}([A-Z])(?![A-Za-z']){_REST}", re.IGNORECASE)
 # "Answer:" with the letter on the next line, and lines that speak of an answer and give none.
 _AWAITS = re.compile(r"(?:answer|option|choice)\s*(?:is)?[\s*_]*:?[\s*_]*$", re.IGNORECASE)
 _ABOUT = re.compile(r"\b(?:hope|this|my|your)\b[^.\n]*\banswer\b", re.IGNORECASE)
-_ANOTHER = re.compile(r"^\s*(?:[/,&+|]|or\b|and\b)\s*\(?[A-Z]\b", re.IGNORECASE)
+# What takes a letter back or adds another one: `{letter}` is one of the question's.
+_ANOTHER = r"\W*(?:(?i:or|but|maybe|perhaps|possibly)\b|{letter}(?=\W*$|[).:,]))|\W*[/,&+|(]\s*\(?[a-z]\)?\W*$"
+_HEDGE = (
+    r"\b(?i:or|maybe|perhaps|possibly|(?:may|might|could)\s+(?:also\s+)?be)\s+\(?{letter}"
+    r"|(?:^|[\s,;/])\(?{letter}[):]"
+)
+_ARTICLE = r"\b[AI]\s+(?!(?:and|are|can|could|is|may|might|or)\b)(?=[a-z])"
 
 
 def qa_domain(
@@ -203,8 +202,9 @@ def chosen_letter(text: str | None, n_options: int) -> str | None:
     Returns:
         `str`: The letter; `None` if none is chosen or there is no such option.
     """
+    letters, matches = ascii_uppercase[:n_options], []
     lines = [line.strip() for line in (text or "").strip()[-4000:].splitlines() if line.strip()]
-    if not lines:
+    if not lines or not letters:
         return None
     for place, line in enumerate(lines[:-1]):
         if (
@@ -213,33 +213,35 @@ def chosen_letter(text: str | None, n_options: int) -> str | None:
             and not _several_alone(lines[place + 1 :], n_options)
         ):
             lines[place] = f"{line.rstrip('*_: ')}: {lines[place + 1]}"
-    marked = [line for line in lines if _MARKED.search(line)]
-    while (
-        len(marked) > 1 and _ABOUT.search(marked[-1]) and not (_NAMED.search(marked[-1]) or _BOXED.search(marked[-1]))
-    ):
-        del marked[-1]
-    letter = None
+    marked = [line for line in lines if _MARKED.search(line) and not _gives_none(line, letters)]
     if marked:
-        boxed = _BOXED.findall(marked[-1])
-        stated = list(_STATED.finditer(marked[-1]))
-        if len({found.upper() for found in (*_NAMED.findall(marked[-1]), *boxed)}) > 1:
-            letter = None
-        elif boxed:
-            letter = boxed[-1]
-        elif stated and not _several(marked[-1][stated[-1].end(1) :]):
-            letter = stated[-1][1]
-    else:
-        for line in (lines[-1], lines[0]):
-            match = _ALONE.match(line)
-            if match and not _several(line[match.end(1) :]) and not _several_alone(lines, n_options):
-                letter = match[1]
-                break
-    return letter.upper() if letter and letter.upper() in ascii_uppercase[:n_options] else None
+        line = marked[-1]
+        boxed = [match for match in map(_BOXED.match, _BOX.findall(line)) if match]
+        matches = boxed or list(_STATED.finditer(line))
+        named = {letter.upper() for letter in (*_NAMED.findall(line), *(match[1] for match in boxed))}
+        matches = matches[-1:] if len(named) <= 1 else []
+    elif not _several_alone(lines, n_options):
+        matches = [match for match in map(_ALONE.match, (lines[0], lines[-1])) if match]
+    chosen = [match[1].upper() for match in matches if not _hedged(match, letters)]
+    return chosen[-1] if chosen and chosen[-1] in letters else None
 
 
-def _several(rest: str) -> bool:
-    """Whether the text behind a letter goes on with another one."""
-    return bool(_ANOTHER.match(rest.lstrip("*_`$)]} .:")))
+def _gives_none(line: str, letters: str) -> bool:
+    """Whether a line speaks of an answer, as in "I hope this answer is helpful", and names no letter."""
+    about = _ABOUT.search(line)
+    return bool(about) and not _STATED.search(line) and not re.search(rf"\b[{letters}]\b", line[about.end() :])
+
+
+def _hedged(match: re.Match, letters: str) -> bool:
+    """Whether the text behind a letter takes it back or goes on with another one."""
+    rest = match.string[match.end(1) :].lstrip("*_`$)]}").strip()
+    claim = re.split(r"\b(?:because|since)\b", rest, maxsplit=1)[0]
+    letter = rf"\b[{letters}](?![A-Za-z'])"
+    if re.match(_ANOTHER.format(letter=letter), rest) or re.search(_HEDGE.format(letter=letter), claim):
+        return True
+    # Text that no ")", ":" or full stop sets off may go on with anything.
+    sentence = re.split(r"[.!?]\s", claim, maxsplit=1)[0]
+    return rest[:1] in tuple(",(-–—") and re.search(letter, re.sub(_ARTICLE, "", sentence)) is not None
 
 
 def _several_alone(lines: list[str], n_options: int) -> bool:

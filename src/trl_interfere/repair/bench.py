@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
@@ -111,6 +112,8 @@ class RepairBench:
         self.peaks = {report.earlier: before} if peaks is None else peaks
         self.earlier, self.data, self.left_out = list(self.peaks), data, []
         self._kept: dict[Any, Any] = {}
+        name = [name for name, _ in model.named_parameters() if self.route_map.cut(name) is not None][-1]
+        self._mark = name, model.get_parameter(name).detach().clone()
         for name, scores in (known or {}).items():
             place = ("test", b"", b"") if name == "after" else ("peak", name, "test")
             self._kept[place] = scores if name == "after" else scores[name]
@@ -198,6 +201,12 @@ class RepairBench:
         order = np.argsort(routes)
         place = (key, routes[order].tobytes(), steps[order].tobytes())
         if place not in self._kept:
+            name, values = self._mark
+            if not torch.equal(self.model.get_parameter(name), values):
+                raise ValueError(
+                    f"model: expected it as it is after the update, found {name} changed: a repair is measured when "
+                    "the weights of another one have been put back"
+                )
             with rolled_back(self.model, self.before, self.route_map, routes, steps) as model:
                 self._kept[place] = function(model)
         return self._kept[place]
