@@ -45,7 +45,7 @@ _QUESTION = re.compile(r"(.+?)\n\(A\)\s(.+?)\s\(B\)\s(.+?)\s\(C\)\s(.+?)\s\(D\)\
 _LETTER = re.compile(r"The answer is \(?([A-D])\)?")
 
 _OPEN, _CLOSE = r"[\s*_`$([{\\]*(?:(?:boxed|text|mathbf|mathrm|textbf)\s*\{\s*\(?)*", r"[\s*_`$)\]}]*"
-# After a letter: the end, a reason, or the text of the option behind ")", ":", ".", a comma or a dash or in parentheses.
+# After a letter: the end, a reason, or the text of the option behind ")", ":", ".", a comma, a dash or "(".
 _REST = rf"{_CLOSE}(?:(?:[.!]{_CLOSE})?$|[.:)]|,?\s+(?:because|since)\b|,\s+\w|\s[-–—]+\s|\s\()"
 _STATED = re.compile(
     rf"(?:answer|option|choice)\s*(?:is)?[\s*_]*:?\s*{_OPEN}(?:option\s+)?([A-Z])(?![A-Za-z']){_REST}", re.IGNORECASE
@@ -191,7 +191,8 @@ def chosen_letter(text: str | None, n_options: int) -> str | None:
     The letter of the option that a text chooses.
 
     It is the one in the last line with "Answer:", "the answer is" or a box, or on the line behind such a line, or that
-    alone, or before its option, makes up the first or the last line. A line that names several letters chooses none.
+    alone, or before its option, makes up the first or the last line. A line that names several letters chooses none,
+    and nor does a letter behind which another one is offered, as in "C (or D)".
 
     Args:
         text (`str`, *optional*):
