@@ -48,15 +48,15 @@ _OPEN, _CLOSE = r"[\s*_`$([{\\]*(?:(?:boxed|text|mathbf|mathrm|textbf)\s*\{\s*\(
 # After a letter: the end, a reason, or the text of the option behind ")", ":", ".", a comma, a dash or "(".
 _REST = rf"{_CLOSE}(?:(?:[.!]{_CLOSE})?$|[.:)]|,?\s+(?:because|since)\b|,\s+\w|\s[-–—]+\s|\s\()"
 _STATED = re.compile(
-    rf"(?:answer|option|choice)\s*(?:is)?[\s*_]*:?\s*{_OPEN}(?:option\s+)?([A-Z])(?![A-Za-z']){_REST}", re.IGNORECASE
+    rf"(?:answer|option|choice)\s*(?:is)?[\s*_]{{0,9}}:?\s*{_OPEN}(?:option\s+)?([A-Z])(?![A-Za-z']){_REST}", re.IGNORECASE
 )
 _MARKED = re.compile(r"answer[\s*_]*(?:is|:)|\\boxed|\b(?:option|choice)\s+is", re.IGNORECASE)
 _ALONE = re.compile(rf"^{_OPEN}([A-Z])(?![A-Za-z']){_CLOSE}(?:[.!]?{_CLOSE}$|[.:)]\s*\S[^\n]*$)")
-_NAMED = re.compile(rf"(?:answer|option|choice)\s*(?:is)?[\s*_]*:?\s*{_OPEN}([A-Z])(?![A-Za-z'])", re.IGNORECASE)
+_NAMED = re.compile(rf"(?:answer|option|choice)\s*(?:is)?[\s*_]{{0,9}}:?\s*{_OPEN}([A-Z])(?![A-Za-z'])", re.IGNORECASE)
 _BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _BOXED = re.compile(rf"{_OPEN}([A-Z])(?![A-Za-z']){_REST}", re.IGNORECASE)
 # "Answer:" with the letter on the next line, and lines that speak of an answer and give none.
-_AWAITS = re.compile(r"(?:answer|option|choice)\s*(?:is)?[\s*_]*:?[\s*_]*$", re.IGNORECASE)
+_AWAITS = re.compile(r"(?:answer|option|choice)\s*(?:is)?[\s*_]{0,9}:?[\s*_]{0,9}$", re.IGNORECASE)
 _ABOUT = re.compile(r"\b(?:hope|this|my|your)\b[^.\n]*\banswer\b", re.IGNORECASE)
 # What takes a letter back or adds another one: `{letter}` is one of the question's.
 _ANOTHER = r"\W*(?:(?i:or|but|maybe|perhaps|possibly)\b|{letter}(?=\W*$|[).:,]))|\W*[/,&+|(]\s*\(?[a-z]\)?\W*$"
@@ -204,7 +204,7 @@ def chosen_letter(text: str | None, n_options: int) -> str | None:
         `str`: The letter; `None` if none is chosen or there is no such option.
     """
     letters, matches = ascii_uppercase[:n_options], []
-    lines = [line.strip() for line in (text or "").strip()[-4000:].splitlines() if line.strip()]
+    lines = [" ".join(line.split()) for line in (text or "").strip()[-4000:].splitlines() if line.strip()]
     if not lines or not letters:
         return None
     for place, line in enumerate(lines[:-1]):
