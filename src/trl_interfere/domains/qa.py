@@ -48,7 +48,8 @@ _OPEN, _CLOSE = r"[\s*_`$([{\\]*(?:(?:boxed|text|mathbf|mathrm|textbf)\s*\{\s*\(
 # After a letter: the end, a reason, or the text of the option behind ")", ":", ".", a comma, a dash or "(".
 _REST = rf"{_CLOSE}(?:(?:[.!]{_CLOSE})?$|[.:)]|,?\s+(?:because|since)\b|,\s+\w|\s[-–—]+\s|\s\()"
 _STATED = re.compile(
-    rf"(?:answer|option|choice)\s*(?:is)?[\s*_]{{0,9}}:?\s*{_OPEN}(?:option\s+)?([A-Z])(?![A-Za-z']){_REST}", re.IGNORECASE
+    rf"(?:answer|option|choice)\s*(?:is)?[\s*_]{{0,9}}:?\s*{_OPEN}(?:option\s+)?([A-Z])(?![A-Za-z']){_REST}",
+    re.IGNORECASE,
 )
 _MARKED = re.compile(r"answer[\s*_]*(?:is|:)|\\boxed|\b(?:option|choice)\s+is", re.IGNORECASE)
 _ALONE = re.compile(rf"^{_OPEN}([A-Z])(?![A-Za-z']){_CLOSE}(?:[.!]?{_CLOSE}$|[.:)]\s*\S[^\n]*$)")
