@@ -4,13 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from trl_interfere.analysis.claims import claims_table, report_claims
-from trl_interfere.analysis.plots import (
-    plot_damage_concentration,
-    plot_module_cosines,
-    plot_rollback,
-    plot_score_matrix,
-)
+from trl_interfere.analysis.plots import COLORS, plot_damage_concentration, plot_module_cosines, plot_score_matrix
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.analysis.stage_edits import StageEdits
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
@@ -218,10 +215,12 @@ def _of_seed(entry: dict[str, Any], repaired: str, figures: Path) -> list[str]:
                 f"domains ({_sizes(rollback)}), refreshes on all."
             )
         lines += ["", _repair_table(rollback, refreshes, entry["order"], repaired), ""]
-        shown = [row for row in rollback if row["recovered"] is not None]
+        shown = {_label(row): row["nats"] for row in rollback}
+        shown |= {_refresh_label(name, entry, repaired): entry["nats"] for name, entry in refreshes.items()}
+        shown = {label: share for label, share in shown.items() if share["recovered"] is not None}
         if shown:
-            plot_rollback(shown, repaired).savefig(figures / f"rollback-{seed}.png", dpi=110)
-            lines += [f"![Recovered score](figures/study-smollm2/rollback-{seed}.png)", ""]
+            plot_shares(shown, repaired).savefig(figures / f"rollback-{seed}.png", dpi=110)
+            lines += [f"![Recovered nats](figures/study-smollm2/rollback-{seed}.png)", ""]
     return lines
 
 
@@ -269,21 +268,58 @@ def _repair_table(rollback: Rows, refreshes: dict[str, Any], order: list[str], r
     ]
     for row in rollback:
         protection = f", protection {row['protection']:g}" if row["protection"] else ""
-        routes = "all weights" if row["scope"] == "all" else f"{100 * row['budget']:g}% of {row['scope']}"
         best = " (best)" if row["step_rule"] == "optimal" else ""
         changes = {**row["changes"], **row["own_changes"]}
         cells = [_change(changes[name]) for name in others]
         lines.append(
-            f"| `{row['criterion']}`{protection} | {routes} | {row['step']:g}{best} | {_share(row)} | "
+            f"| `{row['criterion']}`{protection} | {_routes(row)} | {row['step']:g}{best} | {_share(row)} | "
             f"{_share(row['nats'])} | " + " | ".join(cells) + " |"
         )
     for name, entry in refreshes.items():
         cells = [_change(entry["changes"][other]) for other in others]
-        label = f"refresh of {name}, {entry['steps']} steps" + ("" if name == repaired else " (control)")
+        label = _refresh_label(name, entry, repaired)
         lines.append(
             f"| {label} | all weights | | {_share(entry)} | {_share(entry['nats'])} | " + " | ".join(cells) + " |"
         )
     return "\n".join(lines)
+
+
+def _routes(row: dict[str, Any]) -> str:
+    return "all weights" if row["scope"] == "all" else f"{100 * row['budget']:g}% of {row['scope']}"
+
+
+def _label(row: dict[str, Any]) -> str:
+    return f"{row['criterion']}, {_routes(row)}, α = {row['step']:g}"
+
+
+def _refresh_label(name: str, entry: dict[str, Any], repaired: str) -> str:
+    return f"refresh of {name}, {entry['steps']} steps" + ("" if name == repaired else " (control)")
+
+
+def plot_shares(shares: dict[str, dict[str, float]], repaired: str) -> Figure:
+    """
+    Recovered shares of the nats that a right answer has lost, each with its 95% interval.
+
+    Args:
+        shares (`dict[str, dict]`):
+            `recovered`, `low` and `high` of each repair.
+        repaired (`str`):
+            Name of the repaired domain.
+
+    Returns:
+        [`matplotlib.figure.Figure`]: The figure.
+    """
+    figure = Figure(figsize=(7.5, 1.2 + 0.28 * len(shares)), layout="constrained")
+    axes = figure.subplots()
+    for position, share in enumerate(reversed(shares.values())):
+        value, low, high = (100 * share[name] for name in ("recovered", "low", "high"))
+        axes.errorbar(
+            value, position, xerr=[[value - low], [high - value]], color=COLORS[0], marker="o", markersize=4, capsize=2
+        )
+    axes.set_yticks(range(len(shares)), list(reversed(shares)), fontsize=8)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel(f"recovered share of the nats that a right answer of {repaired} has lost (%)")
+    return figure
 
 
 def _draws(rollback: Rows) -> str:

@@ -393,11 +393,15 @@ def sweep(
     budgets: Annotated[str, typer.Option(help="Shares of the routes, separated by commas.")] = "0.02,0.08,0.32",
     scopes: Annotated[str, typer.Option(help="mlp, attention, joint, separated by commas.")] = "mlp",
     steps: Annotated[
-        str, typer.Option(help="Steps that the best one is chosen from, separated by commas.")
-    ] = "0.5,1,1.5,2,2.5,3,4",
+        str | None,
+        typer.Option(help="Steps that the best is chosen from, separated by commas. Defaults to seven, 0.5 to 4."),
+    ] = None,
     protections: Annotated[
-        str, typer.Option(help="Weights that the best protection is chosen from, separated by commas.")
-    ] = "0.5,0.75,1,1.5",
+        str | None,
+        typer.Option(
+            help="Weights that the best protection is chosen from, separated by commas. Defaults to four, 0.5 to 1.5."
+        ),
+    ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Draws of each random control.")] = 5,
     max_drop: Annotated[
         float, typer.Option(min=0, help="Points that no other domain may lose on the selection split.")
@@ -414,7 +418,7 @@ def sweep(
     from .repair.choice import locate_checkpoint
     from .repair.criteria import CRITERIA
     from .repair.plots import plot_sweep
-    from .repair.sweep import Sweep, check_settings, rankable
+    from .repair.sweep import PROTECTIONS, STEPS, Sweep, check_settings, rankable
     from .repair.sweep import sweep as run_sweep
     from .training.manifest import write_atomically
 
@@ -435,9 +439,8 @@ def sweep(
     else:
         names = listed(criteria, "criteria")
     shares, parts = listed(budgets, "budgets", float), listed(scopes, "scopes")
-    tried, weights = (
-        tuple(listed(text, name, float)) for text, name in ((steps, "steps"), (protections, "protections"))
-    )
+    tried = STEPS if steps is None else tuple(listed(steps, "steps", float))
+    weights = PROTECTIONS if protections is None else tuple(listed(protections, "protections", float))
     if len(found) > 1 and (before is not None or after is not None):
         raise ValueError("--before, --after: expected one --report with them, each of several reports names its own")
     if len({entry.earlier for entry in found}) > 1:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from ..evaluation.score_matrix import ScoreMatrix
 from .report import InterferenceReport
@@ -363,14 +365,30 @@ def plot_rollback(rows: list[dict[str, Any]], earlier: str) -> Figure:
     right.axhline(0, color="grey", linewidth=0.8)
     right.axhline(100, color="grey", linewidth=0.8, linestyle=":")
     if shown:
-        right.set_xscale("log")
-        right.xaxis.set_major_formatter("{x:g}")
+        budget_axis(right, [row["budget"] for row in shown])
         figure.legend(loc="outside right upper", fontsize=8)
     else:
         right.text(0.5, 0.5, "no score was lost", transform=right.transAxes, ha="center")
     right.set_xlabel("share of MLP routes rolled back (%)")
     right.set_title("step chosen on the selection split", fontsize=10)
     return figure
+
+
+def budget_axis(axes: Axes, budgets: list[float]) -> None:
+    """
+    A logarithmic axis of budgets in percent, with a tick at each of them and nowhere else.
+
+    Args:
+        axes ([`matplotlib.axes.Axes`]):
+            Where the budgets are drawn from left to right.
+        budgets (`list[float]`):
+            Shares.
+    """
+    axes.set_xscale("log")
+    axes.set_xticks(sorted({100 * budget for budget in budgets}))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="x", labelsize=8)
 
 
 # Figures of one report, by the name of their file.

@@ -5,8 +5,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..analysis.plots import COLORS
+from ..analysis.plots import COLORS, budget_axis
 from .sweep import CONTROLS, averaged, by_repair, pareto
+
+
+_MARKERS = {"mlp": "o", "joint": "s", "attention": "^"}
 
 
 def plot_sweep(rows: list[dict[str, Any]], title: str = "") -> Figure:
@@ -29,9 +32,10 @@ def plot_sweep(rows: list[dict[str, Any]], title: str = "") -> Figure:
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     groups = _grouped(best, ("criterion", "scope"))
+    colors = dict(zip(dict.fromkeys(row["criterion"] for row in best), COLORS * 2, strict=False))
     for number, ((criterion, scope), members) in enumerate(groups.items()):
-        color = COLORS[number % len(COLORS)]
-        style = {"linestyle": ":" if criterion in CONTROLS else "-", "marker": "o" if scope == "mlp" else "s"}
+        color = colors[criterion]
+        style = {"linestyle": ":" if criterion in CONTROLS else "-", "marker": _MARKERS[scope]}
         points = []
         for (budget,), same in sorted(_grouped(members, ("budget",)).items()):
             values = [100 * row["recovered"] for row in same]
@@ -47,8 +51,7 @@ def plot_sweep(rows: list[dict[str, Any]], title: str = "") -> Figure:
         left.errorbar(shifted, table[:, 1], yerr=bars, color=color, markersize=4, capsize=2, label=label, **style)
         right.plot(table[:, 4], table[:, 1], color=color, markersize=4, linestyle="", marker=style["marker"])
     if best:
-        left.set_xscale("log")
-        left.xaxis.set_major_formatter("{x:g}")
+        budget_axis(left, [row["budget"] for row in best])
         figure.legend(loc="outside right upper", fontsize=7)
     else:
         left.text(0.5, 0.5, "no score was lost", transform=left.transAxes, ha="center")
