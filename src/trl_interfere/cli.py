@@ -492,7 +492,8 @@ def refresh(
     domain: Annotated[str, typer.Option(help="Domain to refresh.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the refresh.")] = 10,
     learning_rate: Annotated[
-        float | None, typer.Option(min=0, help="Learning rate of the refresh. Defaults to that of the training.")
+        float | None,
+        typer.Option(min=0, help="Learning rate of the refresh. Defaults to that of the domain's stages."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder or Hub id, if it was given to `train`.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder of the run; over the one in the file.")] = None,

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from trl_interfere.domains.checkable import unsupported
 from trl_interfere.domains.code import CodeReward, _klear_tests, code_domain, extract_program
-from trl_interfere.domains.program_tests import check_calls, unsupported
+from trl_interfere.domains.program_tests import check_calls
 from trl_interfere.domains.sandbox import Execution, Limits, SandboxError
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from datasets import Dataset
 
+from .checkable import program_names, unsupported
 from .domain import Domain
 from .extras import package_file
-from .program_tests import Verdict, check_calls, check_output, program_names, unsupported
+from .program_tests import Verdict, check_calls, check_output
 from .rewards import answer_text
 from .sandbox import Limits
 from .sandboxes import check_sandbox, open_sandbox
