@@ -2,6 +2,7 @@
 What SequentialGRPOTrainer costs over a hand-written loop of GRPOTrainers.
 
     python benchmarks/trainer_overhead.py --pairs 3 --steps 20
+    python benchmarks/trainer_overhead.py --pairs 1 --steps 4 --device cuda --shape qwen3-1.7b --threads 16
 
 Side A trains the lab model on three lab domains with one `SequentialGRPOTrainer` in one process. Side B does the same
 with plain `trl.GRPOTrainer`s, one after the other in fresh processes, each starting from the weights that the one
@@ -12,6 +13,11 @@ Time is that from the beginning of the first to the end of the last optimizer st
 that both sides have, divided by the number of steps: generation, rewards, forward, backward, optimizer and logging.
 Imports, construction, checkpoints (none are written), scoring (there is none) and saving a stage are not in it. Memory
 is the peak resident memory of the process, of the largest one on side B; imports are most of it with this small model.
+
+`--shape` trains random weights of a larger shape in bfloat16, optimizer included, with gradient checkpointing. With
+`--device cuda` memory is what is allocated on the accelerator at its peak, and both sides set `full_determinism`,
+without which two runs of the same do not end with the same weights there; the first step of a stage does not count.
+The reward is then one that differs between nearly any two completions, whatever the model says.
 
 Prints a line per pair, and on the last line the medians over pairs of A / B as one JSON object. Where other programs
 use the same cores, wall-clock time is mostly theirs: the lines give the ratio of processor time as well.
@@ -33,31 +39,31 @@ DOMAINS = ["code", "math", "writing"]
 SEED = 0
 
 
-def settings(folder: Path, steps: int, batch: int) -> dict:
+def settings(folder: Path, arguments: argparse.Namespace) -> dict:
     """
     Options that both sides share.
 
     Args:
         folder (`pathlib.Path`):
             Folder of the run.
-        steps (`int`):
-            Optimizer steps of a stage.
-        batch (`int`):
-            Completions of a step.
+        arguments (`argparse.Namespace`):
+            What the benchmark was called with.
 
     Returns:
         `dict`: Options of [`~trl.GRPOConfig`].
     """
     return {
         "output_dir": str(folder),
-        "max_steps": steps,
+        "max_steps": arguments.steps,
         "learning_rate": 1e-4,
-        "per_device_train_batch_size": batch,
+        "per_device_train_batch_size": arguments.batch,
         "num_generations": 8,
-        "max_completion_length": 16,
+        "max_completion_length": arguments.completion,
         "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
+        "use_cpu": arguments.device == "cpu",
+        "full_determinism": arguments.device != "cpu",
+        "gradient_checkpointing": arguments.shape is not None,
+        "model_init_kwargs": {"dtype": "float32" if arguments.shape is None else "bfloat16"},
         "save_strategy": "no",
         "logging_steps": 1,
         "report_to": [],
@@ -80,13 +86,13 @@ def work(arguments: argparse.Namespace) -> None:
     imported = peak_memory()
 
     class Clock(TrainerCallback):
-        """Wall-clock and processor time from the first step of a stage to its last."""
+        """Wall-clock and processor time of the steps of a stage."""
 
         def __init__(self):
             self.wall = self.processor = 0.0
 
         def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 0:
+            if state.global_step == skipped(arguments):
                 self.began = time.perf_counter(), time.process_time()
 
         def on_step_end(self, args, state, control, **kwargs):
@@ -94,14 +100,18 @@ def work(arguments: argparse.Namespace) -> None:
                 self.wall += time.perf_counter() - self.began[0]
                 self.processor += time.process_time() - self.began[1]
 
+    def of_ids(completion_ids, **kwargs):
+        return [sum(ids) % 97 / 97 for ids in completion_ids]
+
+    rewards = REWARDS if arguments.shape is None else dict.fromkeys(DOMAINS, of_ids)
     clock = Clock()
-    options = settings(arguments.worker, arguments.steps, arguments.batch)
+    options = settings(arguments.worker, arguments)
     if arguments.stage is None:
         trainer = SequentialGRPOTrainer(
             model=str(arguments.model),
             args=SequentialGRPOConfig(**options, seed=SEED),
             domains=[
-                Domain(name, Dataset.from_list(lab_rows(name, "train", arguments.rows)), REWARDS[name])
+                Domain(name, Dataset.from_list(lab_rows(name, "train", arguments.rows)), rewards[name])
                 for name in DOMAINS
             ],
             callbacks=[clock],
@@ -111,7 +121,7 @@ def work(arguments: argparse.Namespace) -> None:
         trainer = GRPOTrainer(
             model=str(arguments.model),
             args=GRPOConfig(**options, seed=SEED + arguments.stage),
-            reward_funcs=REWARDS[name],
+            reward_funcs=rewards[name],
             train_dataset=Dataset.from_list(lab_rows(name, "train", arguments.rows)),
             callbacks=[clock],
         )
@@ -119,8 +129,14 @@ def work(arguments: argparse.Namespace) -> None:
     trainer.train()
     if arguments.stage is not None:
         trainer.save_model()
-    figures = {"wall": clock.wall, "processor": clock.processor, "imported": imported, "peak": peak_memory()}
+    peak = peak_memory() if arguments.device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+    figures = {"wall": clock.wall, "processor": clock.processor, "imported": imported, "peak": peak}
     (arguments.worker / "figures.json").write_text(json.dumps(figures))
+
+
+def skipped(arguments: argparse.Namespace) -> int:
+    """Steps of a stage that do not count: the first one on an accelerator, which sets up what a process needs once."""
+    return int(arguments.device != "cpu")
 
 
 def peak_memory() -> float:
@@ -133,6 +149,8 @@ def start(folder: Path, model: Path, stage: int | None, arguments: argparse.Name
     folder.mkdir(parents=True)
     command = [sys.executable, __file__, "--worker", str(folder), "--model", str(model)]
     command += ["--steps", str(arguments.steps), "--batch", str(arguments.batch), "--rows", str(arguments.rows)]
+    command += ["--device", arguments.device, "--completion", str(arguments.completion)]
+    command += [] if arguments.shape is None else ["--shape", arguments.shape]
     command += ["--cores", *map(str, cores)] + ([] if stage is None else ["--stage", str(stage)])
     # Threads must be known before the first import of a library that starts some.
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores)), "TOKENIZERS_PARALLELISM": "false"}
@@ -159,6 +177,17 @@ def loop(folder: Path, arguments: argparse.Namespace, cores: list[int]) -> tuple
     return {name: how(part[name] for part in parts) for name, how in combine.items()}, folders
 
 
+def written(arguments: argparse.Namespace, folder: Path) -> Path:
+    """A model of the shape, with random weights."""
+    import torch
+    from shapes import save_random
+
+    save_random(arguments.shape, folder, torch.bfloat16, arguments.device, arguments.layers)
+    if arguments.device != "cpu":
+        torch.cuda.empty_cache()
+    return folder
+
+
 def assert_same(first: Path, second: Path) -> None:
     import torch
     from safetensors.torch import load_file
@@ -177,6 +206,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000, help="training prompts of a domain")
     parser.add_argument("--threads", type=int, default=1, help="cores that both sides are pinned to")
     parser.add_argument("--model", type=Path, default=None, help="folder of a model. Defaults to that of the lab")
+    parser.add_argument("--completion", type=int, default=16, help="tokens of a completion at most")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--shape", default=None, help="random weights of this shape instead of a model")
+    parser.add_argument("--layers", type=int, default=None, help="layers, if fewer than those of the shape")
     for name, kind in (
         ("--worker", {"type": Path}),
         ("--stage", {"type": int}),
@@ -188,14 +221,16 @@ def main() -> None:
         os.sched_setaffinity(0, arguments.cores)
         work(arguments)
         return
-    if arguments.model is None:
+    if arguments.shape is None and arguments.model is None:
         from trl_interfere.lab.build import MODEL_FOLDER
 
         arguments.model = MODEL_FOLDER
     cores = sorted(os.sched_getaffinity(0))[-arguments.threads :]
-    steps = arguments.steps * len(DOMAINS)
+    steps = (arguments.steps - skipped(arguments)) * len(DOMAINS)
     ratios = []
     with tempfile.TemporaryDirectory() as scratch:
+        if arguments.shape is not None:
+            arguments.model = written(arguments, Path(scratch) / "model")
         for pair in range(arguments.pairs):
             ours, our_stages = sequential(Path(scratch) / f"{pair}-a", arguments, cores)
             theirs, their_stages = loop(Path(scratch) / f"{pair}-b", arguments, cores)

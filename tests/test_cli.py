@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny_runs import DEVICE
 
 from trl_interfere import InterferenceReport
 from trl_interfere.cli import main
@@ -59,7 +60,7 @@ def content(tmp_path) -> dict:
             "num_generations": 4,
             "max_completion_length": 12,
             "bf16": False,
-            "use_cpu": True,
+            **DEVICE,
             "gradient_checkpointing": False,
             "report_to": [],
             "disable_tqdm": True,

@@ -1,5 +1,7 @@
 """Runs of seconds on the lab's model, for the tests of the trainer."""
 
+import os
+
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -11,6 +13,9 @@ from trl_interfere.lab.math import math_reward
 from trl_interfere.training.schedule import Stage
 
 
+# `TEST_DEVICE=cuda` trains on an accelerator instead, where runs repeat to the bit only if they are asked to.
+ON_CPU = os.environ.get("TEST_DEVICE", "cpu") == "cpu"
+DEVICE = {"use_cpu": ON_CPU, "full_determinism": not ON_CPU}
 SETTINGS = {
     "max_steps": 3,
     "learning_rate": 1e-3,
@@ -18,7 +23,7 @@ SETTINGS = {
     "num_generations": 4,
     "max_completion_length": 8,
     "bf16": False,
-    "use_cpu": True,
+    **DEVICE,
     "gradient_checkpointing": False,
     "report_to": [],
     "disable_tqdm": True,

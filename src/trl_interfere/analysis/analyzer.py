@@ -36,6 +36,7 @@ from .objectives import ForwardKL, Objective, grpo, nll
 from .overlap import overlaps
 from .references import References, collect_references, collect_rollouts
 from .report import InterferenceReport
+from .room import Room
 from .routes import RouteMap
 from .subspace import conflict_subspace, random_update
 from .updates import identical_when_stored, update_statistics
@@ -103,7 +104,8 @@ class InterferenceAnalyzer:
             if model is not None:
                 _check_same_shape(before, model, label)
         self.route_map = RouteMap(before.config, description)
-        if all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)):
+        pairs = zip(before.parameters(), after.parameters(), strict=True)
+        if all(torch.equal(a, b.to(a.device)) for a, b in pairs):
             raise ValueError(f"{_name(before)} and {_name(after)} are identical: there is no update to analyse")
 
     @classmethod
@@ -326,13 +328,13 @@ class InterferenceAnalyzer:
                 activity[name] = meter.activity()
             else:
                 losses[name], halves[name] = self._half_gradients(entry, objective)
-        products = GradientProducts(halves)
+        products = GradientProducts(halves, self.before.device)
         gradient = None
         if config.objective == "nll":
             gradient, *rest = halves[earlier.name]
             for part in rest:
                 for name, tensor in part.items():
-                    gradient[name] += tensor
+                    gradient[name] += tensor.to(gradient[name].device)
             loss_before = losses
         else:
             loss_before = {name: mean_loss(self.before, entry.mine) for name, entry in batches.items()}
@@ -445,11 +447,16 @@ class InterferenceAnalyzer:
         }
 
     def _half_gradients(self, batches: _DomainBatches, objective: Objective) -> tuple[float, list[Tensors]]:
-        # On an accelerator the gradients of all domains would not fit; in host memory they often do.
-        device = None if self.before.device.type == "cpu" else "cpu"
-        tokens = num_tokens(batches.mine)
-        parts = [mean_gradient(self.before, half, objective, tokens, device) for half in batches.halves]
-        return sum(loss for loss, _ in parts), [gradient for _, gradient in parts]
+        tokens, total, gradients = num_tokens(batches.mine), 0.0, []
+        for half in batches.halves:
+            room = Room(self.before)
+            loss, gradient = mean_gradient(self.before, half, objective, tokens)
+            # The way to host memory and back can take as long as a pass.
+            if not room.for_another():
+                gradient = {name: gradient.pop(name).cpu() for name in list(gradient)}
+            total += loss
+            gradients.append(gradient)
+        return total, gradients
 
     def _subspace(self, path: UpdatePath, references: References, step: float) -> tuple[dict, np.ndarray]:
         config, route_map = self.config, self.route_map

@@ -147,8 +147,9 @@ def dot(route_map: RouteMap, first: Direction, second: Direction, consume: bool 
     """
     Inner product of two vectors over all parameters, split by route.
 
-    Products of half-precision tensors are taken in float32. Sums are in float64, but for those over the last axis of
-    tensors outside routes: rows of embeddings are summed in the type of the products, and then in float64.
+    Products are taken on the accelerator if one of both tensors lies there, those of half precision in float32. Sums
+    are in float64, but for those over the last axis of tensors outside routes: rows of embeddings are summed in the
+    type of the products, and then in float64.
 
     Args:
         route_map ([`RouteMap`]):
@@ -167,6 +168,7 @@ def dot(route_map: RouteMap, first: Direction, second: Direction, consume: bool 
     def product(name: str) -> torch.Tensor:
         a, b = first[name], second[name]
         dtype = torch.float32 if torch.finfo(a.dtype).bits < 32 else a.dtype
+        a = a.to(b.device) if a.device.type == "cpu" else a
         b = b.to(a.device, dtype)
         product = a.mul_(b) if consume and a.dtype == dtype else a.to(dtype) * b
         # The sum of a whole tensor is all that is asked for outside routes, and float64 makes that of an embedding

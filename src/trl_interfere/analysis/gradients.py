@@ -74,7 +74,6 @@ def mean_gradient(
     batches: Batches,
     objective: Objective = nll,
     tokens: int | None = None,
-    device: torch.device | str | None = None,
 ) -> tuple[float, Tensors]:
     """
     Gradient of [`mean_loss`] with respect to every parameter.
@@ -91,8 +90,6 @@ def mean_gradient(
         tokens (`int`, *optional*):
             Number of tokens that the sum is divided by. Defaults to those of `batches`; with those of a larger set,
             the parts of disjoint subsets sum to the gradient of the whole.
-        device (`torch.device` or `str`, *optional*):
-            Where to keep the gradient. Defaults to the devices of the parameters.
 
     Returns:
         `tuple[float, dict[str, torch.Tensor]]`: The loss in nats per token, and the gradient by parameter name.
@@ -109,8 +106,7 @@ def mean_gradient(
     for name, parameter in model.named_parameters():
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
         parameter.grad = None
-        found = reduce(found, "sum") if shared else found
-        gradient[name] = found if device is None else found.to(device)
+        gradient[name] = reduce(found, "sum") if shared else found
     return float(reduce(total, "sum") if shared else total), gradient
 
 
