@@ -90,6 +90,7 @@ def ceilings(arguments: argparse.Namespace, figures: dict) -> dict[str, float]:
         "tflops": 2 * size**3 / best(lambda: a @ b) / 1e12,
         "device_copy_gb_per_s": 2 * bytes_of / best(lambda: other.copy_(block)) / GB,
         "to_host_gb_per_s": bytes_of / best(lambda: block.to("cpu")) / GB,
+        "to_the_same_host_memory_gb_per_s": bytes_of / best(lambda: host.copy_(block)) / GB,
         "from_host_gb_per_s": bytes_of / best(lambda: host.to(device)) / GB,
     }
     print("ceilings: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
@@ -131,20 +132,23 @@ def agreement(arguments: argparse.Namespace, figures: dict) -> dict[str, dict[st
         before, after = (copy.deepcopy(model).to(device, dtype) for model in (start, end))
         if settings.get("offload"):
             after = after.to("cpu")
-        config = InterferenceConfig(
-            reference="dataset", reference_column="answer", max_prompts=64, difference_step=0.05, **settings
-        )
+        config = InterferenceConfig(reference="dataset", reference_column="answer", max_prompts=64, **settings)
         analyzer = InterferenceAnalyzer(before, after, tokenizer, base=copy.deepcopy(start).to(dtype), config=config)
         return analyzer.analyze(*domains)
 
-    expected = analyzed("cpu", torch.float64, subspace_size=2)
+    expected = analyzed("cpu", torch.float64, subspace_size=2, difference_step=0.05)
     found = {}
     for label, device, dtype, settings in (
-        ("processor, float32", "cpu", torch.float32, {}),
-        ("float32", arguments.device, torch.float32, {"subspace_size": 2}),
-        ("float32, offload", arguments.device, torch.float32, {"offload": True}),
-        ("float32, checkpointing", arguments.device, torch.float32, {"gradient_checkpointing": True}),
-        ("bfloat16", arguments.device, torch.bfloat16, {}),
+        ("processor, float32", "cpu", torch.float32, {"difference_step": 0.05}),
+        ("float32", arguments.device, torch.float32, {"difference_step": 0.05, "subspace_size": 2}),
+        ("float32, offload", arguments.device, torch.float32, {"difference_step": 0.05, "offload": True}),
+        (
+            "float32, checkpointing",
+            arguments.device,
+            torch.float32,
+            {"difference_step": 0.05, "gradient_checkpointing": True},
+        ),
+        ("bfloat16", arguments.device, torch.bfloat16, {}),  # with the step that follows its rounding
     ):
         report = analyzed(device, dtype, **settings)
         errors = {

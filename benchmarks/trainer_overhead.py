@@ -112,12 +112,12 @@ def work(arguments: argparse.Namespace) -> None:
             args=SequentialGRPOConfig(**options, seed=SEED),
             domains=[
                 Domain(name, Dataset.from_list(lab_rows(name, "train", arguments.rows)), rewards[name])
-                for name in DOMAINS
+                for name in arguments.domains
             ],
             callbacks=[clock],
         )
     else:
-        name = DOMAINS[arguments.stage]
+        name = arguments.domains[arguments.stage]
         trainer = GRPOTrainer(
             model=str(arguments.model),
             args=GRPOConfig(**options, seed=SEED + arguments.stage),
@@ -150,6 +150,7 @@ def start(folder: Path, model: Path, stage: int | None, arguments: argparse.Name
     command = [sys.executable, __file__, "--worker", str(folder), "--model", str(model)]
     command += ["--steps", str(arguments.steps), "--batch", str(arguments.batch), "--rows", str(arguments.rows)]
     command += ["--device", arguments.device, "--completion", str(arguments.completion)]
+    command += ["--domains", *arguments.domains]
     command += [] if arguments.shape is None else ["--shape", arguments.shape]
     command += ["--cores", *map(str, cores)] + ([] if stage is None else ["--stage", str(stage)])
     # Threads must be known before the first import of a library that starts some.
@@ -163,13 +164,13 @@ def start(folder: Path, model: Path, stage: int | None, arguments: argparse.Name
 def sequential(folder: Path, arguments: argparse.Namespace, cores: list[int]) -> tuple[dict, list[Path]]:
     """Side A: its figures, and the folders of its stages."""
     figures = start(folder, arguments.model, None, arguments, cores)
-    return figures, [folder / "stages" / f"{index}-{name}" for index, name in enumerate(DOMAINS, start=1)]
+    return figures, [folder / "stages" / f"{index}-{name}" for index, name in enumerate(arguments.domains, start=1)]
 
 
 def loop(folder: Path, arguments: argparse.Namespace, cores: list[int]) -> tuple[dict, list[Path]]:
     """Side B: its figures, summed or the largest of its processes, and the folders of its stages."""
     parts, folders, model = [], [], arguments.model
-    for stage, name in enumerate(DOMAINS):
+    for stage, name in enumerate(arguments.domains):
         folders.append(folder / name)
         parts.append(start(folders[-1], model, stage, arguments, cores))
         model = folders[-1]
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--shape", default=None, help="random weights of this shape instead of a model")
     parser.add_argument("--layers", type=int, default=None, help="layers, if fewer than those of the shape")
+    parser.add_argument("--domains", nargs="+", default=DOMAINS, help="domains (default: %(default)s)")
     for name, kind in (
         ("--worker", {"type": Path}),
         ("--stage", {"type": int}),
@@ -226,7 +228,7 @@ def main() -> None:
 
         arguments.model = MODEL_FOLDER
     cores = sorted(os.sched_getaffinity(0))[-arguments.threads :]
-    steps = (arguments.steps - skipped(arguments)) * len(DOMAINS)
+    steps = (arguments.steps - skipped(arguments)) * len(arguments.domains)
     ratios = []
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.shape is not None:

@@ -85,7 +85,7 @@ def build(folder, domains=None, callbacks=None, peft_config=None, **settings) ->
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in trainer.model.state_dict().items()}
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
