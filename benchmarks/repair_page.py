@@ -228,7 +228,9 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
         "",
         "One set of routes for all earlier domains that were damaged; each route goes back to the checkpoint of "
         "the domain "
-        "that it harms most. Recovered is the share of all points that these domains have lost together.",
+        "that it harms most. Recovered is the share of all points that these domains have lost together. "
+        "The step may "
+        "cost no domain more than a point on the selection split, those that are repaired among them.",
         "",
         _joint_table(parts["joint"]),
         "",
@@ -513,24 +515,19 @@ def _joint_table(rows: Rows) -> str:
     if not rows:
         return "Not measured yet."
     lines = [
-        "| criterion | weights | budget | recovered of all | by domain | worst other | change of the mean score "
-        "| runs |",
+        "| criterion | weights | budget | recovered of all | change of each, points | worst other | change of the mean "
+        "score | runs |",
         "| --- | --- | ---: | --- | --- | --- | --- | ---: |",
     ]
     groups: dict[tuple, Rows] = {}
     for row in rows:
         groups.setdefault((row["criterion"], row["weights"], row["budget"]), []).append(row)
     for (criterion, weights, budget), same in groups.items():
-        domains = dict.fromkeys(name for row in same for name in row["by_domain"])
-        found = {
-            name: [
-                row["by_domain"][name]["recovered"]
-                for row in same
-                if row["by_domain"].get(name, {}).get("recovered") is not None
-            ]
-            for name in domains
-        }
-        by_domain = ", ".join(f"{name} {100 * _mean(shares):.0f}% (n={len(shares)})" for name, shares in found.items())
+        changes: dict[str, list[float]] = {}
+        for row in same:
+            for name, change in row["own_changes"].items():
+                changes.setdefault(name, []).append(change["value"])
+        by_domain = ", ".join(f"{name} {_mean(found):+.1f} (n={len(found)})" for name, found in changes.items())
         shares = [row["recovered"] for row in same if row["recovered"] is not None]
         worst = [row["worst"] for row in same if row["worst"] is not None]
         mean = [row["mean_score"] for row in same]

@@ -313,7 +313,7 @@ def rollback(
     later_weight: Annotated[float, typer.Option(help="Weight of the later domains' losses in a search.")] = 1.0,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="Points that a searched step may cost a later domain; it repairs most among these."),
+        typer.Option(help="Points that a searched step may cost a domain; it repairs most among these."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Parts in which the budget is spent (--config).")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the random criteria.")] = 0,
@@ -404,7 +404,7 @@ def sweep(
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Draws of each random control.")] = 5,
     max_drop: Annotated[
-        float, typer.Option(min=0, help="Points that no other domain may lose on the selection split.")
+        float, typer.Option(min=0, help="Points that no domain may lose on the selection split.")
     ] = 1.0,
     threads: Threads = _CORES,
 ) -> None:

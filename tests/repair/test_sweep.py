@@ -83,6 +83,8 @@ def test_choose(bench):
     assert bench.choose(candidates, 0.0) == 0
     assert bench.choose(candidates, 5.0) == 2
     assert bench.choose(candidates[2:] + [{"math": 40.0, "qa": 60.0}], 1.0) == 0  # none is allowed: the mean
+    bench.earlier = ["math", "qa"]  # neither may pay for the other
+    assert bench.choose([{"math": 50.0, "qa": 70.0}, {"math": 80.0, "qa": 65.0}], 1.0) == 0
 
 
 def test_controls_are_drawn_several_times(bench):

@@ -223,9 +223,10 @@ class RepairBench:
         """
         The candidate that repairs most and spares the others.
 
-        Among those with no other domain more than `max_drop` points below its value after the update, the one with the
+        Among those with no domain more than `max_drop` points below its value after the update, the one with the
         highest mean over the damaged domains; if there are none, the one with the highest mean over all domains. A
-        choice by the damaged domain alone would take any step that pays with another one.
+        choice by the damaged domains alone would take any step that pays with another one, and of several damaged
+        domains the one that has lost much would be repaired with what is left of the others.
 
         Args:
             candidates (`list[dict[str, float]]`):
@@ -236,11 +237,10 @@ class RepairBench:
         Returns:
             `int`: Position of the candidate.
         """
-        others = [name for name in self.damaged if name not in self.earlier]
         allowed = [
             position
             for position, found in enumerate(candidates)
-            if all(found[name] >= self.damaged[name] - max_drop for name in others)
+            if all(found[name] >= value - max_drop for name, value in self.damaged.items())
         ]
         names = self.earlier if allowed else list(self.damaged)
         return max(

@@ -109,7 +109,7 @@ def choose_routes(
 
     A search takes the losses of the earlier and, with a weight, of the later domains on references of their selection
     splits, and of the steps with the lowest sum the one with the best mean score on these splits. With `max_drop`, it
-    takes the one with the best score of the earlier domains among those that cost no later domain more than that.
+    takes the one with the best score of the earlier domains among those that cost no domain more than that.
 
     With several reports, one for each earlier domain, one set of routes is chosen for all of them, see
     [`joint_report`].
@@ -137,7 +137,7 @@ def choose_routes(
         later_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the loss of each later domain in a search.
         max_drop (`float`, *optional*):
-            Points of 100 that a searched step may cost a later domain on its selection split.
+            Points of 100 that a searched step may cost a domain of the reports on its selection split.
         weights (`dict[str, float]`, *optional*):
             With several reports, the weight of each earlier domain. Defaults to 1 each.
 
@@ -303,7 +303,7 @@ def _search(
         found = {name: float(part.mean()) for name, part in values(model).items()}
         if max_drop is None:
             return float(np.mean(list(found.values())))
-        change, name = min((100 * (found[name] - damaged[name].mean()), name) for name in report.later)
+        change, name = min((100 * (value - damaged[name].mean()), name) for name, value in found.items())
         if change < -max_drop:
             too_dear.append(f"{name} {change:+.1f}")
             return float("-inf")
@@ -320,8 +320,8 @@ def _search(
         if not too_dear:
             raise
         raise ValueError(
-            f"max_drop: expected a step that costs no later domain more than {max_drop:g} points on the selection "
-            f"split, found none among those that were tried ({', '.join(too_dear)}): nothing is written"
+            f"max_drop: expected a step that costs no domain more than {max_drop:g} points on the selection split, "
+            f"found none among those that were tried ({', '.join(too_dear)}): nothing is written"
         ) from error
     progress("score the repaired model")
     repaired = values(last)

@@ -46,7 +46,7 @@ class Request:
         later_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the loss of each later domain in a search.
         max_drop (`float`, *optional*):
-            Points that a searched step may cost a later domain.
+            Points that a searched step may cost a domain of the reports.
         delta (`pathlib.Path`, *optional*):
             Delta file to write.
         undo (`pathlib.Path`, *optional*):

@@ -199,7 +199,7 @@ def sweep(
         draws (`int`, *optional*, defaults to `5`):
             Draws of each random control. Their step is chosen by the mean of the measure over the draws.
         max_drop (`float`, *optional*, defaults to `1.0`):
-            Points that no other domain may lose on the selection split.
+            Points that no domain may lose on the selection split.
         fixed (`bool`, *optional*, defaults to `True`):
             Whether to measure the step 1 as well.
         labels (`dict`, *optional*):
@@ -279,7 +279,7 @@ def check_settings(
         draws (`int`):
             Draws of each control.
         max_drop (`float`, *optional*, defaults to `1.0`):
-            Points that no other domain may lose.
+            Points that no domain may lose.
         steps (`tuple[float, ...]`, *optional*):
             Steps.
         protections (`tuple[float, ...]`, *optional*):
