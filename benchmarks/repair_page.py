@@ -515,8 +515,8 @@ def _joint_table(rows: Rows) -> str:
     if not rows:
         return "Not measured yet."
     lines = [
-        "| criterion | weights | budget | recovered of all | change of each, points | worst other | change of the mean "
-        "score | runs |",
+        "| criterion | weights | budget | recovered of all | change of each, points | worst other | change of the "
+        "mean score | runs |",
         "| --- | --- | ---: | --- | --- | --- | --- | ---: |",
     ]
     groups: dict[tuple, Rows] = {}
