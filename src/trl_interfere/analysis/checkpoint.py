@@ -215,6 +215,21 @@ class Checkpoint:
         return aliases
 
 
+def published_name(checkpoint: str | Path) -> str:
+    """
+    What a checkpoint is called in files that others get.
+
+    Args:
+        checkpoint (`str` or `pathlib.Path`):
+            Folder, or Hub id.
+
+    Returns:
+        `str`: Of an absolute path the last two parts. They say which stage it is; where it lay on somebody's disk is
+        nobody's business.
+    """
+    return "/".join(Path(checkpoint).parts[-2:]) if Path(checkpoint).is_absolute() else str(checkpoint)
+
+
 def check_comparable(first: Checkpoint, second: Checkpoint) -> list[str]:
     """
     Check that two checkpoints hold the same tensors.

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import __version__
+from ..analysis.checkpoint import published_name
 from ..analysis.report import InterferenceReport
 from ..evaluation.bootstrap import Interval
 from ..evaluation.score_matrix import ScoreMatrix
@@ -281,7 +282,7 @@ def _report_section(
     _, _, body = report.to_markdown().partition("\n")
     table = re.sub(r"^(#+ )", r"##\1", body, flags=re.MULTILINE).strip()  # below the heading of the report
     before, after = (
-        published_checkpoint(checkpoint, repo_id) if repo_id and revisions else _local_name(checkpoint)
+        published_checkpoint(checkpoint, repo_id) if repo_id and revisions else published_name(checkpoint)
         for checkpoint in (report.before, report.after)
     )
     shown = {path.split("/", 1)[1]: address for path, address in figures.items() if path.startswith(f"{name}/")}
@@ -294,11 +295,6 @@ def _report_section(
             (_CAPTIONS.get(figure, figure.replace("_", " ").capitalize()), path) for figure, path in shown.items()
         ],
     }
-
-
-def _local_name(checkpoint: str) -> str:
-    # The last parts of a path say which stage it is; what is before them is nobody's business.
-    return "/".join(Path(checkpoint).parts[-2:]) if Path(checkpoint).is_absolute() else checkpoint
 
 
 def _rollback_section(results: dict[str, Any] | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from ..analysis.checkpoint import published_name
 from ..analysis.plots import plot_rollback, plot_score_matrix
 from ..analysis.report import REPORT_NAME, ROUTES_NAME, InterferenceReport
 from ..training.manifest import MANIFEST_NAME
@@ -439,14 +440,11 @@ def _report_files(
 
 
 def _without_folders(content: Any) -> Any:
-    # Where the checkpoints lay on somebody's disk is not published, but which stages they are.
     if isinstance(content, dict):
         return {key: _without_folders(value) for key, value in content.items()}
     if isinstance(content, list):
         return [_without_folders(value) for value in content]
-    if isinstance(content, str) and Path(content).is_absolute():
-        return "/".join(Path(content).parts[-2:])
-    return content
+    return published_name(content) if isinstance(content, str) else content
 
 
 def _figure(folder: Path, name: str, draw) -> Path | bytes:

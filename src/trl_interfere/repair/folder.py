@@ -20,7 +20,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAF
 
 from .. import __version__
 from ..analysis.architectures import Architecture
-from ..analysis.checkpoint import Checkpoint, StoredTensor, check_comparable, stored_tensors
+from ..analysis.checkpoint import Checkpoint, StoredTensor, check_comparable, published_name, stored_tensors
 from ..analysis.routes import KINDS, RouteMap
 from ..hub.revision import split_revision
 from .adapter import CONCATENATION, check_adapter, concatenate, restore_adapter, same_model, touched_factors
@@ -121,14 +121,15 @@ def roll_back_folder(
         first = places[0]
         record = {
             "kind": "adapter" if is_adapter else "weights",
-            "before": [str(entry) for entry in befores] if several else str(before),
-            "after": str(after),
+            "before": [published_name(entry) for entry in befores] if several else published_name(str(before)),
+            "after": published_name(after),
             "file": f"{history.next_name()}.safetensors",
         }
         if is_adapter:
             adapter = check_adapter(source)
             model = Checkpoint(source, base=base)
-            record["base"] = str(adapter.config.base_model_name_or_path)
+            own = str(adapter.config.base_model_name_or_path)
+            record["base"] = published_name(own)
             record["before"] = record["base"] if before is None else record["before"]
         else:
             model = Checkpoint(source)
@@ -166,9 +167,9 @@ def roll_back_folder(
             record["kind"] = CONCATENATION
         else:
             if is_adapter:
-                if before is not None and not same_model(before, record["base"]) and not same_model(before, base):
+                if before is not None and not same_model(before, own) and not same_model(before, base):
                     raise ValueError(
-                        f"{before}: expected the model {record['base']} of the adapter {after}, or another adapter of "
+                        f"{before}: expected the model {own} of the adapter {after}, or another adapter of "
                         "it: no other weights can be reached inside an adapter, merge it first"
                     )
                 earlier = []
