@@ -122,6 +122,8 @@ TABLE = [
     (r"\boxed{x = 7 = 12}", "12", 0),
     (r"\boxed{\pi = 2\sqrt{3}}", r"2\sqrt{3}", 0),
     (r"\boxed{x = 7 = 2\sqrt{3}}", r"2\sqrt{3}", 0),
+    (r"\boxed{x = \sqrt{12} = 2\sqrt{3}}", r"2\sqrt{3}", 1),
+    (r"\boxed{x = 2\sqrt{3} = 7}", r"2\sqrt{3}", 0),
     (r"\boxed{7 = 1, 8 = 2}", "1, 2", 0),
     (r"\boxed{2\sqrt{3}\text{ million}}", r"2\sqrt{3}", 0),
     ("The answer is 42 tenths", "42", 0),

@@ -176,7 +176,8 @@ class MathReward:
     Where a number is expected, a number must be given, see [`number`]: an expression that has the value, such as the
     one in the problem, is not an answer. Other answers are compared by math-verify. The name of a quantity and "=" may
     stand before an answer, as in `AB = 12`, `f(2) = 12` or `m + n = 12`. Such a name has variables, and no number
-    except in indices and arguments: `7 = 2\\sqrt{3}` and `2x = 12` state no value.
+    except in indices and arguments: `7 = 2\\sqrt{3}` and `2x = 12` state no value. In a chain of equations all parts
+    behind the name must have the value.
 
     Args:
         thinking (`bool`, *optional*, defaults to `False`):
@@ -315,7 +316,10 @@ def _agree(given: str | None, expected: str) -> bool:
         return False
     # math-verify drops the left side of an equation, and any text behind an expression.
     if not _EQUALS.search(expected):
-        for part in re.split(r"[,;]|\b(?:and|or)\b", _SUBSCRIPTS.sub("", given)):
+        parts = re.split(r"[,;]|\b(?:and|or)\b", _SUBSCRIPTS.sub("", given))
+        if len(parts) == 1 and len(values := _EQUALS.split(given)) > 1:
+            return all(_agree(value, expected) for value in values[_is_name(values[0]) :])
+        for part in parts:
             name, *values = _EQUALS.split(part)
             if len(values) > 1 or (values and not _is_name(name)):
                 return False
