@@ -387,9 +387,9 @@ def joint(run: Run) -> None:
         peaks = {name: befores[earlier.index(name)] for name in earlier if weights[name]}
         model = load_model(run.stage(len(run.order) - 1))
         bench = RepairBench(model, before, report, run.score, run.measure, peaks=peaks)
-        for criterion, budget in (("damage", 0.02), ("damage", 0.08), ("random", 0.08), ("damage", 0.32)):
-            if weighting != "equal" and (criterion == "random" or budget == 0.32):
-                continue
+        both = [("damage_protected", 0.02), ("damage_protected", 0.08)]
+        more = [("damage", 0.02), ("damage", 0.08), ("random", 0.02), ("random", 0.08), ("damage_protected", 0.32)]
+        for criterion, budget in both + (more if weighting == "equal" else []):
             note(run, "joint")(f"{criterion}, {100 * budget:g}%, {weighting}")
             labels = {**run.labels, "weights": weighting, "repaired": list(peaks)}
             settings = {"steps": (0.5, 1.0, 1.5, 2.0, 3.0), "draws": 2, "max_drop": MAX_DROP, "fixed": False}
