@@ -542,22 +542,24 @@ def _joint_table(rows: Rows) -> str:
 def _refresh_table(rows: Rows) -> str:
     if not rows:
         return "Not measured yet."
-    steps = sorted({row["step"] for row in rows})
-    lines = ["| | " + " | ".join(f"{step} steps" for step in steps) + " |", "| --- |" + " --- |" * len(steps)]
     labels = {
         "refresh": "refresh of math",
         "refresh_after_rollback": "the same after the rollback of 2%",
         "refresh_unrelated": "refresh of the domain trained last",
     }
-    for label, title in labels.items():
-        for field, factor, what in (("recovered", 100, "recovered (%)"), ("worst", 1, "worst other (points)")):
-            cells = []
-            for step in steps:
-                same = [row[field] for row in rows if row["criterion"] == label and row["step"] == step]
-                same = [value for value in same if value is not None]
-                cells.append(f"{factor * _mean(same):.1f} ({factor * min(same):.1f} to {factor * max(same):.1f})"
-                             if same else "")  # fmt: skip
-            lines.append(f"| {title}: {what} | " + " | ".join(cells) + " |")
+    lines = [
+        "| steps | " + " | ".join(f"{title}: recovered | worst other" for title in labels.values()) + " |",
+        "| ---: |" + " --- |" * (2 * len(labels)),
+    ]
+    for step in sorted({row["step"] for row in rows}):
+        cells = []
+        for label in labels:
+            same = [row for row in rows if (row["criterion"], row["step"]) == (label, step)]
+            shares, worst = (
+                [row[field] for row in same if row[field] is not None] for field in ("recovered", "worst")
+            )
+            cells += [_cell(shares), _cell(worst, 1, "", "+")]
+        lines.append(f"| {step} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
