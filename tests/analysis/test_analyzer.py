@@ -516,3 +516,9 @@ def test_sum_of_the_passes_with_the_defaults(models, tokenizer):
     _, before, after = models
     passes = InterferenceAnalyzer(before, after, tokenizer).passes()
     assert sum(passes.values()) == pytest.approx(10.8, abs=0.01)  # as docs/scaling.md has it
+
+
+@pytest.mark.parametrize("dtype", ["foo", "int8", "Tensor", torch.int8])
+def test_data_types_that_are_none(dtype):
+    with pytest.raises(ValueError, match="dtype: expected a floating point type such as 'float32'"):
+        load_model("nowhere", dtype)

@@ -594,9 +594,12 @@ def load_model(
         [`~transformers.PreTrainedModel`]: The model, in evaluation mode. `config.dtype` keeps the stored data type.
 
     Raises:
-        `ValueError`: If there is no such checkpoint, it holds no safetensors, or an adapter is to be merged in less
-            than float32, where most of an update of RL would be rounded away.
+        `ValueError`: If there is no such checkpoint or data type, it holds no safetensors, or an adapter is to be merged
+            in less than float32, where most of an update of RL would be rounded away.
     """
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise ValueError(f"dtype: expected a floating point type such as 'float32' or 'bfloat16', found {dtype!r}")
     folder = checkpoint_folder(checkpoint, trust_remote_code)
     if is_adapter(folder):
         if dtype not in ("float32", "float64", torch.float32, torch.float64):
