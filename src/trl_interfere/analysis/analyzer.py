@@ -594,8 +594,8 @@ def load_model(
         [`~transformers.PreTrainedModel`]: The model, in evaluation mode. `config.dtype` keeps the stored data type.
 
     Raises:
-        `ValueError`: If there is no such checkpoint or data type, it holds no safetensors, or an adapter is to be merged
-            in less than float32, where most of an update of RL would be rounded away.
+        `ValueError`: If there is no such checkpoint or data type, it holds no safetensors, or an adapter is to be
+            merged in less than float32, where most of an update of RL would be rounded away.
     """
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
