@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_interfere.analysis.analyzer import load_model
 from trl_interfere.analysis.routes import RouteMap
 from trl_interfere.repair import folder as folder_module
+from trl_interfere.repair.delta import RollbackDelta
 from trl_interfere.repair.folder import apply_delta, roll_back_folder, undo_rollback
 from trl_interfere.repair.rollback import roll_back
 
@@ -492,3 +493,31 @@ def test_an_architecture_of_ones_own(make_model, moved, tmp_path):
     )
     assert sorted(record["tensors"]) == [UP, UP.replace(".0.", ".1.")]
     assert RouteMap(before.config, description).num_routes == 24
+
+
+@pytest.mark.parametrize("part", ["old", "new", "mask"])
+def test_a_damaged_delta_is_not_written(part, checkpoints, contents, tmp_path):
+    before, after, route_map = checkpoints()
+    record = roll_back_folder(before, after, tmp_path / "out", *chosen(route_map))
+    file = tmp_path / "out" / record["file"]
+    damaged = bytearray(file.read_bytes())
+    length = int.from_bytes(damaged[:8], "little")
+    start, _ = json.loads(damaged[8 : 8 + length])[f"{UP}:{part}"]["data_offsets"]
+    damaged[8 + length + start] ^= 1
+    file.write_bytes(damaged)
+    shutil.copyfile(file, tmp_path / "delta.safetensors")
+    shutil.copytree(after, tmp_path / "model")
+    model = load_model(after)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = {name: contents(tmp_path / name) for name in ("out", "model")}
+    message = rf"safetensors: tensor {UP}: expected the slices whose digest is in the file, found others"
+    if part != "new":
+        with pytest.raises(ValueError, match=message):
+            undo_rollback(tmp_path / "out")
+    if part != "old":
+        with pytest.raises(ValueError, match=message):
+            apply_delta(tmp_path / "delta.safetensors", tmp_path / "model")
+        with pytest.raises(ValueError, match=message):
+            RollbackDelta(tmp_path / "delta.safetensors").apply(model)
+    assert {name: contents(tmp_path / name) for name in found} == found
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())

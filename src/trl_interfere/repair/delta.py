@@ -280,6 +280,35 @@ class RollbackDelta:
         found, entry = digest(current), self.tensors[name]
         return next((state for state in ("old", "new") if entry[state] == found), None)
 
+    def changed_slices(self, name: str, current: torch.Tensor, wanted: str) -> torch.Tensor:
+        """
+        The touched slices of a tensor in the other state.
+
+        Args:
+            name (`str`):
+                Name of the tensor.
+            current (`torch.Tensor` of shape `(blocks, elements per block)`):
+                Bits of its touched slices, in one of both states.
+            wanted (`str`):
+                State to bring them to: `"new"` or `"old"`.
+
+        Returns:
+            `torch.Tensor` of shape `(blocks, elements per block)`: Their bits in this state.
+
+        Raises:
+            `ValueError`: If the file does not give the slices whose digest it has.
+        """
+        slices, values = self.slices(name), current.clone()
+        found = getattr(slices, wanted)
+        if found.numel() == int(slices.changed.sum()):
+            values[slices.changed] = found
+        if digest(values) != self.tensors[name][wanted]:
+            raise ValueError(
+                f"{self.path}: tensor {name}: expected the slices whose digest is in the file, found others: the file "
+                "is damaged, and nothing is written"
+            )
+        return values
+
     def check_state(self, states: dict[str, str | None], wanted: str, target: str) -> None:
         """
         Check that a delta can be applied or reverted.
@@ -358,6 +387,10 @@ class RollbackDelta:
             states[name] = self.state(name, to_bits(stored)) if same else None
             found[name] = parameter, blocks
         self.check_state(states, wanted, target)
+        for name, (parameter, blocks) in found.items():
+            if states[name] != wanted:
+                stored = blocks.take(parameter).cpu().to(getattr(torch, self.tensors[name]["dtype"]))
+                self.changed_slices(name, to_bits(stored), wanted)
         for name, (parameter, blocks) in found.items():
             if states[name] != wanted:
                 slices, dtype = self.slices(name), getattr(torch, self.tensors[name]["dtype"])

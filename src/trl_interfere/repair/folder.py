@@ -151,7 +151,7 @@ def roll_back_folder(
             record["targets"] = np.asarray(target)[np.asarray(routes)].astype(int).tolist()
         record |= {
             "model_type": model.config.model_type,
-            **(settings or {}),
+            **{name: value for name, value in (settings or {}).items() if name not in record},
             "step": np.asarray(step, dtype=float).tolist(),
             "routes": np.asarray(routes).astype(int).tolist(),
             "routes_by_layer": _by_layer(route_map, steps),
@@ -374,17 +374,18 @@ def _change_folder(
                 raise ValueError(
                     f"{stored.file}: tensor {name}: expected {part} {entry[part]} as in {delta.path}, found {found}"
                 )
-        states[name] = delta.state(name, delta.blocks(name).take(read_bits(stored)))
+        current = delta.blocks(name).take(read_bits(stored))
+        states[name] = delta.state(name, current)
+        if states[name] not in (None, wanted):
+            delta.changed_slices(name, current, wanted)  # a damaged file is found before anything is written
     listed = bool(known) and known[-1] == delta.record["id"]
     interrupted = listed and wanted == "old"  # the weights are reverted, the record is not yet removed
     if not (interrupted and set(states.values()) == {"old"}):
         delta.check_state(states, wanted, str(model))
 
     def change(stored: StoredTensor, bits: torch.Tensor) -> None:
-        slices = delta.slices(stored.name)
-        values = slices.blocks.take(bits)
-        values[slices.changed] = getattr(slices, wanted)
-        slices.blocks.put(bits, values)
+        blocks = delta.blocks(stored.name)
+        blocks.put(bits, delta.changed_slices(stored.name, blocks.take(bits), wanted))
 
     pending = [tensors[name] for name, state in states.items() if state != wanted]
     with _target(source, output_dir) as target:
