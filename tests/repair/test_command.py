@@ -1,6 +1,7 @@
 """`trl-interfere rollback`, as it is typed."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -216,7 +217,7 @@ def test_a_step_that_costs_later_domains_too_much(project, config, run, tmp_path
     shrinking_reward.value = 1.0
     code, _, err = run(*arguments, "--config", config("shrinking_reward"), "--max-drop", 0.5)
     assert code == 2 and "max_drop: expected a step that costs no domain more than 0.5 points on the sel" in err
-    assert "(qa -" in err.replace("writing -", "qa -") and "nothing is written" in err
+    assert re.search(r"\((math|qa|writing) -", err) and "nothing is written" in err
     assert not (tmp_path / "out").exists()
     code, _, err = run(*arguments, "--config", config(), "--max-drop", 0.5)
     assert code == 0, err

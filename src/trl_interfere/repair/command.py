@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,11 @@ def _roll_back(request: Request, console: Console, progress: bool) -> dict[str, 
     rollback = RouteRollback(**{**request.rollback, "step": _step(request.rollback.get("step", "1.0"))})
     reports = [InterferenceReport.from_pretrained(folder) for folder in request.reports]
     weights = None if request.weights is None else _weights(request.weights)
+    left_out = [report.earlier for report in reports if weights is not None and report.earlier not in weights]
+    if left_out:
+        raise ValueError(
+            f"--weights: expected a number for each report, 0 to leave one out, found none for {left_out}"
+        )
     before, after = request.before, request.after
     if reports:
         # An adapter that stands in for the checkpoint of the report is rolled back to its own model.
@@ -153,7 +158,17 @@ def _roll_back(request: Request, console: Console, progress: bool) -> dict[str, 
             places = zip(reports, request.reports, strict=True)
             before = [locate_checkpoint(report.before, folder) for report, folder in places]
             before = before[0] if len(before) == 1 else before
-        after = after or locate_checkpoint(reports[0].after, request.reports[0])
+        if after is None:
+            places = zip(reports, request.reports, strict=True)
+            ends = [locate_checkpoint(report.after, folder) for report, folder in places]
+            different = {str(Path(end).resolve()) if Path(end).is_dir() else end for end in ends}
+            if len(different) > 1:
+                raise ValueError(
+                    f"--report: expected the same checkpoint after the update in all, found {sorted(different)}; "
+                    "--after says which one it is"
+                )
+            after = ends[0]
+        reports = [replace(report, after=str(after)) for report in reports]
     if request.delta is not None and isinstance(before, str) and is_adapter(before) and is_adapter(after):
         raise ValueError(
             f"{request.delta}: an adapter that is rolled back to an earlier one has another rank and no delta file; "
