@@ -279,6 +279,14 @@ def test_several_domains_at_once(step, project, config, run, make_report, moved,
     assert all(torch.equal(parameter, found.get_parameter(name)) for name, parameter in model.named_parameters())
     original = contents(after)
     assert run("--undo", tmp_path / "out")[0] == 0 and contents(tmp_path / "out") == original
+    if step == "optimal":
+        return
+    for name, end in (("absolute", after), ("other", code_before)):  # the same folder by another name, and another one
+        replace(second, after=str(end)).save_pretrained(tmp_path / "analysis" / name)
+        reports = ("--report", report, "--report", tmp_path / "analysis" / name)
+        code, _, err = run(*reports, "--output-dir", tmp_path / name)
+        assert code == (0 if name == "absolute" else 2), err
+    assert "--report: expected the same checkpoint after the update in all" in err
 
 
 def test_nothing_is_worth_rolling_back(project, config, run, tmp_path):
@@ -398,6 +406,11 @@ ARGUMENTS = {
         ("--report", "analysis/math", "--report", "analysis/math", "--before", "before", "--output-dir", "out"),
         None,
         "--before: expected one --report with it, each of several reports names its own",
+    ),
+    "weights of some": (
+        ("--report", "analysis/math", "--report", "analysis/math", "--weights", "qa=1", "--output-dir", "out"),
+        None,
+        "--weights: expected a number for each report, 0 to leave one out, found none for ['math', 'math']",
     ),
     "weights": (
         ("--report", "analysis/math", "--report", "analysis/math", "--weights", "math", "--output-dir", "out"),
