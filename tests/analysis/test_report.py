@@ -61,6 +61,16 @@ def test_broken_json(report, tmp_path):
         InterferenceReport.from_pretrained(tmp_path)
 
 
+def test_fields_that_are_missing_or_unknown(report, tmp_path):
+    report.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    del content["earlier"]
+    (tmp_path / "report.json").write_text(json.dumps({**content, "latest": 1}))
+    message = r"report.json: expected all fields of a report and .* found \['earlier'\] missing and \['latest'\] unk"
+    with pytest.raises(ValueError, match=message):
+        InterferenceReport.from_pretrained(tmp_path)
+
+
 def test_undefined_cosine_stays_valid_json(report, tmp_path):
     zero, one = ({"model.norm.weight": torch.full((3,), value)} for value in (0.0, 1.0))
     report.cosines = {**cosines(zero, one), "by_domain": {"qa": cosines(zero, one)}}

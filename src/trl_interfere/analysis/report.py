@@ -1,7 +1,7 @@
 """The result of an analysis."""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -302,7 +302,15 @@ class InterferenceReport:
                 raise ValueError(f"{folder}: expected a report with {name}, found none")
         content = read_json(folder / REPORT_NAME, SCHEMA_VERSION)
         for name in ("schema_version", "residual", "concentration", "claims"):
-            del content[name]
+            content.pop(name, None)
+        known = {entry.name: entry for entry in fields(cls)}
+        needed = [name for name, entry in known.items() if entry.default is entry.default_factory is MISSING]
+        missing, unknown = [name for name in needed if name not in content], sorted(content.keys() - known.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"{folder / REPORT_NAME}: expected all fields of a report and no others, found {missing} missing and "
+                f"{unknown} unknown"
+            )
         if repo_id is not None:
             content |= {key: published_checkpoint(content[key], repo_id) for key in ("before", "after", "base")}
         try:
