@@ -25,7 +25,7 @@ from collections.abc import Callable
 from statistics import median
 
 
-MIB, GB = 2**20, 1e9
+GB = 1e9
 
 
 def main() -> None:

@@ -51,33 +51,22 @@ def random_model(shape: str, dtype, device: str = "cpu", layers: int | None = No
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def save_random(shape: str, folder: Path, dtype, device: str = "cpu", layers: int | None = None) -> Path:
+def save_with_tokenizer(model, folder: Path) -> None:
     """
     Write such a model, with the tokenizer of the lab: its ids are a part of the vocabulary.
 
     Args:
-        shape (`str`):
-            One of [`SHAPES`].
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
         folder (`pathlib.Path`):
             Where it is written.
-        dtype (`torch.dtype`):
-            Data type of the weights.
-        device (`str`, *optional*, defaults to `"cpu"`):
-            Where it is made.
-        layers (`int`, *optional*):
-            Number of layers, if it is to be smaller.
-
-    Returns:
-        `pathlib.Path`: The folder.
     """
     from transformers import AutoTokenizer
 
     from trl_interfere.lab.build import MODEL_FOLDER
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
-    model = random_model(shape, dtype, device, layers)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder

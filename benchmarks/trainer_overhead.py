@@ -181,9 +181,9 @@ def loop(folder: Path, arguments: argparse.Namespace, cores: list[int]) -> tuple
 def written(arguments: argparse.Namespace, folder: Path) -> Path:
     """A model of the shape, with random weights."""
     import torch
-    from shapes import save_random
+    from shapes import random_model, save_with_tokenizer
 
-    save_random(arguments.shape, folder, torch.bfloat16, arguments.device, arguments.layers)
+    save_with_tokenizer(random_model(arguments.shape, torch.bfloat16, arguments.device, arguments.layers), folder)
     if arguments.device != "cpu":
         torch.cuda.empty_cache()
     return folder

@@ -404,7 +404,8 @@ def sweep(
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Draws of each random control.")] = 5,
     max_drop: Annotated[
-        float, typer.Option(min=0, help="Points that no domain may lose on the selection split.")
+        float,
+        typer.Option(min=0, help="Points that no domain may lose on the selection split, if a step keeps to that."),
     ] = 1.0,
     threads: Threads = _CORES,
 ) -> None:

@@ -54,6 +54,6 @@ def test_every_device_must_have_it(monkeypatch):
     assert Room(model("cuda:0")).for_another()
 
 
-def test_host_memory_is_where_it_would_go(monkeypatch):
+def test_host_memory_is_where_it_would_go():
     assert Room(model("cpu")).for_another()
     assert not Room(model("xpu:0")).for_another()

@@ -199,7 +199,8 @@ def sweep(
         draws (`int`, *optional*, defaults to `5`):
             Draws of each random control. Their step is chosen by the mean of the measure over the draws.
         max_drop (`float`, *optional*, defaults to `1.0`):
-            Points that no domain may lose on the selection split.
+            Points that no domain may lose on the selection split. Where no step keeps to that, the one with the best
+            mean score is taken.
         fixed (`bool`, *optional*, defaults to `True`):
             Whether to measure the step 1 as well.
         labels (`dict`, *optional*):
