@@ -405,6 +405,7 @@ def test_refresh_of_a_finished_run(tmp_path, content, run):
     refresh = ("refresh", "--config", config, "--domain", "math", "--steps", 2)
     code, _, errors = run(*refresh)
     assert code == 2 and "expected the folder of a training run with stages.json, found none" in errors
+    assert not (tmp_path / "out").exists()
     assert run("train", "--config", config, "--max-stages", 1)[0] == 75
     code, _, errors = run(*refresh)
     assert code == 2 and "expected a finished run, found stages left; run `train --resume` first" in errors
@@ -439,6 +440,9 @@ def test_a_refresh_that_was_stopped_goes_on(tmp_path, content, run, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr("trl_interfere.training.trainer.SequentialGRPOTrainer._finish_stage", _stop)
         assert run(*refresh)[0] != 0
+    code, _, errors = run("refresh", "--config", config, "--domain", "writing", "--steps", 1)
+    message = "domain: a refresh of math with 1 steps was stopped in "
+    assert code == 2 and message in errors.replace("\n", " "), errors
     code, _, errors = run(*refresh, "--learning-rate", 1e-4)
     message = "settings that the stage was stopped with, learning_rate unset, found 0.0001"
     assert code == 2 and message in errors.replace("\n", " "), errors

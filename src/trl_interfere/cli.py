@@ -5,6 +5,8 @@ import shlex
 import sys
 import warnings
 from collections import ChainMap
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -245,27 +247,27 @@ def analyze(
         if name not in domains:
             raise ValueError(f"unknown domain {name!r}, {config} has {sorted(domains)}")
     settings = build_dataclass(InterferenceConfig, analysis_settings(run), f"{config}, analysis")
-    output_dir.mkdir(parents=True, exist_ok=True)  # an analysis must not be lost to a folder that cannot be made
-    analyzer = InterferenceAnalyzer.from_pretrained(before, after, base=base, config=settings, dtype=dtype)
-    passes = analyzer.passes(later=len(names))
-    columns = (
-        TextColumn("{task.description:<38}"),
-        BarColumn(),
-        TextColumn("{task.completed:.1f}/{task.total:.1f} gradient passes"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("start", total=sum(passes.values()))
+    with _made(output_dir):  # an analysis must not be lost to a folder that cannot be made
+        analyzer = InterferenceAnalyzer.from_pretrained(before, after, base=base, config=settings, dtype=dtype)
+        passes = analyzer.passes(later=len(names))
+        columns = (
+            TextColumn("{task.description:<38}"),
+            BarColumn(),
+            TextColumn("{task.completed:.1f}/{task.total:.1f} gradient passes"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("start", total=sum(passes.values()))
 
-        def begin(part: str) -> None:
-            done = sum(list(passes.values())[: list(passes).index(part)])
-            progress.update(task, description=part, completed=done)
+            def begin(part: str) -> None:
+                done = sum(list(passes.values())[: list(passes).index(part)])
+                progress.update(task, description=part, completed=done)
 
-        report = analyzer.analyze(domains[earlier], [domains[name] for name in names], progress=begin)
-        progress.update(task, description="done", completed=sum(passes.values()))
-    report.save_pretrained(output_dir)
-    report.save_figures(output_dir / "figures")
+            report = analyzer.analyze(domains[earlier], [domains[name] for name in names], progress=begin)
+            progress.update(task, description="done", completed=sum(passes.values()))
+        report.save_pretrained(output_dir)
+        report.save_figures(output_dir / "figures")
     figures, _, _ = report.to_markdown().partition("\n## ")
     _output().print(Markdown(figures))
     _output().print(
@@ -456,27 +458,27 @@ def sweep(
         for entry, folder in zip(found, report, strict=True)
     ]
     run = load_run_file(config)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    together = Sweep()
-    for number, (entry, place) in enumerate(zip(found, places, strict=True)):
-        several = len(found) > 1
-        bench = RepairBench.from_run(run, entry, *place, progress=sys.stderr.isatty())
-        if bench.left_out and not number:
-            console.print(f"Not measured, since they lack selection or eval prompts: {', '.join(bench.left_out)}.")
-        result = run_sweep(
-            bench,
-            names,
-            shares,
-            parts,
-            steps=tried,
-            protections=weights,
-            draws=draws,
-            max_drop=max_drop,
-            labels={"seed": number, "order": None} if several else None,
-            path=output_dir / (f"sweep-{number}.json" if several else "sweep.json"),
-            progress=console.print,
-        )
-        together.rows += result.rows
+    with _made(output_dir):
+        together = Sweep()
+        for number, (entry, place) in enumerate(zip(found, places, strict=True)):
+            several = len(found) > 1
+            bench = RepairBench.from_run(run, entry, *place, progress=sys.stderr.isatty())
+            if bench.left_out and not number:
+                console.print(f"Not measured, since they lack selection or eval prompts: {', '.join(bench.left_out)}.")
+            result = run_sweep(
+                bench,
+                names,
+                shares,
+                parts,
+                steps=tried,
+                protections=weights,
+                draws=draws,
+                max_drop=max_drop,
+                labels={"seed": number, "order": None} if several else None,
+                path=output_dir / (f"sweep-{number}.json" if several else "sweep.json"),
+                progress=console.print,
+            )
+            together.rows += result.rows
     table = together.to_table()
     write_atomically(output_dir / "sweep.md", f"# Rollbacks of {found[0].earlier}\n\n{table}")
     title = f"trl-interfere sweep --report {' --report '.join(folder.name for folder in report)}: {found[0].earlier}"
@@ -509,14 +511,18 @@ def refresh(
     from transformers import PrinterCallback, ProgressCallback
 
     from .evaluation.score_summary import ScoreSummary
+    from .training.manifest import MANIFEST_NAME
     from .training.options import parse_options
     from .training.refresh import RefreshCallback
     from .training.requested_refresh import RequestedRefresh
-    from .training.run_file import build_trainer
+    from .training.run_file import build_trainer, load_run
 
     options = parse_options(context.args, known=list(context.params))
     if output_dir is not None:
         options["output_dir"] = str(output_dir)
+    folder = Path(load_run(config, options, model)[1].output_dir)
+    if not (folder / MANIFEST_NAME).exists():  # before the trainer makes the folder
+        raise ValueError(f"{folder}: expected the folder of a training run with {MANIFEST_NAME}, found none")
     trainer = build_trainer(config, options, model)
     if domain not in trainer.domains or trainer.domains[domain].train_dataset is None:
         names = [name for name, entry in trainer.domains.items() if entry.train_dataset is not None]
@@ -605,6 +611,19 @@ def compare(
     lab = next((folder for folder in folders if is_packed_lab(folder)), None)
     rest = [folder for folder in folders if folder != lab]
     launch(build_page(rest, lab=lab, hub=hub), server_name=host, server_port=port, inbrowser=browser)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A folder for results, which does not stay behind where nothing was written."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for place in missing:
+            with suppress(OSError):  # not empty
+                place.rmdir()
 
 
 def _prepare(threads: int) -> None:

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from trl_interfere import InterferenceReport, RouteRollback
 from trl_interfere.analysis.analyzer import load_model
+from trl_interfere.analysis.checkpoint import Checkpoint
 from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.analysis.updates import update_statistics
 from trl_interfere.cli import main
 from trl_interfere.repair.choice import locate_checkpoint
 from trl_interfere.repair.joint import joint_before, joint_report
@@ -50,13 +52,17 @@ def run(monkeypatch, capsys):
     return run
 
 
+def edit_size(before, after):
+    checkpoints = [Checkpoint(before), Checkpoint(after)]
+    return update_statistics(checkpoints, RouteMap(checkpoints[0].config))[0].edit_size
+
+
 @pytest.fixture
 def project(checkpoints, make_report, tmp_path):
     """Folders of a project: two checkpoints, and a report that names them by paths relative to the project."""
     before, after, route_map = checkpoints()
-    rng = np.random.default_rng(2)
-    routes = {"damage": rng.normal(size=NUM_ROUTES), "edit_size": rng.uniform(size=NUM_ROUTES)}
-    report = make_report(NUM_ROUTES, "before", "after", **routes)
+    damage = np.random.default_rng(2).normal(size=NUM_ROUTES)
+    report = make_report(NUM_ROUTES, "before", "after", damage=damage, edit_size=edit_size(before, after))
     report.save_pretrained(tmp_path / "analysis" / "math")
     return before, after, tmp_path / "analysis" / "math"
 
@@ -257,7 +263,8 @@ def test_several_domains_at_once(step, project, config, run, make_report, moved,
     moved(load_model(before), seed=5).save_pretrained(code_before)
     shutil.copyfile(before / "tokenizer.json", code_before / "tokenizer.json")
     shutil.copyfile(before / "tokenizer_config.json", code_before / "tokenizer_config.json")
-    measures = {"damage": np.random.default_rng(3).normal(size=NUM_ROUTES), "edit_size": np.ones(NUM_ROUTES)}
+    damage = np.random.default_rng(3).normal(size=NUM_ROUTES)
+    measures = {"damage": damage, "edit_size": edit_size(code_before, after)}
     second = replace(make_report(NUM_ROUTES, "after-code", "after", **measures), earlier="writing", later=["qa"])
     second.save_pretrained(tmp_path / "analysis" / "writing")
     code, out, err = run(
@@ -352,6 +359,14 @@ def test_where_checkpoints_of_a_report_are_looked_for(tmp_path, monkeypatch):
 
 def moved_report(before, after, report):
     after.rename(after.parent / "gone")
+
+
+def trained_again(before, after, report):
+    model = load_model(after)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(9)))
+    model.save_pretrained(after)
 
 
 def other_model(before, after, report):
@@ -493,6 +508,26 @@ ARGUMENTS = {
         ("--report", "analysis/math", "--output-dir", "out"),
         moved_report,
         "analysis/math: names the checkpoint 'after', found it neither in the folder of the report",
+    ),
+    "trained again": (
+        ("--report", "analysis/math", "--output-dir", "out"),
+        trained_again,
+        "that the report of math is about, found another one: the edits of ",
+    ),
+    "delta inside": (
+        ("--report", "analysis/math", "--output-dir", "out", "--delta", "out/rollback/delta.safetensors"),
+        None,
+        "delta.safetensors: expected a file outside the new checkpoint out",
+    ),
+    "delta under a file": (
+        ("--report", "analysis/math", "--output-dir", "out", "--delta", "run.yaml/delta.safetensors"),
+        lambda before, after, report: (before.parent / "run.yaml").touch(),
+        "delta.safetensors: expected a folder that can be written to, found",
+    ),
+    "seed": (
+        ("--report", "analysis/math", "--output-dir", "out", "--seed", "-1"),
+        None,
+        "seed: expected a whole number of 0 or more, found -1",
     ),
     "another model": (
         ("--report", "analysis/math", "--output-dir", "out"),

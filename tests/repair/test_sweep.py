@@ -76,6 +76,18 @@ def test_the_best_step_spares_the_others(bench):
     assert spared["recovered"] < free["recovered"]
 
 
+def test_a_row_says_where_no_step_keeps_to_the_limit(bench):
+    limits = {"steps": (0.25, 1.0), "max_drop": 1.0}
+    kept = sweep(bench, ["damage"], [1.0], **limits)
+    assert [row.get("within_max_drop") for row in kept.rows] == [None, True]  # a fixed step is not chosen
+    assert "over max_drop" not in kept.to_table()
+    over = sweep(bench, ["damage"], [1.0], steps=(0.75, 1.0), max_drop=1.0, fixed=False)
+    assert over.rows[0]["within_max_drop"] is False and over.rows[0]["worst"] < -1
+    assert "(best, over max_drop) |" in over.to_table()
+    runs = [{**row, "seed": seed} for seed, row in enumerate((kept.rows[1], over.rows[0]))]
+    assert "(best, over max_drop in 1 of 2) |" in Sweep(runs).to_table()
+
+
 def test_choose(bench):
     bench.damaged = {"math": 40.0, "qa": 70.0}
     candidates = [{"math": 50.0, "qa": 70.0}, {"math": 55.0, "qa": 69.5}, {"math": 80.0, "qa": 65.0}]

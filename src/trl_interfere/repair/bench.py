@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..analysis.analyzer import load_model
 from ..analysis.architectures import Architecture
+from ..analysis.checkpoint import Checkpoint
 from ..analysis.gradients import Tensors
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import RouteMap
@@ -23,6 +24,7 @@ from ..evaluation.checkpoints import load_tokenizer, sampling_settings, training
 from ..evaluation.scorer import Scorer
 from .merging import held
 from .rollback import rolled_back, route_parameters
+from .staleness import check_not_stale
 
 
 _FIELDS = {"selection": "selection_dataset", "test": "eval_dataset"}
@@ -151,7 +153,7 @@ class RepairBench:
             [`RepairBench`]: The bench.
 
         Raises:
-            `ValueError`: If a domain of the report lacks a split, or the checkpoints do not fit the report.
+            `ValueError`: If a domain of the report lacks a split, or the checkpoints are not those of the report.
         """
         domains = [domain for domain in run.domains if all(getattr(domain, field) for field in _FIELDS.values())]
         scored = [domain.name for domain in domains]
@@ -163,16 +165,17 @@ class RepairBench:
                 )
         settings, sampling = training_settings(run), sampling_settings(run)
         device = PartialState(cpu=bool(settings["use_cpu"])).device
-        model = load_model(report.after if after is None else after).to(device)
-        start = load_model(report.before if before is None else before)
-        name = str(report.after if after is None else after)
+        name, first = str(report.after if after is None else after), report.before if before is None else before
+        model, start = load_model(name).to(device), load_model(first)
         template = settings["chat_template_kwargs"]
         scorer = Scorer(load_tokenizer(name), chat_template_kwargs=template, progress=progress, **sampling)
-        routes = RouteMap(model.config).num_routes
-        if len(report.routes["damage"]) != routes:
+        routes = RouteMap(model.config)
+        if len(report.routes["damage"]) != routes.num_routes:
             raise ValueError(
-                f"{name}: expected a model of {len(report.routes['damage'])} routes as in the report, found {routes}"
+                f"{name}: expected a model of {len(report.routes['damage'])} routes as in the report, "
+                f"found {routes.num_routes}"
             )
+        check_not_stale(report, routes, Checkpoint(first), Checkpoint(name))
         # A batch is as large as the memory of a machine allows: another size is no other measurement.
         scoring = {name: value for name, value in sampling.items() if name != "batch_size"} | {"template": template}
         rows = {
@@ -237,16 +240,27 @@ class RepairBench:
         Returns:
             `int`: Position of the candidate.
         """
-        allowed = [
-            position
-            for position, found in enumerate(candidates)
-            if all(found[name] >= value - max_drop for name, value in self.damaged.items())
-        ]
+        allowed = [position for position, found in enumerate(candidates) if self.spares(found, max_drop)]
         names = self.earlier if allowed else list(self.damaged)
         return max(
             allowed or range(len(candidates)),
             key=lambda position: np.mean([candidates[position][name] for name in names]),
         )
+
+    def spares(self, found: dict[str, float], max_drop: float) -> bool:
+        """
+        Whether a repair costs no domain more than it may.
+
+        Args:
+            found (`dict[str, float]`):
+                The measure with the repair, by domain.
+            max_drop (`float`):
+                Points of 100 that a domain may lose against its value after the update.
+
+        Returns:
+            `bool`: Whether every domain keeps to that.
+        """
+        return all(found[name] >= value - max_drop for name, value in self.damaged.items())
 
     def figures(self, scores: list[Scores], split: str = "test") -> dict[str, Any]:
         """

@@ -25,6 +25,7 @@ from .explanation import RollbackExplanation, explain
 from .joint import joint_before, joint_report
 from .rollback import RouteRollback
 from .route_steps import WeightedLoss
+from .staleness import check_not_stale
 
 
 # Criteria that need the checkpoints alone.
@@ -145,8 +146,8 @@ def choose_routes(
         [`RouteChoice`]: Routes and steps.
 
     Raises:
-        `ValueError`: If the settings need a report or domains that are not given, or the report is of another model,
-            or no step that a search tried is confirmed by the scores.
+        `ValueError`: If the settings need a report or domains that are not given, or the report is of another model or
+            of checkpoints that were trained again since, or no step that a search tried is confirmed by the scores.
     """
     searched = isinstance(rollback.step, str)
     if not 0 <= later_weight < float("inf"):
@@ -206,6 +207,8 @@ def choose_routes(
                 f"{after}: expected a model of {len(report.routes['damage'])} routes as in the report, "
                 f"found {route_map.num_routes}"
             )
+        if None not in befores:
+            check_not_stale(report, route_map, [Checkpoint(name, base=base) for name in befores], model, target)
         settings |= {"earlier": report.earlier, "later": report.later}
         if target is not None:
             settings["weights"] = earlier

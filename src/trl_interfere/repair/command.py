@@ -102,8 +102,21 @@ class Request:
                 )
             if self.output_dir is None:
                 raise ValueError("--output-dir: expected the folder of the result, found none")
-            if self.delta is not None and self.delta.exists():
-                raise ValueError(f"{self.delta}: expected a new file, found one")
+            if self.delta is not None:
+                self._check_delta()
+
+    def _check_delta(self) -> None:
+        # A checkpoint is not written for a delta file that cannot be.
+        if self.delta.exists():
+            raise ValueError(f"{self.delta}: expected a new file, found one")
+        place = self.delta.absolute().parent
+        if self.output_dir.absolute() in (place, *place.parents):
+            raise ValueError(
+                f"{self.delta}: expected a file outside the new checkpoint {self.output_dir}, whose rollback/ has one"
+            )
+        there = next(folder for folder in (place, *place.parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"{self.delta}: expected a folder that can be written to, found {there}")
 
 
 def carry_out(request: Request, console: Console, progress: bool = False) -> dict[str, Any]:

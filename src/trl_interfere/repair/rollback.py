@@ -94,8 +94,8 @@ class RouteRollback:
             raise ValueError(f"protection: expected a criterion of {IN_NATS}, found {self.criterion!r}")
         if not 0 <= self.protection < np.inf:
             raise ValueError(f"protection: expected 0 or more, found {self.protection}")
-        if not 0 < self.budget <= 1:
-            raise ValueError(f"budget: expected a share above 0 and up to 1, found {self.budget}")
+        if not isinstance(self.budget, (int, float)) or not 0 < self.budget <= 1:
+            raise ValueError(f"budget: expected a share above 0 and up to 1, found {self.budget!r}")
         if self.step not in ("optimal", *PER_ROUTE) and not (
             isinstance(self.step, (int, float)) and 0 <= self.step < np.inf
         ):
@@ -103,6 +103,8 @@ class RouteRollback:
             raise ValueError(f"step: expected a number of 0 or more or one of {known}, found {self.step!r}")
         if self.budget_of not in BUDGETS_OF:
             raise ValueError(f"budget_of: expected one of {list(BUDGETS_OF)}, found {self.budget_of!r}")
+        if not isinstance(self.seed, (int, np.integer)) or self.seed < 0:
+            raise ValueError(f"seed: expected a whole number of 0 or more, found {self.seed!r}")
         if not isinstance(self.rounds, int) or self.rounds < 1:
             raise ValueError(f"rounds: expected a whole number, at least 1, found {self.rounds!r}")
         if self.rounds > 1 and self.criterion != "damage":

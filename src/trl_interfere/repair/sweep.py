@@ -32,7 +32,7 @@ class Sweep:
         rows (`list[dict]`):
             For each repair `seed`, `order`, `criterion`, `scope`, `budget`, `step_rule` (`"fixed"` or `"best"`),
             `step`, `protection` and the fields of [`RepairBench.figures`], among them `recovered`, `low`, `high`,
-            `collateral` and `split`.
+            `collateral` and `split`. Where a step was chosen, `within_max_drop` says whether one kept to the limit.
         settings (`dict`, *optional*):
             What the rows were measured on and with: rows of another sweep are not continued.
     """
@@ -85,6 +85,10 @@ class Sweep:
                     share += f" [{100 * mean['low']:.1f}, {100 * mean['high']:.1f}]"
             worst = "none" if mean["worst"] is None else f"{mean['worst']:+.2f}"
             rule = "fixed" if row["step_rule"] == "fixed" else "best"
+            over = sum(not entry.get("within_max_drop", True) for entry in rows)
+            if over:
+                # No step keeps to the limit: it is the one with the best mean of all domains.
+                rule += ", over max_drop" + (f" in {over} of {len(rows)}" if len(rows) > 1 else "")
             protections = sorted({entry["protection"] for entry in rows})
             protection = f", protection {_listed(protections)}" if any(protections) else ""
             steps = ["by route" if entry["step"] is None else entry["step"] for entry in rows]
@@ -375,7 +379,9 @@ def _best(
         ]
         chosen = bench.choose(measures, max_drop)
     weight, step, selections = candidates[chosen]
+    within = {"within_max_drop": bench.spares(measures[chosen], max_drop)} if len(candidates) > 1 else {}
     return {
+        **within,
         "step": float(step),
         "protection": float(weight),
         **bench.figures([bench.scores(routes, step) for routes in selections]),

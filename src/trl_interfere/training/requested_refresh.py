@@ -31,8 +31,9 @@ class RequestedRefresh(StageCallback):
             Further settings of the stage, e.g. `{"learning_rate": 1e-6}`.
 
     Raises:
-        `ValueError`: If the folder holds no run, the steps are out of range, or a refresh of this domain was stopped
-            that is of another number of steps or, where it is not yet scored, has other settings.
+        `ValueError`: If the folder holds no run, the steps are out of range, a refresh of this domain was stopped
+            that is of another number of steps or, where it is not yet scored, has other settings, or a refresh of
+            another domain was stopped after its first checkpoint.
     """
 
     def __init__(self, folder: str | Path, domain: str, steps: int, overrides: dict[str, Any] | None = None):
@@ -65,10 +66,18 @@ class RequestedRefresh(StageCallback):
         current = content.get("current")
         if current is not None:
             return current["overrides"].get("max_steps") if self._is_mine(current["kind"], current["domain"]) else None
-        name = stage_name(len(content["stages"]), "refresh", self.domain)
-        for path in (folder / "checkpoints" / name).glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
+        prefix = stage_name(len(content["stages"]), "refresh", "")
+        for path in sorted((folder / "checkpoints").glob(f"{prefix}*/checkpoint-*/{TRAINER_STATE_NAME}")):
+            stage = path.parent.parent
             with suppress(json.JSONDecodeError):  # half-written: the trainer skips it with a warning
-                return json.loads(path.read_text())["max_steps"]
+                steps = json.loads(path.read_text())["max_steps"]
+                if stage.name == f"{prefix}{self.domain}":
+                    return steps
+                other = stage.name.removeprefix(prefix)
+                raise ValueError(
+                    f"domain: a refresh of {other} with {steps} steps was stopped in {folder}; expected {other}, to "
+                    f"go on with it, found {self.domain}. To give it up, remove {stage}"
+                )
         return None
 
     def _is_mine(self, kind: str, domain: str | None) -> bool:
