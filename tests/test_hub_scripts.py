@@ -145,11 +145,6 @@ def test_the_space_of_this_repository(hub, tmp_path):
     assert not any("__pycache__" in name for name in files)
 
 
-@pytest.mark.slow  # five processes that import torch, and a run of the lab
-def test_all_scripts_here(hub, tmp_path):
-    run_all(hub, tmp_path, lambda script: sys.executable)
-
-
 @pytest.mark.slow  # installs torch and everything else into two new environments
 def test_all_scripts_in_environments_of_their_own(hub, tmp_path, environment):
     run_all(hub, tmp_path, lambda script: environment(ROOT / "hub_scripts" / script))
