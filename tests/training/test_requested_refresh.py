@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -35,7 +36,10 @@ def test_a_stopped_refresh_goes_on_with_its_own_steps(run):
     assert RequestedRefresh(folder, "math", 10).wanted == 1
     with pytest.raises(ValueError, match="a refresh of math with 10 steps was stopped in .*; expected 10, .*found 5"):
         RequestedRefresh(folder, "math", 5)
-    RequestedRefresh(folder, "qa", 5)  # nothing of it was begun
+    with pytest.raises(ValueError, match="a refresh of math with 10 .*expected math, .*found qa. To give it up, remove"):
+        RequestedRefresh(folder, "qa", 5)  # it would be left behind
+    shutil.rmtree(folder / "checkpoints" / "3-refresh-math")
+    RequestedRefresh(folder, "qa", 5)
 
 
 def test_a_half_written_state_is_skipped(run):
