@@ -3,7 +3,9 @@ import hashlib
 import pytest
 import torch
 
+from trl_interfere.analysis.checkpoint import Checkpoint
 from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.analysis.updates import update_statistics
 
 
 @pytest.fixture
@@ -22,6 +24,17 @@ def checkpoints(make_model, moved, tokenizer, tmp_path):
         return tmp_path / "before", tmp_path / "after", RouteMap(before.config)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def edit_size():
+    """Function of two folders: the size of the edit of each route, which a report on them has."""
+
+    def size(before, after):
+        checkpoints = [Checkpoint(before), Checkpoint(after)]
+        return update_statistics(checkpoints, RouteMap(checkpoints[0].config))[0].edit_size
+
+    return size
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 
 from trl_interfere import InterferenceReport, RouteRollback
 from trl_interfere.analysis.analyzer import load_model
-from trl_interfere.analysis.checkpoint import Checkpoint
 from trl_interfere.analysis.routes import RouteMap
-from trl_interfere.analysis.updates import update_statistics
 from trl_interfere.cli import main
 from trl_interfere.repair.choice import locate_checkpoint
 from trl_interfere.repair.joint import joint_before, joint_report
@@ -52,13 +50,8 @@ def run(monkeypatch, capsys):
     return run
 
 
-def edit_size(before, after):
-    checkpoints = [Checkpoint(before), Checkpoint(after)]
-    return update_statistics(checkpoints, RouteMap(checkpoints[0].config))[0].edit_size
-
-
 @pytest.fixture
-def project(checkpoints, make_report, tmp_path):
+def project(checkpoints, make_report, edit_size, tmp_path):
     """Folders of a project: two checkpoints, and a report that names them by paths relative to the project."""
     before, after, route_map = checkpoints()
     damage = np.random.default_rng(2).normal(size=NUM_ROUTES)
@@ -257,7 +250,7 @@ def test_it_explains_itself(project, config, run, tmp_path):
 
 
 @pytest.mark.parametrize("step", ["1.5", "optimal"])
-def test_several_domains_at_once(step, project, config, run, make_report, moved, contents, tmp_path):
+def test_several_domains_at_once(step, project, config, run, make_report, edit_size, moved, contents, tmp_path):
     before, after, report = project
     code_before = tmp_path / "after-code"
     moved(load_model(before), seed=5).save_pretrained(code_before)

@@ -187,15 +187,15 @@ def test_line_search_without_a_step_that_works(value, make_model, moved):
 
 
 @pytest.fixture
-def saved(make_model, moved, make_report, tmp_path):
+def saved(make_model, moved, make_report, edit_size, tmp_path):
     """Checkpoints on disk, and a report that names them."""
     before = make_model("llama", dtype=torch.float32)
     after = moved(before)
     for name, model in (("before", before), ("after", after)):
         model.save_pretrained(tmp_path / name)
-    damage = np.random.default_rng(2).normal(size=NUM_ROUTES)
-    report = make_report(NUM_ROUTES, str(tmp_path / "before"), str(tmp_path / "after"), damage=damage)
-    return before, after, report
+    places = tmp_path / "before", tmp_path / "after"
+    measures = {"damage": np.random.default_rng(2).normal(size=NUM_ROUTES), "edit_size": edit_size(*places)}
+    return before, after, make_report(NUM_ROUTES, *map(str, places), **measures)
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
@@ -243,13 +243,22 @@ def test_optimal_needs_an_objective(saved):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_apply_keeps_the_stored_dtype(dtype, make_model, moved, make_report, tmp_path):
+def test_apply_keeps_the_stored_dtype(dtype, make_model, moved, make_report, edit_size, tmp_path):
     before = make_model("llama", dtype=dtype)
     for name, model in (("before", before), ("after", moved(before, scale=0.1))):
         model.save_pretrained(tmp_path / name)
-    report = make_report(NUM_ROUTES, str(tmp_path / "before"), str(tmp_path / "after"))
+    places = tmp_path / "before", tmp_path / "after"
+    report = make_report(NUM_ROUTES, *map(str, places), edit_size=edit_size(*places))
     repaired = RouteRollback(budget=1.0, scope="joint").apply(report)
     assert repaired.config.dtype == dtype
+
+
+def test_apply_refuses_a_checkpoint_that_was_trained_again(saved, moved):
+    before, after, report = saved
+    moved(before, seed=7).save_pretrained(report.after)
+    with pytest.raises(ValueError, match="the report of math is about, found another one"):
+        RouteRollback().apply(report)
+    RouteRollback().apply(report, model=after, before=parameters(before))  # what is handed over is not compared
 
 
 @pytest.mark.parametrize(

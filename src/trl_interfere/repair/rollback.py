@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..analysis.analyzer import load_model
 from ..analysis.architectures import Architecture
+from ..analysis.checkpoint import Checkpoint
 from ..analysis.damage import UpdatePath, attribution
 from ..analysis.gradients import Tensors
 from ..analysis.report import InterferenceReport
@@ -19,6 +20,7 @@ from .blocks import touched_blocks
 from .criteria import CRITERIA, IN_NATS, matched_routes, route_scores
 from .explanation import RollbackExplanation, explain
 from .route_steps import Losses, RouteQuadratic, solve_steps, weighted_loss
+from .staleness import check_not_stale
 from .step import move_back, route_steps
 
 
@@ -252,8 +254,8 @@ class RouteRollback:
             `tuple`: The repaired model and a [`RollbackExplanation`].
 
         Raises:
-            `ValueError`: If the settings need an objective or losses, and there are none, or the model or `before` is
-                not of the report's model.
+            `ValueError`: If the settings need an objective or losses, and there are none, the model or `before` is not
+                of the report's model, or a checkpoint that it names was trained again since.
         """
         if self.step == "optimal" and objective is None and losses is None and confirm is None:
             raise ValueError("step: 'optimal' needs an objective, such as a loss on the selection split")
@@ -265,11 +267,14 @@ class RouteRollback:
                 "before: a report of several domains goes back to several checkpoints, expected their parameters as "
                 "`joint_before` puts them together, found none"
             )
+        loaded = model is None and before is None
         model = load_model(report.after) if model is None else model
         before = dict(load_model(report.before).named_parameters()) if before is None else before
         route_map = RouteMap(model.config, description)
         parameters = route_parameters(model, route_map)
         _check(report, route_map, parameters, model, before)
+        if loaded:
+            check_not_stale(report, route_map, Checkpoint(report.before), Checkpoint(report.after))
         if self.rounds == 1:
             routes = self.select(report, route_map, parameters)
         else:
