@@ -500,7 +500,8 @@ def test_sweep_of_a_report(tmp_path, content, run):
         (("--steps", "0,1"), "steps: expected numbers above 0, found 0"),
         (("--budgets", "0.1,a"), "--budgets: expected numbers separated by commas, found '0.1,a'"),
         (("--criteria", "damages"), "criteria: expected some of"),
-        (("--after", MODEL_FOLDER / "nothing"), "expected a folder or Hub repository"),
+        (("--after", MODEL_FOLDER / "nothing"), "nothing: expected a folder or the id of a Hub repository"),
+        (("--after", out / "stages" / "1-math"), "that the report of math is about, found another one"),
     ):
         code, _, errors = run(*sweep, *options)
         assert code == 2 and message in errors.replace("\n", " "), errors

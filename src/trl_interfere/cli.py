@@ -415,12 +415,15 @@ def sweep(
     _prepare(threads)
     from rich.markdown import Markdown
 
+    from .analysis.checkpoint import Checkpoint
     from .analysis.report import InterferenceReport
+    from .analysis.routes import RouteMap
     from .domains.loading import load_run_file
     from .repair.bench import RepairBench
     from .repair.choice import locate_checkpoint
     from .repair.criteria import CRITERIA
     from .repair.plots import plot_sweep
+    from .repair.staleness import check_not_stale
     from .repair.sweep import PROTECTIONS, STEPS, Sweep, check_settings, rankable
     from .repair.sweep import sweep as run_sweep
     from .training.manifest import write_atomically
@@ -457,6 +460,9 @@ def sweep(
         ]
         for entry, folder in zip(found, report, strict=True)
     ]
+    for entry, place in zip(found, places, strict=True):  # all of them before the first is swept
+        first, last = (Checkpoint(name) for name in place)
+        check_not_stale(entry, RouteMap(last.config), first, last)
     run = load_run_file(config)
     with _made(output_dir):
         together = Sweep()
@@ -520,10 +526,11 @@ def refresh(
     options = parse_options(context.args, known=list(context.params))
     if output_dir is not None:
         options["output_dir"] = str(output_dir)
-    folder = Path(load_run(config, options, model)[1].output_dir)
+    loaded = load_run(config, options, model)
+    folder = Path(loaded[1].output_dir)
     if not (folder / MANIFEST_NAME).exists():  # before the trainer makes the folder
         raise ValueError(f"{folder}: expected the folder of a training run with {MANIFEST_NAME}, found none")
-    trainer = build_trainer(config, options, model)
+    trainer = build_trainer(config, loaded=loaded)
     if domain not in trainer.domains or trainer.domains[domain].train_dataset is None:
         names = [name for name, entry in trainer.domains.items() if entry.train_dataset is not None]
         raise ValueError(f"--domain: expected a domain with a train_dataset, {names}, found {domain!r}")

@@ -287,6 +287,11 @@ def test_several_domains_at_once(step, project, config, run, make_report, edit_s
         code, _, err = run(*reports, "--output-dir", tmp_path / name)
         assert code == (0 if name == "absolute" else 2), err
     assert "--report: expected the same checkpoint after the update in all" in err
+    moved(load_model(before), seed=6).save_pretrained(code_before)
+    reports = ("--report", report, "--report", tmp_path / "analysis" / "writing")
+    code, _, err = run(*reports, "--output-dir", tmp_path / "again")
+    assert code == 2 and "that the report of writing is about, found another one" in err
+    assert run(*reports, "--weights", "math=1,writing=0", "--output-dir", tmp_path / "math alone")[0] == 0
 
 
 def test_nothing_is_worth_rolling_back(project, config, run, tmp_path):
@@ -511,6 +516,11 @@ ARGUMENTS = {
         ("--report", "analysis/math", "--output-dir", "out", "--delta", "out/rollback/delta.safetensors"),
         None,
         "delta.safetensors: expected a file outside the new checkpoint out",
+    ),
+    "delta is the folder": (
+        ("--report", "analysis/math", "--output-dir", "out", "--delta", "out"),
+        None,
+        "out: expected a file outside the new checkpoint out",
     ),
     "delta under a file": (
         ("--report", "analysis/math", "--output-dir", "out", "--delta", "run.yaml/delta.safetensors"),

@@ -36,7 +36,7 @@ def test_a_stopped_refresh_goes_on_with_its_own_steps(run):
     assert RequestedRefresh(folder, "math", 10).wanted == 1
     with pytest.raises(ValueError, match="a refresh of math with 10 steps was stopped in .*; expected 10, .*found 5"):
         RequestedRefresh(folder, "math", 5)
-    with pytest.raises(ValueError, match="a refresh of math with 10 .*expected math, .*found qa. To give it up"):
+    with pytest.raises(ValueError, match="a refresh of math with 10 .*expected math, .*found qa.*give it up"):
         RequestedRefresh(folder, "qa", 5)  # it would be left behind
     shutil.rmtree(folder / "checkpoints" / "3-refresh-math")
     RequestedRefresh(folder, "qa", 5)

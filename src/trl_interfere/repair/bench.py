@@ -166,16 +166,11 @@ class RepairBench:
         settings, sampling = training_settings(run), sampling_settings(run)
         device = PartialState(cpu=bool(settings["use_cpu"])).device
         name, first = str(report.after if after is None else after), report.before if before is None else before
+        last = Checkpoint(name)
+        check_not_stale(report, RouteMap(last.config), Checkpoint(first), last)
         model, start = load_model(name).to(device), load_model(first)
         template = settings["chat_template_kwargs"]
         scorer = Scorer(load_tokenizer(name), chat_template_kwargs=template, progress=progress, **sampling)
-        routes = RouteMap(model.config)
-        if len(report.routes["damage"]) != routes.num_routes:
-            raise ValueError(
-                f"{name}: expected a model of {len(report.routes['damage'])} routes as in the report, "
-                f"found {routes.num_routes}"
-            )
-        check_not_stale(report, routes, Checkpoint(first), Checkpoint(name))
         # A batch is as large as the memory of a machine allows: another size is no other measurement.
         scoring = {name: value for name, value in sampling.items() if name != "batch_size"} | {"template": template}
         rows = {

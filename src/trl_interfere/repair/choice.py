@@ -207,8 +207,9 @@ def choose_routes(
                 f"{after}: expected a model of {len(report.routes['damage'])} routes as in the report, "
                 f"found {route_map.num_routes}"
             )
-        if None not in befores:
-            check_not_stale(report, route_map, [Checkpoint(name, base=base) for name in befores], model, target)
+        for entry, name in zip(reports, befores, strict=True):
+            if name is not None and earlier[entry.earlier]:
+                check_not_stale(entry, route_map, Checkpoint(name, base=base), model)
         settings |= {"earlier": report.earlier, "later": report.later}
         if target is not None:
             settings["weights"] = earlier

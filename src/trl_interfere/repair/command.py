@@ -59,7 +59,8 @@ class Request:
             Folder that a delta file is applied to or reverted in.
 
     Raises:
-        `ValueError`: If more than one thing is asked for, or a part of it is missing.
+        `ValueError`: If more than one thing is asked for, a part of it is missing, or the delta file cannot be
+            written.
     """
 
     reports: list[Path] = field(default_factory=list)
@@ -110,7 +111,7 @@ class Request:
         if self.delta.exists():
             raise ValueError(f"{self.delta}: expected a new file, found one")
         place = self.delta.absolute().parent
-        if self.output_dir.absolute() in (place, *place.parents):
+        if self.output_dir.absolute() in (self.delta.absolute(), place, *place.parents):
             raise ValueError(
                 f"{self.delta}: expected a file outside the new checkpoint {self.output_dir}, whose rollback/ has one"
             )

@@ -30,13 +30,15 @@ class RollbackHistory:
     records: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def read(cls, folder: Path) -> "RollbackHistory":
+    def read(cls, folder: Path, files: bool = True) -> "RollbackHistory":
         """
         Read `rollback.json`.
 
         Args:
             folder (`pathlib.Path`):
                 Folder of a checkpoint.
+            files (`bool`, *optional*, defaults to `True`):
+                Whether what the rollbacks can be undone with must be there.
 
         Returns:
             [`RollbackHistory`]: Its rollbacks, none where there is no such file.
@@ -56,7 +58,7 @@ class RollbackHistory:
                     raise ValueError(f"{path}: expected {key!r} of each rollback, found {record.get(key)!r}")
             if Path(record["file"]).parts[:-1] != (DELTA_FOLDER,) or Path(record["file"]).name == "..":
                 raise ValueError(f"{path}: expected a file in {DELTA_FOLDER}/, found {record['file']!r}")
-            if not (folder / record["file"]).exists():
+            if files and not (folder / record["file"]).exists():
                 raise ValueError(f"{path}: names {record['file']}, which is missing: the rollback cannot be undone")
         return cls(folder, records)
 

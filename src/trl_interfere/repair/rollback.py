@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ class RouteRollback:
             raise ValueError(f"protection: expected a criterion of {IN_NATS}, found {self.criterion!r}")
         if not 0 <= self.protection < np.inf:
             raise ValueError(f"protection: expected 0 or more, found {self.protection}")
-        if not isinstance(self.budget, (int, float)) or not 0 < self.budget <= 1:
+        if not isinstance(self.budget, Real) or not 0 < self.budget <= 1:
             raise ValueError(f"budget: expected a share above 0 and up to 1, found {self.budget!r}")
         if self.step not in ("optimal", *PER_ROUTE) and not (
             isinstance(self.step, (int, float)) and 0 <= self.step < np.inf
@@ -105,8 +106,9 @@ class RouteRollback:
             raise ValueError(f"step: expected a number of 0 or more or one of {known}, found {self.step!r}")
         if self.budget_of not in BUDGETS_OF:
             raise ValueError(f"budget_of: expected one of {list(BUDGETS_OF)}, found {self.budget_of!r}")
-        if not isinstance(self.seed, (int, np.integer)) or self.seed < 0:
+        if not isinstance(self.seed, Integral) or self.seed < 0:
             raise ValueError(f"seed: expected a whole number of 0 or more, found {self.seed!r}")
+        self.seed, self.budget = int(self.seed), float(self.budget)  # as JSON values
         if not isinstance(self.rounds, int) or self.rounds < 1:
             raise ValueError(f"rounds: expected a whole number, at least 1, found {self.rounds!r}")
         if self.rounds > 1 and self.criterion != "damage":
@@ -212,7 +214,7 @@ class RouteRollback:
             [`~transformers.PreTrainedModel`]: The repaired model.
 
         Raises:
-            `ValueError`: If the settings need an objective or losses, and there are none.
+            `ValueError`: See [`~RouteRollback.repair`].
         """
         return self.repair(report, model, objective, description, **kwargs)[0]
 
@@ -255,7 +257,8 @@ class RouteRollback:
 
         Raises:
             `ValueError`: If the settings need an objective or losses, and there are none, the model or `before` is not
-                of the report's model, or a checkpoint that it names was trained again since.
+                of the report's model, or a checkpoint that it names was trained again since. What is handed over as
+                `model` or `before` is not compared with the report.
         """
         if self.step == "optimal" and objective is None and losses is None and confirm is None:
             raise ValueError("step: 'optimal' needs an objective, such as a loss on the selection split")
@@ -267,14 +270,14 @@ class RouteRollback:
                 "before: a report of several domains goes back to several checkpoints, expected their parameters as "
                 "`joint_before` puts them together, found none"
             )
-        loaded = model is None and before is None
+        if model is None and before is None:
+            last = Checkpoint(report.after)
+            check_not_stale(report, RouteMap(last.config, description), Checkpoint(report.before), last)
         model = load_model(report.after) if model is None else model
         before = dict(load_model(report.before).named_parameters()) if before is None else before
         route_map = RouteMap(model.config, description)
         parameters = route_parameters(model, route_map)
         _check(report, route_map, parameters, model, before)
-        if loaded:
-            check_not_stale(report, route_map, Checkpoint(report.before), Checkpoint(report.after))
         if self.rounds == 1:
             routes = self.select(report, route_map, parameters)
         else:

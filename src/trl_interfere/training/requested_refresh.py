@@ -76,7 +76,8 @@ class RequestedRefresh(StageCallback):
                 other = stage.name.removeprefix(prefix)
                 raise ValueError(
                     f"domain: a refresh of {other} with {steps} steps was stopped in {folder}; expected {other}, to "
-                    f"go on with it, found {self.domain}. To give it up, remove {stage}"
+                    f"go on with it, found {self.domain}. If the training asked for it, `train --resume` goes on; "
+                    f"to give it up, remove {stage}"
                 )
         return None
 

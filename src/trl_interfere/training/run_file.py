@@ -44,7 +44,10 @@ def load_run(
 
 
 def build_trainer(
-    path: str | Path, options: dict[str, Any] | None = None, model: str | None = None
+    path: str | Path,
+    options: dict[str, Any] | None = None,
+    model: str | None = None,
+    loaded: tuple[RunFile, SequentialGRPOConfig] | None = None,
 ) -> SequentialGRPOTrainer:
     """
     Build the trainer that a YAML file describes.
@@ -56,6 +59,8 @@ def build_trainer(
             Settings of [`SequentialGRPOConfig`] that go before those of the file.
         model (`str`, *optional*):
             Folder or Hub id of the model. Defaults to the one of the file.
+        loaded (`tuple`, *optional*):
+            What [`load_run`] returned for all this, if the file is read already.
 
     Returns:
         [`SequentialGRPOTrainer`]: The trainer.
@@ -63,7 +68,7 @@ def build_trainer(
     Raises:
         `ValueError`: If anything in the file is unknown, missing or does not fit.
     """
-    run, args = load_run(path, options, model)
+    run, args = load_run(path, options, model) if loaded is None else loaded
     peft_config = None if run.peft is None else build_dataclass(LoraConfig, run.peft, f"{path}, peft")
     callbacks = [] if run.refresh is None else [RefreshCallback(**run.refresh)]
     try:
