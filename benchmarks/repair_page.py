@@ -121,7 +121,7 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
         plot_cost(_cost_rows(parts), COMMAND).savefig(figures / "cost.png", dpi=130)
     curves = _contractions(parts["refresh"])
     if curves:
-        plot_contraction(curves[:3], COMMAND).savefig(figures / "contraction.png", dpi=130)
+        plot_contraction(curves, COMMAND).savefig(figures / "contraction.png", dpi=130)
     table, means = _acceptance(parts)
     print(table)
     lines = [
@@ -131,8 +131,8 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
         f"{_listed(dict.fromkeys(','.join(run.order) for run in done))}: {len(done)} of the {WHOLE} runs that the "
         "whole study is made of. It repairs math, which the stages after its own have damaged, writes this page, "
         "and keeps every figure as a row of [data/repair.json](data/repair.json). The criteria are compared in all of "
-        f"these runs; what takes longer is done in fewer, and says in how many ({_counts(further)}; the command goes "
-        "on to seed 0 in each order, `--further-seeds` to more). The same seed on "
+        f"these runs; what takes longer is done in fewer, and says in how many ({_counts(further)}; "
+        f"{_further_text(done)}). The same seed on "
         "another kind of processor rounds otherwise and trains to other weights: these figures repeat on one kind, "
         "and their spread over seeds is what another one would show." + _kept_text(done, keep),
         "",
@@ -662,8 +662,7 @@ def _contractions(rows: Rows) -> Rows:
         later = steps > 0
         curves.append(
             {
-                "label": f"{row['criterion']}, seed {row['seed']}, {row['order']}",
-                "criterion": row["criterion"],
+                "label": row["criterion"],
                 "steps": steps.tolist(),
                 "inside": inside.tolist(),
                 "outside": outside.tolist(),
@@ -698,8 +697,8 @@ def _contraction_text(curves: Rows) -> list[str]:
         "steps at which the fitted bound fails | the first of them | positive eigenvalues | runs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | ---: |",
     ]
-    for name in dict.fromkeys(curve["criterion"] for curve in curves):
-        same = [curve for curve in curves if curve["criterion"] == name]
+    for name in dict.fromkeys(curve["label"] for curve in curves):
+        same = [curve for curve in curves if curve["label"] == name]
         ends = {key: [curve[key][-1] / curve[key][0] for curve in same] for key in ("inside", "outside")}
         rates, bounds = [curve["rate"] for curve in same], [curve["bound"] for curve in same]
         first = [curve["first"] for curve in same if curve["first"] is not None]
@@ -718,6 +717,8 @@ def _contraction_text(curves: Rows) -> list[str]:
         if shares
         else "",
         "",
+        "Thin lines are runs, thick ones their mean:",
+        "",
         "![Contraction](figures/repair/contraction.png)",
     ]
     return lines
@@ -725,6 +726,18 @@ def _contraction_text(curves: Rows) -> list[str]:
 
 def _counts(further: dict[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} in {count}" for name, count in further.items())
+
+
+def _further_text(runs: list) -> str:
+    text = "the command goes on to seed 0 in each order, `--further-seeds` to more"
+    seeds = [
+        seed
+        for seed in sorted({run.seed for run in runs})
+        if all(run.done(part) for run in runs if run.seed == seed for part in ROW_PARTS)
+    ]
+    if not seeds or seeds == [0]:
+        return text
+    return f'{text}: here `{COMMAND} ARGS="--further-seeds {" ".join(map(str, seeds))}"`'
 
 
 def _listed(values: Any) -> str:

@@ -97,3 +97,10 @@ def test_rows_of_another_machine_are_kept(page, tmp_path):
     # Without it, what this machine has is all there is.
     page.write_page([Run(0, 20.0), Run(1, 0.0, ())], tmp_path)
     assert {row["seed"] for row in json.loads((tmp_path / "data" / "repair.json").read_text())["rows"]} == {0}
+
+
+def test_seeds_with_all_parts_are_named(page):
+    runs = [Run(0, 1.0, page.ROW_PARTS), Run(1, 1.0)]
+    assert page._further_text(runs).endswith("`--further-seeds` to more")
+    runs[1].parts = page.ROW_PARTS
+    assert page._further_text(runs).endswith('here `make repair-study ARGS="--further-seeds 0 1"`')

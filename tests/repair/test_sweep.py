@@ -182,6 +182,27 @@ def test_table_and_figures(bench, tmp_path):
         assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
+def test_runs_of_one_refresh_share_a_panel():
+    curves = [
+        {
+            "label": label,
+            "steps": steps,
+            "inside": [2.0 * end ** (t / 2) for t in steps],
+            "outside": [3] * len(steps),
+            "rate": 0.9,
+        }
+        for label, end, steps in (("a", 0.5, [0, 1, 2]), ("a", 0.7, [0, 2]), ("b", 0.9, [0, 2]))
+    ]
+    first, second = plot_contraction(curves, "command").axes
+    assert (first.get_title(), second.get_title()) == ("a (2 runs)", "b (1 run)")
+    means = {line.get_label(): line for line in first.lines if not line.get_label().startswith("_")}
+    assert means["inside S"].get_xdata().tolist() == [0, 2]
+    assert means["inside S"].get_ydata() == pytest.approx([1, 0.6])
+    assert means["outside S"].get_ydata() == pytest.approx([1, 1])
+    assert means["(1 - αμ)^t, fitted"].get_ydata() == pytest.approx([1, 0.81])
+    assert len(first.lines) == 9 and len(second.lines) == 6
+
+
 def test_every_run_is_a_point():
     rows = [
         {"criterion": name, "order": order, "step_rule": rule, "recovered": share, "worst": -1.0}

@@ -164,6 +164,9 @@ def plot_contraction(curves: list[dict[str, Any]], title: str = "") -> Figure:
     """
     Contraction of the part of the update in the conflict subspace during a refresh, beside Theorem 1.
 
+    Curves of one label share a panel: a thin line for each, and a thick one for their mean over the steps that all of
+    them have.
+
     Args:
         curves (`list[dict]`):
             `label`, `steps`, `inside` (‖P_S(θ_t - θ_A*)‖ by step), `outside` (‖(I - P_S)(θ_t - θ_A*)‖, on routes)
@@ -174,23 +177,34 @@ def plot_contraction(curves: list[dict[str, Any]], title: str = "") -> Figure:
     Returns:
         [`matplotlib.figure.Figure`]: The figure.
     """
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for number, curve in enumerate(curves):
-        color, steps = COLORS[number % len(COLORS)], np.array(curve["steps"])
-        inside, outside = np.array(curve["inside"]), np.array(curve["outside"])
-        axes.plot(
-            steps, inside / inside[0], color=color, marker="o", markersize=4, label=f"{curve['label']}: inside S"
-        )
-        axes.plot(steps, outside / outside[0], color=color, linestyle=":", label=f"{curve['label']}: outside S")
-        axes.plot(
-            steps, curve["rate"] ** steps, color=color, linestyle="--", linewidth=0.8, label="(1 - αμ)^t, fitted"
-        )
-    axes.set_xlabel("refresh steps")
-    axes.set_ylabel("distance from the peak checkpoint, relative to step 0")
-    axes.set_title(title, fontsize=9)
-    figure.legend(loc="outside right upper", fontsize=7)
+    panels = _grouped(curves, ("label",))
+    width = max(1, len(panels))
+    figure = Figure(figsize=(1.5 + 4.2 * width, 4.2), layout="constrained")
+    kinds = {"inside": ("inside S", "-"), "outside": ("outside S", ":"), "fitted": ("(1 - αμ)^t, fitted", "--")}
+    columns = figure.subplots(1, width, sharey=True, squeeze=False)[0]
+    for axes, ((label,), same) in zip(columns, panels.items(), strict=False):
+        for color, (kind, (name, style)) in zip(COLORS, kinds.items(), strict=False):
+            lines = [dict(zip(curve["steps"], _distances(curve, kind), strict=True)) for curve in same]
+            for line in lines:
+                axes.plot(list(line), list(line.values()), color=color, linestyle=style, linewidth=0.6, alpha=0.5)
+            steps = sorted(set.intersection(*(set(line) for line in lines)))
+            means = [np.mean([line[step] for line in lines]) for step in steps]
+            axes.plot(steps, means, color=color, linestyle=style, linewidth=2.2, label=name)
+        axes.set_xlabel("refresh steps")
+        axes.locator_params(axis="x", integer=True)
+        axes.set_title(f"{label} ({len(same)} run{'s' if len(same) > 1 else ''})", fontsize=9)
+    figure.axes[0].set_ylabel("distance from the peak checkpoint, relative to step 0")
+    if curves:
+        figure.axes[0].legend(loc="lower left", fontsize=8)
+    figure.suptitle(title, fontsize=9)
     return figure
+
+
+def _distances(curve: dict[str, Any], kind: str) -> np.ndarray:
+    if kind == "fitted":
+        return curve["rate"] ** np.array(curve["steps"])
+    values = np.array(curve[kind], dtype=float)
+    return values / values[0]
 
 
 def _grouped(rows: list[dict[str, Any]], names: tuple[str, ...]) -> dict[tuple, list[dict[str, Any]]]:
