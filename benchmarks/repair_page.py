@@ -10,13 +10,16 @@ import numpy as np
 from trl_interfere.evaluation.bootstrap import bootstrap
 from trl_interfere.lab.pipeline import LEARNING_RATE
 from trl_interfere.repair.plots import plot_contraction, plot_cost, plot_runs, plot_sweep
-from trl_interfere.repair.sweep import STEPS
 from trl_interfere.training.manifest import read_json, write_atomically
 
 
 COMMAND = "make repair-study"
 WIDE: dict[str, Any] = {"budgets": (0.32,), "scopes": ("joint",), "draws": 2}
-WIDE |= {"steps": (0.5, 0.75, 1.0, 1.5, 2.0), "protections": (0.75, 1.0, 1.5)}
+WIDE |= {"steps": (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5), "protections": (0.75, 1.0, 1.5)}
+STEPS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+FREE_STEPS = (0.5, 0.75, 1.0, 1.5, 2.0)  # at 32%, where the other domains do not count
+MAX_DROP = 1.0  # points that another domain may lose on the selection split
+UNRELATED = "writing"  # by its task; code gives math back, and qa costs it most
 CURVE_STEPS = (0.5, 1.0, 1.5, 2.0, 3.0)
 SCHEMA_VERSION = 1
 FITTED_STEPS = 5  # of the refresh, that the rate of the contraction is fitted to
@@ -27,6 +30,7 @@ ROW_PARTS = (
     "per_route",
     "curve",
     "route_steps",
+    "rounds",
     "baselines",
     "joint",
     "refresh",

@@ -17,15 +17,16 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jobs import run_all
-from repair_page import CURVE_STEPS, WIDE, write_page
+from repair_page import CURVE_STEPS, FREE_STEPS, MAX_DROP, STEPS, UNRELATED, WIDE, write_page
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model
@@ -37,7 +38,7 @@ from trl_interfere.analysis.subspace import conflict_subspace
 from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.lab.build import MODEL_FOLDER
 from trl_interfere.lab.pipeline import LEARNING_RATE, MAX_COMPLETION_LENGTH, Lab
-from trl_interfere.repair.bench import RepairBench, domain_scorer
+from trl_interfere.repair.bench import RepairBench, Scores, domain_scorer
 from trl_interfere.repair.joint import joint_before, joint_report
 from trl_interfere.repair.measures import reference_probability
 from trl_interfere.repair.merging import held, merge
@@ -52,7 +53,7 @@ from trl_interfere.training.trainer import SequentialGRPOTrainer
 # Orders that end with a loss of math: qa costs it most, and a later stage of code gives it back.
 ORDERS = ("code,math,qa,writing", "math,code,qa,writing", "code,math,writing,qa")
 MAIN_PARTS = ("train", "sweep", "wide", "unconstrained", "per_route")
-FURTHER_PARTS = ("refresh", "cost", "baselines", "route_steps", "joint", "curve", "rehearsal")
+FURTHER_PARTS = ("refresh", "cost", "baselines", "route_steps", "rounds", "joint", "curve", "rehearsal")
 PARTS = (*MAIN_PARTS, *FURTHER_PARTS, "report")
 REPAIRED = "math"
 CRITERIA = (
@@ -66,7 +67,6 @@ CRITERIA = (
     "random_matched",
 )
 DRAWS = 3
-MAX_DROP = 1.0  # points that another domain may lose on the selection split
 WIDE_CRITERIA = ("damage", "damage_protected", "route_conflict", "magnitude", "random")
 STEP_SCALES = (0.5, 0.75, 1.0, 1.25)  # of the steps that were solved for
 REFRESH_STEPS = (0, 1, 2, 5, 10, 20)
@@ -252,7 +252,14 @@ def sweep_part(run: Run) -> None:
     """2% of MLP routes: the comparison of all criteria and controls."""
     path = run.study / "sweep-rows.json"
     found = sweep(
-        run.bench, CRITERIA, draws=DRAWS, max_drop=MAX_DROP, labels=run.labels, path=path, progress=note(run, "sweep")
+        run.bench,
+        CRITERIA,
+        steps=STEPS,
+        draws=DRAWS,
+        max_drop=MAX_DROP,
+        labels=run.labels,
+        path=path,
+        progress=note(run, "sweep"),
     )
     run.write("sweep", found.rows)
 
@@ -270,9 +277,11 @@ def unconstrained(run: Run) -> None:
     """Both comparisons with steps that may cost the other domains what they will."""
     settings = {"max_drop": 100.0, "fixed": False, "labels": run.labels, "progress": note(run, "unconstrained")}
     path = run.study / "unconstrained-rows.json"
-    rows = sweep(run.bench, ("damage", "damage_protected", "route_conflict"), draws=DRAWS, path=path, **settings).rows
+    names = ("damage", "damage_protected", "route_conflict")
+    rows = sweep(run.bench, names, steps=STEPS, draws=DRAWS, path=path, **settings).rows
     path = run.study / "unconstrained-wide-rows.json"
-    rows += sweep(run.bench, ("damage", "damage_protected", "magnitude"), **WIDE, path=path, **settings).rows
+    free = {**WIDE, "steps": FREE_STEPS}
+    rows += sweep(run.bench, ("damage", "damage_protected", "magnitude"), **free, path=path, **settings).rows
     run.write("unconstrained", rows)
 
 
@@ -287,7 +296,7 @@ def curve(run: Run) -> None:
         "path": path,
     }
     settings |= {"progress": note(run, "curve")}
-    names = ("damage", "damage_protected", "route_conflict", "magnitude", "random")
+    names = CRITERIA
     sweep(run.bench, names, (0.005, 0.08, 0.32), ("mlp",), draws=2, fixed=False, **settings)
     sweep(run.bench, names, (0.25,), ("attention",), draws=2, fixed=False, **settings)
     run.write("curve", Sweep.load(path).rows)
@@ -306,7 +315,8 @@ def solved_row(run: Run, label: str, rollback: RouteRollback, weights: tuple[flo
     chosen = bench.choose(measures, MAX_DROP)
     steps, weight, scale, passes = candidates[chosen]
     more = {"protection": rollback.protection, "weight": weight, "scale": scale, "passes": passes}
-    more |= {"selection": measures[chosen], "steps": steps.tolist()}
+    more |= {"selection": measures[chosen], "within_max_drop": bench.spares(measures[chosen], MAX_DROP)}
+    more |= {"steps": steps.tolist()}
     return row(run, label, "mlp", 0.02, None, bench.figures([bench.scores(routes, steps)]), **more)
 
 
@@ -324,8 +334,8 @@ def per_route(run: Run) -> None:
 
 
 def route_steps(run: Run) -> None:
-    """Steps of single routes by the quadratic model, more of their controls, and routes chosen in rounds."""
-    bench, exact = run.bench, {"evaluations": 12, "exact": True}
+    """Steps of single routes by the quadratic model, and more of their controls."""
+    exact = {"evaluations": 12, "exact": True}
     protected = RouteRollback(protection=run.best_protected()["protection"])
     rows = [
         solved_row(run, "damage_protected_per_route", protected, (0.0, 1.0), evaluations=12),
@@ -335,16 +345,40 @@ def route_steps(run: Run) -> None:
             for name in ("magnitude", "random")
         ),
     ]
-    for label, weight in (("damage_rounds", 0.0), ("damage_rounds_spared", 1.0)):
-        note(run, "route_steps")(label)
-        rollback = RouteRollback(rounds=4, protection=weight)
-        routes = rollback._select_in_rounds(
-            bench.report, bench.route_map, bench.parameters, bench.model, bench.before, run.losses(weight)
-        )
-        steps = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-        step = steps[bench.choose([bench.measured(routes, step) for step in steps], MAX_DROP)]
-        rows.append(row(run, label, "mlp", 0.02, step, bench.figures([bench.scores(routes, step)])))
     run.write("route_steps", rows)
+
+
+def rounds(run: Run) -> None:
+    """Routes chosen in rounds, with and without protection."""
+    bench, rows = run.bench, []
+    losses = {name: WeightedLoss(run.batches(name, 128), 1.0) for name in run.order[run.position :]}
+    for label, protection in (("damage_rounds", 0.0), ("damage_protected_rounds", 1.0)):
+        note(run, "rounds")(label)
+        rollback = RouteRollback(rounds=4, protection=protection)
+        routes = rollback._select_in_rounds(
+            bench.report, bench.route_map, bench.parameters, bench.model, bench.before, losses
+        )
+        measures = [bench.measured(routes, step) for step in STEPS]
+        found = chosen_row(
+            run, label, "mlp", 0.02, STEPS, measures, [partial(bench.scores, routes, step) for step in STEPS]
+        )
+        rows.append({**found, "protection": protection})
+    run.write("rounds", rows)
+
+
+def chosen_row(
+    run: Run,
+    label: str,
+    scope: str,
+    budget: float,
+    settings: Sequence[float],
+    measures: list[dict[str, float]],
+    scores: list[Callable[[], Scores]],
+) -> dict[str, Any]:
+    """The row of the setting that the selection split takes."""
+    chosen = run.bench.choose(measures, MAX_DROP)
+    found = {"selection": measures[chosen], "within_max_drop": run.bench.spares(measures[chosen], MAX_DROP)}
+    return row(run, label, scope, budget, settings[chosen], run.bench.figures([scores[chosen]()]), **found)
 
 
 def baselines(run: Run) -> None:
@@ -358,16 +392,17 @@ def baselines(run: Run) -> None:
     ]
     summed = [(scale, merge(base, stages, "task_arithmetic", scale)) for scale in (0.2, 0.3, 0.4, 0.5, 0.7)]
     ties = [(scale, merge(base, stages, "ties", scale, 0.2)) for scale in (0.5, 0.75, 1.0, 1.5, 2.0)]
+
+    def found(tensors: dict[str, torch.Tensor], function: Callable) -> Any:
+        with held(bench.model, tensors) as model:
+            return function(model)
+
     for label, candidates in (("interpolation", lerped), ("task_arithmetic", summed), ("ties", ties)):
         note(run, "baselines")(label)
-        measures = []
-        for _, tensors in candidates:
-            with held(bench.model, tensors) as model:
-                measures.append(run.measure(model))
-        setting, tensors = candidates[bench.choose(measures, MAX_DROP)]
-        with held(bench.model, tensors) as model:
-            scores = run.score(model, "test")
-        rows.append(row(run, label, "all", 1.0, setting, bench.figures([scores])))
+        settings, merged = zip(*candidates, strict=True)
+        measures = [found(tensors, run.measure) for tensors in merged]
+        scores = [partial(found, tensors, lambda model: run.score(model, "test")) for tensors in merged]
+        rows.append(chosen_row(run, label, "all", 1.0, settings, measures, scores))
     run.write("baselines", rows)
 
 
@@ -377,7 +412,8 @@ def joint(run: Run) -> None:
     reports = [run.report(name) for name in earlier]
     befores = [run.tensors(run.order.index(name)) for name in earlier]
     damage = {name: max(report.damage, 0.0) for name, report in zip(earlier, reports, strict=True)}
-    rows = []
+    rows = run.rows("joint")
+    done = {(row["criterion"], row["budget"], row["weights"]) for row in rows}
     for weighting in ("equal", "by damage"):
         # A domain that was not damaged has nothing to get back, and its loss is kept by the choice of the step.
         weights = {name: float(value > 0) * (1.0 if weighting == "equal" else value) for name, value in damage.items()}
@@ -391,11 +427,14 @@ def joint(run: Run) -> None:
         both = [("damage_protected", 0.02), ("damage_protected", 0.08)]
         more = [("damage", 0.02), ("damage", 0.08), ("random", 0.02), ("random", 0.08), ("damage_protected", 0.32)]
         for criterion, budget in both + (more if weighting == "equal" else []):
+            if (criterion, budget, weighting) in done:
+                continue
             note(run, "joint")(f"{criterion}, {100 * budget:g}%, {weighting}")
             labels = {**run.labels, "weights": weighting, "repaired": list(peaks)}
             settings = {"steps": (0.5, 1.0, 1.5, 2.0, 3.0), "draws": 2, "max_drop": MAX_DROP, "fixed": False}
             found = sweep(bench, [criterion], [budget], labels=labels, **settings)
             rows += found.rows
+            run.write("joint", rows, finished=False)
     run.write("joint", rows)
 
 
@@ -448,7 +487,7 @@ def refreshed(run: Run, model_folder: Path, domain: str, label: str, subspace: n
 
 
 def refresh(run: Run) -> None:
-    """Refreshes of math, of an unrelated domain, and of math after a rollback; contraction in the subspace."""
+    """Refreshes of math, of a domain unrelated to it, and of math after a rollback; contraction in the subspace."""
     bench, rows = run.bench, []
     path = UpdatePath(load_model(run.stage(run.position)), dict(bench.model.named_parameters()))
     spectrum, vectors = conflict_subspace(path, run.batches(REPAIRED, 64), bench.route_map, SUBSPACE)
@@ -464,7 +503,7 @@ def refresh(run: Run) -> None:
     for label, folder, domain in (
         ("refresh", last, REPAIRED),
         ("refresh_after_rollback", rolled, REPAIRED),
-        ("refresh_unrelated", last, run.order[-1]),
+        ("refresh_unrelated", last, UNRELATED),
     ):
         note(run, "refresh")(label)
         watch = refreshed(run, folder, domain, label, vectors if label != "refresh_unrelated" else None)
@@ -492,7 +531,8 @@ def cost(run: Run) -> None:
         routes = {**bench.report.routes, "damage": damage, "later_damage": owed}
         thin = RepairBench(bench.model, bench.before, replace(bench.report, routes=routes), run.score, run.measure)
         for budget, scope in ((0.02, "mlp"), (0.32, "joint")):
-            settings = {"steps": (1.0, 1.5, 2.0, 3.0, 4.0), "protections": (0.75, 1.0), "max_drop": MAX_DROP}
+            steps = (1.0, 1.5, 2.0, 3.0, 4.0) if scope == "mlp" else (0.2, 0.35, 0.5, 0.75, 1.0)
+            settings = {"steps": steps, "protections": (0.75, 1.0), "max_drop": MAX_DROP}
             found = sweep(thin, ["damage_protected"], [budget], [scope], fixed=False, labels=run.labels, **settings)
             sequences = count * (nodes + later_nodes * len(later))
             rows += [{**entry, "sequences": sequences, "references": count, "nodes": nodes} for entry in found.rows]
@@ -536,6 +576,7 @@ WORK = {
     "cost": cost,
     "baselines": baselines,
     "route_steps": route_steps,
+    "rounds": rounds,
     "joint": joint,
     "curve": curve,
     "rehearsal": rehearsal,

@@ -396,7 +396,7 @@ def sweep(
     scopes: Annotated[str, typer.Option(help="mlp, attention, joint, separated by commas.")] = "mlp",
     steps: Annotated[
         str | None,
-        typer.Option(help="Steps that the best is chosen from, separated by commas. Defaults to seven, 0.5 to 4."),
+        typer.Option(help="Steps that the best is chosen from, separated by commas. Defaults to eight, 0.25 to 4."),
     ] = None,
     protections: Annotated[
         str | None,

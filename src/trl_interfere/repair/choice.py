@@ -22,7 +22,7 @@ from ..evaluation.bootstrap import difference, score
 from ..evaluation.checkpoints import analysis_settings, load_tokenizer, sampling_settings, training_settings
 from ..evaluation.scorer import Scorer
 from .explanation import RollbackExplanation, explain
-from .joint import joint_before, joint_report
+from .joint import domain_weights, joint_before, joint_report
 from .rollback import RouteRollback
 from .route_steps import WeightedLoss
 from .staleness import check_not_stale
@@ -57,7 +57,7 @@ class RouteChoice:
     target: np.ndarray | None = None
 
 
-def locate_checkpoint(name: str, report: str | Path) -> str:
+def locate_checkpoint(name: str | None, report: str | Path) -> str:
     """
     Find a checkpoint that a report names by a relative path.
 
@@ -67,7 +67,7 @@ def locate_checkpoint(name: str, report: str | Path) -> str:
 
     Args:
         name (`str`):
-            What the report names: a path or a Hub id.
+            What the report names: a path or a Hub id, `None` in a report of several domains.
         report (`str` or `pathlib.Path`):
             Folder of the report.
 
@@ -75,8 +75,13 @@ def locate_checkpoint(name: str, report: str | Path) -> str:
         `str`: Folder of the checkpoint, or its Hub id.
 
     Raises:
-        `ValueError`: If there is no such folder, nor such a repository.
+        `ValueError`: If nothing is named, or there is no such folder, nor such a repository.
     """
+    if name is None:
+        raise ValueError(
+            f"{report}: a report of several domains names no checkpoint before the update, expected --report once for "
+            "each of these domains"
+        )
     folder = Path(report).absolute()
     for parent in (folder, *folder.parents, Path.cwd()):
         if (parent / name).is_dir():
@@ -136,11 +141,12 @@ def choose_routes(
         progress (`Callable[[str], None]`, *optional*):
             Called with the name of each part when it begins.
         later_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the loss of each later domain in a search.
+            Weight of the loss of each later domain in a search of the step.
         max_drop (`float`, *optional*):
             Points of 100 that a searched step may cost a domain of the reports on its selection split.
         weights (`dict[str, float]`, *optional*):
-            With several reports, the weight of each earlier domain. Defaults to 1 each.
+            With several reports, the weight of each earlier domain, of which only the ratios count. Defaults to 1
+            each. A domain of weight 0 is not repaired, but spared as the later ones are.
 
     Returns:
         [`RouteChoice`]: Routes and steps.
@@ -158,7 +164,7 @@ def choose_routes(
         raise ValueError(f"max_drop: expected 0 or more points, found {max_drop}")
     for name, given in (
         ("max_drop", max_drop is not None),
-        ("later_weight", later_weight != 1.0 and rollback.rounds == 1),
+        ("later_weight", later_weight != 1.0),
     ):
         if given and not searched:
             raise ValueError(
@@ -176,11 +182,16 @@ def choose_routes(
         if is_adapter(after):
             raise ValueError(f"{after}: expected whole weights for a rollback of several domains, found an adapter")
         report, target = joint_report(reports, weights)
-        earlier = {entry.earlier: 1.0 if weights is None else weights.get(entry.earlier, 0.0) for entry in reports}
+        earlier = domain_weights([entry.earlier for entry in reports], weights)
     else:
         if weights is not None:
             raise ValueError("weights: expected with several reports, one for each earlier domain")
         report = reports[0] if reports else None
+        if report is not None and report.before is None:
+            raise ValueError(
+                f"report: the one of {report.earlier} goes back to several checkpoints and names none of them, "
+                "expected one report for each of these domains"
+            )
         earlier = {} if report is None else {report.earlier: 1.0}
     model = Checkpoint(after, base=base)
     route_map = RouteMap(model.config, description)
@@ -212,7 +223,9 @@ def choose_routes(
                 check_not_stale(entry, route_map, Checkpoint(name, base=base), model)
         settings |= {"earlier": report.earlier, "later": report.later}
         if target is not None:
-            settings["weights"] = earlier
+            settings["weights"] = {
+                name: value if weights is None else weights.get(name, 0.0) for name, value in earlier.items()
+            }
     if searched or rollback.rounds > 1:
         if report is None or run is None:
             asked = f"step {rollback.step!r}" if searched else f"{rollback.rounds} rounds"

@@ -28,11 +28,15 @@ def joint_report(
     a_r = Σ_d w_d a_d,r        target_r = argmax_d w_d a_d,r
     ```
 
+    The weights are scaled to a mean of 1 over the domains that have one, so that only their ratios count and a
+    protection of 1 means what it does for one domain.
+
     Args:
         reports (`list[InterferenceReport]`):
             One analysis for each earlier domain, all with the same checkpoint `after`.
         weights (`dict[str, float]`, *optional*):
-            w_d by name of the domain. Defaults to 1 each.
+            w_d by name of the domain. Defaults to 1 each. A domain of weight 0 is not repaired, but spared as the
+            later ones are.
 
     Returns:
         `tuple[InterferenceReport, numpy.ndarray]`: The report, which names no `before`, since there are several, and
@@ -50,13 +54,7 @@ def joint_report(
     ends = sorted({report.after for report in reports})
     if len(ends) > 1:
         raise ValueError(f"reports: expected the same checkpoint `after` in all, found {ends}")
-    weights = {name: 1.0 for name in names} if weights is None else weights
-    unknown = sorted(set(weights) - set(names))
-    if unknown or not any(weights.get(name, 0.0) > 0 for name in names):
-        raise ValueError(f"weights: expected some of {names}, at least one above 0, found {weights}")
-    factors = np.array([weights.get(name, 0.0) for name in names])
-    if (factors < 0).any() or not np.isfinite(factors).all():
-        raise ValueError(f"weights: expected numbers of 0 or more, found {weights}")
+    factors = np.array(list(domain_weights(names, weights).values()))
     parts = np.stack([factor * report.routes["damage"] for factor, report in zip(factors, reports, strict=True)])
     parts[factors == 0] = -np.inf
     target = parts.argmax(axis=0)
@@ -72,16 +70,43 @@ def joint_report(
     def total(field: str) -> float:
         return float(sum(factor * getattr(report, field) for factor, report in zip(factors, reports, strict=True)))
 
+    repaired = [name for name, factor in zip(names, factors, strict=True) if factor]
     report = replace(
         reports[0],
         before=None,
-        earlier="+".join(name for name, factor in zip(names, factors, strict=True) if factor),
-        later=sorted({name for report in reports for name in report.later} - set(names)) or reports[-1].later,
+        earlier="+".join(repaired),
+        later=sorted({*names, *(name for report in reports for name in report.later)} - set(repaired))
+        or reports[-1].later,
         **{name: total(name) for name in ("loss_before", "loss_after", "first_order", "second_order")},
         **{name: total(name) for name in ("attributed", "outside_routes")},
         routes=routes,
     )
     return report, target
+
+
+def domain_weights(names: list[str], weights: dict[str, float] | None = None) -> dict[str, float]:
+    """
+    Weights of the domains of a joint rollback, with a mean of 1 over those above 0.
+
+    Args:
+        names (`list[str]`):
+            Names of the domains.
+        weights (`dict[str, float]`, *optional*):
+            Weights as they were given. Defaults to 1 each; a domain without one has 0.
+
+    Returns:
+        `dict[str, float]`: Weight of each domain, in the order of `names`.
+
+    Raises:
+        `ValueError`: If a weight is negative or not finite, none is above 0, or one is of another domain.
+    """
+    given = dict.fromkeys(names, 1.0) if weights is None else weights
+    if set(given) - set(names) or not any(given.get(name, 0.0) > 0 for name in names):
+        raise ValueError(f"weights: expected some of {names}, at least one above 0, found {weights}")
+    found = np.array([given.get(name, 0.0) for name in names])
+    if (found < 0).any() or not np.isfinite(found).all():
+        raise ValueError(f"weights: expected numbers of 0 or more, found {weights}")
+    return dict(zip(names, (found / found[found > 0].mean()).tolist(), strict=True))
 
 
 def joint_before(befores: list[Tensors], target: np.ndarray, route_map: RouteMap) -> Tensors:

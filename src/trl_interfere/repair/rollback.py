@@ -26,7 +26,7 @@ from .step import move_back, route_steps
 
 
 # Steps that a line search tries. Beyond 1 a route moves past its earlier state.
-STEPS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+STEPS = (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 # Steps of lowest loss whose score is taken, where a search is confirmed by score.
 CONFIRMED = 3
 PER_ROUTE = ("per_route", "per_route_exact")
@@ -72,8 +72,9 @@ class RouteRollback:
         budget_of (`str`, *optional*, defaults to `"routes"`):
             What the budget is a share of: the `"routes"` of the scope, or their `"parameters"`.
         rounds (`int`, *optional*, defaults to `1`):
-            Parts in which the budget is spent. After each of them the damage that is left is attributed anew, so that
-            two routes that carry the same damage are not both chosen. With `criterion="damage"` only.
+            Parts in which the budget is spent. After each of them the damage that is left is attributed anew, and with
+            a protection what the later domains owe the routes, so that two routes that carry the same damage are not
+            both chosen. With `criterion="damage"` only.
 
     Raises:
         `ValueError`: If a setting is out of range.
@@ -169,6 +170,7 @@ class RouteRollback:
         losses: Losses,
     ) -> np.ndarray:
         step = self.step if isinstance(self.step, (int, float)) else 1.0
+        later = [name for name in losses if name in report.later]
         scores = route_scores(self.criterion, report, route_map, protection=self.protection, seed=self.seed)
         candidates = np.flatnonzero(route_map.scope(self.scope))
         chosen = np.array([], dtype=int)
@@ -181,9 +183,11 @@ class RouteRollback:
                 with rolled_back(model, before, route_map, chosen, step):
                     # From the repaired weights to the earlier ones: what going there would take back.
                     path, scores = UpdatePath(model, before), np.zeros(route_map.num_routes)
-                    for entry in losses.values():
-                        terms = attribution(path, entry.batches, route_map, _ROUND_NODES)
-                        scores -= entry.weight * terms.routes
+                    for name, entry in losses.items():
+                        # As in the first round, where `later_damage` is the mean over the later domains.
+                        weight = self.protection / len(later) if name in later else entry.weight
+                        if weight:
+                            scores -= weight * attribution(path, entry.batches, route_map, _ROUND_NODES).routes
                     path.move(0.0)
         return chosen
 
@@ -249,8 +253,9 @@ class RouteRollback:
                 all domains keeps the step from repairing one of them at the cost of another.
             losses (`dict[str, WeightedLoss]`, *optional*):
                 References of the domains on the selection split and their weights: the damaged domain, and with a
-                weight of their own those that are to be spared. Needed for steps of routes and for rounds; where
-                given, what is expected and what is achieved are measured on them.
+                weight of their own those that are to be spared. Needed for steps of routes and for rounds, which
+                weigh the report's later domains by `protection` and the others by their weights; where given, what is
+                expected and what is achieved are measured on them.
 
         Returns:
             `tuple`: The repaired model and a [`RollbackExplanation`].

@@ -13,12 +13,11 @@ from ..analysis.report import InterferenceReport
 from ..training.manifest import read_json, write_atomically
 from .bench import RepairBench
 from .criteria import CRITERIA, IN_NATS
-from .rollback import RouteRollback
+from .rollback import STEPS, RouteRollback
 
 
 SCHEMA_VERSION = 1
 CONTROLS = ("random", "random_matched")
-STEPS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 PROTECTIONS = (0.5, 0.75, 1.0, 1.5)
 PROTECTED = tuple(f"{criterion}_protected" for criterion in IN_NATS)
 
@@ -97,9 +96,11 @@ class Sweep:
                 found = sum(entry["routes"] for entry in rows) / sum(entry["asked"] for entry in rows)
                 budget += f", {100 * found:.0f}% of it found"
             mark = "Pareto" if id(mean) in front else ""
+            # The means are of the runs in which something was lost.
+            known = sum(entry["recovered"] is not None for entry in rows) or len(rows)
             lines.append(
                 f"| {row['criterion']}{protection} | {row['scope']} | {budget} | {_listed(steps)} ({rule}) "
-                f"| {share} | {worst} | {len(rows)} | {row['draws']} | {mark} |"
+                f"| {share} | {worst} | {known} | {row['draws']} | {mark} |"
             )
         return "\n".join(lines) + "\n"
 
