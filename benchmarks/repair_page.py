@@ -22,6 +22,9 @@ MAX_DROP = 1.0  # points that another domain may lose on the selection split
 UNRELATED = "writing"  # by its task; code gives math back, and qa costs it most
 CURVE_STEPS = (0.5, 1.0, 1.5, 2.0, 3.0)
 SCHEMA_VERSION = 1
+PROTECTIONS = (0.5, 0.75, 1.0, 1.5)
+REFRESH_BATCH = 128  # sequences of one step of the lab
+FEWEST = 5  # runs that an interval over runs is given for: the bootstrap of fewer ends near the lowest and the highest
 FITTED_STEPS = 5  # of the refresh, that the rate of the contraction is fitted to
 ROW_PARTS = (
     "sweep",
@@ -149,10 +152,12 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
         "the test split (512). *Recovered* and *collateral* are defined on the page on [repair](science/repair.md). "
         "Every criterion, and every control, has its own best step: the one that recovers most on the selection split "
         "while no other domain loses more than one point there, or, where no step keeps to that, the one with the "
-        "best mean score of all domains. Where a figure is a mean over runs, its interval is a "
-        "95% bootstrap interval over the runs, and the lowest and the highest run stand beside it. The "
-        "intervals over prompts "
+        "best mean score of all domains: *over the limit* says in how many runs. Where a figure is a mean over runs, "
+        f"its interval is a 95% bootstrap interval over the runs (none with fewer than {FEWEST}), and the lowest and "
+        "the highest run stand beside it. The intervals over prompts "
         "of each run are in the data, and those of the main comparison under [Each run](#each-run).",
+        "",
+        _seeds_text(parts["sweep"]),
         "",
         "## Targets",
         "",
@@ -167,8 +172,8 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
         "",
         "`_protected` subtracts from the score of a route what the later domains owe it, with a weight that is "
         "chosen with "
-        "the step. Random controls are means over three draws, at other budgets over two; with steps of single routes "
-        "it is one.",
+        f"the step: {len(STEPS) * len(PROTECTIONS)} candidates where the others have {len(STEPS)}. Random controls "
+        "are means over three draws, at other budgets over two; with steps of single routes it is one.",
         "",
         "![Recovered share against budget and collateral](figures/repair/sweep.png)",
         "",
@@ -190,13 +195,15 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
         _summary(parts["unconstrained"], lost),
         "",
         "The column of the worst change is the lowest of three noisy figures: a repair that changes nothing but the "
-        "dice of the sampled completions has a negative one too. The rows of random routes show how large that is. "
-        f"The steps that are tried end at {STEPS[-1]:g}, at 32% of both at {max(WIDE['steps']):g}; where the best one "
+        "dice of the sampled completions has a negative one too. The rows of random routes, which are means over "
+        "draws, show the least of it. "
+        f"The steps that are tried end at {STEPS[-1]:g}, at 32% of both at {max(FREE_STEPS):g}; where the best one "
         "is this, a larger one might do more.",
         "",
         "## Other budgets and scopes",
         "",
-        f"Steps end at {CURVE_STEPS[-1]:g} here, at 32% of both at {max(WIDE['steps']):g}. The figure under "
+        f"Steps are from {CURVE_STEPS[0]:g} to {CURVE_STEPS[-1]:g} here, at 32% of both from {min(WIDE['steps']):g} "
+        f"to {max(WIDE['steps']):g}. The figure under "
         "[2% of the MLP routes](#2-of-the-mlp-routes) has the runs in which all budgets were measured.",
         "",
         _summary([row for row in budgets if row["step_rule"] == "best"], lost),
@@ -215,9 +222,9 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
         "chosen routes, on half of the selection split; weight and scale of the steps are chosen as any step is, on "
         "all of it. 31 numbers are fitted, whatever the routes: the same is done for every control. `per_route` "
         "solves the quadratic model instead; `rounds` attributes the damage anew after each quarter of the budget, "
-        "where *spared* is said with the other domains in it.",
+        "*protected* with what the later domains owe the routes.",
         "",
-        _summary([*parts["per_route"], *parts["route_steps"]], lost),
+        _summary([*parts["per_route"], *parts["route_steps"], *parts["rounds"]], lost),
         "",
         "## Baselines",
         "",
@@ -247,8 +254,8 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
         "## At equal gradient passes",
         "",
         "The cost is the number of sequences that went through a backward pass: references times quadrature nodes for "
-        "a rollback, 128 completions for a refresh step. Completions that a refresh samples, and forward passes "
-        "of the "
+        f"a rollback, {REFRESH_BATCH} completions for a refresh step. Completions that a refresh samples, and forward "
+        "passes of the "
         "search for the step, are not counted. Orders differ in the number of later domains, whose references count "
         "too; in the figure they stand at their mean.",
         "",
@@ -293,6 +300,25 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
     }
     ratio = _ratio(damage[best], conflict["best"])
     fixed_ratio = _ratio(fixed, conflict["fixed"])
+    plain_ratio = _ratio(damage["damage"], conflict["best"])
+    over = {
+        name: _over([row for row in parts["wide"] if row["criterion"] == name and row["step_rule"] == "best"])
+        for name in damage
+    }
+    plain = [
+        (
+            "2% MLP, `damage` without protection at its best step: recovered",
+            "at least 60%",
+            _cell(damage["damage"]),
+            _mean(damage["damage"]) >= 0.6,
+        ),
+        (
+            "the same over `route_conflict` at its best step",
+            "at least 1.5",
+            _ratio_cell(damage["damage"], conflict["best"]),
+            plain_ratio >= 1.5,
+        ),
+    ]
     rows = [
         (
             f"2% MLP, `{best}` at its best step: recovered",
@@ -300,14 +326,25 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
             _cell(damage[best]),
             _mean(damage[best]) >= 0.6,
         ),
-        ("the same over `route_conflict` at its best step", "at least 1.5", f"{ratio:.2f}", ratio >= 1.5),
+        (
+            "the same over `route_conflict` at its best step",
+            "at least 1.5",
+            _ratio_cell(damage[best], conflict["best"]),
+            ratio >= 1.5,
+        ),
+        *(plain if best != "damage" else []),
         ("`random_matched` at its best step: recovered", "at most 10%", _cell(matched), _mean(matched) <= 0.1),
         _change_row(f"`{best}`", [row for row in main if row["criterion"] == best and row["step_rule"] == "best"]),
-        ("step 1, `damage` over `route_conflict`", "at least 2", f"{fixed_ratio:.2f}", fixed_ratio >= 2),
+        (
+            "step 1, `damage` over `route_conflict`",
+            "at least 2",
+            _ratio_cell(fixed, conflict["fixed"]),
+            fixed_ratio >= 2,
+        ),
         (
             f"32% of MLP and attention, `{joint_best}` at its best step: recovered",
             "at least 95%",
-            _cell(joint),
+            _cell(joint) + over[joint_best],
             _mean(joint) >= 0.95,
         ),
         (
@@ -323,13 +360,13 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
             (
                 "2% MLP, `damage_protected`, a step for each route: recovered",
                 "at least 60%",
-                _cell(shares["damage_protected"]),
+                _cell(shares["damage_protected"]) + _over(solved["damage_protected"]),
                 _mean(shares["damage_protected"]) >= 0.6,
             ),
             (
                 "the same over `route_conflict` with such steps",
                 "at least 1.5",
-                f"{solved_ratio:.2f}",
+                _ratio_cell(shares["damage_protected"], shares["route_conflict"]),
                 solved_ratio >= 1.5,
             ),
             (
@@ -363,16 +400,45 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
 
 
 def _change_row(label: str, rows: Rows) -> tuple[str, str, str, bool]:
-    """Mean change of each other domain, and the lowest change of any in any run."""
+    """Mean change of each other domain, the runs in which one of them loses more than a point, and the lowest."""
     changes = {name: [row["collateral"][name] for row in rows] for name in rows[0]["collateral"]}
-    means = {name: _mean(values) for name, values in changes.items()}
-    found = ", ".join(f"{name} {value:+.2f}" for name, value in means.items())
+    found = []
+    for name, values in changes.items():
+        interval = bootstrap(np.mean, np.array(values))
+        bounds = f" [{interval.low:+.2f}, {interval.high:+.2f}]" if len(values) >= FEWEST else ""
+        found.append(f"{name} {interval.value:+.2f}{bounds}")
+    below = sum(min(row["collateral"].values()) < -MAX_DROP for row in rows)
     lowest = min(min(values) for values in changes.values())
+    met = min(_mean(values) for values in changes.values()) >= -MAX_DROP
     return (
         f"{label}: change of each other domain, mean over runs",
-        "at least -1 point",
-        f"{found}; lowest of all {lowest:+.2f}",
-        min(means.values()) >= -1,
+        f"at least {-MAX_DROP:g} point",
+        f"{', '.join(found)}; one of them lower in {below} of {len(rows)} runs, lowest of all {lowest:+.2f}",
+        met,
+    )
+
+
+def _over(rows: Rows) -> str:
+    """In how many runs the taken step costs another domain more than it may on the selection split."""
+    over = sum(row["step_rule"] == "best" and not row.get("within_max_drop", True) for row in rows)
+    return f"; over the limit in {over} of {len(rows)}" if over else ""
+
+
+def _seeds_text(rows: Rows) -> str:
+    """How wide an interval over seeds is, whose runs have stages in common."""
+    best = [row for row in rows if row["criterion"] == "damage_protected" and row["step_rule"] == "best"]
+    shares: dict[int, list[float]] = {}
+    for row in best:
+        if row["recovered"] is not None:
+            shares.setdefault(row["seed"], []).append(100 * row["recovered"])
+    means = np.array([_mean(values) for values in shares.values()])
+    text = "Runs of one seed are not independent: orders that begin alike share the stages that they begin with."
+    if len(means) < FEWEST:
+        return text
+    interval = bootstrap(np.mean, means)
+    return (
+        f"{text} Over seeds instead of runs, with the orders as given, `damage_protected` at 2% of the MLP routes "
+        f"recovers {interval.value:.1f}% [{interval.low:.1f}, {interval.high:.1f}]."
     )
 
 
@@ -405,6 +471,18 @@ def _ratio(first: list[float], second: list[float]) -> float:
     return _mean(first) / _mean(second) if second and _mean(second) > 0 else float("nan")
 
 
+def _ratio_cell(first: list[float], second: list[float]) -> str:
+    """Ratio of two means over the same runs."""
+    if len(first) < FEWEST or len(first) != len(second):
+        return f"{_ratio(first, second):.2f}"
+
+    def ratio(first, second, axis):
+        return first.mean(axis=axis) / second.mean(axis=axis)
+
+    interval = bootstrap(ratio, np.array(first), np.array(second))
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
 def _values(rows: Rows, criterion: str, rule: str, field: str = "recovered") -> list[float]:
     found = [row[field] for row in rows if row["criterion"] == criterion and row["step_rule"] == rule]
     return [value for value in found if value is not None]
@@ -417,10 +495,8 @@ def _cell(values: list[float], factor: float = 100, unit: str = "%", sign: str =
     if len(values) == 1:
         return f"{scaled[0]:{sign}.1f}{unit}"
     interval = bootstrap(np.mean, scaled)
-    return (
-        f"{interval.value:{sign}.1f}{unit} [{interval.low:{sign}.1f}, {interval.high:{sign}.1f}]; "
-        f"{scaled.min():{sign}.1f} to {scaled.max():{sign}.1f}"
-    )
+    bounds = f" [{interval.low:{sign}.1f}, {interval.high:{sign}.1f}]" if len(values) >= FEWEST else ""
+    return f"{interval.value:{sign}.1f}{unit}{bounds}; {scaled.min():{sign}.1f} to {scaled.max():{sign}.1f}"
 
 
 def _pooled(rows: Rows, lost: dict[tuple, float]) -> str:
@@ -437,7 +513,8 @@ def _pooled(rows: Rows, lost: dict[tuple, float]) -> str:
         return back.sum(axis=axis) / whole.sum(axis=axis)
 
     interval = bootstrap(share, shares * points, points)
-    return f"{interval.value:.1f}% [{interval.low:.1f}, {interval.high:.1f}]"
+    bounds = f" [{interval.low:.1f}, {interval.high:.1f}]" if len(known) >= FEWEST else ""
+    return f"{interval.value:.1f}%{bounds}"
 
 
 def _criteria_table(rows: Rows, lost: dict[tuple, float]) -> str:
@@ -510,8 +587,8 @@ def _summary(rows: Rows, lost: dict[tuple, float] | None = None) -> str:
         shares = [row["recovered"] for row in same if row["recovered"] is not None]
         worst = [row["worst"] for row in same if row["worst"] is not None]
         lines.append(
-            f"| `{criterion}` | {scope} | {100 * budget:g}% | {step} | {_cell(shares)} |"
-            f"{'' if lost is None else f' {_pooled(same, lost)} |'} {_cell(worst, 1, '', '+')} | {len(same)} |"
+            f"| `{criterion}` | {scope} | {100 * budget:g}% | {step}{_over(same)} | {_cell(shares)} |"
+            f"{'' if lost is None else f' {_pooled(same, lost)} |'} {_cell(worst, 1, '', '+')} | {len(shares)} |"
         )
     return "\n".join(lines)
 
@@ -549,7 +626,7 @@ def _refresh_table(rows: Rows) -> str:
     labels = {
         "refresh": "refresh of math",
         "refresh_after_rollback": "the same after the rollback of 2%",
-        "refresh_unrelated": "refresh of the domain trained last",
+        "refresh_unrelated": f"refresh of {UNRELATED}",
     }
     lines = [
         "| steps | " + " | ".join(f"{title}: recovered | worst other" for title in labels.values()) + " |",
@@ -569,8 +646,7 @@ def _refresh_table(rows: Rows) -> str:
 
 def _saved(rows: Rows) -> list[str]:
     """Refresh steps that a rollback before it saves: steps of the plain refresh to the same recovery."""
-    saved: dict[int, list[float]] = {}
-    beyond = 0
+    saved: dict[int, list[tuple[float, bool]]] = {}
     for place in dict.fromkeys((row["seed"], row["order"]) for row in rows):
         curves = {
             label: [
@@ -585,26 +661,34 @@ def _saved(rows: Rows) -> list[str]:
         steps, plain = (np.array(values, dtype=float) for values in zip(*curves["refresh"], strict=True))
         best = np.maximum.accumulate(plain)
         for step, value in curves["refresh_after_rollback"]:
-            if value > best[-1]:
-                beyond += 1
+            if step == steps[-1]:  # the plain refresh ends there: it could not be seen to save any
                 continue
-            reached = int(np.argmax(best >= value))
+            beyond = value > best[-1]
+            reached = len(steps) - 1 if beyond else int(np.argmax(best >= value))
             at = steps[reached]
-            if reached and best[reached] > best[reached - 1]:
+            if not beyond and reached and best[reached] > best[reached - 1]:
                 part = (value - best[reached - 1]) / (best[reached] - best[reached - 1])
                 at = steps[reached - 1] + part * (steps[reached] - steps[reached - 1])
-            saved.setdefault(int(step), []).append(float(at - step))
+            saved.setdefault(int(step), []).append((float(at - step), bool(beyond)))
     if not saved:
         return []
     text = "; ".join(
-        f"after {step} steps {_mean(values):+.1f} (n={len(values)})" for step, values in sorted(saved.items())
+        f"after {step} {'step' if step == 1 else 'steps'} {_median_text(found)}"
+        for step, found in sorted(saved.items())
     )
     return [
-        f"Steps that the rollback saves, counted as the steps of the plain refresh to the same recovery, less "
-        "its own: "
-        f"{text}. In {beyond} cases the refresh after the rollback recovered more than the plain one did at any step; "
-        "these are left out."
+        "Steps that the rollback saves, counted as the steps of the plain refresh to the same recovery, less "
+        f"its own, as medians over runs: {text}. Where the plain refresh reaches that recovery at no step, its last "
+        "one counts, and the true figure is higher; a median that is one of these is a lower bound (≥)."
     ]
+
+
+def _median_text(found: list[tuple[float, bool]]) -> str:
+    values = sorted(found)
+    # Of an even number the lower one of the two in the middle: it is one of the runs, or a bound.
+    value, beyond = values[(len(values) - 1) // 2]
+    bounds = sum(entry[1] for entry in found)
+    return f"{'≥ ' if beyond else ''}{value:+.1f} (n={len(found)}{f', bounds: {bounds}' if bounds else ''})"
 
 
 def _cost_rows(parts: dict[str, Rows]) -> Rows:
@@ -618,15 +702,13 @@ def _cost_rows(parts: dict[str, Rows]) -> Rows:
         )
     for row in parts["refresh"]:
         if row["criterion"] != "refresh_after_rollback":
-            method = {"refresh": "refresh", "refresh_unrelated": "refresh of the domain trained last"}[
-                row["criterion"]
-            ]
+            method = {"refresh": "refresh", "refresh_unrelated": f"refresh of {UNRELATED}"}[row["criterion"]]
             found.append(
                 {
                     "method": method,
                     "recovered": row["recovered"],
                     "worst": row["worst"],
-                    "sequences": 128 * row["step"],
+                    "sequences": REFRESH_BATCH * row["step"],
                 }
             )
     return found
@@ -647,7 +729,8 @@ def _cost_table(rows: Rows) -> str:
         for scope in ("mlp", "joint"):
             shares = [row["recovered"] for row in same if row["scope"] == scope and row["recovered"] is not None]
             worst = [row["worst"] for row in same if row["scope"] == scope and row["worst"] is not None]
-            cells += [_cell(shares), _cell(worst, 1, "", "+")]
+            over = _over([row for row in same if row["scope"] == scope])
+            cells += [_cell(shares), _cell(worst, 1, "", "+") + over]
         lines.append(f"| {references} | {nodes} | {_listed(sequences)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from jobs import run_all
-from repair_page import CURVE_STEPS, FREE_STEPS, MAX_DROP, STEPS, UNRELATED, WIDE, write_page
+from repair_page import CURVE_STEPS, FREE_STEPS, MAX_DROP, PROTECTIONS, STEPS, UNRELATED, WIDE, write_page
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model
@@ -70,7 +70,6 @@ DRAWS = 3
 WIDE_CRITERIA = ("damage", "damage_protected", "route_conflict", "magnitude", "random")
 STEP_SCALES = (0.5, 0.75, 1.0, 1.25)  # of the steps that were solved for
 REFRESH_STEPS = (0, 1, 2, 5, 10, 20)
-REFRESH_BATCH = 128  # sequences of one step of the lab
 SUBSPACE = 4
 REHEARSAL_SHARE = 0.2
 SCHEMA_VERSION = 1
@@ -255,6 +254,7 @@ def sweep_part(run: Run) -> None:
         run.bench,
         CRITERIA,
         steps=STEPS,
+        protections=PROTECTIONS,
         draws=DRAWS,
         max_drop=MAX_DROP,
         labels=run.labels,
@@ -278,7 +278,7 @@ def unconstrained(run: Run) -> None:
     settings = {"max_drop": 100.0, "fixed": False, "labels": run.labels, "progress": note(run, "unconstrained")}
     path = run.study / "unconstrained-rows.json"
     names = ("damage", "damage_protected", "route_conflict")
-    rows = sweep(run.bench, names, steps=STEPS, draws=DRAWS, path=path, **settings).rows
+    rows = sweep(run.bench, names, steps=STEPS, protections=PROTECTIONS, draws=DRAWS, path=path, **settings).rows
     path = run.study / "unconstrained-wide-rows.json"
     free = {**WIDE, "steps": FREE_STEPS}
     rows += sweep(run.bench, ("damage", "damage_protected", "magnitude"), **free, path=path, **settings).rows

@@ -277,6 +277,7 @@ def analyze(
 
 @app.command()
 def rollback(
+    context: typer.Context,
     report: Annotated[
         list[Path] | None,
         typer.Option(
@@ -336,6 +337,7 @@ def rollback(
     From a report, or from two checkpoints; --undo, --apply-delta and --revert-delta need neither.
     """
     _prepare(threads)
+    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
     from .repair.command import Request, carry_out
 
     request = Request(
@@ -364,6 +366,7 @@ def rollback(
         apply_delta=apply_delta,
         revert_delta=revert_delta,
         model=model,
+        given=given,
     )
     carry_out(request, _output(), progress=sys.stderr.isatty())
 

@@ -291,7 +291,18 @@ def test_several_domains_at_once(step, project, config, run, make_report, edit_s
     reports = ("--report", report, "--report", tmp_path / "analysis" / "writing")
     code, _, err = run(*reports, "--output-dir", tmp_path / "again")
     assert code == 2 and "that the report of writing is about, found another one" in err
-    assert run(*reports, "--weights", "math=1,writing=0", "--output-dir", tmp_path / "math alone")[0] == 0
+    weights = ("--weights", "math=1,writing=0", "--output-dir")
+    assert run(*reports, *weights, tmp_path / "math alone")[0] == 0
+    # A domain that is not repaired is not lost sight of.
+    search = ("--step", "optimal", "--max-drop", 100, "--config", config())
+    code, _, err = run(*reports, *search, *weights, tmp_path / "writing spared")
+    assert code == 0, err
+    (record,) = json.loads((tmp_path / "writing spared" / "rollback.json").read_text())["rollbacks"]
+    assert set(record["search"]["scores"]) == {"math", "qa", "writing"} and record["earlier"] == "math"
+    joint.save_pretrained(tmp_path / "joint")
+    for more in ((), ("--before", before)):
+        code, _, err = run("--report", tmp_path / "joint", *more, "--output-dir", tmp_path / "from a joint one")
+        assert code == 2 and "report of several domains" in err or "goes back to several checkpoints" in err, err
 
 
 def test_nothing_is_worth_rolling_back(project, config, run, tmp_path):
@@ -429,6 +440,16 @@ ARGUMENTS = {
         ("--report", "analysis/math", "--report", "analysis/math", "--weights", "math", "--output-dir", "out"),
         None,
         "--weights: expected domain=number separated by commas, found 'math'",
+    ),
+    "undo with a step": (
+        ("--undo", "after", "--step", "1.0"),  # its default: what was given counts
+        None,
+        "expected --undo without --step",
+    ),
+    "delta with a budget": (
+        ("--apply-delta", "x", "--model", "after", "--budget", "0.1"),
+        None,
+        "expected --apply-delta without --budget",
     ),
     "model alone": (("--model", "after"), None, "--model: expected with --apply-delta or --revert-delta"),
     "missing delta": (

@@ -27,13 +27,31 @@ def reports(make_report):
 
 def test_joint_report(reports):
     report, target = joint_report(reports, {"code": 1.0, "math": 3.0, "qa": 0.0})
-    weighted = np.array([1.0, 3.0])[:, None] * np.stack([entry.routes["damage"] for entry in reports[:2]])
+    weighted = np.array([0.5, 1.5])[:, None] * np.stack([entry.routes["damage"] for entry in reports[:2]])
     np.testing.assert_allclose(report.routes["damage"], weighted.sum(axis=0))
     assert target.tolist() == weighted.argmax(axis=0).tolist()
     for route in range(NUM_ROUTES):
         assert report.routes["edit_size"][route] == reports[target[route]].routes["edit_size"][route]
-    assert report.damage == pytest.approx(4 * 0.6)
-    assert report.earlier == "code+math"
+    assert report.damage == pytest.approx(2 * 0.6)
+    assert report.earlier == "code+math" and "qa" in report.later
+
+
+def test_only_the_ratios_of_the_weights_count(reports, make_model):
+    route_map, chosen = RouteMap(make_model("llama").config), []
+    for scale in (0.1, 1.0, 30.0):
+        report, target = joint_report(reports, {"code": scale, "math": 2 * scale, "qa": 0.0})
+        routes = RouteRollback(budget=0.3, protection=0.7).select(report, route_map)
+        chosen.append((routes.tolist(), target.tolist(), report.damage))
+    assert chosen[0] == chosen[1] == chosen[2]
+    # With weights of 1 a protection means what it does for one domain.
+    report, target = joint_report(reports)
+    scores = sum(entry.routes["damage"] for entry in reports)
+    scores += 0.7 * np.stack([entry.routes["later_damage"] for entry in reports])[target, np.arange(NUM_ROUTES)]
+    candidates = np.flatnonzero(route_map.scope("joint"))
+    best = candidates[np.argsort(-scores[candidates], kind="stable")][:5]
+    assert (
+        RouteRollback(budget=5 / 36, scope="joint", protection=0.7).select(report, route_map).tolist() == best.tolist()
+    )
 
 
 def test_a_route_goes_back_to_the_checkpoint_of_its_domain(make_model, moved, owned_slices):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -173,6 +175,29 @@ def test_rounds_attribute_the_damage_that_is_left(update, sequences, make_batche
         with rolled_back(after, start, route_map, routes, 1.0):
             found.append(weighted_loss(after, losses))
     assert found[0] < found[1]
+
+
+def test_rounds_weigh_the_later_domains_by_the_protection(update, sequences, make_batches, make_report):
+    before, after, route_map = update
+    start, sizes = parameters(before), route_parameters(after, route_map)
+    report = replace(make_report(NUM_ROUTES, damage=np.arange(NUM_ROUTES) / 100), later=["qa", "writing"])
+    batches, others = make_batches(sequences), make_batches([sequence[::-1] for sequence in sequences])
+
+    def chosen(protection, weight):
+        losses = {"math": WeightedLoss(batches)}
+        losses |= {name: WeightedLoss(others, weight) for name in report.later}
+        rollback = RouteRollback(budget=0.5, rounds=4, protection=protection)
+        return rollback._select_in_rounds(report, route_map, sizes, after, start, losses).tolist()
+
+    alone = RouteRollback(budget=0.5, rounds=4)._select_in_rounds(
+        report, route_map, sizes, after, start, {"math": WeightedLoss(batches)}
+    )
+    assert chosen(0.0, 1.0) == chosen(0.0, 9.0) == alone.tolist()
+    # Two later domains with the same references: their mean counts, whatever their weights in a search.
+    one = {"math": WeightedLoss(batches), "qa": WeightedLoss(others)}
+    rollback = RouteRollback(budget=0.5, rounds=4, protection=2.0)
+    of_one = rollback._select_in_rounds(report, route_map, sizes, after, start, one).tolist()
+    assert chosen(2.0, 1.0) == chosen(2.0, 9.0) == of_one != alone.tolist()
 
 
 def test_search_is_confirmed_by_score(update):

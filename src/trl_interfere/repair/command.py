@@ -57,10 +57,12 @@ class Request:
             Delta file to revert.
         model (`str`, *optional*):
             Folder that a delta file is applied to or reverted in.
+        given (`list[str]`, *optional*):
+            Names of the options that were given. What is not a rollback refuses those that it would not look at.
 
     Raises:
-        `ValueError`: If more than one thing is asked for, a part of it is missing, or the delta file cannot be
-            written.
+        `ValueError`: If more than one thing is asked for, a part of it is missing, an option has no meaning for it, or
+            the delta file cannot be written.
     """
 
     reports: list[Path] = field(default_factory=list)
@@ -79,12 +81,13 @@ class Request:
     apply_delta: Path | None = None
     revert_delta: Path | None = None
     model: str | None = None
+    given: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         others = ("undo", "apply_delta", "revert_delta")
         asked = [name for name in others if getattr(self, name) is not None]
-        given = [name for name in ("before", "after", "delta", "config", "weights") if getattr(self, name) is not None]
-        given = (["report"] if self.reports else []) + given
+        needed = {*asked, "output_dir", "model", "threads"}
+        given = [name for name in self.given if asked and name not in needed]
         if len(asked) > 1 or (asked and given):
             raise ValueError(f"expected {_option(asked[0])} without {_option([*asked[1:], *given][0])}")
         if asked and asked != ["undo"] and self.model is None:
