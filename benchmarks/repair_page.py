@@ -586,9 +586,10 @@ def _summary(rows: Rows, lost: dict[tuple, float] | None = None) -> str:
         step = f"{np.median(steps):g}" if steps else "by route"
         shares = [row["recovered"] for row in same if row["recovered"] is not None]
         worst = [row["worst"] for row in same if row["worst"] is not None]
+        runs = str(len(same)) if len(shares) in (0, len(same)) else f"{len(shares)} of {len(same)}"
         lines.append(
             f"| `{criterion}` | {scope} | {100 * budget:g}% | {step}{_over(same)} | {_cell(shares)} |"
-            f"{'' if lost is None else f' {_pooled(same, lost)} |'} {_cell(worst, 1, '', '+')} | {len(shares)} |"
+            f"{'' if lost is None else f' {_pooled(same, lost)} |'} {_cell(worst, 1, '', '+')} | {runs} |"
         )
     return "\n".join(lines)
 

@@ -364,7 +364,7 @@ def test_steps_that_are_out_of_the_question_do_not_end_a_search(update_of_llama)
     arguments = (after, parameters(before), route_map, np.arange(4), lambda model: next(losses))
     step, tried = search_step(*arguments, lambda model: next(scores))
     assert step == 1.0  # 4, 3, 2.5, 2 and 1.5 have lower losses and cost too much
-    assert [entry["step"] for entry in tried if "score" not in entry] == [0.5]
+    assert [entry["step"] for entry in tried if "score" not in entry] == [0.25, 0.5]
     with pytest.raises(ValueError, match="score: expected a finite value at one of the steps"):
         search_step(*arguments, lambda model: -np.inf)
 

@@ -258,7 +258,8 @@ def test_several_runs_in_one_table():
 
     table = Sweep([row(0, 0.2, -1.0, 1.0), row(1, 0.4, 0.0, 2.0), row(2, None, -9.0, 2.0)]).to_table()
     assert (
-        "| damage | mlp | 10%, 50% of it found | 1, 2 (best) | 30.0% [20.0, 40.0] | -0.50 | 3 | 1 | Pareto |" in table
+        "| damage | mlp | 10%, 50% of it found | 1, 2 (best) | 30.0% [20.0, 40.0] | -0.50 | 2 of 3 | 1 | Pareto |"
+        in table
     )
     assert "| 20.0% [0.0, 50.0] | -1.00 | 1 | 1 |" in Sweep([row(0, 0.2, -1.0, 1.0)]).to_table()
 

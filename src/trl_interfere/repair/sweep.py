@@ -97,10 +97,11 @@ class Sweep:
                 budget += f", {100 * found:.0f}% of it found"
             mark = "Pareto" if id(mean) in front else ""
             # The means are of the runs in which something was lost.
-            known = sum(entry["recovered"] is not None for entry in rows) or len(rows)
+            known = sum(entry["recovered"] is not None for entry in rows)
+            runs = str(len(rows)) if known in (0, len(rows)) else f"{known} of {len(rows)}"
             lines.append(
                 f"| {row['criterion']}{protection} | {row['scope']} | {budget} | {_listed(steps)} ({rule}) "
-                f"| {share} | {worst} | {known} | {row['draws']} | {mark} |"
+                f"| {share} | {worst} | {runs} | {row['draws']} | {mark} |"
             )
         return "\n".join(lines) + "\n"
 
