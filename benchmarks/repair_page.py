@@ -21,7 +21,7 @@ FREE_STEPS = (0.5, 0.75, 1.0, 1.5, 2.0)  # at 32%, where the other domains do no
 MAX_DROP = 1.0  # points that another domain may lose on the selection split
 UNRELATED = "writing"  # by its task; code gives math back, and qa costs it most
 CURVE_STEPS = (0.5, 1.0, 1.5, 2.0, 3.0)
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PROTECTIONS = (0.5, 0.75, 1.0, 1.5)
 REFRESH_BATCH = 128  # sequences of one step of the lab
 FEWEST = 5  # runs that an interval over runs is given for: the bootstrap of fewer ends near the lowest and the highest
@@ -107,7 +107,7 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
     done = [run for run in runs if run.done("sweep")]
     if not done:
         raise ValueError("repair study: expected at least one run with its part 'sweep', found none")
-    parts = {part: [row for run in done for row in run.rows(part)] for part in ROW_PARTS}
+    parts = {part: [row for run in done if run.done(part) for row in run.rows(part)] for part in ROW_PARTS}
     data = [{"part": part, **row} for part, rows in parts.items() for row in rows]
     lost = {_place(run.labels): run.lost for run in done}
     content = {"schema_version": SCHEMA_VERSION, "command": COMMAND, "rows": data}
@@ -323,7 +323,8 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
         (
             f"2% MLP, `{best}` at its best step: recovered",
             "at least 60%",
-            _cell(damage[best]),
+            _cell(damage[best])
+            + _over([row for row in main if row["criterion"] == best and row["step_rule"] == "best"]),
             _mean(damage[best]) >= 0.6,
         ),
         (
@@ -473,7 +474,7 @@ def _ratio(first: list[float], second: list[float]) -> float:
 
 def _ratio_cell(first: list[float], second: list[float]) -> str:
     """Ratio of two means over the same runs."""
-    if len(first) < FEWEST or len(first) != len(second):
+    if len(first) < FEWEST or len(first) != len(second) or min(second) <= 0:
         return f"{_ratio(first, second):.2f}"
 
     def ratio(first, second, axis):
@@ -532,7 +533,8 @@ def _criteria_table(rows: Rows, lost: dict[tuple, float]) -> str:
                 )
             cells.append(_cell(_values(rows, name, rule, "worst"), 1, "", "+"))
         steps = sorted(_values(rows, name, "best", "step"))
-        cells.append(f"{np.median(steps):g} ({steps[0]:g} to {steps[-1]:g})" if steps else "")
+        best = [row for row in rows if (row["criterion"], row["step_rule"]) == (name, "best")]
+        cells.append(f"{np.median(steps):g} ({steps[0]:g} to {steps[-1]:g}){_over(best)}" if steps else "")
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -615,7 +617,7 @@ def _joint_table(rows: Rows) -> str:
         worst = [row["worst"] for row in same if row["worst"] is not None]
         mean = [row["mean_score"] for row in same]
         lines.append(
-            f"| `{criterion}` | {weights} | {100 * budget:g}% | {_cell(shares)} | {by_domain} "
+            f"| `{criterion}` | {weights} | {100 * budget:g}% | {_cell(shares)}{_over(same)} | {by_domain} "
             f"| {_cell(worst, 1, '', '+')} | {_cell(mean, 1, '', '+')} | {len(same)} |"
         )
     return "\n".join(lines)
@@ -679,8 +681,9 @@ def _saved(rows: Rows) -> list[str]:
     )
     return [
         "Steps that the rollback saves, counted as the steps of the plain refresh to the same recovery, less "
-        f"its own, as medians over runs: {text}. Where the plain refresh reaches that recovery at no step, its last "
-        "one counts, and the true figure is higher; a median that is one of these is a lower bound (≥)."
+        f"its own, as medians over runs (of an even number the lower one): {text}. Where the plain refresh reaches "
+        "that recovery at no step, its last one counts, and the true figure is higher; a median that is one of these "
+        "is a lower bound (≥)."
     ]
 
 

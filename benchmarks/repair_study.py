@@ -72,7 +72,7 @@ STEP_SCALES = (0.5, 0.75, 1.0, 1.25)  # of the steps that were solved for
 REFRESH_STEPS = (0, 1, 2, 5, 10, 20)
 SUBSPACE = 4
 REHEARSAL_SHARE = 0.2
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Run:

@@ -79,8 +79,8 @@ def locate_checkpoint(name: str | None, report: str | Path) -> str:
     """
     if name is None:
         raise ValueError(
-            f"{report}: a report of several domains names no checkpoint before the update, expected --report once for "
-            "each of these domains"
+            f"{report}: a report of several domains names no checkpoint before the update, expected the reports of "
+            "single domains that it was made of"
         )
     folder = Path(report).absolute()
     for parent in (folder, *folder.parents, Path.cwd()):
@@ -146,7 +146,7 @@ def choose_routes(
             Points of 100 that a searched step may cost a domain of the reports on its selection split.
         weights (`dict[str, float]`, *optional*):
             With several reports, the weight of each earlier domain, of which only the ratios count. Defaults to 1
-            each. A domain of weight 0 is not repaired, but spared as the later ones are.
+            each. A domain of weight 0 is not repaired, but counts as a later one in a search.
 
     Returns:
         [`RouteChoice`]: Routes and steps.
@@ -390,8 +390,8 @@ def _domains(names: list[str], run: RunFile) -> dict[str, Domain]:
             raise ValueError(f"the report names the domain {name!r}, the configuration has {sorted(known)}")
         if known[name].selection_dataset is None:
             raise ValueError(
-                f"domain {name!r}: expected selection prompts (`selection:` in the configuration) to choose the step "
-                "on, found none"
+                f"domain {name!r} of the report: expected selection prompts (`selection:` in the configuration) to "
+                "choose the step on, found none"
             )
     return {name: known[name] for name in names}
 

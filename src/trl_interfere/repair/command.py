@@ -166,7 +166,8 @@ def _roll_back(request: Request, console: Console, progress: bool) -> dict[str, 
     left_out = [report.earlier for report in reports if weights is not None and report.earlier not in weights]
     if left_out:
         raise ValueError(
-            f"--weights: expected a number for each report, 0 to leave one out, found none for {left_out}"
+            f"--weights: expected a number for each report, 0 for a domain that is only spared, found none for "
+            f"{left_out}"
         )
     before, after = request.before, request.after
     if reports:

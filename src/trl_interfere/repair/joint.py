@@ -35,8 +35,8 @@ def joint_report(
         reports (`list[InterferenceReport]`):
             One analysis for each earlier domain, all with the same checkpoint `after`.
         weights (`dict[str, float]`, *optional*):
-            w_d by name of the domain. Defaults to 1 each. A domain of weight 0 is not repaired, but spared as the
-            later ones are.
+            w_d by name of the domain. Defaults to 1 each. A domain of weight 0 is not repaired, but counts
+            as a later one.
 
     Returns:
         `tuple[InterferenceReport, numpy.ndarray]`: The report, which names no `before`, since there are several, and

@@ -170,7 +170,7 @@ class RouteRollback:
         losses: Losses,
     ) -> np.ndarray:
         step = self.step if isinstance(self.step, (int, float)) else 1.0
-        later = [name for name in losses if name in report.later]
+        later = [name for name in losses if name in set(report.later) - set(report.earlier.split("+"))]
         scores = route_scores(self.criterion, report, route_map, protection=self.protection, seed=self.seed)
         candidates = np.flatnonzero(route_map.scope(self.scope))
         chosen = np.array([], dtype=int)
