@@ -115,7 +115,8 @@ def write_page(runs: list, docs: Path, keep: bool = False) -> dict[str, Any]:
     write_atomically(path, json.dumps(content) + "\n")
     figures = docs / "figures" / "repair"
     figures.mkdir(parents=True, exist_ok=True)
-    budgets = [*parts["wide"], *parts["curve"]]
+    scopes = ("joint", "mlp", "attention")
+    budgets = sorted((*parts["wide"], *parts["curve"]), key=lambda row: (scopes.index(row["scope"]), row["budget"]))
     # Points of one line are of the same runs.
     whole = {_place(row) for row in parts["curve"]} or {_place(row) for row in parts["sweep"]}
     shown = [row for row in (*parts["sweep"], *budgets) if _place(row) in whole]
@@ -349,7 +350,7 @@ def _acceptance(parts: dict[str, Rows]) -> tuple[str, dict[str, Any]]:
             _mean(joint) >= 0.95,
         ),
         (
-            f"the same, `{free_best}`, with the step that math alone would take",
+            f"32% of both, `{free_best}`, with the step that math alone would take",
             "at least 95%",
             _cell(free),
             _mean(free) >= 0.95,
