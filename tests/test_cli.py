@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -505,3 +506,23 @@ def test_sweep_of_a_report(tmp_path, content, run):
     ):
         code, _, errors = run(*sweep, *options)
         assert code == 2 and message in errors.replace("\n", " "), errors
+
+
+@pytest.mark.parametrize(
+    "settings, threads",
+    [
+        ({}, os.cpu_count()),
+        ({"OMP_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "2,1"}, os.cpu_count()),
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}, 1),
+        ({"OMP_NUM_THREADS": "3", "LOCAL_WORLD_SIZE": "1"}, os.cpu_count()),  # torchrun's 1 would not be a wish either
+    ],
+)
+def test_threads_by_default(settings, threads):
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
+    }
+    program = "from trl_interfere import cli; print(cli._CORES)"
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, env=environment | settings, capture_output=True, text=True, check=True)
+    assert int(found.stdout) == threads

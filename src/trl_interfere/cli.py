@@ -25,6 +25,9 @@ app = typer.Typer(
 )
 
 _CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # shared by the processes
+if "LOCAL_WORLD_SIZE" not in os.environ and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+    # Where several processes have been started by hand, each with its share. A launcher sets 1, whatever there is.
+    _CORES = max(1, int(os.environ["OMP_NUM_THREADS"]))
 Threads = Annotated[int, typer.Option(min=1, help="Threads to compute with; results repeat for the same number.")]
 _PARENT_OPTIONS = ("--process-per-stage", "--resume")  # the parent's, and not passed on to its children
 
