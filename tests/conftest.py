@@ -63,6 +63,14 @@ ARCHITECTURES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _threads():
+    # A command that runs in the process of a test sets its own, and more than there are cores make all others wait.
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _datasets_cache(tmp_path_factory):
     disable_progress_bars()
