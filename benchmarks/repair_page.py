@@ -10,6 +10,7 @@ import numpy as np
 from trl_interfere.evaluation.bootstrap import bootstrap
 from trl_interfere.lab.pipeline import LEARNING_RATE
 from trl_interfere.repair.plots import plot_contraction, plot_cost, plot_runs, plot_sweep
+from trl_interfere.repair.sweep import PROTECTIONS
 from trl_interfere.training.manifest import read_json, write_atomically
 
 
@@ -22,7 +23,6 @@ MAX_DROP = 1.0  # points that another domain may lose on the selection split
 UNRELATED = "writing"  # by its task; code gives math back, and qa costs it most
 CURVE_STEPS = (0.5, 1.0, 1.5, 2.0, 3.0)
 SCHEMA_VERSION = 2
-PROTECTIONS = (0.5, 0.75, 1.0, 1.5)
 REFRESH_BATCH = 128  # sequences of one step of the lab
 FEWEST = 5  # runs that an interval over runs is given for: the bootstrap of fewer ends near the lowest and the highest
 FITTED_STEPS = 5  # of the refresh, that the rate of the contraction is fitted to

@@ -7,7 +7,7 @@ one repair for all earlier domains, and refreshes.
 The comparison of criteria is made in all runs, the rest (`FURTHER_PARTS`) in those of some seeds. Every pair of a
 seed and an order has a folder of its own, and every part of it a file; what is there is not done again, so that a
 study that was stopped goes on, and one of more seeds takes over those that are done. With the default seeds it takes
-about 2 h 20 min on two cores with AVX2, and 45 min more for each further seed. `--parts report` writes the page and
+about 2 h 30 min on two cores with AVX2, and 50 min more for each further seed. `--parts report` writes the page and
 the data from what there is; with `--keep` it keeps the rows of the data for what this folder lacks. Prints the
 acceptance figures, and on the last line the means as one JSON object.
 """
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from jobs import run_all
-from repair_page import CURVE_STEPS, FREE_STEPS, MAX_DROP, PROTECTIONS, STEPS, UNRELATED, WIDE, write_page
+from repair_page import CURVE_STEPS, FREE_STEPS, MAX_DROP, STEPS, UNRELATED, WIDE, write_page
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model
@@ -254,7 +254,6 @@ def sweep_part(run: Run) -> None:
         run.bench,
         CRITERIA,
         steps=STEPS,
-        protections=PROTECTIONS,
         draws=DRAWS,
         max_drop=MAX_DROP,
         labels=run.labels,
@@ -278,7 +277,7 @@ def unconstrained(run: Run) -> None:
     settings = {"max_drop": 100.0, "fixed": False, "labels": run.labels, "progress": note(run, "unconstrained")}
     path = run.study / "unconstrained-rows.json"
     names = ("damage", "damage_protected", "route_conflict")
-    rows = sweep(run.bench, names, steps=STEPS, protections=PROTECTIONS, draws=DRAWS, path=path, **settings).rows
+    rows = sweep(run.bench, names, steps=STEPS, draws=DRAWS, path=path, **settings).rows
     path = run.study / "unconstrained-wide-rows.json"
     free = {**WIDE, "steps": FREE_STEPS}
     rows += sweep(run.bench, ("damage", "damage_protected", "magnitude"), **free, path=path, **settings).rows

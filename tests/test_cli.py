@@ -522,7 +522,7 @@ def test_threads_by_default(settings, threads):
     environment = {
         name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
     }
-    program = "from trl_interfere import cli; print(cli._CORES)"
+    program = "from trl_interfere import cli; print(cli._THREADS)"
     command = [sys.executable, "-c", program]
     found = subprocess.run(command, env=environment | settings, capture_output=True, text=True, check=True)
     assert int(found.stdout) == threads

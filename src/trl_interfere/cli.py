@@ -24,10 +24,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # shared by the processes
+_THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # shared by the processes
 if "LOCAL_WORLD_SIZE" not in os.environ and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
     # Where several processes have been started by hand, each with its share. A launcher sets 1, whatever there is.
-    _CORES = max(1, int(os.environ["OMP_NUM_THREADS"]))
+    _THREADS = max(1, int(os.environ["OMP_NUM_THREADS"]))
 Threads = Annotated[int, typer.Option(min=1, help="Threads to compute with; results repeat for the same number.")]
 _PARENT_OPTIONS = ("--process-per-stage", "--resume")  # the parent's, and not passed on to its children
 
@@ -107,7 +107,7 @@ def train(
             "--help-options", is_eager=True, callback=_print_training_options, help="Show all training options."
         ),
     ] = False,
-    threads: Threads = _CORES,
+    threads: Threads = _THREADS,
 ) -> None:
     """
     Train a causal language model through domains in sequence.
@@ -188,7 +188,7 @@ def evaluate(
     engine: Annotated[
         Engine, typer.Option(help="What completes the prompts; vllm needs the extra of that name.")
     ] = Engine.transformers,
-    threads: Threads = _CORES,
+    threads: Threads = _THREADS,
 ) -> None:
     """Score checkpoints on the domains, and compare them with the first one prompt by prompt."""
     _prepare(threads)
@@ -229,7 +229,7 @@ def analyze(
         str | None, typer.Option(help="Checkpoint that the earlier domain's own training started from.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Data type to compute in.")] = "float32",
-    threads: Threads = _CORES,
+    threads: Threads = _THREADS,
 ) -> None:
     """Analyse what an update did to an earlier domain."""
     _prepare(threads)
@@ -332,7 +332,7 @@ def rollback(
     apply_delta: Annotated[Path | None, typer.Option(help="Delta file to apply to --model.")] = None,
     revert_delta: Annotated[Path | None, typer.Option(help="Delta file to revert in --model.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder that a delta file is applied to or reverted in.")] = None,
-    threads: Threads = _CORES,
+    threads: Threads = _THREADS,
 ) -> None:
     """
     Roll routes of a checkpoint back without training, or undo it.
@@ -415,7 +415,7 @@ def sweep(
         float,
         typer.Option(min=0, help="Points that no domain may lose on the selection split, if a step keeps to that."),
     ] = 1.0,
-    threads: Threads = _CORES,
+    threads: Threads = _THREADS,
 ) -> None:
     """Roll back by several criteria and budgets, each at its own best step, beside random controls."""
     _prepare(threads)
@@ -512,7 +512,7 @@ def refresh(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder or Hub id, if it was given to `train`.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder of the run; over the one in the file.")] = None,
-    threads: Threads = _CORES,
+    threads: Threads = _THREADS,
 ) -> None:
     """
     Add a refresh to a finished training: a short RL pass on one domain. Stopped and started again, it goes on.
