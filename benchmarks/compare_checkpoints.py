@@ -111,7 +111,7 @@ def read_slices(folder: Path, workers: int) -> dict:
     import torch
     from safetensors import safe_open
 
-    from trl_interfere.analysis.updates import READ_BYTES
+    from trl_interfere.analysis.weight_diff import READ_BYTES
 
     torch.set_num_threads(1)
     memory = threading.local()
@@ -170,9 +170,9 @@ def read_tensors(folder: Path, workers: int) -> dict:
 
 
 def statistics(folder: Path, workers: int) -> dict:
-    from trl_interfere.analysis.checkpoint import Checkpoint
     from trl_interfere.analysis.routes import RouteMap
-    from trl_interfere.analysis.updates import update_statistics
+    from trl_interfere.analysis.weight_diff import update_statistics
+    from trl_interfere.checkpoint import Checkpoint
 
     checkpoints = [Checkpoint(folder / side) for side in ("before", "after")]
     (update,) = update_statistics(checkpoints, RouteMap(checkpoints[0].config), workers=workers)
@@ -209,7 +209,7 @@ def work(arguments: argparse.Namespace) -> None:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    import trl_interfere.analysis.updates  # noqa: F401
+    import trl_interfere.analysis.weight_diff  # noqa: F401
 
     if arguments.worker == "load both":
         from transformers import LlamaForCausalLM  # noqa: F401

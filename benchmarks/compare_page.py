@@ -132,8 +132,8 @@ def make_report(folder: Path, seed: int) -> None:
 
 
 def draw(folder: Path) -> None:
+    from trl_interfere.app.catalog import Catalog
     from trl_interfere.app.page import VIEWS, Page
-    from trl_interfere.comparison.catalog import Catalog
 
     page = Page(Catalog([folder], hub=False))
     seconds = {}

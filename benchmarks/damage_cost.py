@@ -141,7 +141,7 @@ def measure(label: str, before, tokenizer, prompts: int, batch_size: int, rounds
     import torch
 
     from trl_interfere import InterferenceAnalyzer, InterferenceConfig
-    from trl_interfere.analysis.damage import UpdatePath, attribution, second_order
+    from trl_interfere.analysis.attribution import UpdatePath, attribution, second_order
     from trl_interfere.analysis.gradients import mean_gradient, num_tokens
     from trl_interfere.lab.domains import lab_domain
 

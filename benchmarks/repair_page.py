@@ -9,9 +9,9 @@ import numpy as np
 
 from trl_interfere.evaluation.bootstrap import bootstrap
 from trl_interfere.lab.pipeline import LEARNING_RATE
-from trl_interfere.repair.plots import plot_contraction, plot_cost, plot_runs, plot_sweep
 from trl_interfere.repair.sweep import PROTECTIONS
-from trl_interfere.training.manifest import read_json, write_atomically
+from trl_interfere.reporting.repair_plots import plot_contraction, plot_cost, plot_runs, plot_sweep
+from trl_interfere.run import read_json, write_atomically
 
 
 COMMAND = "make repair-study"

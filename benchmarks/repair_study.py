@@ -30,11 +30,11 @@ from repair_page import CURVE_STEPS, FREE_STEPS, MAX_DROP, STEPS, UNRELATED, WID
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model
+from trl_interfere.analysis.attribution import Elementwise, UpdatePath, attribution, dot
 from trl_interfere.analysis.config import InterferenceConfig
-from trl_interfere.analysis.damage import Elementwise, UpdatePath, attribution, dot
+from trl_interfere.analysis.conflict_subspace import conflict_subspace
 from trl_interfere.analysis.references import collect_references
 from trl_interfere.analysis.report import InterferenceReport
-from trl_interfere.analysis.subspace import conflict_subspace
 from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.lab.build import MODEL_FOLDER
 from trl_interfere.lab.pipeline import LEARNING_RATE, MAX_COMPLETION_LENGTH, Lab
@@ -45,7 +45,7 @@ from trl_interfere.repair.merging import held, merge
 from trl_interfere.repair.rollback import RouteRollback, roll_back
 from trl_interfere.repair.route_steps import WeightedLoss, solve_steps
 from trl_interfere.repair.sweep import Sweep, sweep
-from trl_interfere.training.manifest import read_json, write_atomically
+from trl_interfere.run import read_json, write_atomically
 from trl_interfere.training.rehearsal import rehearse
 from trl_interfere.training.trainer import SequentialGRPOTrainer
 

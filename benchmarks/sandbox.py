@@ -24,9 +24,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from trl_interfere.domains.program_tests import check_calls
-from trl_interfere.domains.sandbox import Limits, Sandbox, _command
-from trl_interfere.domains.seccomp import seccomp_filter
+from trl_interfere.rewards.program_tests import check_calls
+from trl_interfere.rewards.sandbox import Limits, Sandbox, _command
+from trl_interfere.rewards.seccomp import seccomp_filter
 
 
 PROGRAM = "a, b = map(int, input().split())\nprint(sum(range(a, b)))\n"

@@ -6,13 +6,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from trl_interfere.analysis.claims import claims_table, report_claims
-from trl_interfere.analysis.plots import COLORS, plot_damage_concentration, plot_module_cosines, plot_score_matrix
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.analysis.stage_edits import StageEdits
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
-from trl_interfere.repair.claims import edit_claims, forgetting_claims, refresh_claims, rollback_claims
-from trl_interfere.training.manifest import write_atomically
+from trl_interfere.reporting.claims import claims_table, report_claims
+from trl_interfere.reporting.plots import COLORS, plot_damage_concentration, plot_module_cosines, plot_score_matrix
+from trl_interfere.reporting.repair_claims import edit_claims, forgetting_claims, refresh_claims, rollback_claims
+from trl_interfere.run import write_atomically
 
 
 COMMAND = "make study-smollm2"

@@ -35,7 +35,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Progre
 from trl import SFTConfig, SFTTrainer
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model
-from trl_interfere.analysis.checkpoint import Checkpoint
 from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.contraction import contraction
 from trl_interfere.analysis.gradients import Batches
@@ -44,22 +43,23 @@ from trl_interfere.analysis.references import References, collect_references
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.analysis.routes import RouteMap
 from trl_interfere.analysis.stage_edits import stage_edits
-from trl_interfere.domains.code import OFFLINE as HUMANEVAL
-from trl_interfere.domains.domain import Domain
-from trl_interfere.domains.extras import package_file
-from trl_interfere.domains.loading import RunFile, load_run_file
+from trl_interfere.checkpoint import Checkpoint
+from trl_interfere.domain import Domain
 from trl_interfere.evaluation.bootstrap import Interval, difference, recovered
 from trl_interfere.evaluation.scorer import Scorer
+from trl_interfere.extras import package_file
+from trl_interfere.recipe import RunFile, load_run_file
 from trl_interfere.repair.bench import RepairBench, share_fields
 from trl_interfere.repair.interpolation import interpolated
 from trl_interfere.repair.measures import reference_probability
 from trl_interfere.repair.rollback import RouteRollback, rolled_back
 from trl_interfere.repair.sweep import Sweep, sweep
-from trl_interfere.training.manifest import MANIFEST_NAME, Manifest, read_json, write_atomically
-from trl_interfere.training.plan import stage_steps
+from trl_interfere.rewards.code import OFFLINE as HUMANEVAL
+from trl_interfere.run import MANIFEST_NAME, Manifest, read_json, write_atomically
+from trl_interfere.training.dry_run import stage_steps
 from trl_interfere.training.progress import StageProgress
+from trl_interfere.training.recipe_trainer import build_trainer
 from trl_interfere.training.requested_refresh import RequestedRefresh
-from trl_interfere.training.run_file import build_trainer
 
 
 ROOT = Path(__file__).parents[1]

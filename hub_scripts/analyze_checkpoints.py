@@ -65,7 +65,7 @@ def main() -> None:
         domains = {name: lab_domain(name) for name in (args.earlier, *names)}
         settings = {"reference": "dataset", "reference_column": "answer", "batch_size": 64}
     else:
-        from trl_interfere.domains.loading import load_run_file
+        from trl_interfere.recipe import load_run_file
 
         run = load_run_file(config_file(args.config))
         domains, settings = {domain.name: domain for domain in run.domains}, run.analysis

@@ -61,8 +61,8 @@ def main() -> None:
     from trl_interfere import InterferenceReport, RouteRollback
     from trl_interfere.analysis.analyzer import load_model
     from trl_interfere.hub.pull import checkpoint_folder
-    from trl_interfere.hub.revision import split_revision
     from trl_interfere.hub.upload import PlannedRevision, Uploader
+    from trl_interfere.revision import split_revision
 
     repo = args.repo or split_revision(args.report)[0]
     if Path(repo).exists():

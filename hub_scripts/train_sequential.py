@@ -57,8 +57,8 @@ def verify(folder: Path, repo: str) -> None:
     """Download every revision and compare the weights with those on disk, byte by byte."""
     from huggingface_hub import hf_hub_download
 
-    from trl_interfere.hub.revision import stage_revision
     from trl_interfere.hub.run_folder import RunFolder
+    from trl_interfere.revision import stage_revision
 
     run = RunFolder.read(folder)
     pairs = [(stage_revision(record.name), run.weights(record)) for record in run.trained]
@@ -83,7 +83,7 @@ def main() -> None:
         order = args.order.split(",")
         Lab(args.output_dir, seed=args.seed, order=order, steps=args.steps, prompts=args.prompts).run()
     else:
-        from trl_interfere.training.run_file import build_trainer
+        from trl_interfere.training.recipe_trainer import build_trainer
 
         trainer = build_trainer(config_file(args.config), {"output_dir": args.output_dir})
         trainer.train(resume_from_checkpoint=True)

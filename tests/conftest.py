@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from trl_interfere.analysis.references import References
 from trl_interfere.analysis.report import InterferenceReport
-from trl_interfere.domains.domain import Domain
+from trl_interfere.domain import Domain
 
 
 CHARACTERS = " 0123456789+=?abcdefgh"

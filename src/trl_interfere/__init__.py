@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Domain": "domains.domain",
+    "Domain": "domain",
     "InterferenceAnalyzer": "analysis.analyzer",
     "InterferenceConfig": "analysis.config",
     "InterferenceReport": "analysis.report",
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .analysis.analyzer import InterferenceAnalyzer as InterferenceAnalyzer
     from .analysis.config import InterferenceConfig as InterferenceConfig
     from .analysis.report import InterferenceReport as InterferenceReport
-    from .domains.domain import Domain as Domain
+    from .domain import Domain as Domain
     from .evaluation.score_matrix import ScoreMatrix as ScoreMatrix
     from .evaluation.score_summary import ScoreSummary as ScoreSummary
     from .evaluation.scorer import Scorer as Scorer

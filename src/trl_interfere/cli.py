@@ -126,11 +126,11 @@ def train(
     from transformers import PrinterCallback, ProgressCallback
 
     from .evaluation.score_summary import ScoreSummary
+    from .training.dry_run import plan_run, stage_steps
     from .training.options import parse_options
-    from .training.plan import plan_run, stage_steps
     from .training.processes import STAGES_LEFT
     from .training.progress import StageProgress
-    from .training.run_file import build_trainer, load_run
+    from .training.recipe_trainer import build_trainer, load_run
 
     options = parse_options(context.args, known=[name for name in context.params if name != "help_options"])
     if output_dir is not None:
@@ -192,8 +192,8 @@ def evaluate(
 ) -> None:
     """Score checkpoints on the domains, and compare them with the first one prompt by prompt."""
     _prepare(threads)
-    from .domains.loading import load_run_file
     from .evaluation.checkpoints import evaluate_checkpoints, print_evaluation
+    from .recipe import load_run_file
 
     run = load_run_file(config)
     names = None if domains is None else [name.strip() for name in domains.split(",") if name.strip()]
@@ -238,8 +238,8 @@ def analyze(
 
     from .analysis.analyzer import InterferenceAnalyzer
     from .analysis.config import InterferenceConfig
-    from .domains.loading import build_dataclass, load_run_file
     from .evaluation.checkpoints import analysis_settings
+    from .recipe import build_dataclass, load_run_file
 
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"{output_dir}: expected an empty or a new folder")
@@ -421,18 +421,18 @@ def sweep(
     _prepare(threads)
     from rich.markdown import Markdown
 
-    from .analysis.checkpoint import Checkpoint
     from .analysis.report import InterferenceReport
     from .analysis.routes import RouteMap
-    from .domains.loading import load_run_file
+    from .checkpoint import Checkpoint
+    from .recipe import load_run_file
     from .repair.bench import RepairBench
     from .repair.choice import locate_checkpoint
     from .repair.criteria import CRITERIA
-    from .repair.plots import plot_sweep
     from .repair.staleness import check_not_stale
     from .repair.sweep import PROTECTIONS, STEPS, Sweep, check_settings, rankable
     from .repair.sweep import sweep as run_sweep
-    from .training.manifest import write_atomically
+    from .reporting.repair_plots import plot_sweep
+    from .run import write_atomically
 
     def listed(text: str, option: str, convert=str) -> list:
         try:
@@ -523,11 +523,11 @@ def refresh(
     from transformers import PrinterCallback, ProgressCallback
 
     from .evaluation.score_summary import ScoreSummary
-    from .training.manifest import MANIFEST_NAME
+    from .run import MANIFEST_NAME
     from .training.options import parse_options
+    from .training.recipe_trainer import build_trainer, load_run
     from .training.refresh import RefreshCallback
     from .training.requested_refresh import RequestedRefresh
-    from .training.run_file import build_trainer, load_run
 
     options = parse_options(context.args, known=list(context.params))
     if output_dir is not None:
@@ -576,7 +576,7 @@ def push(
     from .analysis.report import REPORT_NAME
     from .hub.push import PushPlan, plan_push, plan_report, push_report, push_run
     from .hub.run_folder import RunFolder
-    from .training.manifest import MANIFEST_NAME
+    from .run import MANIFEST_NAME
 
     console = _output()
     if (folder / REPORT_NAME).is_file() and not (folder / MANIFEST_NAME).is_file():
@@ -618,7 +618,7 @@ def compare(
         raise ValueError(
             f"compare: expected the extra 'space', pip install 'trl-interfere[space]' ({error})"
         ) from error
-    from .comparison.catalog import is_packed_lab
+    from .app.catalog import is_packed_lab
 
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torch is loaded when a model is asked
     lab = next((folder for folder in folders if is_packed_lab(folder)), None)

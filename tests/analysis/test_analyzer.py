@@ -10,13 +10,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model, opposed_edits
-from trl_interfere.analysis.checkpoint import Checkpoint
 from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.overlap import overlaps
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.analysis.routes import RouteMap
-from trl_interfere.analysis.updates import update_statistics
-from trl_interfere.domains.domain import Domain
+from trl_interfere.analysis.weight_diff import update_statistics
+from trl_interfere.checkpoint import Checkpoint
+from trl_interfere.domain import Domain
 from trl_interfere.evaluation.scorer import Scorer
 
 

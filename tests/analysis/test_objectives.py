@@ -9,7 +9,7 @@ from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.gradients import checkpointed, mean_gradient, mean_loss
 from trl_interfere.analysis.objectives import ForwardKL, grpo
 from trl_interfere.analysis.references import References, collect_rollouts
-from trl_interfere.domains.domain import Domain
+from trl_interfere.domain import Domain
 
 
 def log_probabilities(model, prompt, completion):

@@ -3,8 +3,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trl_interfere.analysis.checkpoint import Checkpoint
 from trl_interfere.analysis.rank_profile import rank_profiles
+from trl_interfere.checkpoint import Checkpoint
 
 
 def test_against_a_dense_decomposition(tmp_path, make_model, moved):

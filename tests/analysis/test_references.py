@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.references import References, collect_references
-from trl_interfere.domains.domain import Domain
+from trl_interfere.domain import Domain
 from trl_interfere.evaluation.scorer import Scorer
 
 

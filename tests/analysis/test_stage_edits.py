@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from trl_interfere.analysis.checkpoint import Checkpoint
 from trl_interfere.analysis.overlap import overlaps
 from trl_interfere.analysis.routes import RouteMap
 from trl_interfere.analysis.stage_edits import stage_edits
-from trl_interfere.analysis.updates import update_statistics
+from trl_interfere.analysis.weight_diff import update_statistics
+from trl_interfere.checkpoint import Checkpoint
 
 
 @pytest.fixture

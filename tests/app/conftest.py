@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from comparison_fixtures import save_report, save_run  # noqa: F401
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

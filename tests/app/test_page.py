@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from trl_interfere.app import tables
 from trl_interfere.app.page import EXAMPLE, ROLLED_BACK, VIEWS
-from trl_interfere.comparison import tables
-from trl_interfere.comparison.stored_run import StoredRun
+from trl_interfere.app.stored_run import StoredRun
 
 
 DATA = Path(__file__).parents[2] / "space" / "data" / "lab"

@@ -11,8 +11,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trl_interfere.comparison.catalog import Catalog
-from trl_interfere.domains.loading import load_run_file
+from trl_interfere.app.catalog import Catalog
+from trl_interfere.recipe import load_run_file
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

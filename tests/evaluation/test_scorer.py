@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_interfere.domains.domain import Domain
+from trl_interfere.domain import Domain
 from trl_interfere.evaluation.scorer import Scorer, apply_metric
 from trl_interfere.lab.build import MODEL_FOLDER
 

@@ -7,11 +7,11 @@ from datasets import Dataset
 from peft import IA3Config, LoraConfig
 from tiny_runs import build
 
-from trl_interfere.domains.domain import Domain
-from trl_interfere.domains.loading import RunFile
+from trl_interfere.domain import Domain
 from trl_interfere.evaluation.checkpoints import evaluate_checkpoints
 from trl_interfere.evaluation.vllm_engine import VLLMEngine, _check_adapter
 from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.recipe import RunFile
 
 
 without_vllm = pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")

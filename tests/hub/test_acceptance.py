@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, hf_hub_download
 
 from trl_interfere import InterferenceAnalyzer, InterferenceConfig, InterferenceReport, RouteRollback
 from trl_interfere.analysis.analyzer import load_model
-from trl_interfere.analysis.checkpoint import Checkpoint
+from trl_interfere.checkpoint import Checkpoint
 from trl_interfere.evaluation.checkpoints import load_checkpoint
 from trl_interfere.hub.push import push_run
 from trl_interfere.lab.build import MODEL_FOLDER

@@ -8,10 +8,10 @@ from huggingface_hub import ModelCard
 
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.evaluation.score_summary import ScoreSummary
-from trl_interfere.hub.card import analysis_card, report_card, stage_card
 from trl_interfere.hub.card_callback import write_card
 from trl_interfere.hub.push import plan_push
 from trl_interfere.hub.run_folder import RunFolder
+from trl_interfere.reporting.card import analysis_card, report_card, stage_card
 
 
 NUMBER = r"(?<![\w.])[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?"

@@ -4,9 +4,9 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from trl_interfere import Domain
-from trl_interfere.hub.benchmark import parse_benchmark
-from trl_interfere.hub.card import analysis_card
+from trl_interfere.benchmark import parse_benchmark
 from trl_interfere.hub.eval_results import eval_result_files
+from trl_interfere.reporting.card import analysis_card
 
 
 @pytest.mark.parametrize(

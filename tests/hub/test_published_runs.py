@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub import HfApi
 
-from trl_interfere.comparison.catalog import Catalog
+from trl_interfere.app.catalog import Catalog
 from trl_interfere.hub.push import push_run
 
 

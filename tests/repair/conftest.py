@@ -3,9 +3,9 @@ import hashlib
 import pytest
 import torch
 
-from trl_interfere.analysis.checkpoint import Checkpoint
 from trl_interfere.analysis.routes import RouteMap
-from trl_interfere.analysis.updates import update_statistics
+from trl_interfere.analysis.weight_diff import update_statistics
+from trl_interfere.checkpoint import Checkpoint
 
 
 @pytest.fixture

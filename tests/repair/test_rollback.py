@@ -9,7 +9,7 @@ from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.gradients import mean_loss
 from trl_interfere.analysis.references import collect_references
 from trl_interfere.analysis.routes import RouteMap
-from trl_interfere.domains.domain import Domain
+from trl_interfere.domain import Domain
 from trl_interfere.repair.rollback import STEPS, RouteRollback, line_search, roll_back, rolled_back, search_step
 
 

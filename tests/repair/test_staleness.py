@@ -5,8 +5,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from trl_interfere.analysis.checkpoint import Checkpoint
 from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.checkpoint import Checkpoint
 from trl_interfere.repair.folder import roll_back_folder
 from trl_interfere.repair.staleness import check_not_stale
 

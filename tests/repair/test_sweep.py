@@ -7,9 +7,9 @@ import torch
 from trl_interfere.evaluation.bootstrap import recovered
 from trl_interfere.repair.bench import RepairBench, domain_scorer
 from trl_interfere.repair.measures import reference_probability
-from trl_interfere.repair.plots import plot_contraction, plot_cost, plot_runs, plot_sweep
 from trl_interfere.repair.rollback import RouteRollback, rolled_back
 from trl_interfere.repair.sweep import Sweep, pareto, sweep
+from trl_interfere.reporting.repair_plots import plot_contraction, plot_cost, plot_runs, plot_sweep
 
 
 NUM_ROUTES = 36

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_interfere import Domain, SequentialGRPOTrainer
 from trl_interfere.lab.build import MODEL_FOLDER
-from trl_interfere.training.run_file import build_trainer
+from trl_interfere.training.recipe_trainer import build_trainer
 
 
 # With a constant rate one step too many would change the weights.
@@ -131,7 +131,7 @@ def without_a_manifest(folder):
         def on_train_end(self, args, state, control, **kwargs):
             sync.side_effect = OSError(28, "No space left on device")
 
-    with patch("trl_interfere.training.manifest.os.fsync") as sync:
+    with patch("trl_interfere.run.os.fsync") as sync:
         go_on(folder, callbacks=[Fill()])
 
 

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from trl_interfere.training.manifest import SCHEMA_VERSION
+from trl_interfere.run import SCHEMA_VERSION
 from trl_interfere.training.requested_refresh import RequestedRefresh
 
 

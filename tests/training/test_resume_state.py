@@ -10,7 +10,7 @@ from tiny_runs import AskOnce, Interrupt, assert_same, build, math_domain, text_
 from transformers import TrainerCallback
 
 from trl_interfere.lab.domains import lab_rows
-from trl_interfere.training.resume_state import last_whole_checkpoint
+from trl_interfere.training.resume import last_whole_checkpoint
 
 
 LORA = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])

@@ -10,7 +10,7 @@ from tiny_runs import AskOnce, assert_same, build, config, math_domain, weights,
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_interfere import SequentialGRPOTrainer
-from trl_interfere.analysis.adapters import adapter_updates
+from trl_interfere.adapters import adapter_updates
 from trl_interfere.lab.build import MODEL_FOLDER
 
 

@@ -12,15 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import find_adapter_config_file
 
 from .. import __version__
-from ..domains.domain import Domain
+from ..checkpoint import Checkpoint, check_comparable
+from ..domain import Domain
 from ..hub.pull import checkpoint_folder
-from ..hub.revision import split_revision
+from ..revision import split_revision
 from .activity import ActivityMeter, route_activity
 from .architectures import Architecture
-from .checkpoint import Checkpoint, check_comparable
-from .config import InterferenceConfig
-from .cosines import GradientProducts
-from .damage import (
+from .attribution import (
     Direction,
     Elementwise,
     UpdatePath,
@@ -31,6 +29,9 @@ from .damage import (
     second_order,
     second_order_error,
 )
+from .config import InterferenceConfig
+from .conflict_subspace import conflict_subspace, random_update
+from .cosines import GradientProducts
 from .gradients import Batches, Shard, Tensors, checkpointed, mean_gradient, mean_loss, num_tokens
 from .objectives import ForwardKL, Objective, grpo, nll
 from .overlap import overlaps
@@ -38,8 +39,7 @@ from .references import References, collect_references, collect_rollouts
 from .report import InterferenceReport
 from .room import Room
 from .routes import RouteMap
-from .subspace import conflict_subspace, random_update
-from .updates import identical_when_stored, update_statistics
+from .weight_diff import identical_when_stored, update_statistics
 
 
 @dataclass

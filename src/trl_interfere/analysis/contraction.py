@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .damage import Direction, Elementwise, dot
+from .attribution import Direction, Elementwise, dot
 from .gradients import Tensors
 from .routes import RouteMap
 

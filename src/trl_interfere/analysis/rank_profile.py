@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoint import Checkpoint, check_comparable, to_values
+from ..checkpoint import Checkpoint, check_comparable, to_values
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ def rank_profiles(
     is not part of the update statistics. Rounding to a storage data type adds noise of full rank to an update.
 
     Args:
-        before ([`~trl_interfere.analysis.checkpoint.Checkpoint`]):
+        before ([`~trl_interfere.checkpoint.Checkpoint`]):
             Checkpoint before the update.
-        after ([`~trl_interfere.analysis.checkpoint.Checkpoint`]):
+        after ([`~trl_interfere.checkpoint.Checkpoint`]):
             Checkpoint after it.
         select (`Callable[[str], bool]`, *optional*):
             Which tensors to take, by name. Defaults to all that have two axes or more.

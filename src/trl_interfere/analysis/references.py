@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..domains.domain import Domain
+from ..domain import Domain
 from ..evaluation.scorer import Scorer, apply_metric
 from .config import InterferenceConfig
 

@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..hub.pull import REPORT_FOLDER, report_folder
-from ..hub.revision import published_checkpoint
-from ..training.manifest import read_json, write_atomically
-from .claims import claims_table, report_claims
+from ..reporting.claims import claims_table, report_claims
+from ..revision import published_checkpoint
+from ..run import read_json, write_atomically
 
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class InterferenceReport:
         Raises:
             `ValueError`: If there is no such figure, or the report lacks what it shows.
         """
-        from .plots import PLOTS
+        from ..reporting.plots import PLOTS
 
         if kind not in PLOTS:
             raise ValueError(f"kind: expected one of {sorted(PLOTS)}, found {kind!r}")
@@ -211,7 +211,7 @@ class InterferenceReport:
         missing = {"sparsity": self.updates is None, "eigenvalues": self.subspace is None}
         missing["damage_by_layer"] = not self.route_counts
         missing["overlaps"] = not self.overlaps.get("active")
-        from .plots import PLOTS
+        from ..reporting.plots import PLOTS
 
         files = []
         for kind in PLOTS:

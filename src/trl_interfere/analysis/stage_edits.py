@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checkpoint import Checkpoint
+from ..checkpoint import Checkpoint
 from .overlap import Overlap, overlaps
 from .routes import RouteMap
-from .updates import UpdateStatistics, update_statistics
+from .weight_diff import UpdateStatistics, update_statistics
 
 
 @dataclass

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from ..comparison.story import Statement
+from .story import Statement
 
 
 def notice(text: str, bad: bool = True) -> str:

@@ -12,12 +12,11 @@ import gradio as gr
 from matplotlib.figure import Figure
 
 from ..analysis.report import InterferenceReport
-from ..comparison import figures, tables
-from ..comparison.catalog import Catalog, store_upload
-from ..comparison.completion import MAX_PROMPT, HubModels, check_prompt, complete, complete_on_server, load_folder
-from ..comparison.stored_run import StoredRun
-from ..comparison.story import tell
-from . import html
+from . import figures, html, tables
+from .catalog import Catalog, store_upload
+from .completion import MAX_PROMPT, HubModels, check_prompt, complete, complete_on_server, load_folder
+from .stored_run import StoredRun
+from .story import tell
 
 
 try:  # ZeroGPU lends its device to functions that ask for it

@@ -17,11 +17,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from ..analysis.analyzer import load_model
-from ..domains.domain import Domain
-from ..domains.loading import RunFile
+from ..domain import Domain
 from ..hub.pull import checkpoint_folder
+from ..recipe import RunFile
+from ..run import Manifest, write_atomically
 from ..training.config import SequentialGRPOConfig
-from ..training.manifest import Manifest, write_atomically
 from .bootstrap import difference
 from .scorer import Scorer
 from .vllm_engine import VLLMEngine

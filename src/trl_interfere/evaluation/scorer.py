@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 
-from ..domains.domain import Domain
+from ..domain import Domain
 from .vllm_engine import VLLMEngine
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..evaluation.score_matrix import ScoreMatrix
+from ..reporting.card import analysis_card
+from ..run import StageRecord, write_atomically
 from ..training.callbacks import StageCallback
-from ..training.manifest import StageRecord, write_atomically
-from .card import analysis_card
 from .run_folder import RunFolder
 
 

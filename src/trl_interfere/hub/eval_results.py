@@ -3,7 +3,7 @@
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from .benchmark import parse_benchmark
+from ..benchmark import parse_benchmark
 from .run_folder import RunFolder
 
 

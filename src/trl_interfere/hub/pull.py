@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 
-from .revision import split_revision
+from ..revision import split_revision
 
 
 REPORT_FOLDER = "interference"

@@ -15,14 +15,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..analysis.checkpoint import published_name
-from ..analysis.plots import plot_rollback, plot_score_matrix
 from ..analysis.report import REPORT_NAME, ROUTES_NAME, InterferenceReport
-from ..training.manifest import MANIFEST_NAME
-from .card import TAGS, analysis_card, report_card, stage_card
+from ..checkpoint import published_name
+from ..reporting.card import TAGS, analysis_card, report_card, stage_card
+from ..reporting.plots import plot_rollback, plot_score_matrix
+from ..revision import split_revision, stage_revision
+from ..run import MANIFEST_NAME
 from .eval_results import eval_result_files
 from .pull import MODEL_FILES, REPORT_FOLDER
-from .revision import split_revision, stage_revision
 from .run_folder import RESULTS_NAME, RunFolder
 from .upload import PlannedRevision, Uploader
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..analysis.report import REPORT_NAME
 from ..evaluation.score_matrix import ScoreMatrix
-from ..training.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, StageRecord, read_json
+from ..run import MANIFEST_NAME, SCHEMA_VERSION, Manifest, StageRecord, read_json
 
 
 RESULTS_NAME = "results.json"

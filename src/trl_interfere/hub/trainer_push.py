@@ -6,9 +6,9 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..evaluation.score_matrix import ScoreMatrix
+from ..run import StageRecord
 from ..training.callbacks import StageCallback
 from ..training.config import SequentialGRPOConfig
-from ..training.manifest import StageRecord
 from .push import PushResult, push_checkpoint, push_run
 from .upload import PushError, Uploader
 

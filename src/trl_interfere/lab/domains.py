@@ -5,7 +5,7 @@ from types import ModuleType
 
 from datasets import Dataset
 
-from ..domains.domain import Domain
+from ..domain import Domain
 from . import code, math, qa, writing
 from .splits import split_of
 

@@ -15,7 +15,7 @@ from ..analysis.gradients import mean_loss
 from ..analysis.references import collect_references
 from ..analysis.report import REPORT_NAME, InterferenceReport
 from ..analysis.routes import RouteMap
-from ..domains.domain import Domain
+from ..domain import Domain
 from ..evaluation.bootstrap import Interval, difference, recovered
 from ..evaluation.scorer import Scorer
 from ..repair.rollback import RouteRollback, rolled_back

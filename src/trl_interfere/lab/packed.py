@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..analysis.report import REPORT_NAME, ROUTES_NAME
-from ..training.manifest import MANIFEST_NAME, read_json
+from ..run import MANIFEST_NAME, read_json
 
 
 # Pages list the stages of a packed run: torch is loaded where weights are.

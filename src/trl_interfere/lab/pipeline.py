@@ -13,27 +13,27 @@ import numpy as np
 from transformers import PrinterCallback
 
 from ..analysis.analyzer import InterferenceAnalyzer, load_model
-from ..analysis.checkpoint import Checkpoint
-from ..analysis.claims import report_claims
 from ..analysis.config import InterferenceConfig
 from ..analysis.contraction import contraction
-from ..analysis.plots import (
+from ..analysis.report import InterferenceReport
+from ..analysis.routes import RouteMap
+from ..analysis.stage_edits import StageEdits, stage_edits
+from ..checkpoint import Checkpoint
+from ..evaluation.bootstrap import Interval, difference, recovered
+from ..repair.interpolation import interpolated
+from ..repair.rollback import RouteRollback, line_search, rolled_back
+from ..reporting.claims import report_claims
+from ..reporting.plots import (
     plot_changed_overlaps,
     plot_damage_concentration,
     plot_module_cosines,
     plot_rollback,
     plot_score_matrix,
 )
-from ..analysis.report import InterferenceReport
-from ..analysis.routes import RouteMap
-from ..analysis.stage_edits import StageEdits, stage_edits
-from ..evaluation.bootstrap import Interval, difference, recovered
-from ..repair.claims import edit_claims, forgetting_claims, refresh_claims, rollback_claims
-from ..repair.interpolation import interpolated
-from ..repair.rollback import RouteRollback, line_search, rolled_back
+from ..reporting.repair_claims import edit_claims, forgetting_claims, refresh_claims, rollback_claims
+from ..run import StageRecord, read_json, write_atomically
 from ..training.callbacks import StageCallback
 from ..training.config import SequentialGRPOConfig
-from ..training.manifest import StageRecord, read_json, write_atomically
 from ..training.refresh import RefreshCallback
 from ..training.trainer import SequentialGRPOTrainer
 from .build import MODEL_FOLDER

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..analysis.claims import Claim, claims_table
-from ..training.manifest import stage_name, write_atomically
+from ..reporting.claims import Claim, claims_table
+from ..run import stage_name, write_atomically
 
 
 def _score_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

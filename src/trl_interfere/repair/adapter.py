@@ -16,7 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from ..analysis.adapters import AdapterFactors
+from ..adapters import AdapterFactors
 from ..analysis.routes import RouteMap
 from .blocks import Blocks, touched_blocks
 from .streaming import SafetensorsWriter
@@ -53,7 +53,7 @@ def check_adapter(folder: str | Path) -> AdapterFactors:
             Folder of the adapter.
 
     Returns:
-        [`~trl_interfere.analysis.adapters.AdapterFactors`]: The adapter.
+        [`~trl_interfere.adapters.AdapterFactors`]: The adapter.
 
     Raises:
         `ValueError`: If the update of a weight is not the product of two matrices times a scale (DoRA, saved modules,
@@ -109,7 +109,7 @@ def touched_factors(
     same rows of B, or of the same columns of A, so that a step α multiplies them by 1 - α.
 
     Args:
-        adapter ([`~trl_interfere.analysis.adapters.AdapterFactors`]):
+        adapter ([`~trl_interfere.adapters.AdapterFactors`]):
             The adapter.
         route_map ([`RouteMap`]):
             The routes.
@@ -153,9 +153,9 @@ def concatenate(
     are filled with zeros; `lora_alpha` is set so that the scale stays s_1 to the bit.
 
     Args:
-        before ([`~trl_interfere.analysis.adapters.AdapterFactors`]):
+        before ([`~trl_interfere.adapters.AdapterFactors`]):
             The earlier adapter.
-        after ([`~trl_interfere.analysis.adapters.AdapterFactors`]):
+        after ([`~trl_interfere.adapters.AdapterFactors`]):
             The later one, of the same model.
         route_map ([`RouteMap`]):
             The routes.

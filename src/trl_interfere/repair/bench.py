@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 
 from ..analysis.analyzer import load_model
 from ..analysis.architectures import Architecture
-from ..analysis.checkpoint import Checkpoint
 from ..analysis.gradients import Tensors
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import RouteMap
-from ..domains.domain import Domain
-from ..domains.loading import RunFile
+from ..checkpoint import Checkpoint
+from ..domain import Domain
 from ..evaluation.bootstrap import Interval, difference, recovered
 from ..evaluation.checkpoints import load_tokenizer, sampling_settings, training_settings
 from ..evaluation.scorer import Scorer
+from ..recipe import RunFile
 from .merging import held
 from .rollback import rolled_back, route_parameters
 from .staleness import check_not_stale

@@ -11,16 +11,16 @@ from transformers import PreTrainedModel
 
 from ..analysis.analyzer import InterferenceAnalyzer, is_adapter, load_model
 from ..analysis.architectures import Architecture
-from ..analysis.checkpoint import Checkpoint
 from ..analysis.config import InterferenceConfig
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import RouteMap
-from ..analysis.updates import update_statistics
-from ..domains.domain import Domain
-from ..domains.loading import RunFile, build_dataclass
+from ..analysis.weight_diff import update_statistics
+from ..checkpoint import Checkpoint
+from ..domain import Domain
 from ..evaluation.bootstrap import difference, score
 from ..evaluation.checkpoints import analysis_settings, load_tokenizer, sampling_settings, training_settings
 from ..evaluation.scorer import Scorer
+from ..recipe import RunFile, build_dataclass
 from .explanation import RollbackExplanation, explain
 from .joint import domain_weights, joint_before, joint_report
 from .rollback import RouteRollback

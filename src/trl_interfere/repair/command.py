@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..analysis.analyzer import is_adapter
 from ..analysis.report import InterferenceReport
-from ..domains.loading import load_run_file
+from ..recipe import load_run_file
 from .choice import RouteChoice, choose_routes, locate_checkpoint
 from .folder import apply_delta, revert_delta, roll_back_folder, undo_rollback
 from .rollback import PER_ROUTE, RouteRollback

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from ..analysis.architectures import Architecture
-from ..analysis.checkpoint import StoredTensor
 from ..analysis.routes import RouteMap
+from ..checkpoint import StoredTensor
 from .blocks import Blocks
 from .streaming import SafetensorsWriter
 

@@ -20,9 +20,9 @@ from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAF
 
 from .. import __version__
 from ..analysis.architectures import Architecture
-from ..analysis.checkpoint import Checkpoint, StoredTensor, check_comparable, published_name, stored_tensors
 from ..analysis.routes import KINDS, RouteMap
-from ..hub.revision import split_revision
+from ..checkpoint import Checkpoint, StoredTensor, check_comparable, published_name, stored_tensors
+from ..revision import split_revision
 from .adapter import CONCATENATION, check_adapter, concatenate, restore_adapter, same_model, touched_factors
 from .blocks import Blocks, touched_blocks
 from .delta import DeltaWriter, RollbackDelta, to_bits
@@ -63,7 +63,7 @@ def roll_back_folder(
 
     ```python
     >>> from trl_interfere import InterferenceReport, RouteRollback
-    >>> from trl_interfere.analysis.checkpoint import Checkpoint
+    >>> from trl_interfere.checkpoint import Checkpoint
     >>> from trl_interfere.analysis.routes import RouteMap
     >>> from trl_interfere.repair.folder import roll_back_folder, undo_rollback
 

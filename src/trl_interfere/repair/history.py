@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..training.manifest import read_json, write_atomically
+from ..run import read_json, write_atomically
 
 
 SCHEMA_VERSION = 1

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from ..analysis.analyzer import load_model
 from ..analysis.architectures import Architecture
-from ..analysis.checkpoint import Checkpoint
-from ..analysis.damage import UpdatePath, attribution
+from ..analysis.attribution import UpdatePath, attribution
 from ..analysis.gradients import Tensors
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import SCOPES, RouteMap
+from ..checkpoint import Checkpoint
 from .blocks import touched_blocks
 from .criteria import CRITERIA, IN_NATS, matched_routes, route_scores
 from .explanation import RollbackExplanation, explain

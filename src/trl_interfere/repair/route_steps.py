@@ -7,10 +7,10 @@ import torch
 from scipy.optimize import minimize
 from transformers import PreTrainedModel
 
-from ..analysis.damage import Elementwise, UpdatePath, dot, first_order
+from ..analysis.attribution import Elementwise, UpdatePath, dot, first_order
+from ..analysis.conflict_subspace import route_operator
 from ..analysis.gradients import Batches, Tensors, mean_gradient, mean_loss
 from ..analysis.routes import RouteMap
-from ..analysis.subspace import route_operator
 
 
 @dataclass

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from ..analysis.checkpoint import Checkpoint, check_comparable
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import KINDS, RouteMap
+from ..checkpoint import Checkpoint, check_comparable
 from .blocks import Blocks, touched_blocks
 from .history import RollbackHistory
 from .step import route_steps

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..analysis.checkpoint import DTYPES, StoredTensor
+from ..checkpoint import DTYPES, StoredTensor
 
 
 CHUNK = 1 << 23

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..analysis.report import InterferenceReport
-from ..training.manifest import read_json, write_atomically
+from ..run import read_json, write_atomically
 from .bench import RepairBench
 from .criteria import CRITERIA, IN_NATS
 from .rollback import STEPS, RouteRollback

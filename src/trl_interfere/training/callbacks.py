@@ -3,7 +3,7 @@
 from transformers import TrainerCallback
 
 from ..evaluation.score_matrix import ScoreMatrix
-from .manifest import StageRecord
+from ..run import StageRecord
 from .schedule import Stage
 
 

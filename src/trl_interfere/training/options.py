@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from ..domains.loading import check_names
+from ..recipe import check_names
 from .config import SequentialGRPOConfig
 
 

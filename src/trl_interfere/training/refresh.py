@@ -5,13 +5,13 @@ import difflib
 import logging
 import math
 
-from ..domains.loading import check_names
 from ..evaluation.bootstrap import difference, recovered
 from ..evaluation.collateral import collateral
 from ..evaluation.score_matrix import ScoreMatrix
+from ..recipe import check_names
+from ..run import StageRecord
 from .callbacks import StageCallback
 from .config import STAGE_OPTIONS
-from .manifest import StageRecord
 from .schedule import Stage
 
 

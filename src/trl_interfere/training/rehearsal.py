@@ -5,7 +5,7 @@ import copy
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from ..domains.domain import Domain
+from ..domain import Domain
 
 
 def rehearse(domain: Domain, earlier: list[Domain], share: float = 0.2, seed: int = 0) -> Domain:

@@ -8,8 +8,8 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..evaluation.score_matrix import ScoreMatrix
+from ..run import MANIFEST_NAME, SCHEMA_VERSION, StageRecord, read_json, stage_name
 from .callbacks import StageCallback
-from .manifest import MANIFEST_NAME, SCHEMA_VERSION, StageRecord, read_json, stage_name
 from .schedule import Stage
 
 

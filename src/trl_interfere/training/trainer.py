@@ -30,19 +30,19 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
 from .. import __version__
-from ..domains.domain import DOMAIN_COLUMN, Domain, check_columns
+from ..domain import DOMAIN_COLUMN, Domain, check_columns
 from ..evaluation.score_matrix import ScoreMatrix
 from ..evaluation.scorer import Scorer
 from ..hub.card_callback import AnalysisCardCallback, update_card
 from ..hub.pull import checkpoint_folder
 from ..hub.push import PushResult
 from ..hub.trainer_push import StagePusher, push_during_training, push_trainer
+from ..run import Manifest, StageRecord, stage_name
 from .callbacks import StageCallback
 from .config import STAGE_OPTIONS, SequentialGRPOConfig
-from .domain_rewards import RewardError, mask_reward, reward_name
-from .manifest import Manifest, StageRecord, stage_name
 from .merged_parameters import merged_parameters
-from .resume_state import epochs_done, last_whole_checkpoint, load_resume_state, save_resume_state
+from .resume import epochs_done, last_whole_checkpoint, load_resume_state, save_resume_state
+from .reward_masking import RewardError, mask_reward, reward_name
 from .schedule import Stage, build_schedule
 from .stage_adapters import (
     activate_stage_adapters,

@@ -1,0 +1,166 @@
+"""A domain: what a stage trains on and what it is scored with."""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+from trl.trainer.grpo_trainer import RewardFunc
+
+from .benchmark import parse_benchmark
+
+
+DOMAIN_COLUMN = "domain"
+
+# What TRL hands to a reward function besides columns of the dataset, and the columns that it keeps to itself.
+_ARGUMENTS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+_NOT_HANDED = {"prompt", "completion", "completion_ids"}
+
+
+@dataclass
+class Domain:
+    """
+    One skill that a model is RL-tuned for: prompts, rewards, and the prompts it is scored on.
+
+    Args:
+        name (`str`):
+            Name of the domain: letters, digits, `-` and `_`. It names folders, metrics and score-matrix columns, and
+            must not begin with `refresh-`, as the folders of refresh stages do.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Prompts to train on, in TRL's prompt-only format (a `"prompt"` column, plain or conversational). Other
+            columns are handed to the reward functions. A domain without it can be scored but not trained.
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+            Reward functions in TRL's sense.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            Prompts that scores are reported on.
+        selection_dataset ([`~datasets.Dataset`], *optional*):
+            Prompts that choices are made on (routes, steps of a rollback), disjoint from `eval_dataset`.
+        metric (`Callable`, *optional*):
+            Function with the signature of a reward function whose values, 0 to 1, are the score of the domain.
+            Defaults to the weighted sum of `reward_funcs`.
+        reward_weights (`list[float]`, *optional*):
+            One weight per reward function. Defaults to 1 each.
+        benchmark (`str`, *optional*):
+            Benchmark on the Hub whose prompts `eval_dataset` holds: `user/dataset`, with `@revision` and `:task` if it
+            has them. A published model then carries its score in `.eval_results/`.
+
+    Raises:
+        `ValueError`: If the name is malformed, a dataset is empty, of another type or lacks `"prompt"`, or the
+            weights do not match.
+    """
+
+    name: str
+    train_dataset: Dataset | IterableDataset | None = None
+    reward_funcs: RewardFunc | list[RewardFunc] | None = None
+    eval_dataset: Dataset | None = None
+    selection_dataset: Dataset | None = None
+    metric: Callable[..., list[float]] | None = None
+    reward_weights: list[float] | None = None
+    benchmark: str | None = None
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise ValueError(f"domain name {self.name!r}: expected letters, digits, '-' and '_' only")
+        if self.name.startswith("refresh-"):
+            raise ValueError(f"domain name {self.name!r}: expected a name that does not begin with 'refresh-'")
+        if self.reward_funcs is None:
+            self.reward_funcs = []
+        elif not isinstance(self.reward_funcs, list):
+            self.reward_funcs = [self.reward_funcs]
+        if not self.reward_funcs and self.metric is None:
+            raise ValueError(f"domain {self.name!r}: expected at least one reward function or a metric, found neither")
+        if self.benchmark is not None:
+            try:
+                parse_benchmark(self.benchmark)
+            except ValueError as error:
+                raise ValueError(f"domain {self.name!r}, {error}") from error
+        if self.reward_weights is None:
+            self.reward_weights = [1.0] * len(self.reward_funcs)
+        if len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"domain {self.name!r}: expected {len(self.reward_funcs)} reward weights (one per reward function), "
+                f"found {len(self.reward_weights)}"
+            )
+        for field in ("train_dataset", "eval_dataset", "selection_dataset"):
+            if getattr(self, field) is not None:
+                setattr(self, field, self._checked(getattr(self, field), field))
+
+    def _checked(self, dataset: Any, field: str) -> Any:
+        if isinstance(dataset, IterableDataset) and field != "train_dataset":
+            raise ValueError(
+                f"domain {self.name!r}, {field}: expected a Dataset, since scores are compared prompt by prompt, "
+                "found an IterableDataset; pass `Dataset.from_list(list(stream.take(n)))`"
+            )
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            raise ValueError(f"domain {self.name!r}, {field}: expected a Dataset, found {type(dataset).__name__}")
+        columns = dataset.column_names
+        if columns is not None and "prompt" not in columns:
+            raise ValueError(f"domain {self.name!r}, {field}: expected a column 'prompt', found {sorted(columns)}")
+        if isinstance(dataset, IterableDataset):
+            if columns is not None and DOMAIN_COLUMN in columns:
+                raise ValueError(
+                    f"domain {self.name!r}, {field}: the column '{DOMAIN_COLUMN}' is used to route rewards; rename it"
+                )
+            return dataset.map(_mark, fn_kwargs={"name": self.name, "field": field})
+        if len(dataset) == 0:
+            raise ValueError(f"domain {self.name!r}, {field}: expected at least one row, found none")
+        if DOMAIN_COLUMN in columns:
+            if set(dataset.unique(DOMAIN_COLUMN)) != {self.name}:
+                raise ValueError(
+                    f"domain {self.name!r}, {field}: the column '{DOMAIN_COLUMN}' is used to route rewards and holds "
+                    f"other values ({sorted(map(str, dataset.unique(DOMAIN_COLUMN)))[:5]}); rename it"
+                )
+            return dataset
+        return dataset.add_column(DOMAIN_COLUMN, [self.name] * len(dataset))
+
+
+def check_columns(domain: Domain) -> None:
+    """
+    Refuse reward functions and metrics that cannot be called with the columns of their dataset.
+
+    Args:
+        domain ([`Domain`]):
+            The domain. Streams with unknown columns are not looked at.
+
+    Raises:
+        `ValueError`: If a function needs an argument that is not a column, or does not take all that it is handed.
+    """
+    metrics = domain.reward_funcs if domain.metric is None else [domain.metric]
+    for field, functions in (("train_dataset", domain.reward_funcs), ("eval_dataset", metrics)):
+        dataset = getattr(domain, field)
+        if dataset is None or dataset.column_names is None:
+            continue
+        handed = set(dataset.column_names) - _NOT_HANDED | _ARGUMENTS
+        for function in functions:
+            if isinstance(function, (str, nn.Module)):
+                continue
+            try:
+                parameters = inspect.signature(function).parameters.values()
+            except (TypeError, ValueError):  # not every callable tells its signature
+                continue
+            where = f"domain {domain.name!r}, {getattr(function, '__name__', type(function).__name__)}"
+            named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            for parameter in named:
+                if parameter.default is parameter.empty and parameter.name not in handed | {"environments"}:
+                    raise ValueError(
+                        f"{where}: expected a column {parameter.name!r} in {field}, found "
+                        f"{sorted(dataset.column_names)}"
+                    )
+            surplus = handed - {parameter.name for parameter in named}
+            if surplus and not any(p.kind == p.VAR_KEYWORD for p in parameters):
+                raise ValueError(
+                    f"{where}: expected a function that takes **kwargs, found one that does not take {sorted(surplus)}"
+                )
+
+
+def _mark(row: dict[str, Any], name: str, field: str) -> dict[str, str]:
+    # The columns of a stream may be unknown until its rows are read.
+    if row.get(DOMAIN_COLUMN, name) != name:
+        raise ValueError(
+            f"domain {name!r}, {field}: the column '{DOMAIN_COLUMN}' is used to route rewards and holds "
+            f"{row[DOMAIN_COLUMN]!r}; rename it"
+        )
+    return {DOMAIN_COLUMN: name}

@@ -1,0 +1,127 @@
+"""Rewards that a YAML file can name."""
+
+import re
+import unicodedata
+
+from trl.data_utils import is_conversational
+
+
+# Name in YAML to dotted path.
+BUILT_IN_REWARDS = {
+    "exact_match": "trl_interfere.rewards.text.exact_match",
+    "contains_answer": "trl_interfere.rewards.text.contains_answer",
+    "contains_words": "trl_interfere.rewards.text.contains_words",
+    "math_answer": "trl_interfere.rewards.math.math_reward",
+    "choice": "trl_interfere.rewards.qa.qa_reward",
+    "writing_rubric": "trl_interfere.rewards.writing.writing_reward",
+    "math_verify": "trl.rewards.accuracy_reward",
+    "think_format": "trl.rewards.think_format_reward",
+    "lab_code": "trl_interfere.lab.code.code_reward",
+    "lab_math": "trl_interfere.lab.math.math_reward",
+    "lab_qa": "trl_interfere.lab.qa.qa_reward",
+    "lab_writing": "trl_interfere.lab.writing.writing_reward",
+}
+
+
+def completion_text(completion: str | list[dict]) -> str:
+    """
+    Text of a completion in TRL's plain or conversational form.
+
+    Args:
+        completion (`str` or `list[dict]`):
+            A text, or messages of which the last one is the assistant's.
+
+    Returns:
+        `str`: The text.
+    """
+    return completion if not is_conversational({"prompt": completion}) else completion[-1]["content"]
+
+
+def answer_text(completion: str | list[dict], thinking: bool = False) -> str | None:
+    """
+    What a completion says after its thoughts.
+
+    Args:
+        completion (`str` or `list[dict]`):
+            A completion, plain or conversational.
+        thinking (`bool`, *optional*, defaults to `False`):
+            Whether the model thinks before it answers, with an opening tag that stands in the prompt. A completion
+            without `</think>` was cut off in its thoughts then.
+
+    Returns:
+        `str`: The text after the last `</think>`, or all of it; `None` if the thoughts do not end.
+    """
+    text = completion_text(completion) or ""
+    before, tag, after = text.rpartition("</think>")
+    if tag:
+        return after
+    return None if thinking or "<think>" in text else text
+
+
+def exact_match(completions: list, answer: list[str], **kwargs) -> list[float]:
+    """
+    1 if the completion is the answer, regardless of case, surrounding space and a final full stop; 0 otherwise.
+
+    Args:
+        completions (`list`):
+            Completions, plain or conversational.
+        answer (`list[str]`):
+            Expected answers.
+
+    Returns:
+        `list[float]`: One reward per completion.
+    """
+
+    def normal(text: str) -> str:
+        return text.strip().removesuffix(".").strip().casefold()
+
+    return [
+        float(normal(completion_text(completion)) == normal(str(expected)))
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
+
+
+def contains_answer(completions: list, answer: list[str], **kwargs) -> list[float]:
+    """
+    1 if the answer stands in the completion as consecutive whole words, regardless of case and accents; 0 otherwise.
+
+    Args:
+        completions (`list`):
+            Completions, plain or conversational.
+        answer (`list[str]`):
+            Expected answers.
+
+    Returns:
+        `list[float]`: One reward per completion.
+    """
+
+    def words(text: str) -> str:
+        letters = unicodedata.normalize("NFKD", text.replace("\u2019", "'"))
+        letters = "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()
+        return " " + " ".join(re.findall(r"[\w'-]+", letters)) + " "
+
+    return [
+        float(words(str(expected)) in words(completion_text(completion)))
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
+
+
+def contains_words(completions: list, words: list, **kwargs) -> list[float]:
+    """
+    Share of the required words that occur in the completion, as whole words, regardless of case.
+
+    Args:
+        completions (`list`):
+            Completions, plain or conversational.
+        words (`list`):
+            For each completion the words, as a list or separated by spaces.
+
+    Returns:
+        `list[float]`: One reward per completion.
+    """
+    rewards = []
+    for completion, required in zip(completions, words, strict=True):
+        required = required.split() if isinstance(required, str) else list(required)
+        found = {word.strip(".,;:!?\"'()").casefold() for word in completion_text(completion).split()}
+        rewards.append(sum(word.casefold() in found for word in required) / max(len(required), 1))
+    return rewards

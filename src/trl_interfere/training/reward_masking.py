@@ -1,0 +1,117 @@
+"""Reward functions that see the rows of their own domain only, and whose values are checked."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from trl.trainer.utils import is_async_callable
+
+from ..domain import DOMAIN_COLUMN
+
+
+class RewardError(ValueError):
+    """A reward function failed, or returned something else than one number or `None` per completion."""
+
+
+def mask_reward(reward: Any, domain: str, several: bool) -> Any:
+    """
+    A reward function that is called with the rows of its domain only, and returns `None` for the others.
+
+    Args:
+        reward (`RewardFunc`):
+            Reward of the domain. Reward models are returned as they are.
+        domain (`str`):
+            Name of the domain.
+        several (`bool`):
+            Whether there are other domains, so that the name of the function must tell them apart.
+
+    Returns:
+        `RewardFunc`: The function. It raises [`RewardError`] if `reward` fails, or returns the wrong number of values
+        or one that is neither `None` nor a finite number.
+    """
+    if isinstance(reward, (str, nn.Module)):
+        return reward
+    name = reward_name(reward)
+    label = f"domain {domain!r}: reward function {name!r}"
+
+    def select(prompts: list, kwargs: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
+        rows = [row for row, other in enumerate(kwargs[DOMAIN_COLUMN]) if other == domain]
+        selected = {
+            key: [value[row] for row in rows] if isinstance(value, list) and len(value) == len(prompts) else value
+            for key, value in kwargs.items()
+        }
+        return rows, selected
+
+    def scatter(rows: list[int], values: Any, n: int) -> list[float | None]:
+        rewards: list[float | None] = [None] * n
+        for row, value in zip(rows, _numbers(values, len(rows), label), strict=True):
+            rewards[row] = value
+        return rewards
+
+    def failed(error: Exception) -> RewardError:
+        return RewardError(f"{label} raised {type(error).__name__}: {error}")
+
+    if is_async_callable(reward):
+
+        async def masked(prompts, **kwargs):
+            rows, selected = select(prompts, {"prompts": prompts, **kwargs})
+            try:
+                values = await reward(**selected) if rows else []
+            except Exception as error:
+                raise failed(error) from error
+            return scatter(rows, values, len(prompts))
+    else:
+
+        def masked(prompts, **kwargs):
+            rows, selected = select(prompts, {"prompts": prompts, **kwargs})
+            try:
+                values = reward(**selected) if rows else []
+            except Exception as error:
+                raise failed(error) from error
+            return scatter(rows, values, len(prompts))
+
+    masked.__name__ = f"{domain}/{name}" if several else name
+    return masked
+
+
+def reward_name(reward: Callable | nn.Module | str) -> str:
+    """
+    Name of a reward function or reward model, for messages and metrics.
+
+    Args:
+        reward (`RewardFunc`):
+            The reward.
+
+    Returns:
+        `str`: The name.
+    """
+    return reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
+
+
+def _numbers(values: Any, n: int, label: str) -> list[float | None]:
+    if isinstance(values, (torch.Tensor, np.ndarray)):
+        values = values.tolist()
+    if isinstance(values, (str, dict)) or not hasattr(values, "__iter__"):
+        raise RewardError(f"{label} returned {type(values).__name__}, expected a list with one reward per completion")
+    values = list(values)
+    if len(values) != n:
+        raise RewardError(f"{label} returned {len(values)} rewards, expected {n}, one per completion")
+    numbers: list[float | None] = []
+    for index, value in enumerate(values):
+        try:
+            if isinstance(value, str):
+                raise TypeError
+            numbers.append(None if value is None else float(value))
+        except (TypeError, ValueError):
+            raise RewardError(
+                f"{label} returned {value!r} for completion {index}, expected a number or None"
+            ) from None
+        if numbers[-1] is not None and not math.isfinite(numbers[-1]):
+            raise RewardError(
+                f"{label} returned {value!r} for completion {index}, expected a finite number, or None where it does "
+                "not apply"
+            )
+    return numbers

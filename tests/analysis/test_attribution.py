@@ -1,0 +1,238 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call
+
+from trl_interfere.analysis.attribution import (
+    UpdatePath,
+    attribution,
+    difference_step,
+    dot,
+    first_order,
+    norm,
+    second_order,
+    second_order_error,
+)
+from trl_interfere.analysis.routes import RouteMap
+
+
+@pytest.fixture
+def update(family, make_model, moved):
+    """A path, its map of routes, and a second model that stays before the update."""
+    model = make_model(family)
+    path = UpdatePath(model, dict(moved(model).named_parameters()))
+    return path, RouteMap(model.config), make_model(family)
+
+
+def assert_terms(terms, products, model, dense_sums, rtol):
+    """Compare with products of a dense vector and the update, element by element."""
+    routes, outside = dense_sums(model, products)
+    scale = np.abs(routes).max()
+    np.testing.assert_allclose(terms.routes, routes, rtol=rtol, atol=rtol * scale)
+    assert terms.outside == pytest.approx(outside, rel=rtol, abs=rtol * scale)
+    assert terms.total == pytest.approx(sum(tensor.sum().item() for tensor in products.values()), rel=rtol)
+
+
+def test_first_order(update, sequences, make_batches, token_loss, dense_sums):
+    path, route_map, reference = update
+    parameters = dict(reference.named_parameters())
+    gradients = torch.autograd.grad(token_loss(reference, sequences), list(parameters.values()))
+    products = {name: g * path.delta[name] for name, g in zip(parameters, gradients, strict=True)}
+    path.move(0.7)  # the gradient is taken at the start, wherever the model is
+    terms = first_order(path, make_batches(sequences), route_map)
+    assert_terms(terms, products, reference, dense_sums, rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_second_order_against_a_double_backward(update, sequences, make_batches, token_loss, dense_sums):
+    path, route_map, reference = update
+    parameters = list(reference.parameters())
+    delta = list(path.delta.values())
+    gradients = torch.autograd.grad(token_loss(reference, sequences), parameters, create_graph=True)
+    product = torch.autograd.grad(gradients, parameters, grad_outputs=delta)
+    products = {name: 0.5 * h * d for name, h, d in zip(path.delta, product, delta, strict=True)}
+    terms = second_order(path, make_batches(sequences), route_map, step=1e-3)
+    assert_terms(terms, products, reference, dense_sums, rtol=1e-4)
+
+
+def test_second_order_against_a_dense_hessian(make_model, moved, sequences, make_batches, token_loss, dense_sums):
+    settings = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 6, "head_dim": 2}
+    model, reference = make_model(**settings), make_model(**settings)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def unflatten(vector):
+        parts = vector.split([shape.numel() for shape in shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+    start = torch.cat([parameter.detach().ravel() for parameter in model.parameters()])
+    hessian = torch.autograd.functional.hessian(
+        lambda vector: token_loss(reference, sequences[:3], unflatten(vector)), start, vectorize=True
+    )
+    assert torch.allclose(hessian, hessian.T, atol=1e-10)
+
+    path = UpdatePath(model, dict(moved(model).named_parameters()))
+    delta = torch.cat([tensor.ravel() for tensor in path.delta.values()])
+    route_map, batches = RouteMap(model.config), make_batches(sequences[:3])
+    terms = second_order(path, batches, route_map, step=1e-3)
+    assert terms.total == pytest.approx((0.5 * delta @ hessian @ delta).item(), rel=1e-4)
+    assert_terms(terms, unflatten(0.5 * delta * (hessian @ delta)), model, dense_sums, rtol=1e-4)
+
+    # The error of the central difference falls with the square of its step.
+    errors = [
+        second_order(path, batches, route_map, step).total - (0.5 * delta @ hessian @ delta).item()
+        for step in (0.025, 0.0125)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_attribution_is_complete(update, sequences, make_batches, token_loss, moved):
+    path, route_map, reference = update
+    before = token_loss(reference, sequences).item()
+    after = token_loss(moved(reference), sequences).item()
+    batches = make_batches(sequences)
+    residuals = [abs(after - before - attribution(path, batches, route_map, nodes).total) for nodes in (1, 2, 4, 8)]
+    assert residuals[3] < residuals[1] < residuals[0]
+    assert residuals[2] < 1e-3 * abs(after - before)
+    assert residuals[3] < 1e-6 * abs(after - before)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_attribution_against_midpoints(update, sequences, make_batches, token_loss, dense_sums):
+    path, route_map, reference = update
+    terms = attribution(path, make_batches(sequences), route_map, nodes=8)
+    start = {name: parameter.detach() for name, parameter in reference.named_parameters()}
+    count = 60
+    products = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+    for node in range(count):
+        at = {name: (start[name] + (node + 0.5) / count * path.delta[name]).requires_grad_() for name in start}
+        gradients = torch.autograd.grad(token_loss(reference, sequences, at), list(at.values()))
+        for name, gradient in zip(at, gradients, strict=True):
+            products[name] += gradient * path.delta[name] / count
+    assert_terms(terms, products, reference, dense_sums, rtol=2e-3)
+
+
+@pytest.mark.parametrize("route", [5, 17, 25, 33])
+def test_an_update_of_one_route_is_attributed_to_it(route, make_model, moved, owned_slices, sequences, make_batches):
+    model = make_model()
+    after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    target = dict(moved(model, scale=0.1).named_parameters())
+    for name, index in owned_slices(model)[route][3]:
+        after[name][index] = target[name].detach()[index]
+    batches, route_map = make_batches(sequences), RouteMap(model.config)
+    damage = loss_of(model, after, batches) - loss_of(model, dict(model.named_parameters()), batches)
+    terms = attribution(UpdatePath(model, after), batches, route_map, nodes=8)
+    assert abs(damage) > 1e-4
+    assert terms.routes[route] == pytest.approx(damage, rel=1e-5)
+    assert np.count_nonzero(terms.routes) == 1 and terms.outside == 0
+
+
+def loss_of(model, parameters, batches):
+    total, tokens = 0.0, 0
+    for batch in batches:
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        with torch.no_grad():
+            scores = functional_call(model, parameters, (), inputs).logits.log_softmax(-1)
+        for row, position in torch.nonzero(batch["labels"] != -100).tolist():
+            total -= scores[row, position - 1, batch["labels"][row, position]].item()
+            tokens += 1
+    return total / tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_update_path(dtype, make_model, moved):
+    model = make_model(dtype=dtype)
+    start = copy.deepcopy(model.state_dict())
+    after = dict(moved(model).named_parameters())
+    path = UpdatePath(model, after)
+    for t in (1.0, 0.3, -0.05):
+        assert path.move(t) is model
+        for name, parameter in model.named_parameters():
+            expected = start[name].double() + t * (after[name].double() - start[name].double())
+            tolerance = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(parameter.double(), expected, rtol=tolerance, atol=tolerance)
+    path.move(0.0)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, start[name]), name
+
+
+def test_products_and_norms_of_half_precision(make_model, moved, dense_sums):
+    model = make_model("llama", dtype=torch.bfloat16)
+    path = UpdatePath(model, dict(moved(model, scale=0.5).named_parameters()))
+    exact = {name: path.delta[name].double() * path.start[name].double() for name in path.start}
+    expected = dense_sums(model, exact)
+    found = dot(RouteMap(model.config), path.delta, path.start)
+    np.testing.assert_allclose(found.routes, expected[0], rtol=1e-5, atol=1e-5)
+    assert found.outside == pytest.approx(expected[1], rel=1e-4)
+    squares = sum((path.delta[name].double() ** 2).sum().item() for name in path.delta)
+    assert norm(path.delta) == pytest.approx(squares**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.1, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_step_by_rule(dtype, scale, make_model):
+    model = make_model(dtype=dtype)
+    path = UpdatePath(model, {name: (1 + scale) * p.detach() for name, p in model.named_parameters()})
+    size = sum((p.detach().double() ** 2).sum().item() for p in model.parameters()) ** 0.5
+    update = sum((path.delta[name].double() ** 2).sum().item() for name in path.delta) ** 0.5
+    if update == 0:
+        with pytest.raises(ValueError, match="expected parameters that differ"):
+            difference_step(path)
+    else:
+        rounding = {torch.bfloat16: 2**-7}.get(dtype, 2**-23)
+        assert difference_step(path) == pytest.approx(min(1, (rounding * size / update) ** (1 / 3)), rel=1e-6)
+
+
+@pytest.mark.parametrize("step", [0.4, 0.1, 0.03])
+def test_error_of_the_second_order(step, make_model, moved, sequences, make_batches):
+    model = make_model("llama")
+    path = UpdatePath(model, dict(moved(model).named_parameters()))
+    route_map, batches = RouteMap(model.config), make_batches(sequences)
+    exact = second_order(path, batches, route_map, 1e-4).total
+    error = abs(second_order(path, batches, route_map, step).total / exact - 1)
+    assert second_order_error(path, batches, route_map, step) == pytest.approx(error, rel=0.2)
+
+
+# Largest relative errors that the rounding of parameters, activations and gradients costs, by data type: of the total
+# of the second order (against the sum of the sizes of its parts), of these parts (Euclidean norm over routes), and of
+# the parts of the attribution.
+ROUNDING = {torch.float32: (1e-3, 1e-3, 1e-5), torch.bfloat16: (0.3, 0.4, 0.03)}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_of_the_data_type(dtype, seed, make_model, moved, sequences, make_batches):
+    model = make_model("llama", seed=seed, dtype=dtype)
+    after = dict(moved(model, scale=0.01, seed=seed + 10).named_parameters())
+    reference = make_model("llama", seed=seed)
+    with torch.no_grad():  # of the same, rounded weights
+        for name, parameter in reference.named_parameters():
+            parameter.copy_(model.get_parameter(name))
+    path = UpdatePath(model, after)
+    exact = UpdatePath(reference, {name: tensor.detach().double() for name, tensor in after.items()})
+    route_map, batches = RouteMap(model.config), make_batches(sequences)
+    expected = second_order(exact, batches, route_map, 1e-3)
+    found = second_order(path, batches, route_map)
+
+    def error(found, expected):
+        return np.linalg.norm(found.routes - expected.routes) / np.linalg.norm(expected.routes)
+
+    errors = (
+        abs(found.total - expected.total) / np.abs(expected.routes).sum(),
+        error(found, expected),
+        error(attribution(path, batches, route_map, 4), attribution(exact, batches, route_map, 4)),
+    )
+    assert all(found < bound for found, bound in zip(errors, ROUNDING[dtype], strict=True)), errors
+
+
+def test_only_the_start_is_copied(make_model, moved):
+    model = make_model()
+    after = dict(moved(model).named_parameters())
+    path = UpdatePath(model, after)
+    assert all(path.end[name].data_ptr() == after[name].data_ptr() for name in after)
+    for t, expected in ((1.0, path.end), (0.0, path.start)):
+        for name, parameter in path.move(t).named_parameters():
+            assert torch.equal(parameter, expected[name])
+    assert "no.such.tensor" not in path.delta and len(path.delta) == len(after)

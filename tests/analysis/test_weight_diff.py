@@ -1,0 +1,255 @@
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from trl_interfere.analysis import weight_diff as updates
+from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.analysis.weight_diff import Sparsity, update_statistics
+from trl_interfere.checkpoint import Checkpoint
+
+
+def edited(model, seed=1, share=0.3):
+    """Changes some elements by small, by large and by no amounts, among them an element of 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter[0, 0] = 0
+            chosen = torch.rand(parameter.shape, generator=generator) < share
+            scale = 10 ** (-9 * torch.rand(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.add_((chosen * scale).to(parameter.dtype))
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path, make_model):
+    """Function that saves a random model, edited or not, and returns its folder."""
+
+    def save(name, family="qwen3", seed=None, dtype=torch.bfloat16, max_shard_size="5GB", **overrides):
+        model = make_model(family, dtype=dtype, **overrides)
+        if seed is not None:
+            edited(model, seed)
+        model.save_pretrained(tmp_path / name, max_shard_size=max_shard_size)
+        return tmp_path / name
+
+    return save
+
+
+def loaded(folder):
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def dense(before, after):
+    """Sparsity of one tensor by numpy, written out."""
+    a, b = (tensor.double().numpy() for tensor in (before, after))
+    delta = np.abs((b - a).astype(np.float32))
+    return [
+        a.size,
+        int((delta < np.float32(1e-7)).sum()),
+        int((delta <= np.float32(1e-3) * np.abs(a).astype(np.float32)).sum()),
+        int(
+            (before.view(torch.uint8).reshape(a.size, -1) == after.view(torch.uint8).reshape(a.size, -1)).all(1).sum()
+        ),
+        ((b - a) ** 2).sum(),
+    ]
+
+
+def counts(entry):
+    return [entry.elements, entry.below_absolute, entry.below_relative, entry.identical, entry.squared_norm]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shards", ["5GB", "3KB"])
+@pytest.mark.parametrize("sizes", [(2**21, 2**16), (200, 50)])
+def test_against_numpy_on_loaded_tensors(saved, monkeypatch, dtype, shards, sizes):
+    monkeypatch.setattr(updates, "READ_BYTES", sizes[0])
+    monkeypatch.setattr(updates, "BLOCK", sizes[1])
+    before = saved("before", dtype=dtype, max_shard_size=shards)
+    after = saved("after", dtype=dtype, seed=1)
+    (update,) = update_statistics([Checkpoint(before), Checkpoint(after)], workers=2)
+    first, second = loaded(before), loaded(after)
+    assert update.tensors.keys() == first.keys()
+    name = str(dtype).removeprefix("torch.")
+    for tensor, entry in update.tensors.items():
+        assert entry.dtype == name
+        assert counts(entry)[:-1] == dense(first[tensor], second[tensor])[:-1], tensor
+        assert entry.squared_norm == pytest.approx(dense(first[tensor], second[tensor])[-1], rel=1e-5)
+    total = np.sum([dense(first[tensor], second[tensor]) for tensor in first], axis=0)
+    assert counts(update.whole) == pytest.approx(total, rel=1e-5)
+    assert 0 < update.whole.identical < update.whole.elements
+    assert sum(entry.elements for entry in update.by_kind.values()) == total[0]
+    assert sum(entry.identical for entry in update.by_layer.values()) == total[3]
+    assert list(update.by_layer) == ["0", "1", "outside"]
+    assert {"mlp.down_proj.weight", "embed_tokens.weight", "norm.weight"} <= update.by_kind.keys()
+    figures = update.to_dict()
+    assert figures["dtypes"] == [name]
+    assert figures["whole"]["identical"] == pytest.approx(total[3] / total[0])
+
+
+@pytest.mark.parametrize("sizes", [(2**21, 2**16), (200, 50)])
+def test_edit_size_of_each_route(saved, monkeypatch, family, make_model, owned_slices, sizes):
+    monkeypatch.setattr(updates, "READ_BYTES", sizes[0])
+    monkeypatch.setattr(updates, "BLOCK", sizes[1])
+    folders = [saved("before", family, dtype=torch.float32), saved("after", family, seed=1, dtype=torch.float32)]
+    checkpoints = [Checkpoint(folder) for folder in folders]
+    route_map = RouteMap(checkpoints[0].config)
+    (update,) = update_statistics(checkpoints, route_map)
+    first, second = (loaded(folder) for folder in folders)
+    delta = {name: second[name].double() - first[name].double() for name in first}
+    squares = [
+        sum((delta[name][index] ** 2).sum().item() for name, index in owned)
+        for *_, owned in owned_slices(make_model(family))
+    ]
+    np.testing.assert_allclose(update.edit_size, np.sqrt(squares), rtol=1e-5)
+    whole = sum((tensor**2).sum().item() for tensor in delta.values())
+    assert update.outside == pytest.approx(math.sqrt(whole - sum(squares)), rel=1e-5)
+    sums, outside = route_map.sum_by_route({name: tensor**2 for name, tensor in delta.items()})
+    np.testing.assert_allclose(update.edit_size**2, sums, rtol=1e-5)
+    assert update.outside**2 == pytest.approx(outside, rel=1e-5)
+
+
+class Experts:
+    """Three tensors of two experts: routes along two axes, and a fused one in which not every row has an owner."""
+
+    num_routes = 12
+
+    def spread(self, name, values, tensor):
+        if name == "up":  # (experts, channels, hidden)
+            return torch.as_tensor(values[:6]).reshape(2, 3, 1)
+        if name == "down":  # (experts, hidden, channels)
+            return torch.as_tensor(values[:6]).reshape(2, 1, 3)
+        if name == "fused":
+            return torch.cat([torch.as_tensor(values[6:]), torch.zeros(1)]).reshape(7, 1)
+        return None
+
+
+@pytest.mark.parametrize("name, shape", [("up", (2, 3, 4)), ("down", (2, 4, 3)), ("fused", (7, 5)), ("norm", (9,))])
+@pytest.mark.parametrize("block", [1, 7, 2**16])
+def test_owners_of_fused_tensors(monkeypatch, name, shape, block):
+    monkeypatch.setattr(updates, "BLOCK", block)
+    owner, segment = updates._owner(Experts(), name, shape)
+    tensor = updates._Tensor.__new__(updates._Tensor)
+    tensor.owner, tensor.segment = owner, segment
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    delta = np.random.default_rng(0).normal(size=(rows, columns))
+    if name == "norm":
+        assert owner is None
+        return
+    tensor.squares = np.zeros((1, rows // segment, owner.shape[1]))
+    step = max(1, block // columns)
+    low = 0
+    while low < rows:
+        high = min(low + step, rows)
+        if owner.shape[1] > 1:
+            high = min(high, (low // segment + 1) * segment)
+        tensor._add_squares(0, low, delta[low:high], np.empty((high - low, columns)))
+        low = high
+    spread = Experts().spread(name, np.arange(1.0, 13), None).expand(shape).reshape(rows, columns).numpy()
+    expected = [(delta**2)[spread == route + 1].sum() for route in range(12)]
+    sums = np.bincount(owner[owner >= 0], tensor.squares[0][owner >= 0], 12)
+    np.testing.assert_allclose(sums, expected)
+
+
+def test_three_checkpoints_read_the_middle_one_once(saved):
+    base, before, after = (Checkpoint(saved(name, seed=seed)) for name, seed in (("a", None), ("b", 1), ("c", 2)))
+    route_map, seen = RouteMap(base.config), []
+    both = update_statistics([base, before, after], route_map, progress=lambda done, total: seen.append((done, total)))
+    alone = [update_statistics(pair, route_map)[0] for pair in ([base, before], [before, after])]
+    for together, single in zip(both, alone, strict=True):
+        assert together.to_dict() == single.to_dict()
+        assert np.array_equal(together.edit_size, single.edit_size)
+    assert seen[-1] == (3 * base.nbytes, 3 * base.nbytes) and len(seen) == len(base.tensors)
+
+
+def test_the_number_of_workers_changes_nothing(saved):
+    checkpoints = [Checkpoint(saved("before")), Checkpoint(saved("after", seed=1))]
+    route_map = RouteMap(checkpoints[0].config)
+    one, three = (update_statistics(checkpoints, route_map, workers=workers)[0] for workers in (1, 3))
+    assert one.tensors == three.tensors and np.array_equal(one.edit_size, three.edit_size)
+
+
+def test_storage_decides_what_looks_sparse(saved, make_model):
+    """The same update in two data types: dense in float32, sparse in bfloat16."""
+    shares = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        folders = []
+        for scale in (0.0, 1e-4):
+            model = make_model("qwen3", dtype=torch.float32)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1 + scale)
+            folders.append(saved("unused", dtype=dtype).parent / f"{dtype}-{scale}")
+            model.to(dtype).save_pretrained(folders[-1])
+        (update,) = update_statistics([Checkpoint(folder) for folder in folders])
+        shares[dtype] = update.whole.to_dict()["identical"]
+    assert shares[torch.float32] < 0.01 and shares[torch.bfloat16] > 0.9
+
+
+def test_two_data_types_are_both_named(saved):
+    (update,) = update_statistics(
+        [Checkpoint(saved("before", dtype=torch.bfloat16)), Checkpoint(saved("after", seed=1, dtype=torch.float64))]
+    )
+    assert update.to_dict()["dtypes"] == ["bfloat16 -> float64"]
+    assert update.whole.identical < update.whole.elements
+
+
+def test_adapters_are_compared_without_being_merged(saved, tmp_path, make_model):
+    base = saved("base", dtype=torch.bfloat16)
+    folders, deltas = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = make_model("qwen3", dtype=torch.float32)
+        model.name_or_path = str(base)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=1e-3)
+        folders.append(tmp_path / f"adapter-{seed}")
+        model.save_pretrained(folders[-1])
+        deltas.append(
+            {
+                f"{name.removeprefix('base_model.model.')}.weight": module.get_delta_weight("default").detach()
+                for name, module in model.named_modules()
+                if hasattr(module, "get_delta_weight")
+            }
+        )
+    route_map = RouteMap(Checkpoint(base).config)
+    stages = [Checkpoint(base), Checkpoint(folders[0]), Checkpoint(folders[1], base=base)]
+    earlier, later = update_statistics(stages, route_map)
+    for update, expected in ((earlier, deltas[0]), (later, {n: deltas[1][n] - deltas[0][n] for n in deltas[0]})):
+        sums, _ = route_map.sum_by_route({name: delta**2 for name, delta in expected.items()})
+        np.testing.assert_allclose(update.edit_size, np.sqrt(sums), rtol=1e-4, atol=1e-12)
+        assert update.outside == 0
+        for name, entry in update.tensors.items():
+            if name in expected:
+                assert entry.dtype == "bfloat16 + adapter"
+                assert entry.below_absolute == int((expected[name].abs() < 1e-7).sum())
+                assert entry.squared_norm == pytest.approx((expected[name] ** 2).sum().item(), rel=1e-4)
+            else:
+                assert entry.identical == entry.below_relative == entry.elements and entry.dtype == "bfloat16"
+
+
+def test_sparsity_adds_up():
+    total = Sparsity("bfloat16", 10, 5, 4, 3, 1.0) + Sparsity("float32", 10, 1, 2, 3, 3.0)
+    assert total == Sparsity("mixed", 20, 6, 6, 6, 4.0)
+    assert total.to_dict() == {
+        "dtype": "mixed",
+        "elements": 20,
+        "below_absolute": 0.3,
+        "below_relative": 0.3,
+        "identical": 0.3,
+        "norm": 2.0,
+    }
+
+
+def test_number_of_checkpoints(saved):
+    with pytest.raises(ValueError, match=re.escape("checkpoints: expected two or three, found 1")):
+        update_statistics([Checkpoint(saved("only"))])

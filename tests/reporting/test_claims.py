@@ -1,0 +1,98 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from trl_interfere.reporting.claims import Claim, claims_table, report_claims
+
+
+OVERLAP = {"value": 0.25, "low": 0.1, "high": 0.375, "units": 4, "chance": 0.053, "shuffled": 0.06,
+           "shuffled_low": 0.01, "shuffled_high": 0.125}  # fmt: skip
+SPECTRUM = {"eigenvalues": [2.0, 1.0], "shares": [0.5, 0.25], "effective_dimension": 1.8, "second_order": 0.02,
+            "top_routes": {"0.02": 0.625}}  # fmt: skip
+
+
+@pytest.fixture
+def report(make_report):
+    report = make_report(100, damage=np.array([4.0, 2.0] + [0.0] * 98))
+    whole = {"dtype": "float32", "elements": 10, "below_absolute": 0.75, "below_relative": 0.5, "identical": 0.125}
+    report.cosines["by_domain"] = {
+        "qa": {
+            "global": 0.01,
+            "interval": [-0.02, 0.04],
+            "ceiling": 0.9,
+            "most_conflicting": {"module": "layers.1.mlp", "cosine": -0.5, "interval": [-0.75, -0.25], "of": 14},
+            "most_synergistic": {"module": "norm", "cosine": 0.5, "interval": None, "of": 14},
+        },
+        "writing": {"global": None},
+    }
+    return replace(
+        report,
+        updates={"update": {"whole": whole}},
+        identical_in_bfloat16=0.375,
+        overlaps={"changed": {"mlp": OVERLAP}, "active": {"math": {"qa": {"mlp": OVERLAP}}}},
+        subspace={"update": SPECTRUM, "random": {**SPECTRUM, "second_order": 0.001}, "references": 8, "seed": 0},
+        second_order_error=0.001,
+    )
+
+
+def test_every_claim_has_its_figure_and_its_control(report):
+    rows = {(row.claim, row.figure): row for row in report_claims(report)}
+    cells = {key: (row.value, row.control) for key, row in rows.items()}
+    stored = "stored as float32: 12.5% identical to the bit; had both been stored in bfloat16: 37.5% identical"
+    overlap = ("0.250 [0.100, 0.375] over 4 layers", "chance 0.053; shuffled within layers 0.060 [0.010, 0.125]")
+    paradox, low = "orthogonal-gradient paradox", "damage is low-dimensional"
+    assert cells == {
+        ("edits are sparse and tiny", "parameters with |δ| < 1e-7"): ("75.0%", stored),
+        ("edits are sparse and tiny", "parameters with |δ| ≤ 1e-3 |θ|"): ("50.0%", stored),
+        (
+            "changed neurons barely overlap",
+            "Jaccard of the top 10% MLP channels by edit: math's own training and the update",
+        ): overlap,
+        ("active neurons overlap", "Jaccard of the top 10% MLP channels by activity: math and qa"): overlap,
+        (paradox, "gradient cosine of the whole model: math and qa"): (
+            "+0.010 [-0.020, +0.040]",
+            "noise of the gradients allows ±0.900",
+        ),
+        (paradox, "most conflicting module of math and qa: layers.1.mlp"): (
+            "-0.500 [-0.750, -0.250]",
+            "chosen as the extreme of 14 modules",
+        ),
+        (paradox, "most synergistic module of math and qa: norm"): ("+0.500", "chosen as the extreme of 14 modules"),
+        ("damage is second order", "damage of math in nats per token: first order + second order"): (
+            "+0.6000 = +0.3000 + +0.2500 ± 1.0e-03 + higher order",
+            "second order by routes of a random update of equal norm in every tensor +0.0010, of this one +0.0200 "
+            "(on 8 references)",
+        ),
+        (low, "attributed damage in the most damaged routes"): (
+            "66.7% in 1%, 100.0% in 2%, 100.0% in 5%, 100.0% in 10%, 100.0% in 32%",
+            "evenly spread: each share equals the share of routes; above 100% other routes were improved",
+        ),
+        (low, "second-order damage in the top 2 eigenvectors of route space"): (
+            "75.0% of +2.0e-02",
+            "random update of equal norm 75.0% of +1.0e-03",
+        ),
+        (low, "second-order damage in the top 2% of routes"): (
+            "62.5% of +2.0e-02",
+            "random update of equal norm 62.5% of +1.0e-03",
+        ),
+        (low, "effective dimension of the 2 leading eigenvalues"): ("1.80", "random update of equal norm 1.80"),
+    }
+
+
+def test_what_a_report_lacks_is_left_out(make_report):
+    report = make_report(10)
+    report.cosines["by_domain"] = {}
+    (row,) = report_claims(replace(report, attributed=-0.1))
+    assert row.claim == "damage is second order" and row.control == "no random update was taken (subspace_size=0)"
+
+
+def test_shares_of_no_damage_are_undefined(report):
+    empty = {**SPECTRUM, "shares": [], "top_routes": {}, "second_order": 0.0}
+    rows = report_claims(replace(report, subspace={**report.subspace, "random": empty}))
+    assert [row.control for row in rows[-3:-1]] == ["random update of equal norm undefined"] * 2
+
+
+def test_table_keeps_bars_in_their_cells():
+    lines = claims_table([Claim("sparse", "|δ| < 1", "1%", "none", "2%")]).splitlines()
+    assert lines[0].count("|") == 6 and lines[2] == "| sparse | \\|δ\\| < 1 | 1% | none | 2% |"

@@ -1,0 +1,172 @@
+import numpy as np
+import pytest
+
+from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.analysis.stage_edits import stage_edits
+from trl_interfere.checkpoint import Checkpoint
+from trl_interfere.evaluation.score_matrix import ScoreMatrix
+from trl_interfere.reporting.plots import (
+    plot_changed_overlaps,
+    plot_damage_concentration,
+    plot_module_cosines,
+    plot_rollback,
+    plot_score_matrix,
+)
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def test_score_matrix():
+    matrix = ScoreMatrix(["math", "qa"])
+    matrix.append("0-base", {"math": np.array([0.0, 1.0]), "qa": np.array([0.0, 0.0, 0.5])})
+    matrix.append("1-math", {"math": np.array([1.0, 1.0]), "qa": np.array([0.0, 0.0, 0.0])})
+    axes = plot_score_matrix(matrix).axes[0]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[50, 100 / 6], [100, 0]])
+    assert texts(axes) == ["50.0", "16.7", "100.0", "0.0"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["math", "qa"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0-base", "1-math"]
+
+
+def test_score_matrix_with_a_domain_that_came_later():
+    matrix = ScoreMatrix(["math", "qa"])
+    matrix.append("0-base", {"math": np.array([0.0, 1.0])})
+    matrix.append("1-math", {"math": np.array([1.0, 1.0]), "qa": np.array([0.0, 0.5])})
+    assert texts(plot_score_matrix(matrix).axes[0]) == ["50.0", "—", "100.0", "25.0"]
+
+
+def test_module_cosines(make_report):
+    report = make_report(5)
+    left, right = plot_module_cosines(report).axes[:2]
+    np.testing.assert_array_equal(
+        np.ma.filled(left.images[0].get_array(), np.nan), [[0.75, -0.5, np.nan], [np.nan, np.nan, 0.1]]
+    )
+    assert [label.get_text() for label in left.get_xticklabels()] == ["attention", "mlp", "norm"]
+    assert texts(left)[:2] == ["+0.75", "-0.50"]
+    assert texts(right) == ["+0.00"] and [label.get_text() for label in right.get_yticklabels()] == ["norm"]
+    low, high = left.images[0].get_clim()
+    assert (low, high) == (-0.75, 0.75) == right.images[0].get_clim()
+
+
+def test_module_without_a_cosine_is_left_blank(make_report):
+    left = plot_module_cosines(make_report(5)).axes[0]
+    assert not any("nan" in text for text in texts(left))
+
+
+def test_cosine_that_is_undefined(make_report):
+    report = make_report(5)
+    assert plot_module_cosines(report).get_suptitle().endswith("whole model -0.125")
+    report.cosines.update({"global": None, "modules": {}})
+    figure = plot_module_cosines(report)
+    assert figure.get_suptitle().endswith("whole model undefined")
+    assert not any(texts(axes) for axes in figure.axes)
+    figure.canvas.draw()
+
+
+def test_damage_concentration(make_report):
+    first, second = (make_report(4, damage=np.array(values)) for values in ([1.0, 6.0, -1.0, 2.0], [1.0] * 4))
+    axes = plot_damage_concentration([first, second]).axes[0]
+    np.testing.assert_allclose(axes.lines[0].get_xdata(), [25, 50, 75, 100])
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [75, 100, 112.5, 100])
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), [25, 50, 75, 100])
+
+
+def test_rollback():
+    rows = [
+        {"criterion": criterion, "scope": scope, "budget": budget, "step_rule": rule, "step": 1.0}
+        | {"recovered": recovered, "low": recovered - 0.125, "high": recovered + 0.25}
+        for criterion, scope, budget, rule, recovered in [
+            ("damage", "mlp", 0.32, "optimal", 0.75),
+            ("damage", "mlp", 0.02, "fixed", 0.25),
+            ("damage", "mlp", 0.02, "optimal", 0.5),
+            ("damage", "joint", 0.02, "optimal", 0.9),
+            ("random", "mlp", 0.02, "fixed", -0.25),
+        ]
+    ]
+    rows.append({**rows[0], "criterion": "magnitude", "recovered": None, "low": None, "high": None})
+    fixed, optimal = plot_rollback(rows, "math").axes
+    assert [label.get_text() for label in fixed.get_yticklabels()] == ["random, 2%", "damage, 2%"]
+    for container, (position, value) in zip(fixed.containers, [(0, -25), (1, 25)], strict=True):
+        line, _, (bar,) = container
+        assert (line.get_xdata()[0], line.get_ydata()[0]) == pytest.approx((value, position))
+        np.testing.assert_allclose(bar.get_segments()[0][:, 0], [value - 12.5, value + 25])
+    line, _, (bars,) = optimal.containers[0]
+    assert [container.get_label() for container in optimal.containers] == ["damage", "random"]
+    np.testing.assert_allclose(line.get_ydata(), [50, 75])
+    assert line.get_xdata() == pytest.approx([2, 32], rel=0.1)
+    np.testing.assert_allclose([segment[:, 1] for segment in bars.get_segments()], [[37.5, 75], [62.5, 100]])
+
+
+def test_rollback_without_a_loss():
+    fixed, optimal = plot_rollback([], "math").axes
+    assert not fixed.containers and optimal.texts[0].get_text() == "no score was lost"
+
+
+def figures_of(report):
+    share = {"below_absolute": 0.5, "below_relative": 0.25, "identical": 0.125, "elements": 8, "dtype": "bfloat16"}
+    low = {**share, "below_absolute": 0.75}
+    report.updates = {
+        "update": {
+            "thresholds": {"absolute": 1e-7, "relative": 1e-3},
+            "whole": share,
+            "by_kind": {"mlp.up_proj.weight": share, "norm.weight": {**low, "elements": 2}},
+            "by_layer": {"0": share, "1": low, "outside": share},
+        }
+    }
+    report.identical_in_bfloat16 = 0.5
+    overlap = {"value": 0.25, "low": 0.125, "high": 0.5, "over": "layers"}
+    overlap |= {"shuffled": 0.0625, "shuffled_low": 0.0, "shuffled_high": 0.125}
+    report.overlaps = {"active": {"math": {"qa": {"mlp": overlap}, "code": {"mlp": {**overlap, "value": 0.75}}}}}
+    spectrum = {"eigenvalues": [4.0, -1.0], "shares": [0.5, 0.25]}
+    report.subspace = {"update": spectrum, "random": {"eigenvalues": [1.0, 0.5], "shares": []}}
+    report.route_counts = {"mlp": [2, 2], "query": [0, 0], "key_value": [0, 0]}
+    return report
+
+
+def test_sparsity(make_report):
+    left, right = figures_of(make_report(4)).plot("sparsity").axes
+    lines = {line.get_label(): line.get_ydata() for line in left.lines}
+    assert list(lines["|δ| < 1e-07"]) == [50, 75] and list(lines["identical to the bit"]) == [12.5, 12.5]
+    assert list(lines["identical if stored in bfloat16"]) == [50, 50]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["mlp.up_proj.weight", "norm.weight"]
+    assert list(right.lines[0].get_xdata()) == [50, 75]
+
+
+def test_overlaps(make_report):
+    figure = figures_of(make_report(4)).plot("overlaps")
+    left, right = figure.axes[:2]
+    values = np.ma.filled(left.images[0].get_array(), np.nan)
+    np.testing.assert_array_equal(values, [[np.nan, 0.0625, 0.0625], [0.25, np.nan, np.nan], [0.75, np.nan, np.nan]])
+    assert [label.get_text() for label in right.get_yticklabels()] == ["math, qa", "math, code"]
+    points = [line for line in right.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in points] == [0.25, 0.75]
+
+
+def test_damage_by_layer(make_report):
+    axes = figures_of(make_report(4, damage=np.array([1.0, 2.0, -0.5, 0.25]))).plot("damage_by_layer").axes[0]
+    assert [bar.get_height() for bar in axes.containers[0]] == [3.0, -0.25]
+
+
+def test_eigenvalues(make_report):
+    left, right = figures_of(make_report(4)).plot("eigenvalues").axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[4, 1], [1, 0.5]]
+    assert list(right.lines[0].get_ydata()) == [50, 75]  # a random update without damage has no shares
+
+
+@pytest.mark.parametrize("kind", ["sparsity", "overlaps", "eigenvalues"])
+def test_what_a_report_lacks_cannot_be_drawn(make_report, kind):
+    with pytest.raises(ValueError, match=f"{kind}: expected a report"):
+        make_report(4).plot(kind)
+
+
+def test_changed_overlaps(make_model, moved, tmp_path):
+    models = [make_model("llama")]
+    for seed in (1, 2):
+        models.append(moved(models[-1], seed=seed))
+    for index, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(index))
+    checkpoints = [Checkpoint(tmp_path / str(index)) for index in range(3)]
+    edits = stage_edits(checkpoints, ["math", "qa"], RouteMap(models[0].config))
+    left = plot_changed_overlaps(edits).axes[0]
+    assert left.images[0].get_array()[1, 0] == edits.changed["math"]["qa"]["mlp"].value

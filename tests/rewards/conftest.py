@@ -1,0 +1,24 @@
+import shutil
+
+import pytest
+
+from trl_interfere.rewards.sandbox import Sandbox
+
+
+NO_BUBBLEWRAP = "bubblewrap is not installed (apt-get install bubblewrap)"
+
+
+@pytest.fixture(scope="session")
+def sandbox():
+    """A real sandbox with two workers."""
+    if shutil.which("bwrap") is None:
+        pytest.skip(NO_BUBBLEWRAP)
+    with Sandbox(workers=2) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def bubblewrap():
+    """For tests that open a sandbox of their own."""
+    if shutil.which("bwrap") is None:
+        pytest.skip(NO_BUBBLEWRAP)

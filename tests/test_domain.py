@@ -1,0 +1,88 @@
+import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
+
+from trl_interfere.domain import Domain
+
+
+def reward(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+ROWS = Dataset.from_dict({"prompt": ["1", "2"], "answer": ["a", "b"]})
+
+
+def test_datasets_get_the_column_that_routes_rewards():
+    domain = Domain("math-1", train_dataset=ROWS, reward_funcs=reward, eval_dataset=ROWS, selection_dataset=ROWS)
+    for dataset in (domain.train_dataset, domain.eval_dataset, domain.selection_dataset):
+        assert dataset.to_dict() == {**ROWS.to_dict(), "domain": ["math-1", "math-1"]}
+    assert ROWS.column_names == ["prompt", "answer"]
+    again = Domain("math-1", train_dataset=domain.train_dataset, reward_funcs=reward)
+    assert again.train_dataset.to_dict() == domain.train_dataset.to_dict()
+
+
+def test_streamed_datasets():
+    stream = IterableDataset.from_generator(lambda: iter(ROWS.to_list()))
+    domain = Domain("math", train_dataset=stream, reward_funcs=reward)
+    assert list(domain.train_dataset) == [{**row, "domain": "math"} for row in ROWS.to_list()]
+    again = Domain("math", train_dataset=domain.train_dataset, reward_funcs=reward)
+    assert list(again.train_dataset) == list(domain.train_dataset)
+
+
+def test_streamed_datasets_with_a_domain_column_of_their_own():
+    rows = [{"prompt": "1", "domain": "algebra"}]
+    with pytest.raises(ValueError, match="column 'domain' is used to route rewards"):
+        list(Domain("math", IterableDataset.from_generator(lambda: iter(rows)), reward_funcs=reward).train_dataset)
+    with pytest.raises(ValueError, match="column 'domain' is used to route rewards"):
+        Domain("math", Dataset.from_list(rows).to_iterable_dataset(), reward_funcs=reward)
+
+
+@pytest.mark.parametrize("field", ["eval_dataset", "selection_dataset"])
+def test_only_the_training_may_be_streamed(field):
+    message = rf"domain 'math', {field}: expected a Dataset, .*, found an IterableDataset; pass `Dataset.from_list\("
+    with pytest.raises(ValueError, match=message):
+        Domain("math", reward_funcs=reward, **{field: ROWS.to_iterable_dataset()})
+
+
+@pytest.mark.parametrize("dataset", [ROWS.to_list(), DatasetDict(train=ROWS)])
+def test_other_types(dataset):
+    with pytest.raises(ValueError, match="domain 'math', train_dataset: expected a Dataset, found (list|DatasetDict)"):
+        Domain("math", dataset, reward_funcs=reward)
+
+
+def test_rewards_and_weights():
+    single = Domain("math", reward_funcs=reward)
+    assert single.reward_funcs == [reward] and single.reward_weights == [1.0]
+    several = Domain("math", reward_funcs=[reward, "some/model"], reward_weights=[0.5, 2.0])
+    assert several.reward_funcs == [reward, "some/model"] and several.reward_weights == [0.5, 2.0]
+    only_metric = Domain("math", metric=reward)
+    assert only_metric.reward_funcs == [] and only_metric.reward_weights == []
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"name": "a/b"}, "domain name 'a/b': expected letters, digits, '-' and '_' only"),
+        ({"name": ""}, "domain name '': expected letters"),
+        ({"name": "math\n"}, r"domain name 'math\\n': expected letters"),
+        ({"name": ".."}, r"domain name '\.\.': expected letters"),
+        ({"reward_funcs": None}, "domain 'math': expected at least one reward function or a metric, found neither"),
+        ({"reward_funcs": []}, "domain 'math': expected at least one reward function or a metric, found neither"),
+        ({"reward_weights": [1.0, 2.0]}, r"domain 'math': expected 1 reward weights .*, found 2"),
+        ({"reward_weights": []}, r"domain 'math': expected 1 reward weights .*, found 0"),
+        (
+            {"eval_dataset": Dataset.from_dict({"question": ["1"], "answer": ["2"]})},
+            r"domain 'math', eval_dataset: expected a column 'prompt', found \['answer', 'question'\]",
+        ),
+        (
+            {"train_dataset": Dataset.from_dict({"prompt": []})},
+            "domain 'math', train_dataset: expected at least one row, found none",
+        ),
+        (
+            {"selection_dataset": Dataset.from_dict({"prompt": ["1", "2"], "domain": ["math", "algebra"]})},
+            r"domain 'math', selection_dataset: the column 'domain' is used .*\['algebra', 'math'\].*rename it",
+        ),
+    ],
+)
+def test_malformed_domains(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Domain(**{"name": "math", "reward_funcs": reward, **settings})

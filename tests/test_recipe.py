@@ -1,0 +1,380 @@
+import json
+import os
+from dataclasses import dataclass
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+
+from trl_interfere.domain import Domain
+from trl_interfere.lab.math import math_reward
+from trl_interfere.recipe import build_dataclass, load_function, load_prompts, load_run_file, numbers
+from trl_interfere.rewards.text import contains_words, exact_match
+from trl_interfere.training.config import SequentialGRPOConfig
+
+
+ROWS = [{"question": f"{index}+{index}", "answer": str(2 * index), "level": index} for index in range(6)]
+TABLE = Dataset.from_list(ROWS)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The same six rows in every form that can be read."""
+    TABLE.to_json(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    TABLE.to_csv(tmp_path / "rows.csv")
+    TABLE.to_csv(tmp_path / "rows.tsv", sep="\t")
+    TABLE.to_parquet(tmp_path / "rows.parquet")
+    TABLE.save_to_disk(tmp_path / "dataset")
+    DatasetDict({"train": TABLE.select([5]), "test": TABLE}).save_to_disk(tmp_path / "splits")
+    os.makedirs(tmp_path / "plain")
+    TABLE.select([5]).to_json(tmp_path / "plain" / "train.jsonl")
+    TABLE.to_json(tmp_path / "plain" / "test.jsonl")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"path": "rows.jsonl"},
+        {"path": "rows.json"},
+        {"path": "rows.csv"},
+        {"path": "rows.tsv"},
+        {"path": "rows.parquet"},
+        {"path": "dataset"},
+        {"path": "splits", "split": "test"},
+        {"path": "plain", "split": "test"},
+    ],
+    ids=lambda source: source["path"],
+)
+def test_forms_of_data(source, folder):
+    dataset = load_prompts({**source, "columns": {"prompt": "question"}}, "here", folder)
+    assert dataset.column_names == ["prompt", "answer", "level"]
+    assert dataset["prompt"] == [row["question"] for row in ROWS]
+    assert [str(answer) for answer in dataset["answer"]] == [row["answer"] for row in ROWS]  # a csv has no types
+    assert dataset["level"] == list(range(6))
+
+
+def test_absolute_path_and_bare_string(folder, tmp_path_factory):
+    TABLE.rename_column("question", "prompt").to_json(folder / "prompts.jsonl")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for source, start in (("prompts.jsonl", folder), (str(folder / "prompts.jsonl"), elsewhere)):
+        assert load_prompts(source, "here", start)["prompt"] == TABLE["question"]
+
+
+def test_prompt_template(folder):
+    source = {"path": "rows.csv", "prompt": "Level {level}: {question} = {{?}}"}
+    plain = load_prompts(source, "here", folder)
+    assert plain[2]["prompt"] == [{"role": "user", "content": "Level 2: 2+2 = {?}"}]
+    assert plain["question"] == TABLE["question"]  # the columns that the reward needs are still there
+    with_system = load_prompts({**source, "system": "Answer briefly."}, "here", folder)
+    assert with_system[2]["prompt"] == [
+        {"role": "system", "content": "Answer briefly."},
+        {"role": "user", "content": "Level 2: 2+2 = {?}"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"limit": 2}, [0, 1]),
+        ({"skip": 4}, [4, 5]),
+        ({"skip": 1, "limit": 3}, [1, 2, 3]),
+        ({"skip": 4, "limit": 10}, [4, 5]),
+        ({"limit": 100}, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_skip_and_limit(settings, expected, folder):
+    source = {"path": "rows.jsonl", "columns": {"prompt": "question"}, **settings}
+    assert load_prompts(source, "here", folder)["level"] == expected
+
+
+def test_a_column_that_takes_the_place_of_another(folder):
+    Dataset.from_dict({"prompt": ["old"], "question": ["new"]}).to_json(folder / "both.jsonl")
+    source = {"path": "both.jsonl", "columns": {"prompt": "question"}}
+    try:
+        prompts = load_prompts(source, "here", folder)["prompt"]
+    except ValueError as error:
+        assert "'prompt'" in str(error)
+    else:
+        assert prompts == ["new"]
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        (3, "here: expected settings by name, found 3"),
+        ({"split": "train"}, r"here: expected the option 'path', found \['split'\]"),
+        ({"path": "rows.jsonl", "colums": {}}, "here: unknown option 'colums', did you mean 'columns'?"),
+        ({"path": "rows.jsonl", "zzz": 1}, r"here: unknown option 'zzz', expected some of \['columns', 'limit'"),
+        ("notes.txt", r"here: expected a file of type \['.csv', '.json', .*\], found .*notes.txt"),
+        ("broken.jsonl", "here: .*broken.jsonl"),
+        ("broken.parquet", "here: .*broken.parquet"),
+        ("empty", "here: 'empty' is neither a local file or folder nor readable from the Hub"),
+        ("no/such-dataset", "here: 'no/such-dataset' is neither a local file or folder nor readable from the Hub"),
+        ({"path": "splits", "split": "dev"}, r"here: expected the split 'dev', found \['test', 'train'\]"),
+        ({"path": "plain", "split": "dev"}, "here: .*'?dev'?"),
+        ("rows.jsonl", r"here: expected a column 'prompt', found \['question', 'answer', 'level'\]; use `columns` or"),
+        (
+            {"path": "rows.jsonl", "columns": {"prompt": "problem"}},
+            r"here, columns: expected a column 'problem', found \['question', 'answer', 'level'\]",
+        ),
+        ({"path": "rows.jsonl", "columns": ["prompt"]}, "here, columns: expected settings by name, found"),
+        (
+            {"path": "rows.jsonl", "prompt": "Solve {problem}"},
+            r"here, prompt: expected columns named in the template, 'problem' is missing from \['answer', 'level'",
+        ),
+        ({"path": "rows.jsonl", "prompt": "Solve {}"}, "here, prompt: expected columns named in the template"),
+        ({"path": "rows.jsonl", "prompt": "Solve {question"}, "here, prompt: "),
+        ({"path": "rows.jsonl", "prompt": "Solve {question.text}"}, "here, prompt: "),
+        ({"path": "rows.jsonl", "prompt": "{question}", "limit": "many"}, "here, limit: "),
+        ({"path": "rows.jsonl", "prompt": "{question}", "skip": -2}, "here, skip: "),
+        ({"path": "rows.jsonl", "prompt": "{question}", "skip": 6}, "here: expected at least one row, found 6 of"),
+        ({"path": "rows.jsonl", "prompt": "{question}", "limit": 0}, "here: expected at least one row, found 6 of"),
+    ],
+)
+def test_data_that_cannot_be_used(source, message, folder):
+    (folder / "notes.txt").write_text("text")
+    (folder / "broken.jsonl").write_text('{"prompt": "1"}\n{"prompt": \n')
+    (folder / "broken.parquet").write_bytes(b"PAR1 but not really")
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match=message):
+        load_prompts(source, "here", folder)
+
+
+def write(folder, content):
+    path = folder / "run.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+DATA = {"path": "rows.jsonl", "columns": {"prompt": "question"}}
+
+
+def test_run_file(folder):
+    (folder / "model").mkdir()
+    domains = [
+        {
+            "name": "math",
+            "train": {**DATA, "limit": 4},
+            "eval": {**DATA, "skip": 4},
+            "selection": {**DATA, "skip": 3, "limit": 1},
+            "rewards": ["exact_match", "trl_interfere.rewards.text.contains_words"],
+            "reward_weights": [1.0, 0.25],
+            "metric": "lab_math",
+            "settings": {"max_steps": 5},
+        },
+        {"name": "qa", "eval": "prompts.jsonl", "rewards": "exact_match"},
+    ]
+    Dataset.from_dict({"prompt": ["?"], "answer": ["!"]}).to_json(folder / "prompts.jsonl")
+    content = {
+        "model": "model",
+        "training": {"learning_rate": 1e-5, "stage_overrides": {"qa": {"max_steps": 2}}},
+        "domains": domains,
+        "peft": {"r": 8},
+        "refresh": {"max_drop": 3.0},
+        "analysis": {"max_prompts": 16},
+    }
+    run = load_run_file(write(folder, content))
+    assert run.model == str(folder / "model")
+    assert run.training == {
+        "learning_rate": 1e-5,
+        "stage_overrides": {"qa": {"max_steps": 2}, "math": {"max_steps": 5}},
+    }
+    assert (run.peft, run.refresh, run.analysis) == ({"r": 8}, {"max_drop": 3.0}, {"max_prompts": 16})
+    math, qa = run.domains
+    assert math.name == "math" and qa.name == "qa"
+    assert math.train_dataset["level"] == [0, 1, 2, 3]
+    assert math.eval_dataset["level"] == [4, 5]
+    assert math.selection_dataset["level"] == [3]
+    assert math.reward_funcs == [exact_match, contains_words] and math.reward_weights == [1.0, 0.25]
+    assert math.metric is math_reward and qa.metric is None
+    assert qa.train_dataset is None and qa.reward_funcs == [exact_match]
+
+
+def made(name="made", size=2, folder=None):
+    """A function that a YAML file can name in place of a shipped domain."""
+    table = TABLE.select(range(size)).rename_column("question", "prompt")
+    return Domain(name=name, train_dataset=table, reward_funcs=exact_match)
+
+
+def not_made():
+    return "a domain"
+
+
+def test_shipped_domains(folder):
+    content = {
+        "model": "some/model",
+        "domains": [
+            {"domain": "writing", "options": {"sizes": {"train": 4, "test": 2}}, "settings": {"max_steps": 3}},
+            {"name": "letters", "domain": "writing", "options": {"sizes": {"selection": 3}, "seed": 1}},
+            {"name": "other", "domain": f"{__name__}.made", "options": {"size": 3}},
+        ],
+    }
+    run = load_run_file(write(folder, content))
+    assert [domain.name for domain in run.domains] == ["writing", "letters", "other"]
+    writing, letters, other = run.domains
+    assert (len(writing.train_dataset), len(writing.eval_dataset), writing.selection_dataset) == (4, 2, None)
+    assert (letters.train_dataset, len(letters.selection_dataset), len(other.train_dataset)) == (None, 3, 3)
+    assert run.training == {"stage_overrides": {"writing": {"max_steps": 3}}}
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"domain": "maths"}, r"domains\[0\], domain: 'maths' is neither a shipped domain \(code, math, qa, "),
+        ({"domain": "writing", "train": "x"}, r"domains\[0\]: unknown option 'train'"),
+        ({"domain": "writing", "options": {"siezs": {}}}, "options: unknown option 'siezs', did you mean 'sizes'?"),
+        ({"domain": "writing", "options": {"folder": "x"}}, "options: unknown option 'folder'"),
+        ({"domain": "writing", "options": [1]}, "options: expected settings by name"),
+        (
+            {"domain": "writing", "options": {"sizes": {"train": "all"}}},
+            "sizes, train: expected a number of rows, found 'all'",
+        ),
+        ({"domain": f"{__name__}.not_made"}, "expected a function that returns a Domain, found"),
+        ({"domain": "qa", "options": {"source": "trivia"}}, r"domains\[0\]: domain 'qa', source: expected one of"),
+    ],
+)
+def test_shipped_domains_that_cannot_be(entry, message, folder):
+    with pytest.raises(ValueError, match=message):
+        load_run_file(write(folder, {"model": "m", "domains": [entry]}))
+
+
+def test_least_run_file(folder):
+    content = {"model": "some/model", "domains": [{"name": "qa", "eval": DATA, "rewards": "exact_match"}]}
+    run = load_run_file(write(folder, content))
+    assert run.model == "some/model"
+    assert (run.training, run.peft, run.refresh, run.analysis) == ({}, None, None, {})
+
+
+def test_settings_of_a_domain_with_a_number_for_a_name(folder):
+    entry = {"name": 1, "eval": DATA, "rewards": "exact_match", "settings": {"max_steps": 5}}
+    run = load_run_file(write(folder, {"model": "some/model", "domains": [entry]}))
+    assert list(run.training["stage_overrides"]) == [domain.name for domain in run.domains] == ["1"]
+
+
+def test_model_init_kwargs_are_not_dropped(folder):
+    content = {
+        "model": "some/model",
+        "model_init_kwargs": {"dtype": "bfloat16"},
+        "domains": [{"name": "qa", "eval": DATA, "rewards": "exact_match"}],
+    }
+    try:
+        run = load_run_file(write(folder, content))
+    except ValueError as error:
+        assert "unknown option 'model_init_kwargs'" in str(error)
+    else:
+        assert {"dtype": "bfloat16"} in [*vars(run).values(), *run.training.values()]
+
+
+def domain(**settings):
+    return {"name": "qa", "eval": DATA, "rewards": "exact_match", **settings}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("model: [", r"run.yaml: expected YAML, found something else"),
+        ("- model", "run.yaml: expected settings by name, found list"),
+        ("", "run.yaml: expected settings by name, found NoneType"),
+        ({"model": "m"}, r"run.yaml: expected the option 'domains', found \['model'\]"),
+        ({"domains": [domain()]}, r"run.yaml: expected the option 'model', found \['domains'\]"),
+        ({"model": "m", "domains": []}, r"run.yaml, domains: expected a list of domains, found \[\]"),
+        ({"model": "m", "domains": {"qa": {}}}, "run.yaml, domains: expected a list of domains, found {'qa'"),
+        ({"model": "m", "domian": []}, "run.yaml: unknown option 'domian', did you mean 'domains'?"),
+        ({"model": "m", "zzz": 1}, r"run.yaml: unknown option 'zzz', expected some of \['analysis', 'domains'"),
+        ({"model": "m", "domains": ["qa"]}, r"run.yaml, domains\[0\]: expected settings by name, found 'qa'"),
+        ({"model": "m", "domains": [{"eval": DATA}]}, r"domains\[0\]: expected the option 'name', found \['eval'\]"),
+        (
+            {"model": "m", "domains": [domain(), domain(reward="exact_match")]},
+            r"domains\[1\]: unknown option 'reward', did you mean 'rewards'?",
+        ),
+        (
+            {"model": "m", "domains": [domain(eval={**DATA, "lmit": 2})]},
+            r"domains\[0\], eval: unknown option 'lmit', did you mean 'limit'?",
+        ),
+        ({"model": "m", "domains": [domain(eval="absent.jsonl")]}, r"domains\[0\], eval: 'absent.jsonl' is neither"),
+        (
+            {"model": "m", "domains": [domain(eval={**DATA, "skip": 6})]},
+            r"domains\[0\], eval: expected at least one row, found 6 of which skip and limit leave none",
+        ),
+        ({"model": "m", "domains": [domain(name="q/a")]}, "domain name 'q/a': expected letters"),
+        ({"model": "m", "domains": [domain(rewards=[])]}, "domain 'qa': expected at least one reward function"),
+        ({"model": "m", "domains": [domain(reward_weights=[1, 2])]}, "domain 'qa': expected 1 reward weights"),
+        (
+            {"model": "m", "domains": [domain(rewards="exact_mach")]},
+            r"domains\[0\], rewards: 'exact_mach' is neither a built-in reward \(.*exact_match.*\) nor a dotted path",
+        ),
+        (
+            {"model": "m", "domains": [domain(rewards="no_such_package.reward")]},
+            r"domains\[0\], rewards: cannot import 'no_such_package.reward' \(No module named",
+        ),
+        (
+            {"model": "m", "domains": [domain(metric="trl_interfere.rewards.text.no_such")]},
+            r"domains\[0\], metric: cannot import 'trl_interfere.rewards.text.no_such'",
+        ),
+        (
+            {"model": "m", "domains": [domain(metric="trl_interfere.rewards.text.BUILT_IN_REWARDS")]},
+            r"domains\[0\], metric: expected a function, found .* of type dict",
+        ),
+        ({"model": "m", "domains": [domain(rewards={"exact_match": 1.0})]}, r"domains\[0\], rewards: "),
+        ({"model": "m", "domains": [domain(settings=[1])]}, r"domains\[0\], settings: expected settings by name"),
+        (
+            {"model": "m", "domains": [domain()], "training": 5},
+            "run.yaml, training: expected settings by name, found 5",
+        ),
+        (
+            {"model": "m", "domains": [domain()], "training": {"stage_overrides": "qa"}},
+            "run.yaml, training.*stage_overrides.*found 'qa'",
+        ),
+        ({"model": "m", "domains": [domain()], "analysis": "yes"}, "run.yaml, analysis: expected settings by name"),
+        ({"model": "m", "domains": [domain()], "peft": 8}, "run.yaml, peft: expected settings by name, found 8"),
+        ({"model": "m", "domains": [domain()], "refresh": True}, "run.yaml, refresh: expected settings by name"),
+    ],
+)
+def test_run_files_that_cannot_be_used(content, message, folder):
+    with pytest.raises(ValueError, match=message):
+        load_run_file(write(folder, content))
+
+
+def test_run_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match=r"absent.yaml: cannot be read \(No such file or directory\)"):
+        load_run_file(tmp_path / "absent.yaml")
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)"):
+        load_run_file(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="binary.yaml: expected YAML"):
+        load_run_file(tmp_path / "binary.yaml")
+
+
+def test_load_function_by_dotted_path():
+    assert load_function("json.dumps", "here") is json.dumps
+    assert load_function("exact_match", "here") is exact_match
+
+
+@dataclass
+class Settings:
+    steps: int = 1
+    rate: float = 0.5
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, found {self.steps}")
+
+
+def test_build_dataclass():
+    assert build_dataclass(Settings, {"steps": 3}, "here") == Settings(steps=3)
+    with pytest.raises(ValueError, match="here: unknown option 'step', did you mean 'steps'?"):
+        build_dataclass(Settings, {"step": 3}, "here")
+    with pytest.raises(ValueError, match="here: steps: expected at least 1, found 0"):
+        build_dataclass(Settings, {"steps": 0}, "here")
+    with pytest.raises(ValueError, match="here, steps: expected a number, found 'many'"):
+        build_dataclass(Settings, {"steps": "many"}, "here")
+    assert build_dataclass(Settings, {"steps": "3"}, "here") == Settings(steps=3)
+
+
+def test_numbers_that_yaml_reads_as_text():
+    found = numbers(SequentialGRPOConfig, {"learning_rate": "5e-3", "output_dir": "1", "max_steps": "2"}, "here")
+    assert found == {"learning_rate": 5e-3, "output_dir": "1", "max_steps": 2}
+    with pytest.raises(ValueError, match="here, learning_rate: expected a number, found 'fast'"):
+        numbers(SequentialGRPOConfig, {"learning_rate": "fast"}, "here")
