@@ -9,9 +9,15 @@ from matplotlib.figure import Figure
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.analysis.stage_edits import StageEdits
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
-from trl_interfere.reporting.claims import claims_table, report_claims
+from trl_interfere.reporting.claims import (
+    claims_table,
+    edit_claims,
+    forgetting_claims,
+    refresh_claims,
+    report_claims,
+    rollback_claims,
+)
 from trl_interfere.reporting.plots import COLORS, plot_damage_concentration, plot_module_cosines, plot_score_matrix
-from trl_interfere.reporting.repair_claims import edit_claims, forgetting_claims, refresh_claims, rollback_claims
 from trl_interfere.run import write_atomically
 
 

@@ -1,16 +1,29 @@
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
+from matplotlib import colormaps
 
 from trl_interfere.analysis.routes import RouteMap
 from trl_interfere.analysis.stage_edits import stage_edits
 from trl_interfere.checkpoint import Checkpoint
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
 from trl_interfere.reporting.plots import (
+    AMOUNT,
+    PLOTS,
+    REFERENCE,
+    SIGNED,
+    _ink,
     plot_changed_overlaps,
     plot_damage_concentration,
+    plot_layer_maps,
     plot_module_cosines,
+    plot_pareto,
     plot_rollback,
     plot_score_matrix,
+    plot_scores,
+    save_figures,
+    to_svg,
 )
 
 
@@ -72,6 +85,121 @@ def test_damage_concentration(make_report):
     np.testing.assert_allclose(axes.lines[1].get_ydata(), [25, 50, 75, 100])
 
 
+def references(figure):
+    """Every line that is no data, by its axes: what it stands at, or "curve"."""
+    assert [line for axes in figure.axes for line in axes.lines if line.get_color() == REFERENCE] == figure.findobj(
+        lambda artist: artist.get_gid() == "reference"
+    )
+    found = []
+    for number, axes in enumerate(figure.axes):
+        for line in axes.lines:
+            x, y = (np.array(values, dtype=float) for values in line.get_data())
+            if line.get_gid() == "reference":
+                same = [f"{name} = {values[0]:g}" for name, values in (("x", x), ("y", y)) if np.ptp(values) == 0]
+                found.append((number, same[0] if same else "curve"))
+    return found
+
+
+ARMS = [
+    {"name": "subspace <b>", "recovered": 0.95, "low": 0.9, "high": 1.05, "worst": -0.5, "sequences": 512},
+    {"name": "routes", "recovered": 0.5, "low": None, "high": None, "worst": None, "sequences": None},
+    {"name": "nothing", "recovered": None, "low": None, "high": None, "worst": -1.0, "sequences": 8},
+]
+
+
+def test_every_reference_line_stands_at_its_value(make_report):
+    report = figures_of(make_report(100, damage=np.linspace(3, -1, 100)))
+    report.route_counts = {"mlp": [50, 50]}
+    expected = {
+        "module_cosines": [],
+        "sparsity": [(0, "y = 50"), (1, "x = 50")],
+        "overlaps": [(1, "y = 0"), (1, "y = 1")],  # the intervals of chance of two pairs, see test_overlaps
+        "damage_concentration": [(0, "curve"), (0, "x = 2")],
+        "damage_by_layer": [(0, "y = 0")],
+        "eigenvalues": [(1, "y = 100")],
+    }
+    assert {kind: references(plot(report)) for kind, plot in PLOTS.items()} == expected
+    assert references(plot_pareto(ARMS)) == [
+        *((0, "y = 0"), (0, "y = 100"), (0, "x = 0")),
+        *((1, "y = 0"), (1, "y = 100")),
+    ]
+
+
+def test_evenly_spread_is_the_diagonal_at_every_point(make_report):
+    axes = plot_damage_concentration([make_report(1000, damage=np.linspace(3, 1, 1000))]).axes[0]
+    even = next(line for line in axes.lines if line.get_label() == "evenly spread")
+    np.testing.assert_array_equal(even.get_xdata(), even.get_ydata())
+    # Between its points, too, where the axis is logarithmic: 2% of the routes hold 2%.
+    on_screen = np.log10(even.get_xdata())
+    assert np.interp(np.log10([0.1, 2, 30]), on_screen, even.get_ydata()) == pytest.approx([0.1, 2, 30], rel=2e-3)
+    assert even.get_xdata()[[0, -1]] == pytest.approx([0.1, 100])
+
+
+def test_concentration_of_many_routes_is_exact_where_it_is_drawn(make_report):
+    damage = np.random.default_rng(0).lognormal(sigma=2, size=20_000)
+    line = plot_damage_concentration([make_report(1, damage=damage)]).axes[0].lines[0]
+    assert len(line.get_xdata()) <= 400
+    for share, value in list(zip(*line.get_data(), strict=True))[::40]:
+        assert value == pytest.approx(100 * np.sort(damage)[::-1][: round(share * 200)].sum() / damage.sum())
+
+
+def test_scores_end_with_the_healed_model():
+    matrix = ScoreMatrix(["math", "$qa$"])
+    matrix.append("0-base", {"math": np.array([0.0, 1.0])})
+    matrix.append("1-refresh-math", {"math": np.array([1.0, 1.0]), "$qa$": np.array([0.0, 0.5])})
+    axes = plot_scores(matrix, {"math": 75.0}).axes[0]
+    math, qa = axes.containers
+    assert list(math.lines[0].get_ydata()) == [50, 100] and list(qa.lines[0].get_xdata()) == [1]
+    assert [list(line.get_ydata()) for line in axes.lines if line.get_linestyle() == "--"] == [[100, 75]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["base", "refresh\nmath", "healed"]
+    assert qa.get_label() == r"\$qa\$"  # no formula
+
+
+def test_pareto(make_report):
+    figure = plot_pareto(ARMS)
+    left, right = figure.axes
+    points = [
+        [tuple(float(v[0]) for v in bar.lines[0].get_data()) for bar in axes.containers] for axes in (left, right)
+    ]
+    assert points == [[(-0.5, 95.0)], [(512.0, 95.0)]]
+    bars = left.containers[0].lines[2][0].get_segments()[0]
+    np.testing.assert_allclose(bars[:, 1], [90, 105])
+    svg = to_svg(figure, 'with "quotes" <i>')
+    tree = ElementTree.fromstring(svg)
+    titles = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}title")]
+    assert titles == ["subspace <b>: 95% recovered"] * 2
+    assert tree.get("aria-label") == 'with "quotes" <i>' and "width" not in tree.attrib
+
+
+def test_layer_maps():
+    maps = {"cosine": (["q", "k"], np.array([[0.5, -1.0]])), "share (%)": (["q"], np.array([[3.0], [np.nan]]))}
+    signed, share = [axes for axes in plot_layer_maps(maps).axes if axes.get_title()]
+    assert signed.images[0].get_clim() == (-1, 1) and share.images[0].get_clim() == (0, 3)
+    assert texts(signed) == ["0.5", "-1"] and texts(share) == ["3"]
+    assert not texts([axes for axes in plot_layer_maps({"x": (["q"], np.ones((100, 1)))}).axes][0])
+
+
+def test_text_on_coloured_cells_has_a_contrast_of_four_and_a_half():
+    def luminance(color):
+        channels = np.array(color[:3])
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        return linear @ (0.2126, 0.7152, 0.0722)
+
+    for name in (AMOUNT, SIGNED):
+        for value in np.linspace(0, 1, 101):
+            color = colormaps[name](value)
+            ink = {"black": 0.0, "white": 1.0}[_ink(color)]
+            low, high = sorted((luminance(color), ink))
+            assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_save_figures(make_report, tmp_path):
+    report = figures_of(make_report(4, damage=np.ones(4)))
+    assert [path.stem for path in save_figures(report, tmp_path)] == list(PLOTS)
+    report.subspace, report.overlaps = None, {}
+    assert {path.stem for path in save_figures(report, tmp_path)} == {*PLOTS} - {"eigenvalues", "overlaps"}
+
+
 def test_rollback():
     rows = [
         {"criterion": criterion, "scope": scope, "budget": budget, "step_rule": rule, "step": 1.0}
@@ -125,7 +253,7 @@ def figures_of(report):
 
 
 def test_sparsity(make_report):
-    left, right = figures_of(make_report(4)).plot("sparsity").axes
+    left, right = PLOTS["sparsity"](figures_of(make_report(4))).axes
     lines = {line.get_label(): line.get_ydata() for line in left.lines}
     assert list(lines["|δ| < 1e-07"]) == [50, 75] and list(lines["identical to the bit"]) == [12.5, 12.5]
     assert list(lines["identical if stored in bfloat16"]) == [50, 50]
@@ -134,22 +262,24 @@ def test_sparsity(make_report):
 
 
 def test_overlaps(make_report):
-    figure = figures_of(make_report(4)).plot("overlaps")
+    figure = PLOTS["overlaps"](figures_of(make_report(4)))
     left, right = figure.axes[:2]
     values = np.ma.filled(left.images[0].get_array(), np.nan)
     np.testing.assert_array_equal(values, [[np.nan, 0.0625, 0.0625], [0.25, np.nan, np.nan], [0.75, np.nan, np.nan]])
     assert [label.get_text() for label in right.get_yticklabels()] == ["math, qa", "math, code"]
     points = [line for line in right.lines if line.get_marker() == "o"]
     assert [line.get_xdata()[0] for line in points] == [0.25, 0.75]
+    chance = [list(line.get_xdata()) for line in right.lines if line.get_gid() == "reference"]
+    assert chance == [[0, 0.125]] * 2
 
 
 def test_damage_by_layer(make_report):
-    axes = figures_of(make_report(4, damage=np.array([1.0, 2.0, -0.5, 0.25]))).plot("damage_by_layer").axes[0]
+    axes = PLOTS["damage_by_layer"](figures_of(make_report(4, damage=np.array([1.0, 2.0, -0.5, 0.25])))).axes[0]
     assert [bar.get_height() for bar in axes.containers[0]] == [3.0, -0.25]
 
 
 def test_eigenvalues(make_report):
-    left, right = figures_of(make_report(4)).plot("eigenvalues").axes
+    left, right = PLOTS["eigenvalues"](figures_of(make_report(4))).axes
     assert [list(line.get_ydata()) for line in left.lines] == [[4, 1], [1, 0.5]]
     assert list(right.lines[0].get_ydata()) == [50, 75]  # a random update without damage has no shares
 
@@ -157,7 +287,7 @@ def test_eigenvalues(make_report):
 @pytest.mark.parametrize("kind", ["sparsity", "overlaps", "eigenvalues"])
 def test_what_a_report_lacks_cannot_be_drawn(make_report, kind):
     with pytest.raises(ValueError, match=f"{kind}: expected a report"):
-        make_report(4).plot(kind)
+        PLOTS[kind](make_report(4))
 
 
 def test_changed_overlaps(make_model, moved, tmp_path):

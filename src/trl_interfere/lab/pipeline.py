@@ -22,7 +22,7 @@ from ..checkpoint import Checkpoint
 from ..evaluation.bootstrap import Interval, difference, recovered
 from ..repair.interpolation import interpolated
 from ..repair.rollback import RouteRollback, line_search, rolled_back
-from ..reporting.claims import report_claims
+from ..reporting.claims import edit_claims, forgetting_claims, refresh_claims, report_claims, rollback_claims
 from ..reporting.plots import (
     plot_changed_overlaps,
     plot_damage_concentration,
@@ -30,7 +30,6 @@ from ..reporting.plots import (
     plot_rollback,
     plot_score_matrix,
 )
-from ..reporting.repair_claims import edit_claims, forgetting_claims, refresh_claims, rollback_claims
 from ..run import StageRecord, read_json, write_atomically
 from ..training.callbacks import StageCallback
 from ..training.config import SequentialGRPOConfig

@@ -1,11 +1,16 @@
-"""Figures. Each function returns a matplotlib figure, which the caller saves."""
+"""Figures: each function takes data and returns a matplotlib figure, which the caller saves or shows."""
 
+import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
@@ -14,78 +19,79 @@ from ..analysis.stage_edits import StageEdits
 from ..evaluation.score_matrix import ScoreMatrix
 
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
+# Okabe and Ito's colours, which people with any colour vision can tell apart, and a second sign beside each.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vPX*"
+REFERENCE = "#767676"
+AMOUNT, SIGNED = "cividis", "PuOr"  # colour maps of shares and scores, and of what has a sign
+PARTS = ("attention", "mlp", "norm")
+KINDS = {"mlp": "MLP channels", "query": "query heads", "key_value": "key/value heads"}
+MAX_POINTS = 400  # of a curve
+MAX_LABELLED = 48  # layers of a map that has its values in its cells
 
 
 def plot_score_matrix(matrix: ScoreMatrix) -> Figure:
-    """
-    Scores of every domain after every stage, as an annotated map.
-
-    Args:
-        matrix ([`ScoreMatrix`]):
-            The scores.
-
-    Returns:
-        [`matplotlib.figure.Figure`]: The figure.
-    """
-    values = np.array(
-        [
-            [100 * stage[domain].mean() if domain in stage else np.nan for domain in matrix.domains]
-            for stage in matrix.values
-        ],
-        dtype=float,
-    )
-    figure = Figure(figsize=(1.6 + 1.2 * len(matrix.domains), 1.2 + 0.5 * len(matrix.stages)), layout="constrained")
+    """Scores of every domain after every stage, as an annotated map."""
+    values = [
+        [100 * stage[domain].mean() if domain in stage else np.nan for domain in matrix.domains]
+        for stage in matrix.values
+    ]
+    size = (1.6 + 1.2 * len(matrix.domains), 1.2 + 0.5 * len(matrix.stages))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    axes.set_xticks(range(len(matrix.domains)), matrix.domains)
-    axes.set_yticks(range(len(matrix.stages)), matrix.stages)
-    for row, column in np.ndindex(values.shape):
-        color = "white" if values[row, column] < 55 else "black"
-        label = "—" if np.isnan(values[row, column]) else f"{values[row, column]:.1f}"
-        axes.text(column, row, label, ha="center", va="center", color=color)
+    image = _map(axes, np.array(values), matrix.domains, matrix.stages, (0, 100), ".1f", missing="—")
     axes.set_title("Score (0 to 100) of each domain after each stage", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
 
 
-def plot_module_cosines(report: InterferenceReport) -> Figure:
+def plot_scores(matrix: ScoreMatrix, healed: dict[str, float] | None = None) -> Figure:
     """
-    Gradient cosines, layer by module.
+    Score of every domain over the stages, with 95% intervals over prompts, and of the healed model as the last point.
 
     Args:
-        report ([`InterferenceReport`]):
-            The analysis.
+        matrix ([`ScoreMatrix`]):
+            The scores.
+        healed (`dict[str, float]`, *optional*):
+            Score of each domain, 0 to 100, after a repair that is no stage of the matrix.
 
     Returns:
         [`matplotlib.figure.Figure`]: The figure.
     """
-    modules = report.cosines["modules"]
-    parts = ("attention", "mlp", "norm")
-    matches = (re.match(r"layers\.(\d+)\.", name) for name in modules)
-    layers = 1 + max((int(match[1]) for match in matches if match), default=0)
-    values = np.array([[modules.get(f"layers.{layer}.{part}", np.nan) for part in parts] for layer in range(layers)])
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for number, domain in enumerate(matrix.domains):
+        rows = [row for row, values in enumerate(matrix.values) if domain in values]
+        found = [matrix.interval(row, domain) for row in rows]
+        ends = np.abs([[one.value - one.low, one.high - one.value] for one in found]).reshape(-1, 2).T
+        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+        axes.errorbar(rows, [one.value for one in found], yerr=ends, capsize=2, label=_name(domain), **style)
+        if healed and rows and domain in healed:
+            axes.plot([rows[-1], len(matrix.stages)], [found[-1].value, healed[domain]], linestyle="--", **style)
+    labels = [_name(stage.partition("-")[2], 14).replace("-", "\n", 1) for stage in matrix.stages]
+    labels += ["healed"] if healed else []
+    axes.set_xticks(range(len(labels)), labels, fontsize=9)
+    axes.set_ylim(-3, 103)
+    axes.set_ylabel("score (0 to 100)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=max(1, min(6, len(matrix.domains))), fontsize=9)
+    return figure
+
+
+def plot_module_cosines(report: InterferenceReport) -> Figure:
+    """Gradient cosines, layer by module."""
+    modules = {name: value for name, value in report.cosines["modules"].items() if value is not None}
+    values = cosine_map(report)
     outside = {name: value for name, value in modules.items() if not name.startswith("layers.")}
     bound = max([0.05, *map(abs, modules.values())])
-
-    figure = Figure(figsize=(6.5, 1.5 + 0.35 * layers), layout="constrained")
+    figure = Figure(figsize=(6.5, 1.5 + 0.35 * min(len(values), MAX_LABELLED)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1.4))
-    image = left.imshow(values, cmap="PuOr", vmin=-bound, vmax=bound, aspect="auto", origin="lower")
-    left.set_xticks(range(len(parts)), parts)
-    left.set_yticks(range(layers), [str(layer) for layer in range(layers)])
+    image = _map(left, values, PARTS, range(len(values)), (-bound, bound), "+.2f", origin="lower")
     left.set_ylabel("layer")
-    outside_values = np.array(list(outside.values()) or [np.nan])[:, None]
-    right.imshow(outside_values, cmap="PuOr", vmin=-bound, vmax=bound, aspect="auto")
-    right.set_xticks([])
-    right.set_yticks(range(len(outside)), list(outside))
-    for axes, table in ((left, values), (right, outside_values)):
-        if len(table) <= 48:
-            for row, column in zip(*np.nonzero(np.isfinite(table)), strict=True):
-                color = "white" if abs(table[row, column]) > 0.7 * bound else "black"
-                axes.text(column, row, f"{table[row, column]:+.2f}", ha="center", va="center", color=color, fontsize=8)
+    table = np.array(list(outside.values()) or [np.nan])[:, None]
+    _map(right, table, [""], list(outside) or [""], (-bound, bound), "+.2f")
     figure.suptitle(
-        f"Gradient cosine of {report.earlier} and {', '.join(report.later)}; whole model "
+        f"Gradient cosine of {_name(report.earlier)} and {_name(', '.join(report.later))}; whole model "
         + ("undefined" if report.cosines["global"] is None else f"{report.cosines['global']:+.3f}"),
         fontsize=10,
     )
@@ -93,28 +99,67 @@ def plot_module_cosines(report: InterferenceReport) -> Figure:
     return figure
 
 
-def plot_damage_concentration(reports: list[InterferenceReport]) -> Figure:
+def cosine_map(report: InterferenceReport) -> np.ndarray:
+    """Gradient cosines of the layers, of shape `(num_layers, 3)`, in the order of `PARTS`."""
+    found = {}
+    for name, value in report.cosines["modules"].items():
+        match = re.fullmatch(r"layers\.(\d{1,4})\.(\w+)", name)
+        if match and match[2] in PARTS and value is not None:
+            found[int(match[1]), PARTS.index(match[2])] = value
+    table = np.full((1 + max((layer for layer, _ in found), default=0), len(PARTS)), np.nan)
+    for place, value in found.items():
+        table[place] = value
+    return table
+
+
+def plot_layer_maps(maps: dict[str, tuple[list[str], np.ndarray]]) -> Figure:
     """
-    Share of the attributed damage that lies in the most damaged routes.
+    Measures of layers and modules side by side.
 
     Args:
-        reports (`list[InterferenceReport]`):
-            The analyses, one line each.
+        maps (`dict[str, tuple[list[str], numpy.ndarray]]`):
+            By title, with the unit in brackets: names of the modules, and values of shape `(layers, modules)`.
 
     Returns:
         [`matplotlib.figure.Figure`]: The figure.
     """
+    layers = max((len(values) for _, values in maps.values()), default=1)
+    columns = min(2, max(1, len(maps)))
+    rows = -(-len(maps) // columns) or 1
+    height = 1.3 + 0.32 * min(layers, MAX_LABELLED)
+    figure = Figure(figsize=(4.9 * columns, height * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(maps) :]:
+        axes.set_axis_off()
+    for axes, (title, (modules, values)) in zip(panels, maps.items(), strict=False):
+        largest = max(float(np.nanmax(np.abs(values), initial=0)), 1e-9)
+        signed = np.nanmin(values, initial=0) < 0
+        limits = (-largest, largest) if signed else (0, largest)
+        image = _map(axes, values, modules, range(len(values)), limits, ".2g", origin="lower", fontsize=7)
+        axes.set_title(_name(title, 60), fontsize=9)
+        axes.set_ylabel("layer")
+        figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def plot_damage_concentration(reports: Sequence[InterferenceReport]) -> Figure:
+    """Share of the attributed damage that lies in the most damaged routes."""
     figure = Figure(figsize=(5.5, 3.8), layout="constrained")
     axes = figure.subplots()
+    fewest = 100.0
     for report, color in zip(reports, COLORS, strict=False):
         damage = np.sort(report.routes["damage"])[::-1]
-        shares = 100 * np.arange(1, len(damage) + 1) / len(damage)
+        if not damage.sum() > 0:  # where there is no damage there is nothing to concentrate
+            continue
+        places = np.unique(np.geomspace(1, len(damage), MAX_POINTS).round().astype(int)) - 1
         label = f"{report.earlier}, after {', '.join(report.later)}"
-        if damage.sum() > 0:  # where there is no damage there is nothing to concentrate
-            axes.plot(shares, 100 * np.cumsum(damage) / damage.sum(), color=color, label=label)
-    axes.plot([0.01, 100], [0.01, 100], color="grey", linestyle=":", label="evenly spread")
+        shares = 100 * (places + 1) / len(damage)
+        axes.plot(shares, 100 * np.cumsum(damage)[places] / damage.sum(), color=color, label=_name(label))
+        fewest = min(fewest, shares[0])
     axes.set_xscale("log")
-    axes.axvline(2, color="grey", linewidth=0.8)
+    even = np.geomspace(min(fewest, 1), 100, 200)  # on the logarithmic axis equal shares are a curve, not a line
+    _reference(axes.plot(even, even, linestyle=":", label="evenly spread")[0])
+    _reference(axes.axvline(2))
     axes.set_xlabel("share of routes, most damaged first (%)")
     axes.set_ylabel("share of the attributed damage (%)")
     axes.set_title("Damage concentration; above 100%: other routes were improved", fontsize=10)
@@ -122,20 +167,30 @@ def plot_damage_concentration(reports: list[InterferenceReport]) -> Figure:
     return figure
 
 
+def plot_damage_by_layer(report: InterferenceReport) -> Figure:
+    """Damage attributed to the routes of each layer."""
+    sums = {kind: values for kind, values in report.by_layer("damage").items() if values.size}
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / max(1, len(sums))
+    for index, ((kind, values), color) in enumerate(zip(sums.items(), COLORS, strict=False)):
+        offset = (index - (len(sums) - 1) / 2) * width
+        axes.bar(np.arange(len(values)) + offset, values, width, color=color, label=KINDS.get(kind, kind))
+    _reference(axes.axhline(0))
+    _whole_numbers(axes)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("damage (nats per token)")
+    axes.set_title(
+        f"Damage of {_name(report.earlier)} by {_name(', '.join(report.later))}: {report.attributed:+.4f} by routes, "
+        f"{report.outside_routes:+.4f} outside",
+        fontsize=10,
+    )
+    axes.legend(fontsize=8)
+    return figure
+
+
 def plot_sparsity(report: InterferenceReport) -> Figure:
-    """
-    Share of the parameters that the update left as they were, by layer and by kind of tensor.
-
-    Args:
-        report ([`InterferenceReport`]):
-            The analysis.
-
-    Returns:
-        [`matplotlib.figure.Figure`]: The figure.
-
-    Raises:
-        `ValueError`: If the report holds no statistics of files.
-    """
+    """Share of the parameters that the update left as they were, by layer and by kind of tensor."""
     if report.updates is None:
         raise ValueError("sparsity: expected a report on checkpoints in files, found one on models in memory")
     update = report.updates["update"]
@@ -145,72 +200,43 @@ def plot_sparsity(report: InterferenceReport) -> Figure:
         "identical": "identical to the bit",
     }
     kinds = dict(sorted(update["by_kind"].items(), key=lambda item: -item[1]["elements"])[:14])
-    layers = update["by_layer"]
+    layers = [entry for name, entry in update["by_layer"].items() if name != "outside"]
     figure = Figure(figsize=(10, 1.6 + 0.3 * max(len(kinds), 8)), layout="constrained")
     left, right = figure.subplots(1, 2)
-    positions = [name for name in layers if name != "outside"]
-    for (definition, label), color, marker in zip(definitions.items(), COLORS, "osx", strict=False):
+    for (definition, label), color, marker in zip(definitions.items(), COLORS, MARKERS, strict=False):
         style = {"color": color, "marker": marker, "markersize": 4, "label": label}
-        left.plot(range(len(positions)), [100 * layers[name][definition] for name in positions], **style)
-        shares = [100 * entry[definition] for entry in kinds.values()]
-        right.plot(shares, range(len(kinds)), linestyle="", **style)
+        left.plot(range(len(layers)), [100 * entry[definition] for entry in layers], **style)
+        right.plot([100 * entry[definition] for entry in kinds.values()], range(len(kinds)), linestyle="", **style)
     if report.identical_in_bfloat16 is not None:
-        for draw in (left.axhline, right.axvline):
-            draw(
-                100 * report.identical_in_bfloat16,
-                color="grey",
-                linestyle=":",
-                label="identical if stored in bfloat16",
-            )
-    left.xaxis.get_major_locator().set_params(integer=True)
+        same, label = 100 * report.identical_in_bfloat16, "identical if stored in bfloat16"
+        _reference(left.axhline(same, linestyle=":", label=label))
+        _reference(right.axvline(same, linestyle=":"))
+    _whole_numbers(left)
     left.set_xlabel("layer")
     left.set_ylabel("share of the parameters (%)")
-    right.set_yticks(range(len(kinds)), list(kinds))
+    right.set_yticks(range(len(kinds)), [_name(kind) for kind in kinds])
     right.invert_yaxis()
     right.set_xlabel("share of the parameters (%)")
     left.set_ylim(-3, 103)
     right.set_xlim(-3, 103)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    dtype = update["whole"]["dtype"]
-    figure.suptitle(f"What the update left as it was; stored as {dtype}", fontsize=10)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(f"What the update left as it was; stored as {update['whole']['dtype']}", fontsize=10)
     return figure
 
 
 def plot_overlaps(report: InterferenceReport) -> Figure:
-    """
-    Overlap of the most active MLP channels of each pair of domains, beside what shuffles within layers would give.
-
-    Args:
-        report ([`InterferenceReport`]):
-            The analysis.
-
-    Returns:
-        [`matplotlib.figure.Figure`]: The figure.
-
-    Raises:
-        `ValueError`: If the report holds no overlaps.
-    """
+    """Overlap of the most active MLP channels of each two domains, beside what shuffles within layers would give."""
     if not report.overlaps.get("active"):
         raise ValueError("overlaps: expected a report with overlaps of two domains or more, found none")
-    return _overlap_map(report.overlaps["active"], "active")
+    return _overlaps(report.overlaps["active"], "active")
 
 
 def plot_changed_overlaps(edits: StageEdits) -> Figure:
-    """
-    Overlap of the MLP channels that each two stages of a run changed most, beside shuffles within layers.
-
-    Args:
-        edits ([`StageEdits`]):
-            What each stage changed.
-
-    Returns:
-        [`matplotlib.figure.Figure`]: The figure.
-    """
-    return _overlap_map(edits.to_dict()["changed"], "changed")
+    """Overlap of the MLP channels that each two stages of a run changed most, beside shuffles within layers."""
+    return _overlaps(edits.to_dict()["changed"], "changed")
 
 
-def _overlap_map(overlaps: dict[str, dict[str, dict[str, dict[str, Any]]]], word: str) -> Figure:
+def _overlaps(overlaps: dict[str, dict[str, dict[str, dict[str, Any]]]], word: str) -> Figure:
     entries = {(first, second): kinds["mlp"] for first, row in overlaps.items() for second, kinds in row.items()}
     names = list(dict.fromkeys(name for pair in entries for name in pair))
     values = np.full((len(names), len(names)), np.nan)
@@ -219,22 +245,18 @@ def _overlap_map(overlaps: dict[str, dict[str, dict[str, dict[str, Any]]]], word
         values[names.index(first), names.index(second)] = entry["shuffled"]
     figure = Figure(figsize=(10, 2.0 + 0.3 * max(len(entries), 6)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
-    image = left.imshow(values, cmap="cividis", vmin=0, vmax=1)
-    left.set_xticks(range(len(names)), names)
-    left.set_yticks(range(len(names)), names)
-    for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
-        color = "white" if values[row, column] < 0.55 else "black"
-        left.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", color=color)
+    image = _map(left, values, names, names, (0, 1), ".2f")
     left.set_title(f"{word} MLP channels: measured (below),\nby chance (above the diagonal)", fontsize=9)
     figure.colorbar(image, ax=left, shrink=0.8, label="Jaccard index")
     for position, entry in enumerate(entries.values()):
         labels = ("chance, 95%", f"measured, 95% over {entry['over']}") if position == 0 else (None, None)
-        chance = {"color": "#999999", "linewidth": 6, "alpha": 0.6, "solid_capstyle": "butt", "label": labels[0]}
-        right.plot([entry["shuffled_low"], entry["shuffled_high"]], [position] * 2, **chance)
+        ends = [entry["shuffled_low"], entry["shuffled_high"]]
+        chance = right.plot(ends, [position] * 2, alpha=0.6, solid_capstyle="butt", label=labels[0])[0]
+        _reference(chance, width=6)
         # The interval is a percentile bootstrap, which need not hold the value.
         right.plot([entry["low"], entry["high"]], [position] * 2, color=COLORS[0], linewidth=1.2)
         right.plot([entry["value"]], [position], "o", color=COLORS[0], markersize=5, label=labels[1])
-    right.set_yticks(range(len(entries)), [f"{first}, {second}" for first, second in entries], fontsize=8)
+    right.set_yticks(range(len(entries)), [_name(f"{first}, {second}") for first, second in entries], fontsize=8)
     right.invert_yaxis()
     right.set_xlim(-0.02, 1.02)
     right.set_xlabel("Jaccard index of the top 10%")
@@ -242,59 +264,14 @@ def _overlap_map(overlaps: dict[str, dict[str, dict[str, dict[str, Any]]]], word
     return figure
 
 
-def plot_damage_by_layer(report: InterferenceReport) -> Figure:
-    """
-    Damage attributed to the routes of each layer.
-
-    Args:
-        report ([`InterferenceReport`]):
-            The analysis.
-
-    Returns:
-        [`matplotlib.figure.Figure`]: The figure.
-    """
-    sums = {kind: values for kind, values in report.by_layer("damage").items() if values.size}
-    labels = {"mlp": "MLP channels", "query": "query heads", "key_value": "key/value heads"}
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(sums)
-    for index, ((kind, values), color) in enumerate(zip(sums.items(), COLORS, strict=False)):
-        offset = (index - (len(sums) - 1) / 2) * width
-        axes.bar(np.arange(len(values)) + offset, values, width, color=color, label=labels[kind])
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("damage (nats per token)")
-    axes.set_title(
-        f"Damage of {report.earlier} by {', '.join(report.later)}: {report.attributed:+.4f} by routes, "
-        f"{report.outside_routes:+.4f} outside",
-        fontsize=10,
-    )
-    axes.legend(fontsize=8)
-    return figure
-
-
 def plot_eigenvalues(report: InterferenceReport) -> Figure:
-    """
-    Decay of the eigenvalues of the damage on route space, beside those of a random update of equal norm.
-
-    Args:
-        report ([`InterferenceReport`]):
-            The analysis.
-
-    Returns:
-        [`matplotlib.figure.Figure`]: The figure.
-
-    Raises:
-        `ValueError`: If the conflict subspace was not asked for.
-    """
+    """Decay of the eigenvalues of the damage on route space, beside those of a random update of equal norm."""
     if report.subspace is None:
         raise ValueError("eigenvalues: expected a report with a conflict subspace (subspace_size > 0), found none")
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, label), color, marker in zip(
-        {"update": "the update", "random": "random update of equal norm"}.items(), COLORS, "os", strict=False
-    ):
+    names = {"update": "the update", "random": "random update of equal norm"}
+    for (name, label), color, marker in zip(names.items(), COLORS, MARKERS, strict=False):
         entry = report.subspace[name]
         style = {"color": color, "marker": marker, "markersize": 4, "label": label}
         numbers = np.arange(1, len(entry["eigenvalues"]) + 1)
@@ -304,13 +281,108 @@ def plot_eigenvalues(report: InterferenceReport) -> Figure:
     left.set_yscale("log")
     left.set_ylabel("|eigenvalue| (nats per token)")
     right.set_ylabel("share of the second-order damage (%)")
-    right.axhline(100, color="grey", linestyle=":", linewidth=0.8)
+    _reference(right.axhline(100, linestyle=":"))
     for axes in (left, right):
         axes.set_xlabel("eigenvectors of route space, largest first")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_numbers(axes)
     left.legend(fontsize=8)
     figure.suptitle("Above 100%: eigenvectors that were left out have negative shares", fontsize=9)
     return figure
+
+
+def plot_pareto(arms: Sequence[dict[str, Any]]) -> Figure:
+    """
+    What each repair brought back, against what the worst-hit other domain paid and against what it cost.
+
+    Args:
+        arms (`Sequence[dict]`):
+            `name`, `recovered` (share) with `low` and `high`, `worst` (points) and `sequences` (forward and backward
+            passes of one sequence, a backward pass counted twice); each may be `None`.
+
+    Returns:
+        [`matplotlib.figure.Figure`]: The figure.
+    """
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for number, arm in enumerate(arms):
+        if arm["recovered"] is None:
+            continue
+        value = 100 * arm["recovered"]
+        ends = [100 * arm[key] if arm.get(key) is not None else value for key in ("low", "high")]
+        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 6}
+        bars = np.abs(np.array(ends) - value)[:, None]
+        for axes, place in ((left, arm.get("worst")), (right, arm.get("sequences"))):
+            if place is not None:
+                drawn = axes.errorbar(place, value, yerr=bars, capsize=2, linestyle="", **style)
+                drawn.lines[0].set_gid(f"hover-{number}")
+        left.plot([], [], linestyle="", label=_name(arm["name"], 44), **style)
+    for axes in (left, right):
+        _reference(axes.axhline(0))
+        _reference(axes.axhline(100, linestyle=":"))
+    left.set_ylabel("recovered share of all that was lost (%)")
+    _reference(left.axvline(0))
+    right.set_xscale("symlog", linthresh=10)
+    right.set_xlim(left=0)
+    left.set_xlabel("worst change of another domain (points)")
+    right.set_xlabel("cost (passes of a sequence; backward counts twice)")
+    if arms:
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.hover = [f"{arm['name']}: {_percent(arm)}" for arm in arms]
+    return figure
+
+
+def _percent(arm: dict[str, Any]) -> str:
+    return "nothing was lost" if arm["recovered"] is None else f"{100 * arm['recovered']:.0f}% recovered"
+
+
+def _map(
+    axes: Axes,
+    values: np.ndarray,
+    columns: Sequence[Any],
+    rows: Sequence[Any],
+    limits: tuple[float, float],
+    spec: str,
+    missing: str = "",
+    origin: str = "upper",
+    fontsize: int = 8,
+) -> Any:
+    """Draw a table as a map of colours, with its values in the cells while there is room for them."""
+    values = np.asarray(values, dtype=float).reshape(len(rows), len(columns))
+    colors = matplotlib.colormaps[SIGNED if limits[0] < 0 else AMOUNT]
+    image = axes.imshow(values, cmap=colors, vmin=limits[0], vmax=limits[1], aspect="auto", origin=origin)
+    axes.set_xticks(range(len(columns)), [_name(str(name), 14) for name in columns])
+    if len(rows) > MAX_LABELLED:
+        _whole_numbers(axes, "y")
+        return image
+    axes.set_yticks(range(len(rows)), [_name(str(name), 24) for name in rows])
+    for row, column in np.ndindex(values.shape):
+        value = values[row, column]
+        text, ink = (missing, "black") if np.isnan(value) else (f"{value:{spec}}", _ink(image.to_rgba(value)))
+        if text:
+            axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=fontsize)
+    return image
+
+
+def _ink(color: Any) -> str:
+    """Black or white, whichever stands out more: one of them always has a contrast of 4.5 (WCAG 2.2)."""
+    channels = np.array(to_rgb(color))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return "black" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "white"
+
+
+def _reference(line: Any, width: float = 0.9) -> None:
+    """A line that figures are compared with, and that is no data."""
+    line.set(color=REFERENCE, linewidth=width, gid="reference")
+
+
+def _whole_numbers(axes: Axes, which: str = "x") -> None:
+    getattr(axes, f"{which}axis").get_major_locator().set_params(integer=True)
+
+
+def _name(text: str, length: int = 40) -> str:
+    """A name from a run as plain text of a figure, where two dollars would begin a formula."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return (text if len(text) <= length else text[: length - 1] + "…").replace("$", "\\$")
 
 
 def plot_rollback(rows: list[dict[str, Any]], earlier: str) -> Figure:
@@ -391,7 +463,7 @@ def budget_axis(axes: Axes, budgets: list[float]) -> None:
     axes.tick_params(axis="x", labelsize=8)
 
 
-# Figures of one report, by the name of their file.
+# Figures of one report, by the name of their file, and the field that each needs.
 PLOTS: dict[str, Callable[[InterferenceReport], Figure]] = {
     "module_cosines": plot_module_cosines,
     "sparsity": plot_sparsity,
@@ -400,3 +472,49 @@ PLOTS: dict[str, Callable[[InterferenceReport], Figure]] = {
     "damage_by_layer": plot_damage_by_layer,
     "eigenvalues": plot_eigenvalues,
 }
+
+
+def save_figures(report: InterferenceReport, folder: str | Path) -> list[Path]:
+    """
+    Write every figure that a report has the measures for, as PNG.
+
+    Args:
+        report ([`InterferenceReport`]):
+            The analysis.
+        folder (`str` or `pathlib.Path`):
+            The folder.
+
+    Returns:
+        `list[pathlib.Path]`: Their files.
+    """
+    folder, files = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = {
+        "sparsity": report.updates is None,
+        "eigenvalues": report.subspace is None,
+        "damage_by_layer": not report.route_counts,
+        "overlaps": not report.overlaps.get("active"),
+    }
+    for kind, plot in PLOTS.items():
+        if not missing.get(kind, False):
+            files.append(folder / f"{kind}.png")
+            plot(report).savefig(files[-1], dpi=150)
+    return files
+
+
+def to_svg(figure: Figure, label: str) -> str:
+    """A figure as an element of a page; the points that `figure.hover` lists name themselves under the pointer."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "trl-interfere"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    # As wide as the page, but readable on a phone and not huge on a wall.
+    widths = [
+        f"{name}-width:{factor * 72 * figure.get_figwidth():.0f}px" for name, factor in (("min", 0.9), ("max", 1.6))
+    ]
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}" style="{";".join(widths)}"', 1)
+    for number, text in enumerate(getattr(figure, "hover", [])):
+        svg = svg.replace(f'<g id="hover-{number}">', f"<g><title>{escape(text)}</title>")
+    return svg
