@@ -29,7 +29,7 @@ from jobs import run_all
 from repair_page import CURVE_STEPS, FREE_STEPS, MAX_DROP, STEPS, UNRELATED, WIDE, write_page
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
-from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model
+from trl_interfere.analysis.analyzer import InterferenceAnalyzer
 from trl_interfere.analysis.attribution import Elementwise, UpdatePath, attribution, dot
 from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.conflict_subspace import conflict_subspace
@@ -38,6 +38,7 @@ from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.lab.build import MODEL_FOLDER
 from trl_interfere.lab.pipeline import LEARNING_RATE, MAX_COMPLETION_LENGTH, Lab
+from trl_interfere.models import load_model
 from trl_interfere.repair.bench import RepairBench, Scores, domain_scorer
 from trl_interfere.repair.joint import joint_before, joint_report
 from trl_interfere.repair.measures import reference_probability

@@ -44,10 +44,10 @@ def work(arguments: argparse.Namespace) -> None:
     """Complete all prompts with one engine, and write tokens and times to `--output`."""
     import torch
 
-    from trl_interfere.evaluation.checkpoints import load_checkpoint, load_tokenizer
     from trl_interfere.evaluation.scorer import Scorer
     from trl_interfere.evaluation.vllm_engine import VLLMEngine
     from trl_interfere.lab.build import MODEL_FOLDER
+    from trl_interfere.models import load_model, load_tokenizer
 
     name = str(arguments.model or MODEL_FOLDER)
     tokenizer = load_tokenizer(name)
@@ -60,7 +60,7 @@ def work(arguments: argparse.Namespace) -> None:
             name, arguments.dtype, max_length=longest + scorer.max_new_tokens, max_num_seqs=scorer.batch_size
         )
     else:
-        model = load_checkpoint(name, arguments.dtype)[0]
+        model = load_model(name, dtype=arguments.dtype, merge=False)
         if torch.cuda.is_available():
             model = model.to("cuda")
     loaded = time.perf_counter()

@@ -34,7 +34,7 @@ from study_page import write_page
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model
+from trl_interfere.analysis.analyzer import InterferenceAnalyzer
 from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.contraction import contraction
 from trl_interfere.analysis.gradients import Batches
@@ -48,6 +48,7 @@ from trl_interfere.domain import Domain
 from trl_interfere.evaluation.bootstrap import Interval, difference, recovered
 from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.extras import package_file
+from trl_interfere.models import load_model
 from trl_interfere.recipe import RunFile, load_run_file
 from trl_interfere.repair.bench import RepairBench, share_fields
 from trl_interfere.repair.interpolation import interpolated

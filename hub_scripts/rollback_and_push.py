@@ -56,12 +56,10 @@ is [{report}](https://huggingface.co/{repo}). The scores of this model were not 
 def main() -> None:
     args = arguments()
     import torch
-    from transformers import AutoTokenizer
 
     from trl_interfere import InterferenceReport, RouteRollback
-    from trl_interfere.analysis.analyzer import load_model
-    from trl_interfere.hub.pull import checkpoint_folder
     from trl_interfere.hub.upload import PlannedRevision, Uploader
+    from trl_interfere.models import load_model, load_tokenizer
     from trl_interfere.revision import split_revision
 
     repo = args.repo or split_revision(args.report)[0]
@@ -74,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         stored = model.config.dtype
         model.to(stored).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(checkpoint_folder(report.after)).save_pretrained(folder)
+        load_tokenizer(report.after).save_pretrained(folder)
         files = {path.name: path for path in sorted(Path(folder).iterdir()) if path.is_file()}
         about = {**vars(rollback), "before": report.before, "after": report.after, "report": args.report, "repo": repo}
         files["README.md"] = CARD.format(**about).encode()

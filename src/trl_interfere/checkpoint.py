@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .adapters import AdapterFactors
-from .revision import split_revision
+from .models import adapter_base, local_folder
 
 
 # Data types by their names in safetensors, and the integers that hold their bits.
@@ -144,12 +142,11 @@ class Checkpoint:
         trust_remote_code: bool = False,
     ):
         self.name = str(name)
-        repo_id, named = split_revision(name)
-        folder = _local(repo_id, revision or named)
+        folder = local_folder(name, revision, trust_remote_code)
         self.adapter = None
         if (folder / ADAPTER_CONFIG_NAME).is_file():
             self.adapter = AdapterFactors(folder)
-            folder = _local(*split_revision(base or self.adapter.config.base_model_name_or_path))
+            folder = local_folder(*(adapter_base(folder) if base is None else (base, None)))
         self.folder = folder
         if not (folder / CONFIG_NAME).is_file():
             raise ValueError(f"{folder}: expected {CONFIG_NAME} beside the weights, found none")
@@ -301,19 +298,6 @@ def to_values(bits: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
         return values
     np.copyto(out, values)
     return out
-
-
-def _local(name: str, revision: str | None) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*"]
-            )
-        )
-    except (OSError, HFValidationError) as error:
-        raise ValueError(f"{name}: expected a folder or the id of a Hub repository ({error})") from error
 
 
 def _folder_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from trl_interfere.analysis.analyzer import InterferenceAnalyzer, load_model, opposed_edits
+from trl_interfere.analysis.analyzer import InterferenceAnalyzer, opposed_edits
 from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.overlap import overlaps
 from trl_interfere.analysis.report import InterferenceReport
@@ -18,6 +18,7 @@ from trl_interfere.analysis.weight_diff import update_statistics
 from trl_interfere.checkpoint import Checkpoint
 from trl_interfere.domain import Domain
 from trl_interfere.evaluation.scorer import Scorer
+from trl_interfere.models import load_model
 
 
 CONFIG = InterferenceConfig(
@@ -494,7 +495,7 @@ def test_adapters_are_merged_from_their_own_tensors(models, domains, tokenizer, 
     statistics = update_statistics([Checkpoint(folder) for folder in folders.values()], RouteMap(base.config))
     np.testing.assert_allclose(report.routes["edit_size"], statistics[0].edit_size, rtol=1e-3, atol=1e-7)
     with pytest.raises(ValueError, match="dtype: expected 'float32' to merge the adapter .*, found 'bfloat16'"):
-        load_model(folders["after"], "bfloat16")
+        load_model(folders["after"], dtype="bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -521,4 +522,4 @@ def test_sum_of_the_passes_with_the_defaults(models, tokenizer):
 @pytest.mark.parametrize("dtype", ["foo", "int8", "Tensor", torch.int8])
 def test_data_types_that_are_none(dtype):
     with pytest.raises(ValueError, match="dtype: expected a floating point type such as 'float32'"):
-        load_model("nowhere", dtype)
+        load_model("nowhere", dtype=dtype)

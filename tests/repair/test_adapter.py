@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from trl_interfere.analysis.analyzer import load_model
 from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.models import load_model
 from trl_interfere.repair.adapter import check_adapter
 from trl_interfere.repair.folder import apply_delta, revert_delta, roll_back_folder, undo_rollback
 from trl_interfere.repair.rollback import roll_back

@@ -14,9 +14,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from trl_interfere import InterferenceReport, RouteRollback
-from trl_interfere.analysis.analyzer import load_model
 from trl_interfere.analysis.routes import RouteMap
 from trl_interfere.cli import main
+from trl_interfere.models import load_model
 from trl_interfere.repair.choice import locate_checkpoint
 from trl_interfere.repair.joint import joint_before, joint_report
 from trl_interfere.repair.rollback import STEPS, roll_back

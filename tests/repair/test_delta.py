@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trl_interfere.analysis.analyzer import load_model
+from trl_interfere.models import load_model
 from trl_interfere.repair.delta import RollbackDelta, digest, to_bits
 from trl_interfere.repair.folder import apply_delta, revert_delta, roll_back_folder, undo_rollback
 

@@ -9,8 +9,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_interfere.analysis.analyzer import load_model
 from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.models import load_model
 from trl_interfere.repair import folder as folder_module
 from trl_interfere.repair.delta import RollbackDelta
 from trl_interfere.repair.folder import apply_delta, roll_back_folder, undo_rollback

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from trl_interfere import RouteRollback
-from trl_interfere.analysis.analyzer import load_model
 from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.models import load_model
 from trl_interfere.repair.folder import roll_back_folder, undo_rollback
 from trl_interfere.repair.joint import joint_before, joint_report
 from trl_interfere.repair.rollback import roll_back

@@ -7,15 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..checkpoint import Checkpoint, check_comparable
 from ..domain import Domain
-from ..hub.pull import checkpoint_folder
-from ..revision import split_revision
+from ..models import load_model, load_tokenizer
 from .activity import ActivityMeter, route_activity
 from .architectures import Architecture
 from .attribution import (
@@ -161,14 +158,14 @@ class InterferenceAnalyzer:
             if checkpoint is None
             else load_model(
                 checkpoint,
-                dtype,
-                device_map if placed[name] else None,
-                trust_remote_code,
-                max_memory if placed[name] else None,
+                dtype=dtype,
+                device_map=device_map if placed[name] else None,
+                trust_remote_code=trust_remote_code,
+                max_memory=max_memory if placed[name] else None,
             )
             for name, checkpoint in (("before", before), ("after", after), ("base", base))
         }
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder(before), trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(before, base=after, trust_remote_code=trust_remote_code)
         return cls(
             models["before"],
             models["after"],
@@ -561,95 +558,6 @@ def opposed_edits(
     inner = dot(route_map, earlier, delta).routes
     opposed = np.divide(-inner, size, out=np.zeros_like(inner), where=size > 0).clip(min=0)
     return {"opposed": opposed, "earlier_edit_size": size}
-
-
-def load_model(
-    checkpoint: str | Path,
-    dtype: str | torch.dtype = "float32",
-    device_map: str | dict | None = None,
-    trust_remote_code: bool = False,
-    max_memory: dict | None = None,
-    base: str | Path | None = None,
-) -> PreTrainedModel:
-    """
-    Load a causal language model from safetensors, with a clear error if it cannot be.
-
-    A LoRA adapter is merged into the model that it names, in the data type that is asked for.
-
-    Args:
-        checkpoint (`str` or `pathlib.Path`):
-            Folder or Hub id of a model or an adapter, or `user/repo@revision`.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
-            Data type of the parameters.
-        device_map (`str` or `dict`, *optional*):
-            Placement, as in transformers.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that comes with the checkpoint.
-        max_memory (`dict`, *optional*):
-            Memory of each device that `device_map` may use, as in transformers.
-        base (`str` or `pathlib.Path`, *optional*):
-            Where the model of an adapter lies, if not where the adapter says.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: The model, in evaluation mode. `config.dtype` keeps the stored data type.
-
-    Raises:
-        `ValueError`: If there is no such checkpoint or data type, it holds no safetensors, or an adapter is to be
-            merged in less than float32, where most of an update of RL would be rounded away.
-    """
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
-        raise ValueError(f"dtype: expected a floating point type such as 'float32' or 'bfloat16', found {dtype!r}")
-    folder = checkpoint_folder(checkpoint, trust_remote_code)
-    if is_adapter(folder):
-        if dtype not in ("float32", "float64", torch.float32, torch.float64):
-            raise ValueError(f"dtype: expected 'float32' to merge the adapter {checkpoint} in, found {dtype!r}")
-        adapter = Checkpoint(folder, base=base, trust_remote_code=trust_remote_code)
-        model = load_model(adapter.folder, dtype, device_map, trust_remote_code, max_memory)
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name in adapter.adapter.names:
-                left, right = adapter.adapter.factors(name, parameters[name].dtype)
-                parameters[name] += (left @ right).to(parameters[name].device)
-        model.config._name_or_path = str(checkpoint)
-        return model
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map=device_map,
-            max_memory=max_memory,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        stored = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype
-    except (OSError, ImportError, SafetensorError) as error:
-        raise ValueError(
-            f"{checkpoint}: expected a folder or Hub repository with config.json and whole, unquantised safetensors "
-            f"weights ({error})"
-        ) from error
-    for problem in ("missing_keys", "mismatched_keys"):
-        if loading[problem]:
-            raise ValueError(
-                f"{checkpoint}: {problem.replace('_keys', ' tensors')}: {sorted(map(str, loading[problem]))}"
-            )
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{checkpoint}: tensor {name}: expected finite values, found NaN or infinity")
-    if stored is not None:
-        model.config.dtype = stored
-    model.config._name_or_path = model.name_or_path = str(checkpoint)  # with its revision, and not the cache's folder
-    return model.eval()
-
-
-def is_adapter(checkpoint: str | Path) -> bool:
-    """Whether a folder or Hub repository holds an adapter and no whole model."""
-    try:
-        name, revision = split_revision(checkpoint)
-        return find_adapter_config_file(name, revision=revision) is not None
-    except (OSError, ValueError):
-        return False  # there is nothing at all, which whoever loads it says better
 
 
 def _name(model: PreTrainedModel) -> str:

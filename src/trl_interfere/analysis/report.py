@@ -9,9 +9,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ..hub.pull import REPORT_FOLDER, report_folder
+from ..models import local_folder
 from ..reporting.claims import claims_table, report_claims
-from ..revision import published_checkpoint
+from ..revision import published_checkpoint, split_revision
 from ..run import read_json, write_atomically
 
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 3
 REPORT_NAME = "report.json"
+REPORT_FOLDER = "interference"  # of a repository
 ROUTES_NAME = "routes.safetensors"
 DIRECTIONS = "subspace_directions"  # in the file of the routes
 TOP_SHARES = (0.01, 0.02, 0.05, 0.1, 0.32)
@@ -296,7 +297,7 @@ class InterferenceReport:
         Raises:
             `ValueError`: If there is no report, or one of another schema version.
         """
-        folder, repo_id = report_folder(folder, subfolder)
+        folder, repo_id = _report_folder(folder, subfolder)
         for name in (REPORT_NAME, ROUTES_NAME):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: expected a report with {name}, found none")
@@ -412,3 +413,16 @@ def top_share(damage: np.ndarray, share: float) -> float:
 
 def _signed(value: float | None) -> str:
     return "undefined" if value is None else f"{value:+.3f}"
+
+
+def _report_folder(name: str | Path, subfolder: str) -> tuple[Path, str | None]:
+    """Folder of a report, and the Hub id if it was fetched from the Hub."""
+    if Path(name).is_dir():
+        return Path(name), None
+    try:
+        folder = local_folder(name, files=(f"{subfolder}/*",)) / subfolder
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a report with report.json, found none ({error})") from error
+    if not (folder / REPORT_NAME).is_file():
+        raise ValueError(f"{name}: expected a report with {subfolder}/{REPORT_NAME}, found none")
+    return folder, split_revision(name)[0]

@@ -9,16 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
 
-from ..analysis.analyzer import load_model
 from ..domain import Domain
-from ..hub.pull import checkpoint_folder
+from ..models import load_model, load_tokenizer
 from ..recipe import RunFile
 from ..run import Manifest, write_atomically
 from ..training.config import SequentialGRPOConfig
@@ -96,7 +91,8 @@ def evaluate_checkpoints(
             if engine == "vllm":
                 tokenizer = load_tokenizer(name, trust_remote_code=trust)
             else:
-                model, tokenizer = load_checkpoint(name, dtype, trust_remote_code=trust)
+                model = load_model(name, dtype=dtype, trust_remote_code=trust, merge=False)
+                tokenizer = load_tokenizer(name, trust_remote_code=trust)
             scorer = Scorer(
                 tokenizer, chat_template_kwargs=settings["chat_template_kwargs"], progress=progress, **sampling
             )
@@ -192,63 +188,6 @@ def analysis_settings(run: RunFile) -> dict[str, Any]:
     """
     longest = run.training.get("max_completion_length")
     return {**({"max_new_tokens": longest} if longest else {}), **run.analysis}
-
-
-def load_checkpoint(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
-    """
-    Load a checkpoint: whole weights, or an adapter together with the model that it names.
-
-    Args:
-        name (`str`):
-            Folder, Hub id, or `user/repo@revision`.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Data type of the weights.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that comes with the checkpoint.
-
-    Returns:
-        `tuple`: The model and its tokenizer.
-
-    Raises:
-        `ValueError`: If there is no such checkpoint.
-    """
-    tokenizer = load_tokenizer(name, trust_remote_code)
-    folder = checkpoint_folder(name, trust_remote_code)
-    try:
-        adapter = find_adapter_config_file(folder)
-        base = name if adapter is None else PeftConfig.from_pretrained(folder).base_model_name_or_path
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: expected the folder or Hub id of a model or an adapter ({error})") from error
-    model = load_model(base, dtype, trust_remote_code=trust_remote_code)
-    if adapter is None:
-        return model, tokenizer
-    try:
-        return PeftModel.from_pretrained(model, folder).eval(), tokenizer
-    except SafetensorError as error:
-        raise ValueError(f"{name}: expected an adapter in whole safetensors files ({error})") from error
-
-
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """
-    Load the tokenizer of a checkpoint.
-
-    Args:
-        name (`str`):
-            Folder or Hub id.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that comes with the checkpoint.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerBase`]: The tokenizer.
-
-    Raises:
-        `ValueError`: If there is no such checkpoint.
-    """
-    try:
-        folder = checkpoint_folder(name, trust_remote_code)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: expected the folder or Hub id of a model or an adapter ({error})") from error
 
 
 def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:

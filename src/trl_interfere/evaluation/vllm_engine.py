@@ -9,7 +9,7 @@ from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import find_adapter_config_file
 
-from ..hub.pull import checkpoint_folder
+from ..models import local_folder
 
 
 class VLLMEngine:
@@ -65,7 +65,7 @@ class VLLMEngine:
             raise ValueError(
                 f"engine: 'vllm' needs vLLM (pip install 'trl-interfere[vllm]'), which cannot be imported ({error})"
             ) from error
-        name = checkpoint_folder(name, trust_remote_code)
+        name = str(local_folder(name, trust_remote_code=trust_remote_code))
         self._adapter = None
         base = name
         try:

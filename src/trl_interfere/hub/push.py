@@ -15,14 +15,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..analysis.report import REPORT_NAME, ROUTES_NAME, InterferenceReport
+from ..analysis.report import REPORT_FOLDER, REPORT_NAME, ROUTES_NAME, InterferenceReport
 from ..checkpoint import published_name
+from ..models import MODEL_FILES
 from ..reporting.card import TAGS, analysis_card, report_card, stage_card
 from ..reporting.plots import plot_rollback, plot_score_matrix
 from ..revision import split_revision, stage_revision
 from ..run import MANIFEST_NAME
 from .eval_results import eval_result_files
-from .pull import MODEL_FILES, REPORT_FOLDER
 from .run_folder import RESULTS_NAME, RunFolder
 from .upload import PlannedRevision, Uploader
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PrinterCallback
 
-from ..analysis.analyzer import InterferenceAnalyzer, load_model
+from ..analysis.analyzer import InterferenceAnalyzer
 from ..analysis.config import InterferenceConfig
 from ..analysis.contraction import contraction
 from ..analysis.report import InterferenceReport
@@ -20,6 +20,7 @@ from ..analysis.routes import RouteMap
 from ..analysis.stage_edits import StageEdits, stage_edits
 from ..checkpoint import Checkpoint
 from ..evaluation.bootstrap import Interval, difference, recovered
+from ..models import load_model
 from ..repair.interpolation import interpolated
 from ..repair.rollback import RouteRollback, line_search, rolled_back
 from ..reporting.claims import edit_claims, forgetting_claims, refresh_claims, report_claims, rollback_claims

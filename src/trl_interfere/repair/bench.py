@@ -11,7 +11,6 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from ..analysis.analyzer import load_model
 from ..analysis.architectures import Architecture
 from ..analysis.gradients import Tensors
 from ..analysis.report import InterferenceReport
@@ -19,8 +18,9 @@ from ..analysis.routes import RouteMap
 from ..checkpoint import Checkpoint
 from ..domain import Domain
 from ..evaluation.bootstrap import Interval, difference, recovered
-from ..evaluation.checkpoints import load_tokenizer, sampling_settings, training_settings
+from ..evaluation.checkpoints import sampling_settings, training_settings
 from ..evaluation.scorer import Scorer
+from ..models import load_model, load_tokenizer
 from ..recipe import RunFile
 from .merging import held
 from .rollback import rolled_back, route_parameters

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from ..analysis.analyzer import InterferenceAnalyzer, is_adapter, load_model
+from ..analysis.analyzer import InterferenceAnalyzer
 from ..analysis.architectures import Architecture
 from ..analysis.config import InterferenceConfig
 from ..analysis.report import InterferenceReport
@@ -18,8 +18,9 @@ from ..analysis.weight_diff import update_statistics
 from ..checkpoint import Checkpoint
 from ..domain import Domain
 from ..evaluation.bootstrap import difference, score
-from ..evaluation.checkpoints import analysis_settings, load_tokenizer, sampling_settings, training_settings
+from ..evaluation.checkpoints import analysis_settings, sampling_settings, training_settings
 from ..evaluation.scorer import Scorer
+from ..models import is_adapter, load_model, load_tokenizer
 from ..recipe import RunFile, build_dataclass
 from .explanation import RollbackExplanation, explain
 from .joint import domain_weights, joint_before, joint_report
@@ -399,5 +400,5 @@ def _domains(names: list[str], run: RunFile) -> dict[str, Domain]:
 def _load_whole(name: str | Path | None, after: str | Path, base: str | Path | None, dtype: str) -> PreTrainedModel:
     # Whole weights; those of an adapter are merged into its model, in memory only.
     if name is None:
-        return load_model(Checkpoint(after, base=base).folder, dtype)
-    return load_model(name, dtype, base=base)
+        return load_model(Checkpoint(after, base=base).folder, dtype=dtype)
+    return load_model(name, dtype=dtype, base=base)

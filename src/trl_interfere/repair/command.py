@@ -11,8 +11,8 @@ from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..analysis.analyzer import is_adapter
 from ..analysis.report import InterferenceReport
+from ..models import is_adapter
 from ..recipe import load_run_file
 from .choice import RouteChoice, choose_routes, locate_checkpoint
 from .folder import apply_delta, revert_delta, roll_back_folder, undo_rollback

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from tqdm.auto import tqdm
 from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -22,7 +20,7 @@ from .. import __version__
 from ..analysis.architectures import Architecture
 from ..analysis.routes import KINDS, RouteMap
 from ..checkpoint import Checkpoint, StoredTensor, check_comparable, published_name, stored_tensors
-from ..revision import split_revision
+from ..models import local_folder
 from .adapter import CONCATENATION, check_adapter, concatenate, restore_adapter, same_model, touched_factors
 from .blocks import Blocks, touched_blocks
 from .delta import DeltaWriter, RollbackDelta, to_bits
@@ -104,7 +102,7 @@ def roll_back_folder(
         `ValueError`: If a checkpoint is not whole or not of unquantised safetensors, both do not fit each other, a
             kind of adapter cannot be rolled back exactly, the output folder is not empty, or the result overflows.
     """
-    source = _local_folder(after)
+    source = local_folder(after)
     several = not (before is None or isinstance(before, (str, Path)))
     befores = list(before) if several else [before]
     with _new_folder(output_dir) as folder:
@@ -114,7 +112,7 @@ def roll_back_folder(
             raise ValueError(f"before: expected a checkpoint, since {after} is no adapter")
         if several and is_adapter:
             raise ValueError(f"{after}: expected whole weights to roll back to several checkpoints, found an adapter")
-        places = [None if entry is None else _local_folder(entry) for entry in befores]
+        places = [None if entry is None else local_folder(entry) for entry in befores]
         for entry, place in zip(befores, places, strict=True):
             if place is not None and (place / ADAPTER_CONFIG_NAME).is_file() and not is_adapter:
                 raise ValueError(f"{entry}: expected whole weights as in {after}, found an adapter: merge it first")
@@ -349,7 +347,7 @@ def _change_folder(
 ) -> dict[str, Any]:
     if output_dir is None and not Path(model).is_dir():
         raise ValueError(f"{model}: expected a folder to change in place, or else an output folder for the result")
-    source = _local_folder(model)
+    source = local_folder(model)
     history = RollbackHistory.read(source)
     known = [record["id"] for record in history.records]
     if wanted == "old" and delta.record["id"] in known[:-1]:
@@ -514,14 +512,3 @@ def _new_folder(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _local_folder(name: str | Path) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        repo_id, revision = split_revision(name)
-        patterns = [f"*{ending}" for ending in _PICKLES_AND_OTHERS]
-        return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=patterns))
-    except (OSError, HFValidationError) as error:
-        raise ValueError(f"{name}: expected a folder or the id of a Hub repository ({error})") from error

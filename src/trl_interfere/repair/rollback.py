@@ -10,13 +10,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..analysis.analyzer import load_model
 from ..analysis.architectures import Architecture
 from ..analysis.attribution import UpdatePath, attribution
 from ..analysis.gradients import Tensors
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import SCOPES, RouteMap
 from ..checkpoint import Checkpoint
+from ..models import load_model
 from .blocks import touched_blocks
 from .criteria import CRITERIA, IN_NATS, matched_routes, route_scores
 from .explanation import RollbackExplanation, explain

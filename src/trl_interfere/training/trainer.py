@@ -34,9 +34,9 @@ from ..domain import DOMAIN_COLUMN, Domain, check_columns
 from ..evaluation.score_matrix import ScoreMatrix
 from ..evaluation.scorer import Scorer
 from ..hub.card_callback import AnalysisCardCallback, update_card
-from ..hub.pull import checkpoint_folder
 from ..hub.push import PushResult
 from ..hub.trainer_push import StagePusher, push_during_training, push_trainer
+from ..models import local_folder
 from ..run import Manifest, StageRecord, stage_name
 from .callbacks import StageCallback
 from .config import STAGE_OPTIONS, SequentialGRPOConfig
@@ -156,7 +156,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
         if not domains:
             raise ValueError("domains: expected at least one Domain, found none")
         self._base_model = str(model) if isinstance(model, str) and "@" in model else None  # a revision of the Hub
-        model = checkpoint_folder(model) if isinstance(model, str) else model
+        model = str(local_folder(model)) if self._base_model else model
         self.domains = {domain.name: domain for domain in domains}
         if len(self.domains) != len(domains):
             raise ValueError(f"domains: expected unique names, found {[domain.name for domain in domains]}")
