@@ -52,7 +52,35 @@ def test_forms_of_data(source, folder):
     assert dataset.column_names == ["prompt", "answer", "level"]
     assert dataset["prompt"] == [row["question"] for row in ROWS]
     assert [str(answer) for answer in dataset["answer"]] == [row["answer"] for row in ROWS]  # a csv has no types
-    assert dataset["level"] == list(range(6))
+    assert [int(level) for level in dataset["level"]] == list(range(6))
+
+
+@pytest.mark.parametrize(
+    "name, content, answers",
+    [
+        ("a.csv", "prompt,answer\np1,007\np2,042\n", ["007", "042"]),
+        ("b.csv", "prompt,answer\np1,NA\np2,None\np3,null\np4,yes\n", ["NA", "None", "null", "yes"]),
+        ("d.csv", "prompt,answer\np1,5\np2,\np3,7\n", ["5", "", "7"]),
+        ("e.tsv", "prompt\tanswer\np1\t1.10\np2\t2.50\n", ["1.10", "2.50"]),
+        ("g.csv", "prompt,answer\np1,1e3\np2,TRUE\n", ["1e3", "TRUE"]),
+        ("o.jsonl", '{"prompt": "1", "answer": "2024-01-02"}\n{"prompt": "2", "answer": "2024-03-04"}\n', None),
+        ("q.jsonl", '{"prompt": "p", "answer": 1}\n{"prompt": "q", "answer": 2.5}\n', ["1", "2.5"]),
+        ("r.json", '[{"prompt": "p", "answer": 1}, {"prompt": "q", "answer": "x"}]', ["1", "x"]),
+        ("s.jsonl", '{"prompt": "a\u2028b", "answer": "x"}\n{"prompt": "b", "answer": null, "more": 1}', ["x", None]),
+    ],
+)
+def test_a_file_keeps_its_answers(name, content, answers, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert load_prompts(name, "here", tmp_path)["answer"] == (answers or ["2024-01-02", "2024-03-04"])
+
+
+@pytest.mark.parametrize(
+    "name, content", [("x.jsonl", ""), ("x.json", "[]"), ("x.csv", ""), ("x.csv", "prompt,answer\n")]
+)
+def test_a_file_without_rows(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"here: .*{name}"):
+        load_prompts(name, "here", tmp_path)
 
 
 def test_absolute_path_and_bare_string(folder, tmp_path_factory):
@@ -314,7 +342,7 @@ def domain(**settings):
             r"domains\[0\], metric: cannot import 'trl_interfere.rewards.text.no_such'",
         ),
         (
-            {"model": "m", "domains": [domain(metric="trl_interfere.rewards.text.BUILT_IN_REWARDS")]},
+            {"model": "m", "domains": [domain(metric="trl_interfere.recipe.BUILT_IN_REWARDS")]},
             r"domains\[0\], metric: expected a function, found .* of type dict",
         ),
         ({"model": "m", "domains": [domain(rewards={"exact_match": 1.0})]}, r"domains\[0\], rewards: "),

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -9,16 +10,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import pandas
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from pyarrow import ArrowInvalid
+from pandas.errors import EmptyDataError, ParserError
+from pyarrow import ArrowException
 
 from .domain import Domain
-from .rewards.text import BUILT_IN_REWARDS
 
 
-_FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_FILE_TYPES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _TOP = ("model", "training", "domains", "peft", "refresh", "analysis")
 _DOMAIN = ("name", "train", "eval", "selection", "rewards", "reward_weights", "metric", "benchmark", "settings")
 _SHIPPED = ("name", "domain", "options", "settings")
@@ -28,6 +30,21 @@ SHIPPED_DOMAINS = {
     "code": "trl_interfere.rewards.code.code_domain",
     "qa": "trl_interfere.rewards.qa.qa_domain",
     "writing": "trl_interfere.rewards.writing.writing_domain",
+}
+# Name in YAML to the dotted path of a reward function.
+BUILT_IN_REWARDS = {
+    "exact_match": "trl_interfere.rewards.text.exact_match",
+    "contains_answer": "trl_interfere.rewards.text.contains_answer",
+    "contains_words": "trl_interfere.rewards.text.contains_words",
+    "math_answer": "trl_interfere.rewards.math.math_reward",
+    "choice": "trl_interfere.rewards.qa.qa_reward",
+    "writing_rubric": "trl_interfere.rewards.writing.writing_reward",
+    "math_verify": "trl.rewards.accuracy_reward",
+    "think_format": "trl.rewards.think_format_reward",
+    "lab_code": "trl_interfere.lab.code.code_reward",
+    "lab_math": "trl_interfere.lab.math.math_reward",
+    "lab_qa": "trl_interfere.lab.qa.qa_reward",
+    "lab_writing": "trl_interfere.lab.writing.writing_reward",
 }
 _DATA = ("path", "name", "split", "columns", "prompt", "system", "limit", "skip")
 
@@ -287,7 +304,10 @@ def load_function(
 
 def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
     """
-    Rows of a local file, a folder or a data set on the Hub, as they are.
+    Rows of a local file, a folder or a data set on the Hub.
+
+    Values of a file stay as they are written: what stands in a csv is text (`007`, `2.50`, `NA`), a text in json is
+    never made a date, and a json column of integers and decimals is text too.
 
     Args:
         source (`dict`):
@@ -313,8 +333,7 @@ def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
         if local.is_file():
             if local.suffix not in _FILE_TYPES:
                 raise ValueError(f"{where}: expected a file of type {sorted(_FILE_TYPES)}, found {local}")
-            kwargs = {"sep": "\t"} if local.suffix == ".tsv" else {}
-            dataset = load_dataset(_FILE_TYPES[local.suffix], data_files=str(local), split="train", **kwargs)
+            dataset = _read_file(local, where)
         elif local.is_dir() and ((local / "dataset_info.json").exists() or (local / "dataset_dict.json").exists()):
             dataset = load_from_disk(str(local))
             if isinstance(dataset, DatasetDict):
@@ -324,7 +343,7 @@ def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
         else:
             path = str(local) if local.is_dir() else str(source["path"])
             dataset = load_dataset(path, source.get("name"), split=split)
-    except (DatasetGenerationError, ArrowInvalid) as error:
+    except (DatasetGenerationError, ArrowException, EmptyDataError, ParserError, json.JSONDecodeError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"{where}: {source['path']!r} cannot be read ({cause})") from error
     except ValueError as error:
@@ -334,6 +353,33 @@ def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
             f"{where}: {source['path']!r} is neither a local file or folder nor readable from the Hub ({error})"
         ) from error
     return dataset
+
+
+def _read_file(path: Path, where: str) -> Dataset:
+    if path.suffix == ".parquet":
+        return load_dataset("parquet", data_files=str(path), split="train")
+    if path.suffix in (".csv", ".tsv"):
+        separator = "\t" if path.suffix == ".tsv" else ","
+        columns: Mapping[str, list] = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+        columns = {str(name): list(values) for name, values in columns.items()}
+    else:
+        columns = _json_columns(path.read_text(encoding="utf-8-sig"))
+    if not any(map(len, columns.values())):
+        raise ValueError(f"{where}: expected at least one row, found none in {path}")
+    return Dataset.from_dict(columns)
+
+
+def _json_columns(text: str) -> dict[str, list]:
+    listed = text.lstrip().startswith("[")
+    rows = json.loads(text) if listed else [json.loads(line) for line in text.split("\n") if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("expected rows with names, found other values")
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    for name, values in columns.items():
+        kinds = {type(value) for value in values if value is not None}
+        if len(kinds) > 1 and kinds <= {str, int, float, bool}:
+            columns[name] = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
+    return columns
 
 
 def load_prompts(source: str | dict[str, Any], where: str, folder: Path) -> Dataset:

@@ -1,8 +1,7 @@
 import pytest
 
-from trl_interfere.recipe import load_function
+from trl_interfere.recipe import BUILT_IN_REWARDS, load_function
 from trl_interfere.rewards.text import (
-    BUILT_IN_REWARDS,
     completion_text,
     contains_answer,
     contains_words,

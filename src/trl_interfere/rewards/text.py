@@ -6,23 +6,6 @@ import unicodedata
 from trl.data_utils import is_conversational
 
 
-# Name in YAML to dotted path.
-BUILT_IN_REWARDS = {
-    "exact_match": "trl_interfere.rewards.text.exact_match",
-    "contains_answer": "trl_interfere.rewards.text.contains_answer",
-    "contains_words": "trl_interfere.rewards.text.contains_words",
-    "math_answer": "trl_interfere.rewards.math.math_reward",
-    "choice": "trl_interfere.rewards.qa.qa_reward",
-    "writing_rubric": "trl_interfere.rewards.writing.writing_reward",
-    "math_verify": "trl.rewards.accuracy_reward",
-    "think_format": "trl.rewards.think_format_reward",
-    "lab_code": "trl_interfere.lab.code.code_reward",
-    "lab_math": "trl_interfere.lab.math.math_reward",
-    "lab_qa": "trl_interfere.lab.qa.qa_reward",
-    "lab_writing": "trl_interfere.lab.writing.writing_reward",
-}
-
-
 def completion_text(completion: str | list[dict]) -> str:
     """
     Text of a completion in TRL's plain or conversational form.
