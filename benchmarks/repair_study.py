@@ -553,7 +553,7 @@ def rehearsal(run: Run) -> None:
     trainer = SequentialGRPOTrainer(model=str(run.stage(run.position)), args=args, domains=domains)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=True)
-    scores = {name: trainer.manifest.read_scores(trainer.manifest.stages[-1], name) for name in run.order}
+    scores = {name: trainer.run.scores(trainer.run.stages[-1], name) for name in run.order}
     run.write("rehearsal", [row(run, "rehearsal", "all", 1.0, REHEARSAL_SHARE, run.bench.figures([scores]))])
 
 

@@ -46,6 +46,7 @@ from trl_interfere.analysis.stage_edits import stage_edits
 from trl_interfere.checkpoint import Checkpoint
 from trl_interfere.domain import Domain
 from trl_interfere.evaluation.bootstrap import Interval, difference, recovered
+from trl_interfere.evaluation.score_matrix import ScoreMatrix
 from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.extras import package_file
 from trl_interfere.models import load_model
@@ -56,7 +57,8 @@ from trl_interfere.repair.measures import reference_probability
 from trl_interfere.repair.rollback import RouteRollback, rolled_back
 from trl_interfere.repair.sweep import Sweep, sweep
 from trl_interfere.rewards.code import OFFLINE as HUMANEVAL
-from trl_interfere.run import MANIFEST_NAME, Manifest, read_json, write_atomically
+from trl_interfere.run import STAGES_NAME, read_json, write_atomically
+from trl_interfere.run import Run as RunFolder
 from trl_interfere.training.dry_run import stage_steps
 from trl_interfere.training.progress import StageProgress
 from trl_interfere.training.recipe_trainer import build_trainer
@@ -261,11 +263,9 @@ class Run:
         later = self.order[self.order.index(name) + 1 :]
         return self.folder / "analysis" / f"{name}-after-{'-'.join(later)}"
 
-    def manifest(self) -> Manifest:
+    def stored(self) -> RunFolder:
         """What the training has kept."""
-        manifest = Manifest(self.folder, read_json(self.folder / MANIFEST_NAME, 1)["run"])
-        manifest.load()
-        return manifest
+        return RunFolder(self.folder)
 
     def say(self, text: str) -> None:
         print(f"seed {self.seed}: {text}", flush=True)
@@ -392,8 +392,8 @@ class Bench:
 
     def known(self, stage: int) -> dict[str, np.ndarray]:
         """Scores of the training on what repairs are tested on."""
-        manifest = self.run.manifest()
-        scores = {name: manifest.read_scores(manifest.stages[stage], name) for name in self.run.order}
+        stored = self.run.stored()
+        scores = {name: stored.scores(stage, name) for name in self.run.order}
         return {name: values[: TESTED.get(name)] for name, values in scores.items()}
 
     def score(self, model, split: str) -> dict[str, np.ndarray]:
@@ -518,9 +518,9 @@ def refresh(run: Run) -> None:
     peak, last = run.stage(position), run.stage(len(run.order) - 1)
     analysis = run.analysis(REPAIRED)
     report = InterferenceReport.from_pretrained(analysis) if (analysis / "report.json").exists() else None
-    read = run.manifest()
-    before = {name: read.read_scores(read.stages[position + 1], name) for name in run.order}
-    after = {name: read.read_scores(read.stages[len(run.order)], name) for name in run.order}
+    stored = run.stored()
+    before = {name: stored.scores(position + 1, name) for name in run.order}
+    after = {name: stored.scores(len(run.order), name) for name in run.order}
     models = [load_model(entry) for entry in (peak, last)]
     answers = references(run, models[1], REPAIRED, "eval_dataset")
     best, damaged = (np.concatenate(_losses(model, answers)) for model in models)
@@ -529,7 +529,7 @@ def refresh(run: Run) -> None:
         run.say(f"refresh of {name}")
         if name == REPAIRED:  # as `trl-interfere refresh` does it: a stage of the run
             trainer = run.trainer()
-            if read.stages[-1].kind != "refresh":
+            if stored.stages[-1].kind != "refresh":
                 trainer.add_callback(RequestedRefresh(run.folder, name, REFRESH_STEPS))
             trainer.train(resume_from_checkpoint=True)
         else:
@@ -538,8 +538,8 @@ def refresh(run: Run) -> None:
             settings = {"seed": run.seed, "output_dir": str(folder), "order": [name], "stage_overrides": {name: own}}
             trainer = build_trainer(run.recipe, {**settings, "bf16": run.bf16}, str(last))
             trainer.train(resume_from_checkpoint=True)
-        record, manifest = trainer.manifest.stages[-1], trainer.manifest
-        scores = {entry: manifest.read_scores(record, entry) for entry in run.order}
+        record = trainer.run.stages[-1]
+        scores = {entry: trainer.run.scores(record, entry) for entry in run.order}
         share = recovered(scores[REPAIRED], after[REPAIRED], before[REPAIRED])
         changes = {entry: difference(scores[entry], after[entry]) for entry in run.order}
         found[name] = {
@@ -550,7 +550,7 @@ def refresh(run: Run) -> None:
             "collateral": {entry: change.value for entry, change in changes.items() if entry != REPAIRED},
             "changes": {entry: change.to_dict() for entry, change in changes.items()},
         }
-        model = load_model(manifest.folder / record.folder)
+        model = load_model(trainer.run.weights(record))
         losses = np.concatenate(_losses(model, answers))
         found[name]["nats"] = {
             **share_fields(recovered(-losses, -damaged, -best)),
@@ -573,12 +573,12 @@ def collected(run: Run) -> dict[str, Any] | None:
     Returns:
         `dict`: See [`study_page.write_page`]; `None` if the training has not ended.
     """
-    if not (run.folder / MANIFEST_NAME).exists():
+    if not (run.folder / STAGES_NAME).exists():
         return None
-    manifest = run.manifest()
-    if len(manifest.stages) <= len(run.order):
+    stored = run.stored()
+    if len(stored.stages) <= len(run.order):
         return None
-    found: dict[str, Any] = {"seed": run.seed, "order": run.order, "matrix": manifest.score_matrix(run.order)}
+    found: dict[str, Any] = {"seed": run.seed, "order": run.order, "matrix": ScoreMatrix.from_run(stored, run.order)}
     found["reports"] = {}
     for name in run.order[:-1]:
         folder = run.analysis(name)

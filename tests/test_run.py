@@ -1,208 +1,306 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from trl_interfere.evaluation.bootstrap import score
-from trl_interfere.run import Manifest, StageRecord, read_json, stage_name, write_atomically
+from trl_interfere.evaluation.score_matrix import ScoreMatrix
+from trl_interfere.run import Run, StageRecord, lock_folder, read_json, stage_name, write_atomically
 
 
-RUN = {"base": "some/model", "seed": 0, "schedule": [{"domain": "math", "overrides": {}}], "steps": (1, 2)}
-
-
-def record(index, kind, domain, folder=None, scores=None):
-    versions = {"torch": "2"}
-    return StageRecord(index, kind, domain, folder, 10, 1.5, scores or {}, 7, {"max_steps": 10}, versions)
+SCHEDULE = [{"domain": "math", "kind": "train", "overrides": {}}]
+IDENTITY = {"base_model": "some/model", "seed": 0, "schedule": SCHEDULE, "steps": (1, 2)}
+STAGES = [("base", None), ("train", "math"), ("refresh", "math"), ("heal", None)]
+MATH = [[0, 0, 1], [0.5, 1, 1], [1, 1, 0.5], [1, 1, 1]]  # refresh and training are equal
 
 
 @pytest.fixture
-def manifest(tmp_path):
-    """A run of three stages with scores of two domains."""
-    manifest = Manifest(tmp_path / "run", RUN)
-    for index, (kind, domain) in enumerate([("base", None), ("train", "math"), ("refresh", "math")]):
+def run(tmp_path):
+    """A run of four stages with scores of two domains."""
+    run = Run.new(tmp_path / "run", IDENTITY)
+    for index, (kind, domain) in enumerate(STAGES):
         name = stage_name(index, kind, domain)
         folder = None if kind == "base" else f"stages/{name}"
         if folder is not None:
-            (manifest.folder / folder).mkdir(parents=True)
-        scores = {
-            "math": manifest.write_scores(name, "math", np.array([0.0, 1.0, 0.5 * index]), list("abc")),
-            "qa": manifest.write_scores(name, "qa", np.array([1.0, 1 / 3]), ["u", "v", "w", "x"]),
-        }
-        manifest.append(record(index, kind, domain, folder, scores))
-    return manifest
+            (run.folder / folder).mkdir(parents=True)
+        scores = {}
+        for other, values in (("math", MATH[index]), ("qa", [1, 1 / 3])):
+            file = run.write_scores(name, other, np.array(values), list("uvwxyz"), [f"{v}?" for v in values])
+            scores[other] = {**score(np.array(values)).to_dict(), "file": file}
+        run.append(StageRecord(index, kind, domain, folder, 10, 1.5, scores, 7, {"max_steps": 10}, {"torch": "2"}))
+    return run
 
 
-def reopened(manifest, run=RUN):
-    other = Manifest(manifest.folder, run)
-    other.load()
+def resumed(run, identity=IDENTITY):
+    other = Run.new(run.folder, identity)
+    other.resume()
     return other
 
 
-def test_round_trip(manifest):
-    other = reopened(manifest)
-    assert other.stages == manifest.stages and len(other.stages) == 3
-    assert other.run == manifest.run == {**RUN, "steps": [1, 2]}
-    content = json.loads((manifest.folder / "stages.json").read_text())
-    assert content["schema_version"] == 1 and content["run_name"].startswith("run-")
-    assert content["stages"][1] == vars(manifest.stages[1])
-    assert [entry.name for entry in other.stages] == ["0-base", "1-math", "2-refresh-math"]
+def edited(run, edit):
+    content = json.loads(run.path.read_text())
+    edit(content)
+    run.path.write_text(json.dumps(content))
 
 
-def test_scores_lie_beside_the_manifest(manifest):
-    entry = manifest.stages[1].scores["qa"]
-    values = np.array([1.0, 1 / 3])
-    assert entry == {**score(values).to_dict(), "file": "scores/1-math/qa.jsonl"}
-    lines = [json.loads(line) for line in (manifest.folder / entry["file"]).read_text().splitlines()]
-    assert lines == [{"score": 1.0, "completions": ["u", "v"]}, {"score": 1 / 3, "completions": ["w", "x"]}]
-    assert np.array_equal(reopened(manifest).read_scores(manifest.stages[1], "qa"), values)
+def test_round_trip(run):
+    for other in (Run(run.folder), resumed(run)):
+        assert other.stages == run.stages and len(other.stages) == 4
+        assert other.identity == run.identity == {**IDENTITY, "steps": [1, 2]}
+        assert other.run_name.startswith("run-")
+    assert [record.name for record in Run(run.folder).stages] == ["0-base", "1-math", "2-refresh-math", "3-heal"]
 
 
-@pytest.mark.parametrize("text", ["a\nb", 'say "hi"', "\u2028 \u0085", "\ud800", "\0", "", "日本"])
-def test_any_completion_can_be_kept(text, manifest):
-    values = np.array([0.25, 0.75])
-    entry = manifest.write_scores("1-math", "math", values, [text, text])
-    assert np.array_equal(manifest.read_scores(record(1, "train", "math", scores={"math": entry}), "math"), values)
-    lines = (manifest.folder / entry["file"]).read_text(encoding="utf-8").split("\n")
-    assert [json.loads(line)["completions"] for line in lines[:-1]] == [[text], [text]]
+def test_what_a_run_knows(run):
+    run = Run(run.folder)
+    assert (run.order, run.domains, run.base_model, run.recipe) == (["math"], ["math", "qa"], "some/model", None)
+    assert (run.peak("math").index, run.peak("qa").index) == (1, 0)  # the earliest of equals; a heal is no peak
+    assert (run.trained("math").index, run.trained("qa")) == (1, None)
+    assert run.final.name == "2-refresh-math" and run.stage("3-heal") is run.stage(-1)
+    assert run.weights("1-math") == run.folder / "stages" / "1-math" and run.weights(0) == "some/model"
+    assert run.analysis("math") == run.folder / "analysis" / "math" and run.repair == run.folder / "repair"
+    assert run.rows(1, "qa") == [
+        {"score": 1.0, "prompt": "1?", "completions": ["u", "v", "w"]},
+        {"score": 1 / 3, "prompt": f"{1 / 3}?", "completions": ["x", "y", "z"]},
+    ]
+    assert run.scores("1-math", "math").tolist() == MATH[1]
+    for call in (lambda: run.peak("code"), lambda: run.rows(1, "code")):
+        with pytest.raises(ValueError, match="code"):
+            call()
+    with pytest.raises(ValueError, match="9-code"):
+        run.stage("9-code")
 
 
-def test_score_matrix(manifest):
-    matrix = reopened(manifest).score_matrix(["math", "qa"])
-    assert matrix.domains == ["math", "qa"]
-    assert matrix.stages == ["0-base", "1-math", "2-refresh-math"]
-    for index in range(3):
-        assert matrix.values[index]["math"].tolist() == [0.0, 1.0, 0.5 * index]
-        assert matrix.values[index]["qa"].tolist() == [1.0, 1 / 3]
-    assert matrix.peak("math") == 2
-    assert matrix.interval(1, "math").to_dict() == {
-        key: value for key, value in manifest.stages[1].scores["math"].items() if key != "file"
-    }
+def test_score_matrix(run):
+    matrix = ScoreMatrix.from_run(Run(run.folder))
+    assert matrix.domains == ["math", "qa"] and matrix.stages[1:3] == ["1-math", "2-refresh-math"]
+    assert [row["math"].tolist() for row in matrix.values] == MATH
+    entry = run.stages[1].scores["math"]
+    assert matrix.interval(1, "math").to_dict() == {key: entry[key] for key in ("value", "low", "high", "n")}
+
+
+def test_what_holds_on_this_machine_is_kept_apart(run, tmp_path):
+    (tmp_path / "model").mkdir()
+    run.keep_local(base_model=str(tmp_path / "model"))
+    run.keep_local(recipe_folder=str(tmp_path))
+    (run.folder / "recipe.yaml").write_text("model: x\n")
+    read = Run(run.folder)
+    assert (read.base_model, read.recipe_folder) == (str(tmp_path / "model"), tmp_path)
+    assert read.recipe == run.folder / "recipe.yaml" and str(tmp_path) not in run.path.read_text()
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\u2028 \u0085", "\ud800", "\0", ""])
+def test_any_completion_can_be_kept(text, run):
+    file = run.write_scores("1-math", "math", np.array([0.25, 0.75]), [text, text], [text, [{"content": text}]])
+    record = replace(run.stages[1], scores={"math": {"n": 2, "file": file}})
+    assert [row["completions"] for row in run.rows(record, "math")] == [[text], [text]]
+    assert [row["prompt"] for row in run.rows(record, "math")] == [text, [{"content": text}]]
+
+
+def test_scores_of_earlier_versions_have_no_prompt(run):
+    path = run.folder / run.stages[1].scores["qa"]["file"]
+    path.write_text('{"score": 1, "completions": ["u"]}\n{"score": 0.5, "completions": ["v"]}\n')
+    assert [row["prompt"] for row in run.rows(1, "qa")] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"score": 1}\n', '{"score": 1}\n{"score": NaN}\n', '{"score": 1}\n{"value": 1}\n']
+)
+def test_broken_scores(text, run):
+    (run.folder / run.stages[1].scores["qa"]["file"]).write_text(text)
+    with pytest.raises(ValueError, match="qa.jsonl"):
+        run.scores(1, "qa")
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="stages.json"):
+        Run(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "change, lines",
     [
         ({"seed": 1}, ['- "seed": 0,', '+ "seed": 1,']),
-        ({"base": "other"}, ['- "base": "some/model",', '+ "base": "other",']),
         ({"more": "--x"}, ['+ "more": "--x",']),
         ({"schedule": []}, ['-   "domain": "math",', '+ "schedule": [],']),
     ],
 )
-def test_another_run_is_refused_with_its_differences(change, lines, manifest):
-    before = (manifest.folder / "stages.json").read_bytes()
-    with pytest.raises(ValueError, match="stages.json: this folder belongs to another run") as error:
-        reopened(manifest, {**RUN, **change})
+def test_another_run_is_refused_with_its_differences(change, lines, run):
+    before = run.path.read_bytes()
+    with pytest.raises(ValueError, match="another run") as error:
+        resumed(run, {**IDENTITY, **change})
     shown = str(error.value).splitlines()[1:]
-    assert set(lines) <= set(shown)
-    assert all(line.startswith(("-", "+")) for line in shown)
-    assert not any('"steps"' in line for line in shown)  # what is the same is not shown
-    assert (manifest.folder / "stages.json").read_bytes() == before
+    assert set(lines) <= set(shown) and not any('"steps"' in line for line in shown)
+    assert run.path.read_bytes() == before
 
 
 @pytest.mark.parametrize("missing", ["stages/1-math", "scores/0-base/qa.jsonl", "scores/2-refresh-math/math.jsonl"])
-def test_missing_files(missing, manifest):
-    path = manifest.folder / missing
+def test_a_missing_file_is_named_when_the_run_goes_on(missing, run):
+    path = run.folder / missing
     path.rmdir() if path.is_dir() else path.unlink()
-    name = missing.split("/")[1]
-    with pytest.raises(ValueError, match=f"stages.json: stage {name} is listed, but .*{missing} is missing"):
-        reopened(manifest)
+    with pytest.raises(ValueError, match=missing):
+        resumed(run)
+    read = Run(run.folder)  # what is there can still be read
+    with pytest.raises(FileNotFoundError, match=missing):
+        read.weights("1-math") if missing.startswith("stages") else [
+            read.rows(i, d) for i in (0, 2) for d in read.domains
+        ]
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"schema_version": 1', "\x80", "[1,]"])
-def test_broken_json(content, manifest, caplog):
-    (manifest.folder / "stages.json").write_bytes(content.encode("latin-1"))
-    assert reopened(manifest).stages == manifest.stages[:-1]  # the one before the last change
-    assert "going on from" in caplog.text and "stages.json.previous" in caplog.text
-    manifest.previous_path.unlink()
-    with pytest.raises(ValueError, match="stages.json: expected JSON, found something else"):
-        reopened(manifest)
+@pytest.mark.parametrize("content", ["", '{"schema_version": 1', "\x80", "[1,]"])
+def test_broken_json(content, run, caplog):
+    run.path.write_bytes(content.encode("latin-1"))
+    assert resumed(run).stages == run.stages[:-1]  # the one before the last change
+    assert "stages.json.previous" in caplog.text
+    run.previous_path.unlink()
+    with pytest.raises(ValueError, match="stages.json"):
+        resumed(run)
 
 
-def test_a_half_written_manifest_is_skipped(manifest, caplog):
-    leftover = manifest.folder / ".stages.json.4242.tmp"
+def test_half_written_stages_are_removed_by_the_writer_alone(run, caplog):
+    leftover = run.folder / ".stages.json.4242.tmp"
     leftover.write_text('{"schema_version": 1, "stages": [')
-    assert reopened(manifest).stages == manifest.stages
-    assert "half-written" in caplog.text and not leftover.exists()
+    assert Run(run.folder).stages == run.stages and leftover.exists()  # the run may be going on
+    assert resumed(run).stages == run.stages and not leftover.exists()
 
 
-def test_a_longer_schedule_and_more_domains_are_the_same_run(manifest):
+def test_a_longer_schedule_and_more_domains_are_the_same_run(run):
     first, second = ({"domain": name, "kind": "train", "overrides": {}} for name in ("math", "qa"))
-    manifest.run.update(schedule=[first], domains={"math": {"rows": 3}})
-    manifest.save()
+    run.identity.update(schedule=[first], domains={"math": {"rows": 3}})
+    run.save()
     domains = {"math": {"rows": 3}, "qa": {"rows": 5}}
-    longer = {**manifest.run, "schedule": [first, second], "domains": domains}
-    assert reopened(manifest, longer).stages == manifest.stages
+    longer = {**run.identity, "schedule": [first, second], "domains": domains}
+    assert resumed(run, longer).stages == run.stages
     for change in (
         {"schedule": [second, first]},
-        {"schedule": []},
         {"schedule": [{**first, "overrides": {"max_steps": 1}}]},
         {"domains": {"qa": {"rows": 5}}},
         {"domains": {"math": {"rows": 4}, "qa": {"rows": 5}}},
     ):
-        with pytest.raises(ValueError, match="belongs to another run"):
-            reopened(manifest, {**longer, **change})
+        with pytest.raises(ValueError, match="another run"):
+            resumed(run, {**longer, **change})
 
 
-def test_a_stage_that_is_not_scored_yet(manifest):
-    scores = {"math": manifest.stages[0].scores["math"]}
-    manifest.current = replace(manifest.stages[-1], index=3, scores=scores)
-    manifest.save()
-    again = reopened(manifest)
-    assert again.current == manifest.current and len(again.stages) == 3
+def test_a_stage_that_is_not_scored_yet(run):
+    run.current = replace(run.stages[-1], index=4, scores={"math": run.stages[0].scores["math"]})
+    run.save()
+    again = resumed(run)
+    assert again.current == run.current and len(again.stages) == 4 and again.records[-1] == run.current
     again.append(again.current)
-    assert reopened(manifest).current is None and len(reopened(manifest).stages) == 4
+    assert resumed(run).current is None and len(resumed(run).stages) == 5
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])
-def test_other_schema_versions(version, manifest):
-    content = json.loads((manifest.folder / "stages.json").read_text())
-    content["schema_version"] = version
-    (manifest.folder / "stages.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"stages.json: expected schema_version 1, found {version!r}"):
-        reopened(manifest)
-    (manifest.folder / "stages.json").write_text("[]")
-    with pytest.raises(ValueError, match="stages.json: expected schema_version 1, found None"):
-        reopened(manifest)
+@pytest.mark.parametrize("version", [0, 2, "1", None, 1.0, True])
+def test_other_schema_versions(version, run):
+    edited(run, lambda content: content.update(schema_version=version))
+    with pytest.raises(ValueError, match="schema_version"):
+        Run(run.folder)
 
 
 @pytest.mark.parametrize(
     "edit",
     [
         lambda content: content.pop("run"),
+        lambda content: content.update(run=None),
         lambda content: content.pop("stages"),
         lambda content: content["stages"][1].pop("folder"),
         lambda content: content["stages"][1].update(extra=1),
+        lambda content: content["stages"][1].update(kind="other"),
+        lambda content: content["stages"][1].update(steps="many"),
+        lambda content: content["stages"][1].update(seconds=float("nan")),
+        lambda content: content["stages"][1].update(index=True),
         lambda content: content["stages"][1]["scores"]["qa"].pop("file"),
+        lambda content: content["stages"][1]["scores"]["qa"].update(value=float("inf")),
         lambda content: content["stages"][1].update(scores=None),
         lambda content: content["stages"][1]["scores"].update(qa=None),
         lambda content: content["stages"].insert(1, None),
-        lambda content: content.update(stages=None),
-    ],
-    ids=[
-        *("no run", "no stages", "no folder", "extra field", "no file of scores", "scores are null"),
-        *("scores of a domain are null", "a stage is null", "stages are null"),
+        lambda content: content["stages"].pop(1),
+        lambda content: content["stages"][1].update(folder="../elsewhere"),
+        lambda content: content["stages"][1]["scores"]["qa"].update(file="/etc/passwd"),
     ],
 )
-def test_edited_manifest(edit, manifest):
-    content = json.loads((manifest.folder / "stages.json").read_text())
-    edit(content)
-    (manifest.folder / "stages.json").write_text(json.dumps(content))
+def test_edited_stages(edit, run):
+    edited(run, edit)
+    for read in (Run, lambda folder: resumed(run)):
+        with pytest.raises(ValueError, match="stages.json|leaves it"):
+            read(run.folder)
+
+
+def test_json_of_great_depth(run):
+    run.path.write_text("[" * 100000)
+    run.previous_path.unlink()
     with pytest.raises(ValueError, match="stages.json"):
-        reopened(manifest)
+        Run(run.folder)
+
+
+def test_links_out_of_the_folder_are_not_followed(run, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text('{"score": 1}\n{"score": 1}\n')
+    path = run.folder / run.stages[1].scores["qa"]["file"]
+    path.unlink()
+    path.symlink_to(secret)
+    with pytest.raises(ValueError, match="qa.jsonl"):
+        Run(run.folder)
+
+
+def test_links_into_the_cache_of_the_hub_are_followed(run, tmp_path):
+    blob = tmp_path / "models--a--b" / "blobs" / "123"
+    blob.parent.mkdir(parents=True)
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "main"
+    snapshot.parent.mkdir()
+    run.folder.rename(snapshot)
+    (snapshot / "stages.json").rename(blob)
+    (snapshot / "stages.json").symlink_to(blob)
+    path = snapshot / run.stages[1].scores["qa"]["file"]
+    path.rename(blob.with_name("124"))
+    path.symlink_to(blob.with_name("124"))
+    assert Run(snapshot).scores(1, "qa").tolist() == [1, 1 / 3]
+
+
+def test_reports(run):
+    for folder in ("analysis/math", "."):
+        write_atomically(run.folder / folder / "report.json", "{}")
+    assert run.reports == {"math": run.folder / "analysis" / "math", "report": run.folder}
+
+
+HOLD = "import sys, time; from trl_interfere.run import lock_folder\n"
+HOLD += "with lock_folder(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+
+
+def test_a_second_writer_is_refused_until_the_first_has_died(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as first:
+        try:
+            assert first.stdout.readline() == b"held\n"
+            with pytest.raises(ValueError, match=f"pid {first.pid}"), lock_folder(tmp_path):
+                pass
+        finally:
+            first.kill()
+    with lock_folder(tmp_path):
+        with pytest.raises(ValueError, match=f"pid {os.getpid()}"), lock_folder(tmp_path):
+            pass
+        refused = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], capture_output=True, text=True)
+        assert f"pid {os.getpid()}" in refused.stderr  # the refusal in this process has not lost the lock
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file/run"), lock_folder(tmp_path / "file" / "run"):
+        pass
 
 
 def test_atomic_write(tmp_path):
     path = tmp_path / "new" / "folder" / "file.json"
     write_atomically(path, "first ü\n")
-    inode = path.stat().st_ino
     with open(path, encoding="utf-8") as reader:
         write_atomically(path, "second\n")
         assert reader.read() == "first ü\n"  # an open reader keeps the old content
-    assert path.read_text() == "second\n" and path.stat().st_ino != inode
-    assert os.listdir(path.parent) == ["file.json"]
+    assert path.read_text() == "second\n" and os.listdir(path.parent) == ["file.json"]
 
 
 def test_failed_write_keeps_the_old_content(tmp_path):
@@ -221,11 +319,3 @@ def test_failed_write_keeps_the_old_content(tmp_path):
 def test_read_json(tmp_path):
     (tmp_path / "file.json").write_text('{"schema_version": 3, "a": 1}')
     assert read_json(tmp_path / "file.json", 3) == {"schema_version": 3, "a": 1}
-
-
-@pytest.mark.parametrize(
-    "arguments, name",
-    [((0, "base", None), "0-base"), ((2, "train", "math"), "2-math"), ((15, "refresh", "qa"), "15-refresh-qa")],
-)
-def test_stage_name(arguments, name):
-    assert stage_name(*arguments) == name

@@ -13,6 +13,7 @@ _EXPORTS = {
     "InterferenceReport": "analysis.report",
     "RefreshCallback": "training.refresh",
     "RouteRollback": "repair.rollback",
+    "Run": "run",
     "ScoreMatrix": "evaluation.score_matrix",
     "ScoreSummary": "evaluation.score_summary",
     "Scorer": "evaluation.scorer",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .evaluation.score_summary import ScoreSummary as ScoreSummary
     from .evaluation.scorer import Scorer as Scorer
     from .repair.rollback import RouteRollback as RouteRollback
+    from .run import Run as Run
     from .training.callbacks import StageCallback as StageCallback
     from .training.config import SequentialGRPOConfig as SequentialGRPOConfig
     from .training.refresh import RefreshCallback as RefreshCallback

@@ -523,7 +523,7 @@ def refresh(
     from transformers import PrinterCallback, ProgressCallback
 
     from .evaluation.score_summary import ScoreSummary
-    from .run import MANIFEST_NAME
+    from .run import STAGES_NAME
     from .training.options import parse_options
     from .training.recipe_trainer import build_trainer, load_run
     from .training.refresh import RefreshCallback
@@ -534,8 +534,8 @@ def refresh(
         options["output_dir"] = str(output_dir)
     loaded = load_run(config, options, model)
     folder = Path(loaded[1].output_dir)
-    if not (folder / MANIFEST_NAME).exists():  # before the trainer makes the folder
-        raise ValueError(f"{folder}: expected the folder of a training run with {MANIFEST_NAME}, found none")
+    if not (folder / STAGES_NAME).exists():  # before the trainer makes the folder
+        raise ValueError(f"{folder}: expected the folder of a training run with {STAGES_NAME}, found none")
     trainer = build_trainer(config, loaded=loaded)
     if domain not in trainer.domains or trainer.domains[domain].train_dataset is None:
         names = [name for name, entry in trainer.domains.items() if entry.train_dataset is not None]
@@ -549,9 +549,7 @@ def refresh(
     if trainer.is_world_process_zero():
         matrix = trainer.score_matrix
         _output().print(matrix.to_table(), ScoreSummary.from_matrix(matrix).to_table())
-        _output().print(
-            f"The refreshed weights are in {trainer.args.output_dir}/{trainer.manifest.stages[-1].folder}."
-        )
+        _output().print(f"The refreshed weights are in {trainer.args.output_dir}/{trainer.run.stages[-1].folder}.")
 
 
 @app.command()
@@ -576,10 +574,10 @@ def push(
     from .analysis.report import REPORT_NAME
     from .hub.push import PushPlan, plan_push, plan_report, push_report, push_run
     from .hub.run_folder import RunFolder
-    from .run import MANIFEST_NAME
+    from .run import STAGES_NAME
 
     console = _output()
-    if (folder / REPORT_NAME).is_file() and not (folder / MANIFEST_NAME).is_file():
+    if (folder / REPORT_NAME).is_file() and not (folder / STAGES_NAME).is_file():
         given = {"--stages": stages, "--collection": collection, "--model": model, "--model-index": model_index}
         for name, value in given.items():
             if value:

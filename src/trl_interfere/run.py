@@ -1,36 +1,32 @@
-"""The manifest of a run, `stages.json`: what has finished, and therefore where a resumed run goes on."""
+"""The folder of a run: its one reader and writer."""
 
 import difflib
+import fcntl
 import json
 import logging
+import math
 import os
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .evaluation.bootstrap import score
-from .evaluation.score_matrix import ScoreMatrix
-
 
 SCHEMA_VERSION = 1
-MANIFEST_NAME = "stages.json"
+STAGES_NAME = "stages.json"
+REPORT_NAME = "report.json"
+KINDS = ("base", "train", "refresh", "heal")
 
 logger = logging.getLogger(__name__)
+_locked: set[Path] = set()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """
-    Write a file so that a reader, or a crash, sees the old content or the new one and nothing between.
-
-    Args:
-        path (`pathlib.Path`):
-            The file.
-        text (`str`):
-            Its content.
-    """
+    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -43,30 +39,75 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write one of this project's JSON files atomically."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
 def read_json(path: Path, schema_version: int) -> dict[str, Any]:
-    """
-    Read one of this project's JSON files.
-
-    Args:
-        path (`pathlib.Path`):
-            The file.
-        schema_version (`int`):
-            The version that the caller understands.
-
-    Returns:
-        `dict`: Its content.
-
-    Raises:
-        `ValueError`: If it is not JSON, or of another schema version.
-    """
+    """Read one of this project's JSON files; one that is not JSON, or of another schema version, is refused."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, found something else ({error})") from error
     found = content.get("schema_version") if isinstance(content, dict) else None
-    if found != schema_version:
+    if type(found) is not int or found != schema_version:
         raise ValueError(f"{path}: expected schema_version {schema_version}, found {found!r}")
     return content
+
+
+def resolve_inside(folder: Path, part: str) -> Path:
+    """
+    Path of a part of a folder. Links may lead to the Hub's cache that the folder lies in, and nowhere else outside:
+    what a file of a stranger names must not be read, and then published, from any place of the disk.
+    """
+    folder = folder.resolve()
+    path = (folder / part).resolve()
+    snapshots = next((parent for parent in (folder, *folder.parents) if parent.name == "snapshots"), None)
+    if not any(path.is_relative_to(place) for place in (folder, *([snapshots.parent] if snapshots else []))):
+        raise ValueError(f"{folder / part}: expected a file inside {folder}, found a path or a link that leaves it")
+    return folder / part
+
+
+@contextmanager
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """
+    Be the only writer of a folder.
+
+    The lock ends with its process, however that ends.
+
+    Args:
+        folder (`str` or `pathlib.Path`):
+            The folder; it is made if it is missing.
+
+    Raises:
+        `ValueError`: If another process, or this one, writes to the folder already.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = folder.resolve() / ".lock"
+        # Opened again in the process that holds it, a lock of POSIX would be lost as the second file is closed.
+        if place in _locked:
+            raise ValueError(f"{folder}: this process (pid {os.getpid()}) writes to the folder already")
+        file = open(place, "a+", encoding="utf-8")  # noqa: SIM115 (held below)
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            pid = file.read().strip() or "unknown"
+            raise ValueError(f"{folder}: another process (pid {pid}) writes to the folder; wait or end it") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        _locked.add(place)
+        try:
+            yield
+        finally:
+            _locked.discard(place)
 
 
 @dataclass
@@ -78,9 +119,9 @@ class StageRecord:
         index (`int`):
             Position in the run; 0 is the base model.
         kind (`str`):
-            `"base"`, `"train"` or `"refresh"`.
+            `"base"`, `"train"`, `"refresh"` or `"heal"`.
         domain (`str`, *optional*):
-            Domain that was trained.
+            Domain that was trained; `None` for the base model and for a heal.
         folder (`str`, *optional*):
             Folder of the weights, relative to the folder of the run; `None` for the base model.
         steps (`int`):
@@ -113,80 +154,281 @@ class StageRecord:
 
     @property
     def name(self) -> str:
+        """Name of the stage and of its folder, such as `0-base`, `2-math`, `5-refresh-math` or `6-heal`."""
         return stage_name(self.index, self.kind, self.domain)
 
 
 def stage_name(index: int, kind: str, domain: str | None) -> str:
+    parts = {"base": ["base"], "train": [str(domain)]}.get(kind, [kind, *([] if domain is None else [domain])])
+    return "-".join([str(index), *parts])
+
+
+class Run:
     """
-    Name of a stage and of its folder, e.g. `0-base`, `2-math`, `5-refresh-math`.
+    The folder of a run: stages, scores, reports, repair and recipe.
 
-    Args:
-        index (`int`):
-            Position in the run.
-        kind (`str`):
-            `"base"`, `"train"` or `"refresh"`.
-        domain (`str`, *optional*):
-            Domain of the stage.
+    `stages.json` says what has finished. It is replaced atomically, and only after all files of a stage are on disk:
+    it alone decides what a resumed run does next. The one before its last change is kept as `stages.json.previous`.
 
-    Returns:
-        `str`: The name.
-    """
-    return f"{index}-" + {"base": "base", "train": str(domain)}.get(kind, f"{kind}-{domain}")
+    Example:
 
+    ```python
+    >>> from trl_interfere import Run
 
-class Manifest:
-    """
-    The finished stages of a run, kept in `stages.json`.
-
-    The file is replaced atomically, and only after all files of a stage are on disk. It alone decides what a resumed
-    run does next. The manifest before the last change is kept as `stages.json.previous`.
+    >>> run = Run("out")
+    >>> run.peak("math").name, run.final.name
+    ('2-math', '4-writing')
+    ```
 
     Args:
         folder (`str` or `pathlib.Path`):
-            Folder of the run.
-        run (`dict`):
-            What identifies the run: base model, seed, schedule, configuration. JSON values only.
+            Folder of a run that has begun. Nothing in it is changed.
+
+    Raises:
+        `FileNotFoundError`: If the folder holds no run.
+        `ValueError`: If its `stages.json` is broken or of another schema version.
     """
 
-    def __init__(self, folder: str | Path, run: dict[str, Any]):
-        self.folder = Path(folder)
-        self.run = json.loads(json.dumps(run))
+    def __init__(self, folder: str | Path):
+        self._begin(folder, {})
+        if not self.exists():
+            raise FileNotFoundError(f"{folder}: expected the folder of a run with {STAGES_NAME}, found none")
+        self._read()
+
+    @classmethod
+    def new(
+        cls,
+        folder: str | Path,
+        identity: dict[str, Any],
+        run_name: str | None = None,
+        about: dict[str, Any] | None = None,
+    ) -> "Run":
+        """
+        A run that begins, or goes on with [`~Run.resume`]. Nothing is written before [`~Run.save`].
+
+        Args:
+            folder (`str` or `pathlib.Path`):
+                Folder of the run.
+            identity (`dict`):
+                What makes it this run and no other: base model, domains, schedule, configuration. JSON values only.
+            run_name (`str`, *optional*):
+                Name under which trackers know it. Defaults to the name of the folder and a random number.
+            about (`dict`, *optional*):
+                What the card says of it; may change when the run is resumed.
+
+        Returns:
+            [`Run`]: The run.
+        """
+        run = cls.__new__(cls)
+        run._begin(folder, json.loads(json.dumps(identity)), run_name, about)
+        return run
+
+    def _begin(self, folder, identity, run_name=None, about=None) -> None:
+        self.folder, self.identity = Path(folder), identity
+        self.run_name, self.about = run_name, dict(about or {})
         self.stages: list[StageRecord] = []
         self.current: StageRecord | None = None  # trained and saved, but not yet scored on every domain
-        self.run_name: str | None = None  # under which trackers know the run
-        self.about: dict[str, Any] = {}  # for the card; may change when the run is resumed
-        self._text: str | None = None  # of the last whole manifest
+        self._text: str | None = None  # of the last whole stages.json
 
     @property
     def path(self) -> Path:
-        return self.folder / MANIFEST_NAME
+        return self.folder / STAGES_NAME
 
     @property
     def previous_path(self) -> Path:
-        return self.folder / f"{MANIFEST_NAME}.previous"
+        return self.folder / f"{STAGES_NAME}.previous"
 
     def exists(self) -> bool:
-        """
-        Whether the folder holds a run.
-
-        Returns:
-            `bool`: `True` if there is a manifest, broken or not.
-        """
+        """Whether the folder holds a run, broken or not."""
         return self.path.exists() or self.previous_path.exists()
 
-    def load(self) -> None:
-        """
-        Read the finished stages of an earlier process.
+    @property
+    def records(self) -> list[StageRecord]:
+        """Finished stages, and the one that is trained and not yet scored."""
+        return [*self.stages, *([self.current] if self.current else [])]
 
-        A manifest that is not JSON (cut off by a failing disk) is skipped with a warning where the one before it is
-        whole. The schedule may be longer than that of the earlier process, and there may be more domains.
+    @property
+    def order(self) -> list[str]:
+        """Domains in the order of training, as the schedule has them."""
+        return [stage["domain"] for stage in self.identity.get("schedule", [])]
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains that are scored, in the order of the first scores."""
+        return list(dict.fromkeys(name for record in self.stages for name in record.scores))
+
+    @property
+    def base_model(self) -> str:
+        """Folder of the base model where this machine has it, else its Hub id, or the name of its folder."""
+        kept = self._local().get("base_model")
+        return kept if kept and Path(kept).is_dir() else str(self.identity.get("base_model", "unknown"))
+
+    @property
+    def recipe(self) -> Path | None:
+        """The recipe that the run was trained by; `None` for a run that was made in Python."""
+        path = self.folder / "recipe.yaml"
+        return path if path.is_file() else None
+
+    @property
+    def recipe_folder(self) -> Path:
+        """Folder that the paths of the recipe start from."""
+        return Path(self._local().get("recipe_folder", self.folder))
+
+    @property
+    def final(self) -> StageRecord:
+        """The last stage that is not a heal: what a heal starts from."""
+        return next(record for record in reversed(self.stages) if record.kind != "heal")
+
+    @property
+    def repair(self) -> Path:
+        """Folder of the repair; it may be missing."""
+        return self.folder / "repair"
+
+    def analysis(self, domain: str) -> Path:
+        """Folder of the report on a damaged domain; it may be missing."""
+        return self.folder / "analysis" / domain
+
+    @property
+    def reports(self) -> dict[str, Path]:
+        """Folders of the reports by name, as far as they lie inside the run."""
+        found = sorted({path for depth in ("", "*/", "*/*/") for path in self.folder.glob(depth + REPORT_NAME)})
+        parts = [path.relative_to(self.folder) for path in found]
+        return {part.parent.name or "report": resolve_inside(self.folder, part).parent for part in parts}
+
+    def stage(self, name: str | int) -> StageRecord:
+        """A finished stage by its name or position; negative positions count from the end."""
+        if isinstance(name, int) and -len(self.stages) <= name < len(self.stages):
+            return self.stages[name]
+        for record in self.stages:
+            if record.name == name:
+                return record
+        raise ValueError(f"{self.path}: expected one of {[r.name for r in self.stages]} as a stage, found {name!r}")
+
+    def weights(self, stage: StageRecord | str | int) -> Path | str:
+        """
+        Where the weights of a stage lie.
+
+        Args:
+            stage ([`StageRecord`] or `str` or `int`):
+                The stage, its name or its position.
+
+        Returns:
+            `pathlib.Path` or `str`: Folder of the weights or the adapter; [`~Run.base_model`] for the base.
 
         Raises:
-            `ValueError`: If the file is broken, of another schema version, of another run, or names a missing folder.
+            `FileNotFoundError`: If the folder is gone.
         """
-        for leftover in self.folder.glob(f".{MANIFEST_NAME}*.tmp"):
-            logger.warning("%s: half-written by a process that was killed, skipped", leftover)
+        record = stage if isinstance(stage, StageRecord) else self.stage(stage)
+        if record.folder is None:
+            return self.base_model
+        folder = resolve_inside(self.folder, record.folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: expected the weights of stage {record.name}, found no such folder")
+        return folder
+
+    def rows(self, stage: StageRecord | str | int, domain: str) -> list[dict[str, Any]]:
+        """
+        What a stage wrote on the test prompts of a domain.
+
+        Args:
+            stage ([`StageRecord`] or `str` or `int`):
+                The stage, its name or its position.
+            domain (`str`):
+                Name of the domain.
+
+        Returns:
+            `list[dict]`: For each prompt its `score` (0 to 1), the `prompt`, and the `completions`.
+
+        Raises:
+            `ValueError`: If the stage was not scored on the domain, or the file is broken.
+        """
+        record = stage if isinstance(stage, StageRecord) else self.stage(stage)
+        if domain not in record.scores:
+            raise ValueError(
+                f"domain {domain!r}: expected one that was scored after stage {record.name}, {list(record.scores)}"
+            )
+        entry = record.scores[domain]
+        path = resolve_inside(self.folder, entry["file"])
+        try:
+            with open(path, encoding="utf-8") as file:
+                rows = [{"prompt": None, "completions": [], **json.loads(line)} for line in file]
+            if not all(math.isfinite(row["score"]) for row in rows):
+                raise ValueError("a score that is not finite")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path}: expected the scores of stage {record.name}, found none") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected one JSON object with a 'score' per line ({error!r})") from error
+        if len(rows) != entry["n"]:
+            raise ValueError(f"{path}: expected {entry['n']} scores, found {len(rows)}")
+        return rows
+
+    def scores(self, stage: StageRecord | str | int, domain: str) -> np.ndarray:
+        """
+        Scores of a stage on the test prompts of a domain.
+
+        Args:
+            stage ([`StageRecord`] or `str` or `int`):
+                The stage, its name or its position.
+            domain (`str`):
+                Name of the domain.
+
+        Returns:
+            `numpy.ndarray` of shape `(n,)`: Score of each prompt, 0 to 1.
+        """
+        return np.array([row["score"] for row in self.rows(stage, domain)], dtype=np.float64)
+
+    def trained(self, domain: str) -> StageRecord | None:
+        """The last stage of kind `train` of a domain; `None` where there is none."""
+        own = [record for record in self.stages if record.kind == "train" and record.domain == domain]
+        return own[-1] if own else None
+
+    def peak(self, domain: str) -> StageRecord:
+        """
+        The stage after which a domain scored best, up to the final stage; the earliest one among equals.
+
+        Args:
+            domain (`str`):
+                Name of the domain.
+
+        Returns:
+            [`StageRecord`]: The stage.
+
+        Raises:
+            `ValueError`: If the domain was never scored.
+        """
+        scored = [record for record in self.stages[: self.final.index + 1] if domain in record.scores]
+        if not scored:
+            raise ValueError(f"domain {domain!r}: expected one that was scored, {self.domains}")
+        return max(scored, key=lambda record: self.scores(record, domain).mean())
+
+    def resume(self) -> None:
+        """
+        Go on with what is in the folder: read its stages and remove what a killed process left half-written.
+
+        The schedule may be longer than that of the earlier process, and there may be more domains.
+
+        Raises:
+            `ValueError`: If `stages.json` is broken, of another run, or names what is missing.
+        """
+        identity, about, run_name = self.identity, self.about, self.run_name
+        self._tidy()
+        self._read()
+        self._check_identity(self.identity, identity, sum(record.kind == "train" for record in self.stages))
+        for record in self.records:
+            for part in [record.folder, *(entry["file"] for entry in record.scores.values())]:
+                if part is not None and not (self.folder / part).exists():
+                    raise ValueError(
+                        f"{self.path}: stage {record.name} is listed, but {self.folder / part} is missing"
+                    )
+        self.identity, self.about, self.run_name = identity, {**self.about, **about}, run_name or self.run_name
+
+    def _tidy(self) -> None:
+        for leftover in self.folder.glob(f".{STAGES_NAME}*.tmp"):
+            logger.warning("%s: half-written by a process that was killed, removed", leftover)
             leftover.unlink(missing_ok=True)
+
+    def _read(self) -> None:
+        """Read `stages.json`, or the one before it where it was cut off by a failing disk."""
         try:
             content = read_json(self.path, SCHEMA_VERSION)
         except (OSError, ValueError) as error:
@@ -198,33 +440,23 @@ class Manifest:
         for key, kind in (("run", dict), ("stages", list)):
             if not isinstance(content.get(key), kind):
                 raise ValueError(f"{self.path}: expected {key!r} to be a {kind.__name__}, found {content.get(key)!r}")
-        try:
-            stages = [StageRecord(**record) for record in content["stages"]]
-            current = None if content.get("current") is None else StageRecord(**content["current"])
-            parts = [
-                [record.folder, *(entry["file"] for entry in record.scores.values())]
-                for record in [*stages, *([current] if current else [])]
-            ]
-            indices = [record.index for record in stages]
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path}: a stage does not have the expected fields ({error})") from error
-        if indices != list(range(len(stages))):
+        self.stages = [_record(entry, f"{self.path}, stages[{i}]") for i, entry in enumerate(content["stages"])]
+        current = content.get("current")
+        self.current = None if current is None else _record(current, f"{self.path}, current")
+        for record in self.records:
+            for part in [record.folder, *(entry["file"] for entry in record.scores.values())]:
+                if part is not None:
+                    resolve_inside(self.folder, part)
+        indices = [record.index for record in self.stages]
+        if indices != list(range(len(indices))):
             raise ValueError(f"{self.path}: expected stages 0, 1, 2, ..., found {indices}")
-        self._check_run(content["run"], sum(record.kind == "train" for record in stages))
-        for record, named in zip([*stages, *([current] if current else [])], parts, strict=True):
-            for part in named:
-                if part is not None and not (self.folder / part).exists():
-                    raise ValueError(
-                        f"{self.path}: stage {record.name} is listed, but {self.folder / part} is missing"
-                    )
-        self.stages, self.current = stages, current
-        self.run_name = self.run_name or content.get("run_name")
-        self.about = {**content.get("about", {}), **self.about}
+        self.identity, self.about = content["run"], content.get("about", {})
+        self.run_name = content.get("run_name")
         self._text = json.dumps(content, indent=2) + "\n"
 
-    def _check_run(self, earlier: dict[str, Any], trained: int) -> None:
+    def _check_identity(self, before: dict[str, Any], now: dict[str, Any], trained: int) -> None:
         """Refuse another run. Stages that have not begun may change, and domains may be added."""
-        before, now = dict(earlier), dict(self.run)
+        before, now = dict(before), dict(now)
         if isinstance(before.get("schedule"), list):
             # The stage after the trained ones may have checkpoints; only what comes later is free.
             kept = min(len(before["schedule"]), trained + 1)
@@ -242,17 +474,9 @@ class Manifest:
             "settings. In the folder (-) and now (+):\n" + "\n".join(changes)
         )
 
-    def append(self, record: StageRecord) -> None:
-        """
-        Record a finished stage.
-
-        Args:
-            record ([`StageRecord`]):
-                The stage; its files must be on disk.
-        """
-        self.stages.append(record)
-        self.current = None
-        self.save()
+    def lock(self):
+        """Be the only writer of the folder, see [`lock_folder`]."""
+        return lock_folder(self.folder)
 
     def save(self) -> None:
         """Write `stages.json`."""
@@ -261,79 +485,81 @@ class Manifest:
             "schema_version": SCHEMA_VERSION,
             "run_name": self.run_name,
             "about": self.about,
-            "run": self.run,
-            "stages": [vars(record) for record in self.stages],
-            "current": None if self.current is None else vars(self.current),
+            "run": self.identity,
+            "stages": [asdict(record) for record in self.stages],
+            "current": None if self.current is None else asdict(self.current),
         }
-        for leftover in self.folder.glob(f".{MANIFEST_NAME}.*.tmp"):
-            logger.warning("%s: half-written by a process that was killed, removed", leftover)
-            leftover.unlink(missing_ok=True)
+        self._tidy()
         if self._text is not None:
             write_atomically(self.previous_path, self._text)
         self._text = json.dumps(content, indent=2) + "\n"
         write_atomically(self.path, self._text)
 
-    def write_scores(self, name: str, domain: str, values: np.ndarray, completions: list[str]) -> dict[str, Any]:
-        """
-        Keep per-prompt scores beside the manifest.
+    def append(self, record: StageRecord) -> None:
+        """Record a finished stage; its files must be on disk."""
+        self.stages.append(record)
+        self.current = None
+        self.save()
 
-        Args:
-            name (`str`):
-                Name of the stage.
-            domain (`str`):
-                Domain that was scored.
-            values (`numpy.ndarray` of shape `(n,)`):
-                Score of each prompt.
-            completions (`list[str]`):
-                What the model wrote, the same number for each prompt.
+    def write_scores(
+        self, stage: str, domain: str, values: np.ndarray, completions: list[str], prompts: list[Any] | None = None
+    ) -> str:
+        """Keep the scores of a stage, see [`write_scores`]."""
+        return write_scores(self.folder, stage, domain, values, completions, prompts)
 
-        Returns:
-            `dict`: `value`, `low`, `high`, `n` and `file`, as they stand in the manifest.
-        """
-        file = Path("scores") / name / f"{domain}.jsonl"
-        each = len(completions) // len(values)
-        lines = (
-            json.dumps({"score": float(value), "completions": completions[row * each : (row + 1) * each]})
-            for row, value in enumerate(values)
+    def keep_local(self, **values: str) -> None:
+        """Remember what holds on this machine only, and is never published: `base_model`, `recipe_folder`."""
+        write_json(self.folder / "local.json", {"schema_version": SCHEMA_VERSION, **self._local(), **values})
+
+    def _local(self) -> dict[str, Any]:
+        path = self.folder / "local.json"
+        return read_json(path, SCHEMA_VERSION) if path.is_file() else {}
+
+
+def write_scores(
+    folder: Path, stage: str, domain: str, values: np.ndarray, completions: list[str], prompts: list[Any] | None = None
+) -> str:
+    """
+    Write the score, the prompt and the completions of each prompt, the same number for each.
+
+    Returns:
+        `str`: The file, relative to the folder.
+    """
+    file = Path("scores") / stage / f"{domain}.jsonl"
+    each = len(completions) // len(values)
+    prompts = [None] * len(values) if prompts is None else prompts
+    lines = (
+        json.dumps(
+            {"score": float(value), "prompt": prompt, "completions": completions[row * each : (row + 1) * each]},
+            default=str,
         )
-        write_atomically(self.folder / file, "".join(line + "\n" for line in lines))
-        return {**score(values).to_dict(), "file": file.as_posix()}
+        for row, (value, prompt) in enumerate(zip(values, prompts, strict=True))
+    )
+    write_atomically(folder / file, "".join(line + "\n" for line in lines))
+    return file.as_posix()
 
-    def read_scores(self, record: StageRecord, domain: str) -> np.ndarray:
-        """
-        Per-prompt scores of a finished stage.
 
-        Args:
-            record ([`StageRecord`]):
-                The stage.
-            domain (`str`):
-                Domain that was scored.
+_FIELDS = {"index": int, "kind": str, "domain": (str, type(None)), "folder": (str, type(None)), "steps": int}
+_FIELDS |= {"seconds": (int, float), "scores": dict, "seed": int, "overrides": dict, "versions": dict, "reason": dict}
+_SCORE = {"value": (int, float), "low": (int, float), "high": (int, float), "n": int, "file": str}
 
-        Returns:
-            `numpy.ndarray` of shape `(n,)`: Score of each prompt, 0 to 1.
-        """
-        path, n = self.folder / record.scores[domain]["file"], record.scores[domain]["n"]
-        try:
-            with open(path, encoding="utf-8") as file:
-                values = np.array([float(json.loads(line)["score"]) for line in file])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: expected one JSON object with a 'score' per line ({error!r})") from error
-        if len(values) != n:
-            raise ValueError(f"{path}: expected {n} scores, found {len(values)}")
-        return values
 
-    def score_matrix(self, domains: list[str]) -> ScoreMatrix:
-        """
-        Scores of all finished stages.
+def _record(entry: Any, where: str) -> StageRecord:
+    """A stage of `stages.json`, with the type of every field looked at once."""
+    if not isinstance(entry, dict) or not {*_FIELDS} - {"reason"} <= {*entry} <= {*_FIELDS}:
+        raise ValueError(f"{where}: expected a stage with the fields {[*_FIELDS]}, found {entry!r:.200}")
+    _check_types({"reason": {}, **entry}, _FIELDS, where)
+    if entry["kind"] not in KINDS:
+        raise ValueError(f"{where}, kind: expected one of {KINDS}, found {entry['kind']!r}")
+    for domain, figures in entry["scores"].items():
+        _check_types(figures if isinstance(figures, dict) else {}, _SCORE, f"{where}, scores, {domain}")
+    return StageRecord(**entry)
 
-        Args:
-            domains (`list[str]`):
-                Names of the domains.
 
-        Returns:
-            [`ScoreMatrix`]: Stages x domains.
-        """
-        matrix = ScoreMatrix(domains)
-        for record in self.stages:
-            matrix.append(record.name, {domain: self.read_scores(record, domain) for domain in record.scores})
-        return matrix
+def _check_types(values: dict[str, Any], types: dict[str, Any], where: str) -> None:
+    for name, kind in types.items():
+        value = values.get(name)
+        number = isinstance(value, (int, float))
+        if not isinstance(value, kind) or isinstance(value, bool) or (number and not math.isfinite(value)):
+            names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"{where}, {name}: expected {names}, found {value!r:.100}")

@@ -43,7 +43,7 @@ def test_metadata(card, run):
     assert {"trl-interfere", "trl", "grpo"} <= set(data["tags"])
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
     assert data["license"] == "apache-2.0" and "base_model" not in data  # the lab's model is not on the Hub
-    run.manifest.run["base_model"] = "Qwen/Qwen3-0.6B@stage-1-math"
+    run.manifest.identity["base_model"] = "Qwen/Qwen3-0.6B@stage-1-math"
     run.manifest.about["benchmarks"] = {"math": "a/b:c", "qa": "a/b"}
     data = analysis_card(run, "u/r").data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("Qwen/Qwen3-0.6B", "finetune")

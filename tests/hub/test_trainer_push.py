@@ -97,7 +97,7 @@ def test_a_hub_that_fails_does_not_stop_the_training(hub, tmp_path, no_waits, ca
     hub.failures.clear()
     resumed = build(tmp_path, hub_strategy="every_save", save_steps=2, **PUSH)
     resumed.train(resume_from_checkpoint=True)  # nothing is left to train, but to push
-    assert [record.name for record in resumed.manifest.stages] == ["0-base", "1-math", "2-writing"]
+    assert [record.name for record in resumed.run.stages] == ["0-base", "1-math", "2-writing"]
     assert hub.files(REPO)["model.safetensors"] == weights(tmp_path, "2-writing")
 
 
@@ -120,7 +120,7 @@ def test_a_run_from_a_revision(hub, tmp_path):
     for key, tensor in first.model.state_dict().items():
         assert (trainer.model.state_dict()[key] == tensor).all(), key
     trainer.train()
-    assert trainer.manifest.run["base_model"] == name
+    assert trainer.run.identity["base_model"] == name
     card = (tmp_path / "second" / "README.md").read_text()
     assert f"base_model: {REPO}\n" in card and "revision `stage-1-math`" in card
 

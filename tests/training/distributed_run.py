@@ -140,7 +140,7 @@ def main(folder: Path, resume: bool = False, kill: tuple[str, int, int] | None =
     )
     rank = trainer.accelerator.process_index
     if rank > 0:
-        trainer.manifest.save = trainer.manifest.write_scores = refuse
+        trainer.run.save = trainer.run.write_scores = refuse
     trainer.train(resume_from_checkpoint=resume)
     weights = {
         # Shards are gathered; a clone, because tied weights share their memory, which safetensors refuses.

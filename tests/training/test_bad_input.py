@@ -545,4 +545,4 @@ def test_a_stage_that_was_stopped_early_stays_so(tmp_path, earned):
         on_a_full_disk(MEGABYTE, None, folders[1], stop=Stop())
     resumed = go_on(folders[1])
     assert_same(weights(stopped), weights(resumed))
-    assert resumed.manifest.stages[2].steps == 2
+    assert resumed.run.stages[2].steps == 2

@@ -359,7 +359,7 @@ def test_options_run_through_two_stages(tmp_path, name):
     trainer = build(tmp_path, domains=own, **options)
     trainer.train()
     steps = max(options["max_steps"], 1)
-    assert [record.steps for record in trainer.manifest.stages] == [0, steps, steps]
+    assert [record.steps for record in trainer.run.stages] == [0, steps, steps]
     base = load_file(MODEL_FOLDER / "model.safetensors")
     first, second = (load_file(tmp_path / "stages" / stage / "model.safetensors") for stage in ("1-math", "2-writing"))
     assert base.keys() == first.keys() == second.keys()
@@ -419,7 +419,7 @@ def test_a_resumed_run_may_have_another_server(tmp_path):
     settings |= {"vllm_server_host": "second", "vllm_group_port": 2, "vllm_gpu_memory_utilization": 0.2}
     trainer = build(tmp_path, **settings)
     trainer.train(resume_from_checkpoint=True)
-    assert [record.steps for record in trainer.manifest.stages] == [0, 1, 1]
+    assert [record.steps for record in trainer.run.stages] == [0, 1, 1]
 
 
 def test_a_stream_after_a_dataset(tmp_path):
@@ -428,7 +428,7 @@ def test_a_stream_after_a_dataset(tmp_path):
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 1}
     trainer = build(tmp_path, domains=[math_domain(), stream], max_steps=1, **workers)
     trainer.train()
-    assert [record.steps for record in trainer.manifest.stages] == [0, 1, 1]
+    assert [record.steps for record in trainer.run.stages] == [0, 1, 1]
     assert trainer.args.dataloader_num_workers == 1
 
 

@@ -180,8 +180,8 @@ def test_a_run_is_extended(tmp_path):
     grown = build(tmp_path / "grown", order=["math", "writing", "math"], callbacks=[AskOnce()])
     grown.train(resume_from_checkpoint=True)
     assert_same(weights(whole), weights(grown))
-    assert [record.name for record in grown.manifest.stages] == [record.name for record in whole.manifest.stages]
-    assert list(grown.manifest.stages[0].scores) == ["math"]  # there was no other domain yet
+    assert [record.name for record in grown.run.stages] == [record.name for record in whole.run.stages]
+    assert list(grown.run.stages[0].scores) == ["math"]  # there was no other domain yet
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def test_stage_overrides_hold_for_their_stage_only(tmp_path):
     overrides = {"writing": {"learning_rate": 5e-4, "max_steps": 1, "lr_scheduler_type": "constant"}}
     trainer = build(tmp_path, order=["writing", "math"], stage_overrides=overrides)
     trainer.train()
-    assert [(record.domain, record.steps) for record in trainer.manifest.stages[1:]] == [("writing", 1), ("math", 3)]
+    assert [(record.domain, record.steps) for record in trainer.run.stages[1:]] == [("writing", 1), ("math", 3)]
     rates = []
     for name in ("1-writing", "2-math"):
         log = json.loads((tmp_path / "stages" / name / "log_history.json").read_text())
@@ -190,7 +190,7 @@ def test_more_stages_can_be_asked_for_after_a_run(tmp_path):
     trainer.train()
     trainer.add_callback(AskOnce())
     trainer.train(resume_from_checkpoint=True)
-    assert [record.kind for record in trainer.manifest.stages] == ["base", "train", "train", "refresh"]
+    assert [record.kind for record in trainer.run.stages] == ["base", "train", "train", "refresh"]
 
 
 def test_a_deleted_stage_folder_is_named(tmp_path):

@@ -87,7 +87,7 @@ def test_every_stage_and_the_refresh(tmp_path, adapters):
     trainer = build(tmp_path, callbacks=[AskOnce()], **VLLM, **settings)
     seen = watch(trainer)
     trainer.train()
-    assert [(record.kind, record.domain) for record in trainer.manifest.stages[1:]] == [
+    assert [(record.kind, record.domain) for record in trainer.run.stages[1:]] == [
         ("train", "math"),
         ("train", "writing"),
         ("refresh", "math"),
@@ -104,7 +104,7 @@ def test_every_stage_and_the_refresh(tmp_path, adapters):
         if "sampling/sampling_logp_difference/max" in entry
     ]
     assert len(differences) == 6 and max(differences) < 1e-3
-    scores = trainer.manifest.stages[-1].scores
+    scores = trainer.run.stages[-1].scores
     assert set(scores) == {"math", "writing"}
 
 

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from ..analysis.report import REPORT_NAME, ROUTES_NAME
-from ..run import MANIFEST_NAME
+from ..run import STAGES_NAME
 from .stored_run import HUB_FOLDER, MAX_JSON_BYTES, RESULTS_NAME, StoredRun
 
 
@@ -19,7 +19,7 @@ TAG = "trl-interfere"
 MAX_DOWNLOAD_BYTES = 256 * 2**20  # of what a repository holds beside its weights
 MAX_FOUND = 50
 _REPO_ID = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}", re.ASCII)
-_MARKS = (RESULTS_NAME, MANIFEST_NAME, REPORT_NAME)
+_MARKS = (RESULTS_NAME, STAGES_NAME, REPORT_NAME)
 
 
 class Catalog:

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..analysis.report import DIRECTIONS, REPORT_NAME, ROUTES_NAME, SCHEMA_VERSION, InterferenceReport
-from ..run import MANIFEST_NAME, read_json, stage_name
+from ..run import STAGES_NAME, read_json, stage_name
 
 
 RESULTS_NAME = "results.json"
@@ -270,9 +270,9 @@ class StoredRun:
                 routes = (path.parent / ROUTES_NAME).resolve().is_relative_to(boundary)
                 if inside and routes and len(reports) < MAX_NAMES:
                     reports[path.parent.relative_to(places[0]).name or "report"] = path.parent
-        results_path, manifest_path = find(RESULTS_NAME), find(MANIFEST_NAME)
+        results_path, manifest_path = find(RESULTS_NAME), find(STAGES_NAME)
         if not (reports or results_path or manifest_path):
-            expected = f"{REPORT_NAME}, {RESULTS_NAME} or {MANIFEST_NAME}"
+            expected = f"{REPORT_NAME}, {RESULTS_NAME} or {STAGES_NAME}"
             raise ValueError(f"{name}: expected a run or a report ({expected}), found none")
         results = _read(results_path, 1) if results_path else {}
         stages = results.get("stages")

@@ -15,9 +15,9 @@ from rich.table import Table
 from ..domain import Domain
 from ..models import load_model, load_tokenizer
 from ..recipe import RunFile
-from ..run import Manifest, write_atomically
+from ..run import write_atomically, write_scores
 from ..training.config import SequentialGRPOConfig
-from .bootstrap import difference
+from .bootstrap import difference, score
 from .scorer import Scorer
 from .vllm_engine import VLLMEngine
 
@@ -82,7 +82,6 @@ def evaluate_checkpoints(
         dtype = precision = dtype if precision == "float32" else precision
     for name in models:  # a name that does not exist must not cost the scores of those before it
         load_tokenizer(name, trust_remote_code=bool(settings["trust_remote_code"]))
-    store = Manifest(output_dir, {})
     results: list[dict[str, Any]] = []
     values: list[dict[str, np.ndarray]] = []
     for position, name in enumerate(models):
@@ -119,7 +118,10 @@ def evaluate_checkpoints(
             for domain, dataset in chosen:
                 result = scorer.score(model, domain, dataset)
                 label = f"{position}-{Path(name).name}"
-                scores[domain.name] = store.write_scores(label, domain.name, result.values, result.completions)
+                file = write_scores(
+                    output_dir, label, domain.name, result.values, result.completions, dataset["prompt"][:]
+                )
+                scores[domain.name] = {**score(result.values).to_dict(), "file": file}
                 values[-1][domain.name] = result.values
         changes = (
             {}

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from ..run import Run
 from .bootstrap import Interval, average, score
 
 
@@ -29,6 +30,25 @@ class ScoreMatrix:
     domains: list[str]
     stages: list[str] = field(default_factory=list)
     values: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+    @classmethod
+    def from_run(cls, run: Run, domains: list[str] | None = None) -> "ScoreMatrix":
+        """
+        Scores of all finished stages of a run.
+
+        Args:
+            run ([`Run`]):
+                The run.
+            domains (`list[str]`, *optional*):
+                Names of the domains. Defaults to all that were scored.
+
+        Returns:
+            [`ScoreMatrix`]: Stages x domains.
+        """
+        matrix = cls(run.domains if domains is None else domains)
+        for record in run.stages:
+            matrix.append(record.name, {domain: run.scores(record, domain) for domain in record.scores})
+        return matrix
 
     def append(self, stage: str, values: dict[str, np.ndarray]) -> None:
         self.stages.append(stage)

@@ -73,7 +73,7 @@ def _scored(run: RunFolder) -> list[tuple[str, dict, str]]:
 
 
 def _notes(run: RunFolder, entry: dict) -> str:
-    config = run.manifest.run.get("config", {})
+    config = run.manifest.identity.get("config", {})
     sampling = f"temperature {config['score_temperature']:g}" if "score_temperature" in config else "see the card"
     return (
         f"after stage {run.stages[-1].name}; n={entry['n']}, 95% interval [{entry['low']:.1f}, {entry['high']:.1f}]; "

@@ -21,7 +21,7 @@ from ..models import MODEL_FILES
 from ..reporting.card import TAGS, analysis_card, report_card, stage_card
 from ..reporting.plots import plot_rollback, plot_score_matrix
 from ..revision import split_revision, stage_revision
-from ..run import MANIFEST_NAME
+from ..run import STAGES_NAME
 from .eval_results import eval_result_files
 from .run_folder import RESULTS_NAME, RunFolder
 from .upload import PlannedRevision, Uploader
@@ -390,7 +390,7 @@ def _model_files(folder: Path) -> dict[str, Path | bytes]:
 
 def _analysis_files(run: RunFolder) -> tuple[dict[str, Path | bytes], dict[str, str]]:
     """Files under `interference/`, and the paths of the figures that the card shows."""
-    files: dict[str, Path | bytes] = {f"{REPORT_FOLDER}/{MANIFEST_NAME}": run.folder / MANIFEST_NAME}
+    files: dict[str, Path | bytes] = {f"{REPORT_FOLDER}/{STAGES_NAME}": run.folder / STAGES_NAME}
     for record in run.stages:
         for entry in record.scores.values():
             files[f"{REPORT_FOLDER}/{entry['file']}"] = run.folder / entry["file"]
@@ -479,7 +479,7 @@ def _card_kind(uploader: Uploader) -> str:
 def _check_owner(uploader: Uploader, overwrite: bool) -> None:
     remote, _ = uploader.remote_files("main")
     foreign = any(path.endswith(".safetensors") for path in remote)
-    if foreign and f"{REPORT_FOLDER}/{MANIFEST_NAME}" not in remote and not overwrite:
+    if foreign and f"{REPORT_FOLDER}/{STAGES_NAME}" not in remote and not overwrite:
         raise ValueError(
             f"{uploader.repo_id}: expected an empty repository or one that a run was pushed to, found another model; "
             "choose another name, or replace it with --overwrite (`overwrite=True`)"
@@ -487,7 +487,7 @@ def _check_owner(uploader: Uploader, overwrite: bool) -> None:
 
 
 def _seed(run: RunFolder) -> int | str:
-    return run.manifest.run.get("config", {}).get("seed", "unknown")
+    return run.manifest.identity.get("config", {}).get("seed", "unknown")
 
 
 def _command(folder: Path, repo_id: str, stages: bool, private: bool | None, collection: str | None) -> str:

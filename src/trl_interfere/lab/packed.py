@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..analysis.report import REPORT_NAME, ROUTES_NAME
-from ..run import MANIFEST_NAME, read_json
+from ..run import STAGES_NAME, read_json
 
 
 # Pages list the stages of a packed run: torch is loaded where weights are.
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 DELTA_NAME = "delta.safetensors"
-FILES = ("results.json", "report.md", MANIFEST_NAME)
+FILES = ("results.json", "report.md", STAGES_NAME)
 
 
 def pack(run: Path, folder: Path, stages: list[str] | None = None, scores: bool = True) -> int:

@@ -145,10 +145,10 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / ORDER_NAME, json.dumps(self.order) + "\n")
         self._train(trainer)
-        pairs, reports = self._analyze(trainer.manifest.stages)
+        pairs, reports = self._analyze(trainer.run.stages)
         rollback = self._roll_back(trainer, pairs, reports)
         refresh = self._refresh(trainer, pairs, reports)
-        edits = self._edits(trainer.manifest.stages)
+        edits = self._edits(trainer.run.stages)
         shown = [row for row in rollback if row["pair"] == 0]
         claims = [
             *report_claims(reports[0]),
@@ -162,7 +162,7 @@ class Lab:
             "seed": self.seed,
             "order": self.order,
             "steps_per_stage": self.steps,
-            "stages": [self._stage_row(record) for record in trainer.manifest.stages],
+            "stages": [self._stage_row(record) for record in trainer.run.stages],
             "pairs": [
                 self._pair_row(earlier, later, report)
                 for (earlier, later, *_), report in zip(pairs, reports, strict=True)
@@ -342,10 +342,10 @@ class Lab:
         trainer.add_callback(RefreshCallback(max_steps=steps, domains=[self.earlier], overrides=overrides))
         trainer.train(resume_from_checkpoint=True)
         self.progress.end()
-        stages = trainer.manifest.stages
+        stages = trainer.run.stages
         if stages[-1].kind != "refresh":
             return None  # nothing was lost, or no more than max_drop or noise
-        read = trainer.manifest.read_scores
+        read = trainer.run.scores
         peak = next(record for record in stages if record.domain == self.earlier)
         damaged, repaired = stages[-2], stages[-1]
         share = recovered(*(read(record, self.earlier) for record in (repaired, damaged, peak)))
@@ -456,7 +456,7 @@ class _RepairBench:
         self.route_map = analyzer.route_map
         self.model = analyzer.after
         self.before = dict(analyzer.before.named_parameters())
-        read = trainer.manifest.read_scores
+        read = trainer.run.scores
         self.peak = read(before, earlier)
         self.damaged = {name: read(after, name) for name in lab.order}
         self.scorer = trainer.scorer

@@ -79,7 +79,7 @@ def analysis_card(
     data = _card_data(run, license, final)
     if with_model_index and (index := model_index(run)):
         data.model_name, data.eval_results = title, index
-    config = run.manifest.run.get("config", {})
+    config = run.manifest.identity.get("config", {})
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATES / "analysis_card.md"),
@@ -246,7 +246,7 @@ def _base(run: RunFolder) -> str:
 
 
 def _order(run: RunFolder) -> list[str]:
-    return [stage["domain"] for stage in run.manifest.run.get("schedule", [])]
+    return [stage["domain"] for stage in run.manifest.identity.get("schedule", [])]
 
 
 def _sampling(config: dict[str, Any]) -> str:
@@ -329,7 +329,7 @@ def _rollback_section(results: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _settings(run: RunFolder, repo_id: str | None) -> str:
-    config = run.manifest.run.get("config", {})
+    config = run.manifest.identity.get("config", {})
     place = "`interference/stages.json`" if repo_id else "`stages.json`"
     names = ("seed", "learning_rate", "max_steps", "num_generations", "beta")
     shown = ", ".join(f"`{name}` {config[name]}" for name in names if name in config)

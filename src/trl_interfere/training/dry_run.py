@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..recipe import RunFile, build_dataclass
-from ..run import MANIFEST_NAME, SCHEMA_VERSION, StageRecord, read_json
+from ..run import SCHEMA_VERSION, STAGES_NAME, StageRecord, read_json
 from .config import STAGE_OPTIONS, SequentialGRPOConfig
 from .schedule import Stage, build_schedule
 
@@ -204,7 +204,7 @@ def plan_run(run: RunFile, args: SequentialGRPOConfig) -> RunPlan:
     datasets = {domain.name: domain.train_dataset for domain in run.domains if domain.train_dataset is not None}
     schedule = build_schedule(datasets, args.order, args.stage_overrides, STAGE_OPTIONS)
     rewards = {domain.name: domain.reward_funcs for domain in run.domains}
-    finished, current = _records(Path(args.output_dir) / MANIFEST_NAME)
+    finished, current = _records(Path(args.output_dir) / STAGES_NAME)
     trained = sum(record.kind == "train" for record in [*(finished or []), *current])
     weights = model_bytes(run, args)
     moments = 0 if args.save_only_model else 2 * weights  # those of Adam

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..evaluation.score_matrix import ScoreMatrix
-from ..run import MANIFEST_NAME, SCHEMA_VERSION, StageRecord, read_json, stage_name
+from ..run import SCHEMA_VERSION, STAGES_NAME, StageRecord, read_json, stage_name
 from .callbacks import StageCallback
 from .schedule import Stage
 
@@ -37,9 +37,9 @@ class RequestedRefresh(StageCallback):
     """
 
     def __init__(self, folder: str | Path, domain: str, steps: int, overrides: dict[str, Any] | None = None):
-        path = Path(folder) / MANIFEST_NAME
+        path = Path(folder) / STAGES_NAME
         if not path.exists():
-            raise ValueError(f"{folder}: expected the folder of a training run with {MANIFEST_NAME}, found none")
+            raise ValueError(f"{folder}: expected the folder of a training run with {STAGES_NAME}, found none")
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, found {steps}")
         content = read_json(path, SCHEMA_VERSION)

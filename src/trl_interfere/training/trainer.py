@@ -31,13 +31,14 @@ from trl.trainer.utils import get_config_model_id
 
 from .. import __version__
 from ..domain import DOMAIN_COLUMN, Domain, check_columns
+from ..evaluation.bootstrap import score
 from ..evaluation.score_matrix import ScoreMatrix
 from ..evaluation.scorer import Scorer
 from ..hub.card_callback import AnalysisCardCallback, update_card
 from ..hub.push import PushResult
 from ..hub.trainer_push import StagePusher, push_during_training, push_trainer
 from ..models import local_folder
-from ..run import Manifest, StageRecord, stage_name
+from ..run import Run, StageRecord, stage_name
 from .callbacks import StageCallback
 from .config import STAGE_OPTIONS, SequentialGRPOConfig
 from .merged_parameters import merged_parameters
@@ -242,9 +243,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
             check_stage_adapters(self.model)
         if args.kl_reference == "stage" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("kl_reference: 'stage' is not supported with FSDP or DeepSpeed")
-        self.manifest = Manifest(args.output_dir, self._identity())
-        self.manifest.run_name = args.run_name
-        self.manifest.about = self._about()
+        self.run = Run.new(args.output_dir, self._identity(), args.run_name, self._about())
         self.add_callback(AnalysisCardCallback(args.output_dir))
         if args.push_to_hub:
             self.add_callback(StagePusher(args))
@@ -271,15 +270,15 @@ class SequentialGRPOTrainer(GRPOTrainer):
     @property
     def score_matrix(self) -> ScoreMatrix:
         """Scores of every domain after every finished stage."""
-        return self.manifest.score_matrix([name for name, domain in self.domains.items() if domain.eval_dataset])
+        return ScoreMatrix.from_run(self.run, [name for name, domain in self.domains.items() if domain.eval_dataset])
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
         """Everything that was logged, over all stages: entries as in `state.log_history`, and the scores."""
         entries = []
-        for record in self.manifest.stages:
+        for record in self.run.stages:
             if record.folder is not None:
-                path = self.manifest.folder / record.folder / "log_history.json"
+                path = self.run.folder / record.folder / "log_history.json"
                 entries += json.loads(path.read_text(encoding="utf-8"))
             entries.append({"step": record.steps, **_score_logs(record)})
         return entries + (self.state.log_history if self._stage is not None else [])
@@ -310,17 +309,21 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 f"resume_from_checkpoint: expected True or False, found {str(resume_from_checkpoint)!r}; "
                 "the manifest in output_dir decides where a run continues"
             )
-        self._open_manifest(resume=bool(resume_from_checkpoint))
+        with self.run.lock() if self.accelerator.is_main_process else contextlib.nullcontext():
+            return self._train_stages(bool(resume_from_checkpoint), max_stages, **kwargs)
+
+    def _train_stages(self, resume: bool, max_stages: int | None, **kwargs) -> TrainOutput:
+        self._open_run(resume)
         output = TrainOutput(0, 0.0, {})
-        if self.manifest.current is not None:
+        if self.run.current is not None:
             self._score_stage()
-        elif not self.manifest.stages:
+        elif not self.run.stages:
             self._finish_stage(Stage(domain=None, kind="base"), steps=0, seconds=0.0)
         ran = 0
         while ran != max_stages and (stage := self.next_stage()) is not None:
             output = self._run_stage(stage, **kwargs)
             ran += 1
-        if self.args.push_to_hub and self.manifest.stages and self.next_stage() is None:
+        if self.args.push_to_hub and self.run.stages and self.next_stage() is None:
             self.push_to_hub()
         return output
 
@@ -365,11 +368,11 @@ class SequentialGRPOTrainer(GRPOTrainer):
             [`Stage`] or `None`: A stage that a [`StageCallback`] asks for, with the `stage_overrides` of its domain
             beneath its own, else the next one of the schedule, else nothing.
         """
-        trained = sum(record.kind == "train" for record in self.manifest.stages)
+        trained = sum(record.kind == "train" for record in self.run.stages)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, StageCallback):
                 matrix, last = self.score_matrix, trained == len(self.schedule)
-                stage = callback.request_stage(self.manifest.stages, matrix, schedule_finished=last)
+                stage = callback.request_stage(self.run.stages, matrix, schedule_finished=last)
                 if stage is not None:
                     build_schedule(self.domains, [stage.domain], {stage.domain: stage.overrides}, STAGE_OPTIONS)
                     own = (self.args.stage_overrides or {}).get(stage.domain, {})
@@ -377,12 +380,12 @@ class SequentialGRPOTrainer(GRPOTrainer):
         return self.schedule[trained] if trained < len(self.schedule) else None
 
     def _run_stage(self, stage: Stage, **kwargs) -> TrainOutput:
-        index = len(self.manifest.stages)
+        index = len(self.run.stages)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, StageCallback):
                 callback.on_stage_begin(index, stage)
         name = stage_name(index, stage.kind, stage.domain)
-        folder = self.manifest.folder / "checkpoints" / name
+        folder = self.run.folder / "checkpoints" / name
         with self._stage_args(stage, folder, self._stage_seed(index)):
             self._reset()
             self.train_dataset = self.domains[stage.domain].train_dataset
@@ -429,13 +432,13 @@ class SequentialGRPOTrainer(GRPOTrainer):
 
     def _restore_stage_start(self) -> None:
         """Go back to the weights that a stage starts from, after one was left in its middle."""
-        folders = [record.folder for record in self.manifest.stages if record.folder is not None]
+        folders = [record.folder for record in self.run.stages if record.folder is not None]
         if not folders or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                f"{self.manifest.folder}: a stage was left in its middle and its start is not in memory; "
+                f"{self.run.folder}: a stage was left in its middle and its start is not in memory; "
                 "build a new trainer and call train(resume_from_checkpoint=True)"
             )
-        self._load_stage(self.manifest.folder / folders[-1])
+        self._load_stage(self.run.folder / folders[-1])
 
     def _load_stage(self, folder: Path) -> None:
         # A stage folder holds plain weights and no FSDP checkpoint; nothing is sharded before the first stage.
@@ -452,12 +455,12 @@ class SequentialGRPOTrainer(GRPOTrainer):
             self.is_fsdp_enabled = sharded
 
     def _finish_stage(self, stage: Stage, steps: int, seconds: float) -> None:
-        index = len(self.manifest.stages)
+        index = len(self.run.stages)
         folder = None if stage.kind == "base" else Path("stages") / stage_name(index, stage.kind, stage.domain)
         if folder is not None:
-            self._save_stage(self.manifest.folder / folder)
+            self._save_stage(self.run.folder / folder)
         self._unfinished = False
-        self.manifest.current = StageRecord(
+        self.run.current = StageRecord(
             index=index,
             kind=stage.kind,
             domain=stage.domain,
@@ -471,13 +474,13 @@ class SequentialGRPOTrainer(GRPOTrainer):
             versions={"trl-interfere": __version__, **{package: version(package) for package in _PACKAGES}},
         )
         if self.accelerator.is_main_process:
-            with _writing(self.manifest.path):
-                self.manifest.save()
+            with _writing(self.run.path):
+                self.run.save()
         self._score_stage()
 
     def _score_stage(self) -> None:
         """Score the domains that the current stage lacks, and record it as finished."""
-        record = self.manifest.current
+        record = self.run.current
         unwrapped = unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
         )
@@ -492,18 +495,25 @@ class SequentialGRPOTrainer(GRPOTrainer):
                     raise ValueError(f"stage {record.name}, scores after step {record.steps}, {error}") from error
                 entry = None
                 if self.accelerator.is_main_process:
-                    with _writing(self.manifest.folder / "scores" / record.name):
-                        entry = self.manifest.write_scores(record.name, domain.name, result.values, result.completions)
+                    with _writing(self.run.folder / "scores" / record.name):
+                        file = self.run.write_scores(
+                            record.name,
+                            domain.name,
+                            result.values,
+                            result.completions,
+                            domain.eval_dataset["prompt"][:],
+                        )
+                        entry = {**score(result.values).to_dict(), "file": file}
                 record.scores[domain.name] = self._from_main(entry)  # callbacks must decide alike in every process
                 if self.accelerator.is_main_process:
-                    with _writing(self.manifest.path):
-                        self.manifest.save()
+                    with _writing(self.run.path):
+                        self.run.save()
         if self.accelerator.is_main_process:
-            with _writing(self.manifest.path):
-                self.manifest.append(record)
+            with _writing(self.run.path):
+                self.run.append(record)
         else:
-            self.manifest.stages.append(record)
-            self.manifest.current = None
+            self.run.stages.append(record)
+            self.run.current = None
         self.accelerator.wait_for_everyone()
         logs = {**_score_logs(record), "run_step": self._steps_before()}
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
@@ -516,9 +526,9 @@ class SequentialGRPOTrainer(GRPOTrainer):
         """Remove what a finished stage no longer needs; its completions move to its folder."""
         if self.args.keep_checkpoints or not self.accelerator.is_main_process:
             return
-        checkpoints = self.manifest.folder / "checkpoints" / record.name
+        checkpoints = self.run.folder / "checkpoints" / record.name
         if record.folder is not None and (checkpoints / "completions").exists():
-            os.replace(checkpoints / "completions", self.manifest.folder / record.folder / "completions")
+            os.replace(checkpoints / "completions", self.run.folder / record.folder / "completions")
         shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _save_stage(self, folder: Path) -> None:
@@ -550,33 +560,31 @@ class SequentialGRPOTrainer(GRPOTrainer):
         # Processes that look at the disk while another one writes may see different things.
         return broadcast_object_list([value])[0]
 
-    def _open_manifest(self, resume: bool) -> None:
-        exists = self._from_main(self.manifest.exists())
-        if self.manifest.stages:  # a second train() of this object: the weights are live
+    def _open_run(self, resume: bool) -> None:
+        exists = self._from_main(self.run.exists())
+        if self.run.stages:  # a second train() of this object: the weights are live
             if not resume:
-                raise ValueError(f"{self.manifest.path}: {_HOLDS_A_RUN}")
+                raise ValueError(f"{self.run.path}: {_HOLDS_A_RUN}")
         elif exists:
             if not resume:
-                raise ValueError(f"{self.manifest.path}: {_HOLDS_A_RUN}")
-            self.manifest.load()
+                raise ValueError(f"{self.run.path}: {_HOLDS_A_RUN}")
+            self.run.resume()
             self._check_records()
-            records = [*self.manifest.stages, *([self.manifest.current] if self.manifest.current else [])]
-            folders = [record.folder for record in records if record.folder is not None]
+            folders = [record.folder for record in self.run.records if record.folder is not None]
             if folders:
-                self._load_stage(self.manifest.folder / folders[-1])
-            for record in self.manifest.stages:  # a process may have been killed just before it did
+                self._load_stage(self.run.folder / folders[-1])
+            for record in self.run.stages:  # a process may have been killed just before it did
                 self._remove_checkpoints(record)
         elif self.accelerator.is_main_process:
-            self.manifest.save()
+            self.run.save()
         # transformers ends the run of trackio with each `train()`, and finds it again by its name alone.
-        self.args.run_name = self.manifest.run_name
+        self.args.run_name = self.run.run_name
         self.accelerator.wait_for_everyone()
 
     def _check_records(self) -> None:
         """Refuse a manifest whose stages are not those of its schedule, which only an edit can bring about."""
-        records = [*self.manifest.stages, *([self.manifest.current] if self.manifest.current else [])]
         schedule = iter(self.schedule)
-        for index, record in enumerate(records):
+        for index, record in enumerate(self.run.records):
             expected = StageRecord(**{**vars(record), "index": index})
             if index == 0:
                 expected.kind, expected.domain = "base", None
@@ -587,16 +595,16 @@ class SequentialGRPOTrainer(GRPOTrainer):
             for field in ("index", "kind", "domain", "folder"):
                 if getattr(record, field) != getattr(expected, field):
                     raise ValueError(
-                        f"{self.manifest.path}: stage {index}, {field}: expected {getattr(expected, field)!r} as the "
+                        f"{self.run.path}: stage {index}, {field}: expected {getattr(expected, field)!r} as the "
                         f"schedule says, found {getattr(record, field)!r}"
                     )
             for name in [*record.scores, *([] if record.domain is None else [record.domain])]:
                 if name not in self.domains:
                     raise ValueError(
-                        f"{self.manifest.path}: stage {index}: expected one of {list(self.domains)}, found {name!r}"
+                        f"{self.run.path}: stage {index}: expected one of {list(self.domains)}, found {name!r}"
                     )
                 if name in record.scores:
-                    self.manifest.read_scores(record, name)
+                    self.run.scores(record, name)
 
     def _identity(self) -> dict[str, Any]:
         model_id = self._base_model or get_config_model_id(self.model.config)
@@ -632,7 +640,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
         }
 
     def _steps_before(self) -> int:
-        return sum(record.steps for record in self.manifest.stages)
+        return sum(record.steps for record in self.run.stages)
 
     def _stage_seed(self, index: int) -> int:
         return self.args.seed + max(index - 1, 0)
@@ -781,16 +789,14 @@ class SequentialGRPOTrainer(GRPOTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """The card of the run, instead of the one that TRL writes at each checkpoint."""
-        if self.is_world_process_zero() and self.manifest.exists():
-            update_card(self.manifest.folder)
+        if self.is_world_process_zero() and self.run.exists():
+            update_card(self.run.folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self._stage is not None and self.args.hub_strategy == "every_save":
             index, stage = self._stage
             name = stage_name(index, stage.kind, stage.domain)
-            push_during_training(
-                self.manifest.folder, self.args, Path(checkpoint_folder), name, self.state.global_step
-            )
+            push_during_training(self.run.folder, self.args, Path(checkpoint_folder), name, self.state.global_step)
 
     def push_to_hub(
         self,
@@ -829,7 +835,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
             raise ValueError("push_to_hub: expected blocking=True and no revision, since main is written last")
         result = None
         if self.is_world_process_zero():
-            result = push_trainer(self.manifest.folder, self.args, token=token, private=private, **kwargs)
+            result = push_trainer(self.run.folder, self.args, token=token, private=private, **kwargs)
         self.accelerator.wait_for_everyone()
         return result
 
