@@ -1,0 +1,370 @@
+"""SubspaceRollback: give the final model, layer by layer, the weights with which it computes what the peaks computed."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..analysis.references import References
+from ..checkpoint import Checkpoint, check_comparable, published_name
+from ..domain import Domain
+from .activation_moments import ActivationMoments, Solution, effective_dimension
+from .block_stream import BlockStream, Entry, skeleton
+from .layers import Call, Group, steps
+from .peak_samples import peak_samples
+from .repair import Repair
+
+
+MODULES = ("all", "mlp", "attention")
+
+
+@dataclass
+class SubspaceRollback:
+    """
+    Heal in closed form: choose the weights of every linear layer, from the first block on, with which the healed model
+    gives on the inputs that it really gets what each domain's peak gave on its own. See [`Solution`] for the equation.
+
+    No gradient, no label, no training. The change of each layer is cut to a rank in the metric of its moments before
+    the next layer is solved, so that the whole is a LoRA adapter over the final checkpoint.
+
+    Example:
+
+    ```python
+    >>> from trl_interfere import SubspaceRollback
+
+    >>> repair = SubspaceRollback(rank=64).fit(
+    ...     final="out/stages/4-writing", peaks={"math": "out/stages/2-math"}, domains=[code, math, qa, writing]
+    ... )
+    >>> repair.save_pretrained("repair")
+    ```
+
+    Args:
+        rank (`int`, *optional*, defaults to `64`):
+            Rank of the change of each layer; `None` keeps all of it.
+        weights (`dict[str, float]`, *optional*):
+            Weight of each domain in the least squares. Defaults to 1 each.
+        ridge (`float`, *optional*, defaults to `0.01`):
+            Share of the mean eigenvalue of the moments that holds directions that no reference uses where they are.
+        sequential (`bool`, *optional*, defaults to `True`):
+            Whether a layer is solved on what it gets in the healed model so far. `False` takes the peaks' inputs for
+            all layers at once ("one shot"), for the half of the cost.
+        modules (`str` or `list[str]`, *optional*, defaults to `"all"`):
+            `"all"`, `"mlp"`, `"attention"`, or ends of names of linear layers.
+        references (`int`, *optional*, defaults to `64`):
+            Reference completions of each domain.
+        batch_size (`int`, *optional*, defaults to `32`):
+            References at a time.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Maximum length of a sampled reference.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature at which references are sampled.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the sampling.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Data type of the forward passes. Sums are always in float64.
+        data_parallel (`bool`, *optional*, defaults to `False`):
+            Whether the processes of `accelerate launch` share the references.
+
+    Raises:
+        `ValueError`: If a setting is out of range.
+    """
+
+    rank: int | None = 64
+    weights: dict[str, float] | None = None
+    ridge: float = 0.01
+    sequential: bool = True
+    modules: str | list[str] = "all"
+    references: int = 64
+    batch_size: int = 32
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    seed: int = 0
+    dtype: str = "float32"
+    data_parallel: bool = False
+
+    def __post_init__(self):
+        for name in ("references", "batch_size", "max_new_tokens") + (() if self.rank is None else ("rank",)):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a whole number, at least 1, found {getattr(self, name)!r}")
+        if not 0 < self.ridge < float("inf"):
+            raise ValueError(f"ridge: expected a share above 0, found {self.ridge!r}")
+        if isinstance(self.modules, str) and self.modules not in MODULES:
+            raise ValueError(f"modules: expected one of {list(MODULES)} or a list of names, found {self.modules!r}")
+        for name, weight in (self.weights or {}).items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"weights[{name!r}]: expected 0 or more, found {weight!r}")
+
+    def fit(
+        self,
+        final: str | Path,
+        peaks: dict[str, str | Path],
+        domains: Sequence[Domain],
+        references: dict[str, References] | None = None,
+        base: str | Path | None = None,
+        progress: bool = False,
+    ) -> Repair:
+        """
+        Make the repair.
+
+        Args:
+            final (`str` or `pathlib.Path`):
+                Folder or Hub id of the checkpoint to heal, whole weights or a LoRA adapter.
+            peaks (`dict[str, str or pathlib.Path]`):
+                For each damaged domain the checkpoint after which it scored best. Every other domain counts with the
+                final checkpoint, which protects it.
+            domains (`Sequence[Domain]`):
+                The domains. References are drawn from their training prompts, else from their selection split.
+            references (`dict[str, References]`, *optional*):
+                References by domain. Defaults to completions that the peak of each domain samples.
+            base (`str` or `pathlib.Path`, *optional*):
+                Model that adapters stand on. Defaults to the one that they name.
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a progress bar over blocks.
+
+        Returns:
+            [`Repair`]: The repair.
+
+        Raises:
+            `ValueError`: If the checkpoints are of different models, a peak equals the final one, a domain has no
+                references, or activations are not finite.
+        """
+        started = time.perf_counter()
+        names = [domain.name for domain in domains]
+        for where, given in (("peaks", peaks), ("weights", self.weights or {})):
+            for name in given:
+                if name not in names:
+                    raise ValueError(f"{where}: expected some of the domains {names}, found {name!r}")
+        if not peaks:
+            raise ValueError("peaks: expected the peak checkpoint of at least one damaged domain, found none")
+        checkpoints = {None: Checkpoint(final, base=base)}
+        for name, peak in peaks.items():
+            checkpoints[name] = Checkpoint(peak, base=base)
+            check_comparable(checkpoints[None], checkpoints[name])
+        digests = {name: checkpoint.digest() for name, checkpoint in checkpoints.items()}
+        for name in peaks:
+            if digests[name] == digests[None]:
+                raise ValueError(f"peaks[{name!r}]: {peaks[name]} equals the final checkpoint {final}")
+        sampled = references is None
+        if references is None:
+            references = peak_samples(
+                str(final),
+                {name: str(peak) for name, peak in peaks.items()},
+                domains,
+                self.references,
+                base,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                progress=progress,
+            )
+        for name in names:
+            if name not in references or not references[name].completions:
+                raise ValueError(f"domain {name!r}: expected references, found none")
+        fitted = time.perf_counter()
+        factors, layers, left = self._solve(checkpoints, {name: references[name] for name in names}, progress)
+        sequences = sum(len(references[name].completions) for name in names)
+        record = {
+            "method": "subspace",
+            "settings": asdict(self),
+            "rank": self.rank,
+            "references": max(len(references[name].completions) for name in names),
+            "weights": {name: (self.weights or {}).get(name, 1.0) for name in names},
+            "checkpoints": {
+                "final": {"path": published_name(final), "digest": digests[None]},
+                "peaks": {name: {"path": published_name(peaks[name]), "digest": digests[name]} for name in peaks},
+            },
+            "layers": layers,
+            "left_as_it_is": left,
+            "cost": {
+                "sequences_sampled": sequences if sampled else 0,
+                "sequences_forward": 2 * sequences,
+                "sequences_backward": 0,
+                "seconds": round(time.perf_counter() - started, 2),
+                "seconds_sampling": round(fitted - started, 2),
+            },
+        }
+        return Repair(factors, checkpoints[None], record)
+
+    @torch.no_grad()
+    def _solve(self, checkpoints: dict[str | None, Checkpoint], references: dict[str, References], progress: bool):
+        state = PartialState()
+        model = skeleton(checkpoints[None])
+        streams = {
+            name: BlockStream(checkpoint, model, getattr(torch, self.dtype), state.device)
+            for name, checkpoint in checkpoints.items()
+        }
+        names = streams[None].names
+        passes: dict[str, list[Pass]] = {}
+        for name, found in references.items():
+            batches = found.batches(self.batch_size, 0, torch.device("cpu"))
+            if self.data_parallel:
+                batches = batches[state.process_index :: state.num_processes]
+            if not batches:
+                raise ValueError(f"batch_size: expected a batch of domain {name!r} for each process, lower it")
+            of_peak = streams.get(name, streams[None]).entries(batches)
+            passes[name] = [Pass(*pair) for pair in zip(of_peak, streams[None].entries(batches), strict=True)]
+        factors, figures, left = {}, [], LeftAsItIs(streams)
+        for index in tqdm(range(len(names)), desc="heal", unit="block", disable=not progress):
+            final, healed = streams[None].block(index), streams[None].block(index)
+            peaks = {name: streams[name].block(index) if name in streams else final for name in references}
+            first = next(iter(passes.values()))[0].healed
+            solved = set()
+            for groups in steps(healed, first, index):
+                groups = [group for group in groups if self._chosen(healed, group.layers[0].path, names[index])]
+                if not groups:
+                    continue
+                for group, found in self._moments(groups, healed, peaks, passes, index):
+                    for layer, left_factor, right_factor, row in self._layers(group, found, final, healed, peaks):
+                        name = f"{names[index]}.{layer.name}"
+                        factors.setdefault(name, []).append((left_factor.float().cpu(), right_factor.float().cpu()))
+                        figures.append({"name": name, "expert": layer.expert, "block": index, **row})
+                        solved.add(f"{layer.name}.weight" if layer.expert is None else layer.name)
+            left.add(final, peaks, solved)
+            for name, pairs in passes.items():
+                for pair in pairs:
+                    pair.advance(peaks[name], healed if self.sequential else None, index)
+        return {name: _stacked(parts) for name, parts in factors.items()}, figures, left.shares()
+
+    def _chosen(self, block: nn.Module, path: str, name: str) -> bool:
+        """Whether the layers of a module are to be solved for."""
+        if self.modules == "all":
+            return True
+        if isinstance(self.modules, list):
+            return any(f"{name}.{path}".endswith(end) for end in self.modules)
+        # A linear layer belongs to attention where a module around it says so.
+        parts = path.split(".")
+        parents = [type(block.get_submodule(".".join(parts[:i]))).__name__ for i in range(1, len(parts))]
+        return any("attention" in parent.lower() for parent in parents) == (self.modules == "attention")
+
+    def _moments(self, groups: list[Group], healed: nn.Module, peaks: dict, passes: dict, index: int):
+        """Moments of every domain, for each of some groups that one capture serves."""
+        sums: list[dict[str, ActivationMoments]] = [{} for _ in groups]
+        stop, experts = groups[0].stop, groups[0].layers[0].expert is not None
+        for name, pairs in passes.items():
+            for group, found in zip(groups, sums, strict=True):
+                weights = [layer.weight(peaks[name]) for layer in group.layers]
+                width, outputs = weights[0].shape[1], sum(len(weight) for weight in weights)
+                stacked = torch.cat(weights) if outputs < width else None
+                found[name] = ActivationMoments(width, weights[0].device, stacked)
+            for pair in pairs:
+                peak = Call.capture(pair.peak, peaks[name], index, stop)
+                now = Call.capture(pair.healed, healed, index, stop) if self.sequential else peak
+                routing = peak.arguments[1] if experts else None
+                if experts:
+                    pair.count_switched(peak, now)
+                for group, found in zip(groups, sums, strict=True):
+                    inputs = group.inputs(peaks[name], peak, routing)
+                    found[name].add(inputs, group.inputs(healed, now, routing) if self.sequential else inputs)
+        for group, found in zip(groups, sums, strict=True):
+            for name, moments in found.items():
+                moments.reduce()
+                if not torch.isfinite(moments.moments).all() or not torch.isfinite(moments.cross).all():
+                    raise ValueError(
+                        f"domain {name!r}: {stop} of block {index}: expected finite activations, found NaN"
+                    )
+            yield group, found
+
+    def _layers(self, group: Group, found: dict[str, ActivationMoments], final, healed, peaks):
+        """Solve for the layers of a group, one after the other, and put the weights into the healed block."""
+        shares = {name: (self.weights or {}).get(name, 1.0) / max(m.count, 1) for name, m in found.items()}
+        total = sum(shares[name] * moments.moments for name, moments in found.items())
+        if not total.diagonal().sum() > 0:  # an expert that no token reaches stays as it is
+            for layer in group.layers:
+                outputs, width = layer.weight(final).shape
+                rank = min(outputs, width, self.rank or outputs)
+                yield layer, torch.zeros(outputs, rank), torch.zeros(rank, width), {"tokens": 0}
+            return
+        solution = Solution(total, self.ridge)
+        angles = _angles({name: moments.moments for name, moments in found.items()})
+        start = 0
+        for layer in group.layers:
+            weight, bias = layer.weight(final), layer.bias(final)
+            rows = slice(start, start := start + len(weight))
+            residual = -weight.double() @ total
+            for name, moments in found.items():
+                shift = None if bias is None else layer.bias(peaks[name]) - bias
+                residual += shares[name] * moments.targets(layer.weight(peaks[name]), shift, rows)
+            change = solution.change(residual)
+            left, right = solution.factors(change, self.rank)
+            layer.weight(healed).copy_((weight.double() + left @ right).to(weight.dtype))
+            output = float((weight.double() @ total * weight.double()).sum())
+            draw = torch.randn(residual.shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+            yield (
+                layer,
+                left,
+                right,
+                {
+                    "tokens": sum(moments.count for moments in found.values()),
+                    "change": float((left @ right).norm() / weight.norm()),
+                    "output_change": float((change.norm() ** 2 / output) ** 0.5) if output > 0 else 0.0,
+                    "effective_dimension": effective_dimension(change),
+                    # A random update in place of that of the later stages, through the same moments.
+                    "effective_dimension_random": effective_dimension(solution.random_change(draw.to(residual))),
+                    "angles": angles,
+                },
+            )
+
+
+class Pass:
+    """A batch of references on its way through the peak of its domain and through the healed model."""
+
+    def __init__(self, peak: Entry, healed: Entry):
+        self.peak, self.healed, self.switched, self.routed = peak, healed, 0, 0
+
+    def advance(self, peak: nn.Module, healed: nn.Module | None, index: int) -> None:
+        self.peak.hidden = self.peak.run(peak, index).cpu()
+        if healed is not None:
+            self.healed.hidden = self.healed.run(healed, index).cpu()
+
+    def count_switched(self, peak: Call, now: Call) -> None:
+        """Count the choices of an expert that the healed model makes and the peak did not make."""
+        same = (peak.arguments[1][:, :, None] == now.arguments[1][:, None, :]).any(-1)
+        self.switched, self.routed = self.switched + int((~same).sum()), self.routed + same.numel()
+
+
+class LeftAsItIs:
+    """How much of the update since each peak, in squared norm, lies in tensors that no layer of the repair holds."""
+
+    def __init__(self, streams: dict[str | None, BlockStream]):
+        self.whole = dict.fromkeys((name for name in streams if name is not None), 0.0)
+        self.left = dict(self.whole)
+        final = streams[None]
+        for parameter in final.outside:
+            for name in self.whole:
+                self._note(name, final.tensor(parameter), streams[name].tensor(parameter), solved=False)
+
+    def add(self, final: nn.Module, peaks: dict[str, nn.Module], solved: set[str]) -> None:
+        for name in self.whole:
+            others = dict(peaks[name].named_parameters())
+            for parameter, value in final.named_parameters():
+                self._note(name, value, others[parameter], parameter in solved)
+
+    def _note(self, name: str, final: torch.Tensor, peak: torch.Tensor, solved: bool) -> None:
+        size = float((final.double() - peak.double()).square().sum())
+        self.whole[name] += size
+        self.left[name] += 0.0 if solved else size
+
+    def shares(self) -> dict[str, float]:
+        return {name: self.left[name] / size if size else 0.0 for name, size in self.whole.items()}
+
+
+def _angles(moments: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Cosine of what two domains use of a layer's inputs, `tr(C_a C_b) / (‖C_a‖ ‖C_b‖)`."""
+    names = list(moments)
+    return {
+        f"{a} {b}": float((moments[a] * moments[b]).sum() / (moments[a].norm() * moments[b].norm()))
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+        if moments[a].any() and moments[b].any()
+    }
+
+
+def _stacked(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of a layer, or those of all experts in one tensor each."""
+    return parts[0] if len(parts) == 1 else (torch.stack([b for b, _ in parts]), torch.stack([a for _, a in parts]))
