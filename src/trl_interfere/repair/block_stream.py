@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..checkpoint import Checkpoint
 from ..models import load_model, model_class
@@ -17,8 +19,9 @@ class _Captured(Exception):
 
 def skeleton(checkpoint: Checkpoint) -> nn.Module:
     """The model of a checkpoint without its weights; buffers, such as those of rotary embeddings, are real."""
+    cls, config = model_class(checkpoint.config), checkpoint.config
     with init_empty_weights(include_buffers=False):
-        model = model_class(checkpoint.config).from_config(checkpoint.config)
+        model = cls(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
     return model.eval()
 
 
@@ -34,6 +37,18 @@ def block_names(model: nn.Module) -> list[str]:
         raise ValueError(f"{type(model).__name__}: expected a model with a list of blocks, found none")
     name = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))
     return [f"{name}.{index}" for index in range(len(lists[name]))]
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor of a checkpoint, with what an adapter adds to it."""
+    stored = checkpoint[name]
+    with safe_open(stored.file, framework="pt") as file:
+        value = file.get_tensor(stored.name)
+    factors = checkpoint.factors(name)
+    if factors is None:
+        return value
+    left, right = (torch.from_numpy(factor) for factor in factors)
+    return value.float() + left @ right
 
 
 class BlockStream:
@@ -65,10 +80,10 @@ class BlockStream:
         self._entry = [name for name in self.outside if id(model.get_parameter(name)) not in unused]
         self._whole = None
         if any(name not in checkpoint for name, _ in model.named_parameters()):
-            self._whole = load_model(checkpoint.name, base=checkpoint.base, dtype=dtype).state_dict()
+            self._whole = load_model(checkpoint.name, dtype=dtype).state_dict()
 
     def tensor(self, name: str) -> torch.Tensor:
-        value = self.checkpoint.read(name) if self._whole is None else self._whole[name]
+        value = read_tensor(self.checkpoint, name) if self._whole is None else self._whole[name]
         return value.to(device=self.device, dtype=self.dtype if value.is_floating_point() else None)
 
     def block(self, index: int) -> nn.Module:

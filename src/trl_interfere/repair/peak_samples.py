@@ -20,9 +20,7 @@ def reference_prompts(domain: Domain, count: int) -> list:
     """
     dataset = domain.train_dataset if isinstance(domain.train_dataset, Dataset) else domain.selection_dataset
     if dataset is None:
-        raise ValueError(
-            f"domain {domain.name!r}: expected references, found no train_dataset and no selection_dataset"
-        )
+        raise ValueError(f"domain {domain.name!r}: expected a train_dataset or a selection_dataset, found neither")
     return dataset.select(range(min(count, len(dataset))))["prompt"]
 
 

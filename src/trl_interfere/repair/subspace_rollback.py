@@ -1,4 +1,4 @@
-"""SubspaceRollback: give the final model, layer by layer, the weights with which it computes what the peaks computed."""
+"""SubspaceRollback: layer by layer, the weights with which the final model computes what the peaks computed."""
 
 import time
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .activation_moments import ActivationMoments, Solution, effective_dimension
 from .block_stream import BlockStream, Entry, skeleton
 from .layers import Call, Group, steps
 from .peak_samples import peak_samples
-from .repair import Repair
+from .repair import Repair, digest
 
 
 MODULES = ("all", "mlp", "attention")
@@ -145,7 +145,7 @@ class SubspaceRollback:
         for name, peak in peaks.items():
             checkpoints[name] = Checkpoint(peak, base=base)
             check_comparable(checkpoints[None], checkpoints[name])
-        digests = {name: checkpoint.digest() for name, checkpoint in checkpoints.items()}
+        digests = {name: digest(checkpoint) for name, checkpoint in checkpoints.items()}
         for name in peaks:
             if digests[name] == digests[None]:
                 raise ValueError(f"peaks[{name!r}]: {peaks[name]} equals the final checkpoint {final}")
