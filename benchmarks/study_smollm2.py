@@ -45,7 +45,8 @@ from trl_interfere.analysis.routes import RouteMap
 from trl_interfere.analysis.stage_edits import stage_edits
 from trl_interfere.checkpoint import Checkpoint
 from trl_interfere.domain import Domain
-from trl_interfere.evaluation.bootstrap import Interval, difference, recovered
+from trl_interfere.evaluation.bootstrap import Interval, difference
+from trl_interfere.evaluation.metrics import recovered
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
 from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.extras import package_file

@@ -4,7 +4,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from trl_interfere.evaluation.forgetting import forgetting
+from trl_interfere.evaluation.metrics import forgetting
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
 
 

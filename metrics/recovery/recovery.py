@@ -4,7 +4,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from trl_interfere.evaluation.bootstrap import recovered
+from trl_interfere.evaluation.metrics import recovered
 
 
 _DESCRIPTION = """

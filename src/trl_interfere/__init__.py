@@ -15,7 +15,7 @@ _EXPORTS = {
     "RouteRollback": "repair.rollback",
     "Run": "run",
     "ScoreMatrix": "evaluation.score_matrix",
-    "ScoreSummary": "evaluation.score_summary",
+    "ScoreSummary": "evaluation.metrics",
     "Scorer": "evaluation.scorer",
     "SequentialGRPOConfig": "training.config",
     "SequentialGRPOTrainer": "training.trainer",
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .analysis.config import InterferenceConfig as InterferenceConfig
     from .analysis.report import InterferenceReport as InterferenceReport
     from .domain import Domain as Domain
+    from .evaluation.metrics import ScoreSummary as ScoreSummary
     from .evaluation.score_matrix import ScoreMatrix as ScoreMatrix
-    from .evaluation.score_summary import ScoreSummary as ScoreSummary
     from .evaluation.scorer import Scorer as Scorer
     from .repair.rollback import RouteRollback as RouteRollback
     from .run import Run as Run

@@ -125,7 +125,7 @@ def train(
     _prepare(threads)
     from transformers import PrinterCallback, ProgressCallback
 
-    from .evaluation.score_summary import ScoreSummary
+    from .evaluation.metrics import ScoreSummary
     from .training.dry_run import plan_run, stage_steps
     from .training.options import parse_options
     from .training.processes import STAGES_LEFT
@@ -522,7 +522,7 @@ def refresh(
     _prepare(threads)
     from transformers import PrinterCallback, ProgressCallback
 
-    from .evaluation.score_summary import ScoreSummary
+    from .evaluation.metrics import ScoreSummary
     from .run import STAGES_NAME
     from .training.options import parse_options
     from .training.recipe_trainer import build_trainer, load_run

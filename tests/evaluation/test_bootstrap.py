@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from trl_interfere.evaluation.bootstrap import Interval, average, bootstrap, difference, recovered, score
+from trl_interfere.evaluation.bootstrap import Interval, average, bootstrap, difference, score
 
 
 def close_to_normal(interval, mean, error):
@@ -86,51 +86,3 @@ def test_format():
 
 def test_to_dict():
     assert Interval(1.0, 0.5, 2.0, 7).to_dict() == {"value": 1.0, "low": 0.5, "high": 2.0, "n": 7}
-
-
-def test_recovered_by_hand():
-    peak = np.array([1.0, 1.0, 1.0, 0.0])
-    damaged = np.array([0.0, 0.5, 0.0, 0.0])
-    repaired = np.array([1.0, 0.5, 0.25, 0.0])
-    assert recovered(repaired, damaged, peak).value == pytest.approx((1.75 - 0.5) / (3 - 0.5))
-    assert recovered(damaged, damaged, peak).value == 0
-    assert recovered(peak, damaged, peak) == Interval(1.0, 1.0, 1.0, 4)
-    assert recovered([1.0] * 4, damaged, peak).value == pytest.approx(3.5 / 2.5)
-    assert recovered([0.0] * 4, damaged, peak).value == pytest.approx(-0.5 / 2.5)
-
-
-def test_recovered_interval_against_loops():
-    rng = np.random.default_rng(0)
-    peak = (rng.uniform(size=60) < 0.8).astype(float)
-    damaged = peak * (rng.uniform(size=60) < 0.5)
-    repaired = np.maximum(damaged, peak * (rng.uniform(size=60) < 0.6))
-    interval = recovered(repaired, damaged, peak)
-    ratios = []
-    for _ in range(4000):
-        chosen = rng.integers(0, 60, size=60)
-        lost = peak[chosen].mean() - damaged[chosen].mean()
-        ratios.append((repaired[chosen].mean() - damaged[chosen].mean()) / lost)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    assert interval.value == pytest.approx((repaired.mean() - damaged.mean()) / (peak.mean() - damaged.mean()))
-    assert interval.low == pytest.approx(low, abs=0.1 * (high - low))
-    assert interval.high == pytest.approx(high, abs=0.1 * (high - low))
-    assert interval.n == 60
-
-
-@pytest.mark.parametrize(
-    "damaged, peak", [([0.5, 0.5], [0.5, 0.5]), ([1.0, 0.5], [0.5, 1.0]), ([1.0, 1.0], [0.0, 1.0])]
-)
-def test_recovered_is_undefined_where_nothing_was_lost(damaged, peak):
-    interval = recovered([1.0, 1.0], damaged, peak)
-    assert np.isnan([interval.value, interval.low, interval.high]).all() and interval.n == 2
-
-
-def test_recovered_of_constant_samples():
-    interval = recovered(np.full(5, 0.5), np.zeros(5), np.ones(5))
-    assert interval == Interval(0.5, 0.5, 0.5, 5)
-
-
-def test_resamples_in_which_nothing_was_lost_do_not_count():
-    # One prompt of three was lost: without it, which happens in 8 of 27 resamples, there is nothing to recover.
-    interval = recovered([0.5, 1.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0])
-    assert (interval.value, interval.low, interval.high) == pytest.approx((0.5, 0.5, 0.5))

@@ -96,3 +96,10 @@ def test_to_dict(matrix):
     assert [entry["stage"] for entry in content["stages"]] == matrix.stages
     assert content["stages"][0]["scores"]["math"] == matrix.interval(0, "math").to_dict()
     assert "law" not in content["stages"][3]["scores"] and "law" in content["stages"][4]["scores"]
+
+
+def test_printed():
+    lines = repr(filled()).splitlines()
+    assert lines[0].split("  ")[0] == "stage" and "math (n=4)" in lines[0]
+    assert lines[1].startswith("0-base") and "12.5 [0.0, 37.5]" in lines[1] and len(lines) == 4
+    assert str(filled()) == repr(filled())

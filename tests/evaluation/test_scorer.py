@@ -386,16 +386,16 @@ def fail(completions, **kwargs):
 domain = Domain("numbers", metric=length)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="float64")
 scorer = Scorer(AutoTokenizer.from_pretrained(folder), max_new_tokens=6)
-scores = scorer.score_distributed(model, domain, load_from_disk(f"{folder}/prompts"), accelerator)
+scores = scorer.score(model, domain, load_from_disk(f"{folder}/prompts"), accelerator)
 # Fewer prompts than processes: every process takes part in generation nevertheless.
 generated = []
 complete_ids = scorer.complete_ids
 scorer.complete_ids = lambda model, prompts: generated.append(len(prompts)) or complete_ids(model, prompts)
-one = scorer.score_distributed(model, domain, load_from_disk(f"{folder}/prompts").select([0]), accelerator)
+one = scorer.score(model, domain, load_from_disk(f"{folder}/prompts").select([0]), accelerator)
 assert generated == [1] and one.values.tolist() == scores.values[:1].tolist()
 assert calls == ([5, 1] if accelerator.is_main_process else [])  # the metric is called once
 try:
-    scorer.score_distributed(model, Domain("numbers", metric=fail), load_from_disk(f"{folder}/prompts"), accelerator)
+    scorer.score(model, Domain("numbers", metric=fail), load_from_disk(f"{folder}/prompts"), accelerator)
 except ValueError as error:
     message = str(error)
 with open(f"{folder}/{accelerator.process_index}.json", "w") as file:

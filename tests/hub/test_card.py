@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from trl_interfere.analysis.report import InterferenceReport
-from trl_interfere.evaluation.score_summary import ScoreSummary
+from trl_interfere.evaluation.metrics import ScoreSummary
 from trl_interfere.hub.card_callback import write_card
 from trl_interfere.hub.push import plan_push
 from trl_interfere.hub.run_folder import RunFolder

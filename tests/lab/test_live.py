@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from trl_interfere.evaluation.bootstrap import difference, recovered
+from trl_interfere.evaluation.bootstrap import difference
+from trl_interfere.evaluation.metrics import recovered
 from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.lab.build import MODEL_FOLDER
 from trl_interfere.lab.domains import TASKS, lab_rows

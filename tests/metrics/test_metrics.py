@@ -11,8 +11,7 @@ from huggingface_hub import RepoCard
 
 from trl_interfere.analysis.overlap import overlaps
 from trl_interfere.analysis.routes import RouteMap
-from trl_interfere.evaluation.bootstrap import recovered
-from trl_interfere.evaluation.forgetting import forgetting
+from trl_interfere.evaluation.metrics import forgetting, recovered
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
 
 

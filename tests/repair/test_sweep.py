@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_interfere.evaluation.bootstrap import recovered
+from trl_interfere.evaluation.metrics import recovered
 from trl_interfere.repair.bench import RepairBench, domain_scorer
 from trl_interfere.repair.measures import reference_probability
 from trl_interfere.repair.rollback import RouteRollback, rolled_back

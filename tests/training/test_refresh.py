@@ -6,7 +6,8 @@ import pytest
 from datasets import Dataset
 
 from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer
-from trl_interfere.evaluation.bootstrap import difference, recovered
+from trl_interfere.evaluation.bootstrap import difference
+from trl_interfere.evaluation.metrics import recovered
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
 from trl_interfere.lab.build import MODEL_FOLDER
 from trl_interfere.run import StageRecord

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy import stats
@@ -33,10 +33,7 @@ class Interval:
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
     def to_dict(self) -> dict[str, float]:
-        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
-
-
-UNDEFINED = Interval(float("nan"), float("nan"), float("nan"), 0)
+        return asdict(self)
 
 
 def bootstrap(
@@ -102,44 +99,30 @@ def _percentiles(value: float, distribution: np.ndarray, n: int) -> Interval:
 
 
 def score(values: np.ndarray, seed: int = 0) -> Interval:
-    """
-    Mean score, 0 to 100, of per-prompt values between 0 and 1.
-
-    Args:
-        values (`numpy.ndarray` of shape `(n,)`):
-            Values per prompt.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling.
-
-    Returns:
-        [`Interval`]: The score.
-    """
+    """Mean score, 0 to 100, of per-prompt values between 0 and 1."""
     return bootstrap(np.mean, 100 * np.asarray(values, dtype=np.float64), seed=seed)
+
+
+def difference(after: np.ndarray, before: np.ndarray, seed: int = 0) -> Interval:
+    """Change of the score on the same prompts, in points of 100: mean of `100 * (after - before)`."""
+    _check_paired(after, before)
+    return score(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64), seed=seed)
 
 
 def average(samples: Sequence[np.ndarray], seed: int = 0) -> Interval:
     """
-    Average over domains of their mean scores, 0 to 100, every domain with the same weight.
+    Average over domains of their mean scores (or changes), 0 to 100, every domain with the same weight.
 
     ```
     average = 1/D sum_d 100/n_d sum_p v_dp
     ```
 
-    The domains have prompts of their own, so that the prompts of each are resampled by themselves (Davison and
-    Hinkley, 1997, section 3.2: several samples).
-
-    Args:
-        samples (`list[numpy.ndarray]`):
-            Values per prompt of each domain; differences of paired values are values as well.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling.
-
-    Returns:
-        [`Interval`]: The average, with `n` the number of all prompts; undefined (`nan`) without domains.
+    The prompts of each domain are resampled by themselves (Davison and Hinkley, 1997, section 3.2: several samples).
+    `n` is the number of all prompts. Without domains the average is undefined (`nan`).
     """
     samples = [100 * np.asarray(sample, dtype=np.float64) for sample in samples]
     if not samples:
-        return UNDEFINED
+        return Interval(np.nan, np.nan, np.nan, 0)
     n = sum(len(sample) for sample in samples)
     value = float(np.mean([sample.mean() for sample in samples]))
     varying = [sample for sample in samples if len(sample) > 1 and np.ptp(sample) > 0]
@@ -148,61 +131,3 @@ def average(samples: Sequence[np.ndarray], seed: int = 0) -> Interval:
     rng = np.random.default_rng(seed)
     deviations = sum(_resampled(np.mean, [sample], 2000, rng) - sample.mean() for sample in varying)
     return _percentiles(value, value + deviations / len(samples), n)
-
-
-def difference(after: np.ndarray, before: np.ndarray, seed: int = 0) -> Interval:
-    """
-    Change of the score, in points, on the same prompts.
-
-    Args:
-        after (`numpy.ndarray` of shape `(n,)`):
-            Values per prompt, later.
-        before (`numpy.ndarray` of shape `(n,)`):
-            Values per prompt, earlier.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling.
-
-    Returns:
-        [`Interval`]: Mean of `100 * (after - before)`.
-    """
-    _check_paired(after, before)
-    return score(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64), seed=seed)
-
-
-def recovered(repaired: np.ndarray, damaged: np.ndarray, peak: np.ndarray, seed: int = 0) -> Interval:
-    """
-    Share of a lost score that a repair brings back.
-
-    ```
-    recovered = (score(repaired) - score(damaged)) / (score(peak) - score(damaged))
-    ```
-
-    as in the paper's recovery rates (arXiv 2606.02398). It is undefined (`nan`) where nothing was lost.
-
-    Args:
-        repaired (`numpy.ndarray` of shape `(n,)`):
-            Values per prompt after the repair.
-        damaged (`numpy.ndarray` of shape `(n,)`):
-            Values per prompt before the repair.
-        peak (`numpy.ndarray` of shape `(n,)`):
-            Values per prompt at the peak.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling.
-
-    Returns:
-        [`Interval`]: Recovered share; 1 is all of the loss.
-    """
-    samples = [np.asarray(sample, dtype=np.float64) for sample in (repaired, damaged, peak)]
-
-    def ratio(repaired, damaged, peak, axis):
-        lost = np.mean(peak, axis=axis) - np.mean(damaged, axis=axis)
-        return np.divide(
-            np.mean(repaired, axis=axis) - np.mean(damaged, axis=axis),
-            lost,
-            out=np.full_like(lost, np.nan),
-            where=lost > 0,
-        )
-
-    if not np.mean(samples[2]) > np.mean(samples[1]):
-        return Interval(np.nan, np.nan, np.nan, len(samples[0]))
-    return bootstrap(ratio, *samples, seed=seed)

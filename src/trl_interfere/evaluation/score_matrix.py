@@ -10,7 +10,7 @@ from ..run import Run
 from .bootstrap import Interval, average, score
 
 
-@dataclass
+@dataclass(repr=False)
 class ScoreMatrix:
     """
     Stages x domains.
@@ -22,7 +22,8 @@ class ScoreMatrix:
         domains (`list[str]`):
             Names of the domains: the columns.
         stages (`list[str]`, *optional*):
-            Names of the stages, `"0-base"`, `"<index>-<domain>"` or `"<index>-refresh-<domain>"`: the rows, in order.
+            Names of the stages, `"0-base"`, `"<index>-<domain>"`, `"<index>-refresh-<domain>"` or `"<index>-heal"`:
+            the rows, in order.
         values (`list[dict[str, numpy.ndarray]]`, *optional*):
             For each stage, the per-prompt scores (0 to 1) of each domain.
     """
@@ -55,19 +56,7 @@ class ScoreMatrix:
         self.values.append(values)
 
     def position(self, stage: int) -> int:
-        """
-        Position of a stage, counted from the first one.
-
-        Args:
-            stage (`int`):
-                Position of the stage; negative positions count from the end.
-
-        Returns:
-            `int`: The position, 0 or more.
-
-        Raises:
-            `ValueError`: If there is no such stage.
-        """
+        """Position of a stage from the first one; negative positions count from the end."""
         if not -len(self.stages) <= stage < len(self.stages):
             raise ValueError(f"stage: expected the position of one of {len(self.stages)} stages, found {stage}")
         return stage % len(self.stages)
@@ -139,34 +128,17 @@ class ScoreMatrix:
         return max(rows, key=lambda row: self.values[row][domain].mean())
 
     def stage_kind(self, stage: int) -> tuple[str, str | None]:
-        """
-        What a stage was, by its name.
-
-        Args:
-            stage (`int`):
-                Position of the stage; negative positions count from the end.
-
-        Returns:
-            `tuple[str, str]`: `"base"` and `None`, or `"train"` or `"refresh"` and the name of the domain.
-        """
+        """Kind of a stage (`base`, `train`, `refresh` or `heal`) and its domain, by its name."""
         name = self.stages[stage].partition("-")[2]
         if self.stages[stage] == "0-base":
             return "base", None
-        if name.startswith("refresh-") and name not in self.domains:
-            return "refresh", name.removeprefix("refresh-")
+        kind, _, domain = name.partition("-")
+        if kind in ("refresh", "heal") and name not in self.domains:
+            return kind, domain or None
         return "train", name
 
     def last_training(self, stage: int = -1) -> int | None:
-        """
-        Position of the last stage of kind `train` up to a stage: what comes after it are refreshes.
-
-        Args:
-            stage (`int`, *optional*, defaults to `-1`):
-                Position of the stage; negative positions count from the end.
-
-        Returns:
-            `int` or `None`: Position, or `None` where nothing was trained yet.
-        """
+        """Position of the last stage of kind `train` up to a stage: what comes after it are repairs."""
         rows = range(self.position(stage), -1, -1)
         return next((row for row in rows if self.stage_kind(row)[0] == "train"), None)
 
@@ -188,6 +160,15 @@ class ScoreMatrix:
             ],
         }
 
+    def rows(self) -> list[list[str]]:
+        """Cells of a table, the header first: scores with their 95% intervals, a dash where there is none."""
+        count = {domain: len(values[domain]) for values in self.values for domain in values}
+        rows = [["stage", *(f"{domain} (n={count.get(domain, 0)})" for domain in self.domains)]]
+        for stage, values in zip(self.stages, self.values, strict=True):
+            cells = (f"{score(values[domain]):.1f}" if domain in values else "—" for domain in self.domains)
+            rows.append([stage, *cells])
+        return rows
+
     def to_table(self) -> Table:
         """
         The matrix as a table for the terminal.
@@ -195,12 +176,15 @@ class ScoreMatrix:
         Returns:
             [`rich.table.Table`]: One row per stage, scores with their 95% intervals, a dash where there is none.
         """
-        table = Table(title="Score after each stage (0 to 100, 95% interval)")
-        table.add_column("stage")
-        for domain in self.domains:
-            count = next((len(values[domain]) for values in self.values if domain in values), 0)
-            table.add_column(f"{domain} (n={count})", justify="right")
-        for stage, values in zip(self.stages, self.values, strict=True):
-            cells = (score(values[domain]) if domain in values else None for domain in self.domains)
-            table.add_row(stage, *("—" if cell is None else f"{cell:.1f}" for cell in cells))
+        header, *rows = self.rows()
+        table = Table(header[0], title="Score after each stage (0 to 100, 95% interval)")
+        for name in header[1:]:
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(*row)
         return table
+
+    def __repr__(self) -> str:
+        rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -1,7 +1,8 @@
 """Scoring a model on domains."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import nn
@@ -41,14 +43,22 @@ class DomainScores:
     Scores of one model on one domain, prompt by prompt.
 
     Args:
-        values (`numpy.ndarray` of shape `(n,)`):
-            Score of each prompt, in the order of the dataset.
+        prompts (`list`):
+            The prompts, plain or conversational, in the order of the dataset.
         completions (`list[str]`):
             What the model wrote: the completions of the first prompt, then those of the second, and so on.
+        samples (`numpy.ndarray` of shape `(n, k)`):
+            Score of each completion.
     """
 
-    values: np.ndarray
+    prompts: list[Any]
     completions: list[str]
+    samples: np.ndarray
+
+    @property
+    def values(self) -> np.ndarray:
+        """Score of each prompt: the mean of its samples."""
+        return self.samples.mean(axis=1)
 
 
 class Scorer:
@@ -94,11 +104,8 @@ class Scorer:
         seed: int = 0,
         progress: bool = False,
     ):
-        for name, value in (
-            ("max_new_tokens", max_new_tokens),
-            ("batch_size", batch_size),
-            ("num_samples", num_samples),
-        ):
+        counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "num_samples": num_samples}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, found {value}")
         if not 0 <= temperature < float("inf"):
@@ -114,7 +121,13 @@ class Scorer:
         self.seed = seed
         self.progress = progress
 
-    def score(self, model: PreTrainedModel | VLLMEngine, domain: Domain, dataset: Dataset) -> DomainScores:
+    def score(
+        self,
+        model: PreTrainedModel | VLLMEngine,
+        domain: Domain,
+        dataset: Dataset,
+        accelerator: Accelerator | None = None,
+    ) -> DomainScores:
         """
         Score a model on one dataset of a domain.
 
@@ -125,50 +138,27 @@ class Scorer:
                 Supplies the metric.
             dataset ([`~datasets.Dataset`]):
                 Prompts, with the columns that the metric needs.
+            accelerator ([`~accelerate.Accelerator`], *optional*):
+                Shares the prompts out between its processes. Every process gets all scores; the metric is called by
+                the main process alone, since it may cost something, such as the calls of an LLM judge.
 
         Returns:
-            [`DomainScores`]: One value per row.
-
-        Raises:
-            `ValueError`: If the metric fails or returns the wrong number of values.
-        """
-        completion_ids = self.complete_ids(model, [row["prompt"] for row in self._repeated(dataset)])
-        return self._scores(domain, dataset, completion_ids)
-
-    def score_distributed(
-        self, model: PreTrainedModel | VLLMEngine, domain: Domain, dataset: Dataset, accelerator
-    ) -> DomainScores:
-        """
-        Like [`~Scorer.score`], with the prompts shared out between processes; every process gets all scores.
-
-        The metric is called by the main process alone.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`] or [`VLLMEngine`]):
-                The model.
-            domain ([`Domain`]):
-                Supplies the metric.
-            dataset ([`~datasets.Dataset`]):
-                Prompts.
-            accelerator ([`~accelerate.Accelerator`]):
-                Knows the processes.
-
-        Returns:
-            [`DomainScores`]: One value per row.
+            [`DomainScores`]: One row of samples per prompt.
 
         Raises:
             `ValueError`: In every process, if the metric fails or returns the wrong number of values.
         """
-        if accelerator.num_processes == 1:
-            return self.score(model, domain, dataset)
-        prompts = [row["prompt"] for row in self._repeated(dataset)]
+        check_scorable(domain)
+        prompts = [prompt for prompt in dataset["prompt"] for _ in range(self.num_samples)]
+        if accelerator is None or accelerator.num_processes == 1:
+            return self._scores(domain, dataset, self.complete_ids(model, prompts))
         shards = np.array_split(np.arange(len(prompts)), accelerator.num_processes)
         mine = [prompts[index] for index in shards[accelerator.process_index]]
         # A forward pass of a sharded model (FSDP, ZeRO-3) waits for every process, so all need as many batches.
         surplus = [prompts[0]] * (len(shards[0]) - len(mine))
         completion_ids = gather_object(self.complete_ids(model, mine + surplus)[: len(mine)])
         scores, message = None, None
-        if accelerator.is_main_process:  # a metric may cost something, such as the calls of an LLM judge
+        if accelerator.is_main_process:
             try:
                 scores = self._scores(domain, dataset, completion_ids)
             except ValueError as error:
@@ -179,13 +169,11 @@ class Scorer:
             raise ValueError(message)
         return scores
 
-    def _repeated(self, dataset: Dataset) -> list[dict]:
-        return [row for row in dataset for _ in range(self.num_samples)]
-
     def _scores(self, domain: Domain, dataset: Dataset, completion_ids: list[list[int]]) -> DomainScores:
+        rows = [row for row in dataset for _ in range(self.num_samples)]
         completions = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        values = apply_metric(domain, self._repeated(dataset), completions, completion_ids)
-        return DomainScores(values=values.reshape(-1, self.num_samples).mean(axis=1), completions=completions)
+        values = apply_metric(domain, rows, completions, completion_ids)
+        return DomainScores(list(dataset["prompt"]), completions, values.reshape(-1, self.num_samples))
 
     def complete(self, model: PreTrainedModel | VLLMEngine, prompts: list[Any]) -> list[str]:
         """
@@ -262,16 +250,7 @@ class Scorer:
         return completed
 
     def encode_prompt(self, prompt: Any) -> list[int]:
-        """
-        Token ids of a prompt, by the chat template where it is conversational.
-
-        Args:
-            prompt (`str` or `list[dict]`):
-                The prompt.
-
-        Returns:
-            `list[int]`: Token ids.
-        """
+        """Token ids of a prompt, by the chat template where it is conversational."""
         if is_conversational({"prompt": prompt}):
             return self.tokenizer.apply_chat_template(
                 prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **self.chat_template_kwargs
@@ -289,32 +268,51 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def check_scorable(domain: Domain, multi_turn: str | None = None) -> None:
+    """
+    Refuse a domain that completions of one turn cannot score.
+
+    Args:
+        domain ([`Domain`]):
+            The domain.
+        multi_turn (`str`, *optional*):
+            Argument of the trainer with which the domain is trained in several turns, such as `tools`.
+
+    Raises:
+        `ValueError`: If the domain has no `metric`, and its rewards need a reward model, environments or tools.
+    """
+    if domain.metric is not None:
+        return
+    for function in domain.reward_funcs:
+        if isinstance(function, (str, nn.Module)):
+            multi_turn = multi_turn or "a reward model"
+        elif "environments" in _parameters(function):
+            multi_turn = multi_turn or "environments"
+    if multi_turn:
+        raise ValueError(
+            f"domain {domain.name!r}: scores are those of one completion per prompt, and its rewards come with "
+            f"{multi_turn}; set `metric`, a function of the completions"
+        )
+
+
+def _parameters(function: Callable) -> Iterable[str]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # not every callable tells its signature
+        return ()
+
+
 def apply_metric(
     domain: Domain, rows: list[dict], completions: list[str], completion_ids: list[list[int]] | None = None
 ) -> np.ndarray:
     """
-    Values of a domain's metric for given completions.
+    Values of a domain's metric for given completions: one per row, for rewards their weighted sum.
 
     Functions are called with everything that [`~trl.GRPOTrainer`] calls them with, so that one that works in training
     works here: the columns of the dataset, `completion_ids`, `trainer_state` (which is `None`, as nothing is trained),
-    and a `log_extra` and a `log_metric` that do nothing.
-
-    Args:
-        domain ([`Domain`]):
-            Supplies `metric`, or its rewards and their weights.
-        rows (`list[dict]`):
-            Rows of the dataset.
-        completions (`list[str]`):
-            One completion per row.
-        completion_ids (`list[list[int]]`, *optional*):
-            Their token ids, for functions that look at them.
-
-    Returns:
-        `numpy.ndarray` of shape `(n,)`: One value per row, the weighted sum of the functions; `None` counts as 0.
-
-    Raises:
-        `ValueError`: If a function fails, or returns the wrong number of values or one that is not a finite number.
+    and a `log_extra` and a `log_metric` that do nothing. `None` counts as 0.
     """
+    check_scorable(domain)
     prompts = [row["prompt"] for row in rows]
     if is_conversational({"prompt": prompts[0]}):
         completions = [[{"role": "assistant", "content": completion}] for completion in completions]
@@ -326,17 +324,9 @@ def apply_metric(
     if completion_ids is not None:
         arguments["completion_ids"] = completion_ids
     if domain.metric is not None:
-        functions, weights = [domain.metric], [1.0]
-    else:
-        functions, weights = domain.reward_funcs, domain.reward_weights
-    total = np.zeros(len(rows))
-    for function, weight in zip(functions, weights, strict=True):
-        if isinstance(function, (str, nn.Module)):
-            raise ValueError(
-                f"domain {domain.name!r}: a reward model cannot score completions outside training, set `metric`"
-            )
-        total += weight * _call(domain.name, function, len(rows), arguments)
-    return total
+        return _call(domain.name, domain.metric, len(rows), arguments)
+    pairs = zip(domain.reward_funcs, domain.reward_weights, strict=True)
+    return sum(weight * _call(domain.name, function, len(rows), arguments) for function, weight in pairs)
 
 
 def _call(name: str, function: Callable, n: int, arguments: dict[str, Any]) -> np.ndarray:

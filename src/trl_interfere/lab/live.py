@@ -16,7 +16,8 @@ from ..analysis.references import collect_references
 from ..analysis.report import REPORT_NAME, InterferenceReport
 from ..analysis.routes import RouteMap
 from ..domain import Domain
-from ..evaluation.bootstrap import Interval, difference, recovered
+from ..evaluation.bootstrap import Interval, difference
+from ..evaluation.metrics import recovered
 from ..evaluation.scorer import Scorer
 from ..repair.rollback import RouteRollback, rolled_back
 from .build import MODEL_FOLDER

@@ -19,7 +19,8 @@ from ..analysis.report import InterferenceReport
 from ..analysis.routes import RouteMap
 from ..analysis.stage_edits import StageEdits, stage_edits
 from ..checkpoint import Checkpoint
-from ..evaluation.bootstrap import Interval, difference, recovered
+from ..evaluation.bootstrap import Interval, difference
+from ..evaluation.metrics import recovered
 from ..models import load_model
 from ..repair.interpolation import interpolated
 from ..repair.rollback import RouteRollback, line_search, rolled_back

@@ -17,8 +17,9 @@ from ..analysis.report import InterferenceReport
 from ..analysis.routes import RouteMap
 from ..checkpoint import Checkpoint
 from ..domain import Domain
-from ..evaluation.bootstrap import Interval, difference, recovered
+from ..evaluation.bootstrap import Interval, difference
 from ..evaluation.checkpoints import sampling_settings, training_settings
+from ..evaluation.metrics import recovered
 from ..evaluation.scorer import Scorer
 from ..models import load_model, load_tokenizer
 from ..recipe import RunFile

@@ -12,8 +12,8 @@ from ..analysis.report import InterferenceReport
 from ..benchmark import parse_benchmark
 from ..checkpoint import published_name
 from ..evaluation.bootstrap import Interval
+from ..evaluation.metrics import ScoreSummary
 from ..evaluation.score_matrix import ScoreMatrix
-from ..evaluation.score_summary import ScoreSummary
 from ..hub.eval_results import model_index
 from ..hub.run_folder import RunFolder
 from ..revision import published_checkpoint, split_revision, stage_revision

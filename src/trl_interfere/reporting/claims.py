@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.forgetting import forgetting
+from ..evaluation.metrics import forgetting
 from ..evaluation.score_matrix import ScoreMatrix
 from .tables import markdown_table
 

@@ -5,8 +5,8 @@ import difflib
 import logging
 import math
 
-from ..evaluation.bootstrap import difference, recovered
-from ..evaluation.collateral import collateral
+from ..evaluation.bootstrap import difference
+from ..evaluation.metrics import collateral, recovered
 from ..evaluation.score_matrix import ScoreMatrix
 from ..recipe import check_names
 from ..run import StageRecord

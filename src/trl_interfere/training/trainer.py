@@ -490,7 +490,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 if domain.eval_dataset is None or domain.name in record.scores:
                     continue
                 try:
-                    result = self.scorer.score_distributed(model, domain, domain.eval_dataset, self.accelerator)
+                    result = self.scorer.score(model, domain, domain.eval_dataset, self.accelerator)
                 except ValueError as error:
                     raise ValueError(f"stage {record.name}, scores after step {record.steps}, {error}") from error
                 entry = None

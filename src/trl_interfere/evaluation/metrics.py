@@ -1,0 +1,304 @@
+"""Forgetting, transfer, recovered and collateral: what a score matrix says, by the formulas of the literature."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from .bootstrap import Interval, average, bootstrap, difference
+from .score_matrix import ScoreMatrix
+
+
+def forgetting(matrix: ScoreMatrix, domain: str | None = None, stage: int = -1) -> Interval:
+    """
+    Forgetting of one domain, or the average over the domains that were trained before the last one.
+
+    ```
+    f_j = max_(l < k) R_(l,j) - R_(k,j)        F_k = 1/(k-1) sum_(j < k) f_j
+    ```
+
+    (Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018: the forgetting measure), with `R_(l,j)` the
+    score of domain j after stage l, and k the stage asked for. The base model counts as stage 0, since a pre-trained
+    model may know a domain before it is trained on it. A refresh counts as a stage l, but not as the training of a new
+    domain. A negative value is a gain. The peak stage is found once, on all prompts, and the difference from it is
+    paired.
+
+    Args:
+        matrix ([`ScoreMatrix`]):
+            The scores.
+        domain (`str`, *optional*):
+            Name of the domain. Defaults to the average.
+        stage (`int`, *optional*, defaults to `-1`):
+            Position of stage k; negative positions count from the end.
+
+    Returns:
+        [`Interval`]: Points of 100; undefined (`nan`) for the domain trained last, and where a score is missing.
+    """
+    final, latest = matrix.position(stage), matrix.last_training(stage)
+    losses = []
+    for name in matrix.domains if domain is None else [domain]:
+        trained = any(matrix.stage_kind(row) == ("train", name) for row in range(final))
+        newest = latest is not None and matrix.stage_kind(latest) == ("train", name)
+        scored = name in matrix.values[final] and any(name in values for values in matrix.values[:final])
+        if scored and not newest and (trained or domain is not None):
+            losses.append(matrix.values[matrix.peak(name, final - 1)][name] - matrix.values[final][name])
+    return average(losses)
+
+
+def backward_transfer(matrix: ScoreMatrix, domain: str | None = None, stage: int = -1) -> Interval:
+    """
+    Backward transfer to one domain, or the average over the domains that were trained before the last one.
+
+    ```
+    BWT = 1/(T-1) sum_(i < T) R_(T,i) - R_(i,i)
+    ```
+
+    (Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, equation 3), with `R_(j,i)` the score of domain i
+    after the stage of domain j, and T the stage asked for. Where a domain was trained several times, `R_(i,i)` is its
+    score after the last of them; refreshes are repairs and do not count. A negative value is damage.
+
+    Args:
+        matrix ([`ScoreMatrix`]):
+            The scores.
+        domain (`str`, *optional*):
+            Name of the domain. Defaults to the average.
+        stage (`int`, *optional*, defaults to `-1`):
+            Position of stage T; negative positions count from the end.
+
+    Returns:
+        [`Interval`]: Points of 100; undefined (`nan`) for the domain trained last, for one that was not trained, and
+        where a score is missing.
+    """
+    final, latest = matrix.position(stage), matrix.last_training(stage)
+    changes = []
+    for name in matrix.domains if domain is None else [domain]:
+        own = [row for row in range(final + 1) if matrix.stage_kind(row) == ("train", name)]
+        if own and own[-1] != latest and name in matrix.values[own[-1]] and name in matrix.values[final]:
+            changes.append(matrix.values[final][name] - matrix.values[own[-1]][name])
+    return average(changes)
+
+
+def forward_transfer(matrix: ScoreMatrix, domain: str | None = None, stage: int = -1) -> Interval:
+    """
+    Forward transfer to one domain, or the average over the domains that were trained after the first one.
+
+    ```
+    FWT = 1/(T-1) sum_(i > 1) R_(i-1,i) - b_i
+    ```
+
+    (Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, equation 4), with `R_(i-1,i)` the score of domain i
+    right before its first training. There `b_i` is the score at random initialisation; here it is the score of the
+    base model, where the run begins.
+
+    Args:
+        matrix ([`ScoreMatrix`]):
+            The scores.
+        domain (`str`, *optional*):
+            Name of the domain. Defaults to the average.
+        stage (`int`, *optional*, defaults to `-1`):
+            Position of the last stage to look at; negative positions count from the end.
+
+    Returns:
+        [`Interval`]: Points of 100; undefined (`nan`) for the domain trained first, for one that was not trained, and
+        where a score is missing.
+    """
+    final = matrix.position(stage)
+    based = matrix.stage_kind(0)[0] == "base"
+    changes = []
+    for name in matrix.domains if domain is None else [domain]:
+        before = next((row - 1 for row in range(final + 1) if matrix.stage_kind(row) == ("train", name)), 0)
+        if based and before > 0 and name in matrix.values[before] and name in matrix.values[0]:
+            changes.append(matrix.values[before][name] - matrix.values[0][name])
+    return average(changes)
+
+
+def recovered(repaired: np.ndarray, damaged: np.ndarray, peak: np.ndarray, seed: int = 0) -> Interval:
+    """
+    Share of a lost score that a repair brings back.
+
+    ```
+    recovered = (score(repaired) - score(damaged)) / (score(peak) - score(damaged))
+    ```
+
+    as in the paper's recovery rates (arXiv 2606.02398). It is undefined (`nan`) where nothing was lost.
+
+    Args:
+        repaired (`numpy.ndarray` of shape `(n,)`):
+            Values per prompt after the repair.
+        damaged (`numpy.ndarray` of shape `(n,)`):
+            Values per prompt before the repair.
+        peak (`numpy.ndarray` of shape `(n,)`):
+            Values per prompt at the peak.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the resampling.
+
+    Returns:
+        [`Interval`]: Recovered share; 1 is all of the loss.
+    """
+    samples = [np.asarray(sample, dtype=np.float64) for sample in (repaired, damaged, peak)]
+
+    def ratio(repaired, damaged, peak, axis):
+        gained = np.mean(repaired, axis=axis) - np.mean(damaged, axis=axis)
+        lost = np.mean(peak, axis=axis) - np.mean(damaged, axis=axis)
+        return np.divide(gained, lost, out=np.full_like(lost, np.nan), where=lost > 0)
+
+    if not np.mean(samples[2]) > np.mean(samples[1]):
+        return Interval(np.nan, np.nan, np.nan, len(samples[0]))
+    return bootstrap(ratio, *samples, seed=seed)
+
+
+def collateral(matrix: ScoreMatrix, since: int, repaired: Iterable[str] = (), stage: int = -1) -> dict[str, Interval]:
+    """
+    Change of every domain that was not repaired, between the damaged and the repaired model.
+
+    ```
+    collateral_j = R_(repaired,j) - R_(damaged,j)   for every j that was not repaired
+    ```
+
+    The paper (arXiv 2606.02398) reports it beside the recovered share. A negative value is the price of the repair.
+
+    Args:
+        matrix ([`ScoreMatrix`]):
+            The scores.
+        since (`int`):
+            Position of the damaged model: the last stage before the repair.
+        repaired (`Iterable[str]`, *optional*):
+            Names of the domains that were repaired.
+        stage (`int`, *optional*, defaults to `-1`):
+            Position of the repaired model; negative positions count from the end.
+
+    Returns:
+        `dict[str, Interval]`: Change in points of 100, by name of the domain, for those scored at both stages.
+    """
+    before, after = matrix.values[matrix.position(since)], matrix.values[matrix.position(stage)]
+    others = (domain for domain in matrix.domains if domain not in set(repaired))
+    return {
+        domain: difference(after[domain], before[domain]) for domain in others if domain in before and domain in after
+    }
+
+
+@dataclass
+class ScoreSummary:
+    """
+    Average score, forgetting and transfer after one stage, and what the repairs before it did.
+
+    A figure that is undefined, e.g. the forgetting of the domain trained last, is left out.
+
+    Args:
+        stage (`str`):
+            Name of the stage.
+        score (`dict[str, Interval]`):
+            Scores of the domains, 0 to 100.
+        forgetting (`dict[str, Interval]`):
+            Peak minus score, see [`~evaluation.metrics.forgetting`].
+        backward_transfer (`dict[str, Interval]`):
+            Change since the domain's own training, see [`~evaluation.metrics.backward_transfer`].
+        forward_transfer (`dict[str, Interval]`):
+            Change before the domain's own training, see [`~evaluation.metrics.forward_transfer`].
+        recovered (`dict[str, Interval]`):
+            Share of the loss that came back, see [`~evaluation.metrics.recovered`], of the domains that were refreshed
+            or healed since the last training.
+        collateral (`dict[str, Interval]`):
+            Change since the last training, see [`~evaluation.metrics.collateral`], of the other domains; empty
+            without a repair.
+        average (`dict[str, Interval]`):
+            Averages over the domains of `"score"`, `"forgetting"`, `"backward_transfer"` and `"forward_transfer"`.
+    """
+
+    stage: str
+    score: dict[str, Interval]
+    forgetting: dict[str, Interval]
+    backward_transfer: dict[str, Interval]
+    forward_transfer: dict[str, Interval]
+    recovered: dict[str, Interval]
+    collateral: dict[str, Interval]
+    average: dict[str, Interval]
+
+    @classmethod
+    def from_matrix(cls, matrix: ScoreMatrix, stage: int = -1) -> "ScoreSummary":
+        """
+        Summarise a score matrix.
+
+        Args:
+            matrix ([`ScoreMatrix`]):
+                The scores.
+            stage (`int`, *optional*, defaults to `-1`):
+                Position of the stage; negative positions count from the end.
+
+        Returns:
+            [`ScoreSummary`]: The figures after that stage.
+
+        Raises:
+            `ValueError`: If there is no such stage.
+        """
+        final = matrix.position(stage)
+        values = matrix.values[final]
+        scored = [domain for domain in matrix.domains if domain in values]
+        figures = {"score": {domain: matrix.interval(final, domain) for domain in scored}}
+        figures["average"] = {"score": matrix.average_score(final)}
+        for statistic in (forgetting, backward_transfer, forward_transfer):
+            figures[statistic.__name__] = {domain: statistic(matrix, domain, final) for domain in scored}
+            figures["average"][statistic.__name__] = statistic(matrix, stage=final)
+        since, repaired = _repairs(matrix, final)
+        figures["recovered"] = {
+            domain: recovered(
+                values[domain], matrix.values[since][domain], matrix.values[matrix.peak(domain, since)][domain]
+            )
+            for domain in repaired
+            if domain in values
+        }
+        figures["collateral"] = collateral(matrix, since, repaired, final) if repaired else {}
+        return cls(
+            stage=matrix.stages[final],
+            **{
+                name: {key: interval for key, interval in by_key.items() if np.isfinite(interval.value)}
+                for name, by_key in figures.items()
+            },
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The summary as JSON values.
+
+        Returns:
+            `dict`: `stage`, and the intervals of each statistic by domain (of `average`: by statistic).
+        """
+        figures = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        return {"stage": self.stage} | {
+            name: {key: interval.to_dict() for key, interval in by_key.items()} for name, by_key in figures.items()
+        }
+
+    def to_table(self) -> Table:
+        """
+        The summary as a table for the terminal.
+
+        Returns:
+            [`rich.table.Table`]: One row per domain and one of averages, a dash where a figure is undefined.
+        """
+        names = [field.name for field in fields(self)[1:-1] if getattr(self, field.name)]
+        table = Table("domain", title=f"Forgetting and transfer after {self.stage} (points of 100, 95% interval)")
+        for name in names:
+            table.add_column(name.replace("_", " "), justify="right")
+        rows = [(domain, {name: getattr(self, name).get(domain) for name in names}) for domain in self.score]
+        for number, (label, intervals) in enumerate([*rows, ("average", self.average)]):
+            cells = ((intervals.get(name), ".0%" if name == "recovered" else ".1f") for name in names)
+            shown = ("—" if interval is None else f"{interval:{spec}}" for interval, spec in cells)
+            table.add_row(label, *shown, end_section=number == len(rows) - 1)
+        return table
+
+
+def _repairs(matrix: ScoreMatrix, final: int) -> tuple[int | None, list[str]]:
+    """Position of the last training, and the domains that were refreshed or healed since then."""
+    since = matrix.last_training(final)
+    kinds = [] if since is None else [matrix.stage_kind(row) for row in range(since + 1, final + 1)]
+    scored = [] if since is None else [domain for domain in matrix.domains if domain in matrix.values[since]]
+    repaired = {domain for _, domain in kinds}
+    if None in repaired:  # a heal repairs every domain that has lost something
+        repaired |= {
+            domain
+            for domain in scored
+            if matrix.values[matrix.peak(domain, since)][domain].mean() > matrix.values[since][domain].mean()
+        }
+    return since, [domain for domain in scored if domain in repaired]
