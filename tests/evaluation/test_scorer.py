@@ -320,7 +320,7 @@ def of_environments(completions, environments, **kwargs):
 @pytest.mark.parametrize(
     "function, message",
     [
-        (broken, "'numbers', broken: .*KeyError: 'answer'"),
+        (broken, ", broken: .*KeyError: 'answer'"),
         (lambda completions: [1.0] * 3, "TypeError"),
         (lambda completions, **kwargs: [1.0] * 2, "3 values.*found 2"),
         (lambda completions, **kwargs: [1.0] * 4, "3 values.*found 4"),
