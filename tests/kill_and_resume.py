@@ -22,7 +22,6 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 
 from trl_interfere import StageCallback
-from trl_interfere.run import Run
 from trl_interfere.training.trainer import SequentialGRPOTrainer
 
 

@@ -1,4 +1,4 @@
-"""Sequential GRPO with TRL, interference analysis and route repair."""
+"""Train a model through domains in sequence with TRL, see what broke, heal it without training."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ _EXPORTS = {
     "InterferenceConfig": "analysis.config",
     "InterferenceReport": "analysis.report",
     "RefreshCallback": "training.refresh",
+    "Repair": "repair.repair",
     "RouteRollback": "repair.rollback",
     "Run": "run",
     "ScoreMatrix": "evaluation.score_matrix",
@@ -20,6 +21,7 @@ _EXPORTS = {
     "SequentialGRPOConfig": "training.config",
     "SequentialGRPOTrainer": "training.trainer",
     "StageCallback": "training.callbacks",
+    "SubspaceRollback": "repair.subspace_rollback",
 }
 __all__ = ["__version__", *_EXPORTS]
 
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
     from .evaluation.metrics import ScoreSummary as ScoreSummary
     from .evaluation.score_matrix import ScoreMatrix as ScoreMatrix
     from .evaluation.scorer import Scorer as Scorer
+    from .repair.repair import Repair as Repair
     from .repair.rollback import RouteRollback as RouteRollback
+    from .repair.subspace_rollback import SubspaceRollback as SubspaceRollback
     from .run import Run as Run
     from .training.callbacks import StageCallback as StageCallback
     from .training.config import SequentialGRPOConfig as SequentialGRPOConfig

@@ -149,6 +149,46 @@ def recovered(repaired: np.ndarray, damaged: np.ndarray, peak: np.ndarray, seed:
     return bootstrap(ratio, *samples, seed=seed)
 
 
+def recovered_all(
+    repaired: dict[str, np.ndarray], damaged: dict[str, np.ndarray], peak: dict[str, np.ndarray], seed: int = 0
+) -> Interval:
+    """
+    Share of what several domains have lost that a repair brings back.
+
+    ```
+    recovered = Σ_d (score_d(repaired) - score_d(damaged)) / Σ_d (score_d(peak) - score_d(damaged))
+    ```
+
+    The prompts of each domain are resampled by themselves.
+
+    Args:
+        repaired (`dict[str, numpy.ndarray]`):
+            Values per prompt after the repair, by domain.
+        damaged (`dict[str, numpy.ndarray]`):
+            Values per prompt before the repair.
+        peak (`dict[str, numpy.ndarray]`):
+            Values per prompt at the peak of each domain.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the resampling.
+
+    Returns:
+        [`Interval`]: Recovered share; undefined (`nan`) where nothing was lost.
+    """
+    gains = {name: repaired[name] - damaged[name] for name in damaged}
+    losses = {name: peak[name] - damaged[name] for name in damaged}
+    gain, loss = (sum(values.mean() for values in parts.values()) for parts in (gains, losses))
+    if not damaged or not loss > 0:
+        return Interval(np.nan, np.nan, np.nan, 0)
+    rng = np.random.default_rng(seed)
+    gained, lost = np.zeros(2000), np.zeros(2000)
+    for name in damaged:
+        rows = rng.integers(len(gains[name]), size=(len(gained), len(gains[name])))
+        gained += gains[name][rows].mean(axis=1)
+        lost += losses[name][rows].mean(axis=1)
+    low, high = np.quantile((gained / lost)[lost > 0], [0.025, 0.975])
+    return Interval(float(gain / loss), float(low), float(high), sum(len(values) for values in damaged.values()))
+
+
 def collateral(matrix: ScoreMatrix, since: int, repaired: Iterable[str] = (), stage: int = -1) -> dict[str, Interval]:
     """
     Change of every domain that was not repaired, between the damaged and the repaired model.

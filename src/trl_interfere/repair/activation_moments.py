@@ -64,8 +64,8 @@ class Solution:
        = W + (Σ_d w_d/n_d (Y_d - W X'_d) X'_dᵀ) (S + ρ I)⁻¹        S = Σ_d w_d/n_d X'_d X'_dᵀ,  ρ = ridge tr(S)/width
     ```
 
-    With X' = X this is [RegMean](https://huggingface.co/papers/2212.09849) between the stages of one run. To go through
-    the layers in order and to regress on outputs is what GPTQ does for quantisation, and
+    With X' = X this is [RegMean](https://huggingface.co/papers/2212.09849) between the stages of one run. GPTQ goes
+    through the layers in order and regresses on outputs for quantisation, and
     [RegMean++](https://huggingface.co/papers/2508.03121) for merging.
 
     Args:

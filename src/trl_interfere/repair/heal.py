@@ -1,0 +1,270 @@
+"""Heal: find what was lost, choose a repair on the selection split, report it on the test split, write it."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..domain import Domain
+from ..evaluation.bootstrap import difference, score
+from ..evaluation.flips import flips
+from ..evaluation.metrics import recovered, recovered_all
+from ..evaluation.scorer import DomainScores, Scorer
+from ..models import load_model, load_tokenizer
+from ..run import Run, StageRecord, stage_name
+from .repair import Repair
+from .subspace_rollback import SubspaceRollback
+
+
+# Weights of the domains that lost nothing, in place of 1, that a search tries.
+PROTECTIONS = (1.0, 3.0, 10.0)
+Scores = dict[str, np.ndarray]
+
+
+def damaged_domains(peaks: Scores, final: Scores) -> list[str]:
+    """Domains that lost more than the interval of the loss, the largest loss first."""
+    lost = {name: difference(peaks[name], final[name]) for name in final if name in peaks}
+    return sorted((name for name in lost if lost[name].low > 0), key=lambda name: -lost[name].value)
+
+
+def heal(
+    final: str | Path,
+    peaks: dict[str, str | Path],
+    domains: Sequence[Domain],
+    scorer: Scorer,
+    method: SubspaceRollback | None = None,
+    max_drop: float = 1.0,
+    search: bool = False,
+    scores: tuple[Scores, Scores] | None = None,
+    base: str | Path | None = None,
+    progress: bool = False,
+) -> tuple[Repair, dict[str, DomainScores]]:
+    """
+    Repair a checkpoint and account for it.
+
+    Args:
+        final (`str` or `pathlib.Path`):
+            Checkpoint to heal.
+        peaks (`dict[str, str or pathlib.Path]`):
+            Checkpoint at which each damaged domain scored best.
+        domains (`Sequence[Domain]`):
+            All domains that count. Those without a `selection_dataset` are not looked at in the choice.
+        scorer ([`~trl_interfere.Scorer`]):
+            Scores the models.
+        method ([`SubspaceRollback`], *optional*):
+            How the repair is made. Defaults to its default settings.
+        max_drop (`float`, *optional*, defaults to `1.0`):
+            Points of 100 on the selection split that a domain may lose to the repair.
+        search (`bool`, *optional*, defaults to `False`):
+            Whether to try heavier weights for the domains that lost nothing.
+        scores (`tuple[dict, dict]`, *optional*):
+            Scores of each test prompt at the peaks and at the end. Defaults to scoring these models.
+        base (`str` or `pathlib.Path`, *optional*):
+            Model that adapters stand on.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show progress bars.
+
+    Returns:
+        `tuple`: The [`Repair`], with figures in its record, and the scores of the healed model by domain.
+    """
+    method = method or SubspaceRollback()
+    tested = [domain for domain in domains if domain.eval_dataset is not None]
+    chosen = [domain for domain in domains if domain.selection_dataset is not None]
+    model = load_model(final, base=base)
+    before = {domain.name: scorer.score(model, domain, domain.selection_dataset).values for domain in chosen}
+    if scores is None:
+        at_peak = {}
+        for domain in tested:
+            peak = load_model(peaks[domain.name], base=base) if domain.name in peaks else model
+            at_peak[domain.name] = scorer.score(peak, domain, domain.eval_dataset).values
+        scores = (at_peak, {domain.name: scorer.score(model, domain, domain.eval_dataset).values for domain in tested})
+    del model
+
+    best: tuple[tuple, Repair, Any, float | None] | None = None
+    for protection in PROTECTIONS if search else (None,):
+        trial = method
+        if protection is not None:
+            trial = replace(method, weights={d.name: 1.0 if d.name in peaks else protection for d in domains})
+        repair = trial.fit(final, peaks, domains, base=base, progress=progress)
+        healed = repair.merge()
+        after = {domain.name: scorer.score(healed, domain, domain.selection_dataset).values for domain in chosen}
+        changes = {name: difference(after[name], before[name]).value for name in after}
+        worst = min(changes.values(), default=None)
+        # First what keeps to the limit, then the best mean.
+        rank = (worst is None or worst >= -max_drop, np.mean(list(changes.values())) if changes else 0.0)
+        if best is None or rank > best[0]:
+            best = (rank, repair, healed, worst)
+    (within, _), repair, healed, worst = best
+    tests = {domain.name: scorer.score(healed, domain, domain.eval_dataset) for domain in tested}
+    record = {
+        "split": "test",
+        "max_drop": max_drop,
+        "within_max_drop": bool(within),
+        "worst_on_selection": worst,
+        **account(scores[0], scores[1], {name: found.values for name, found in tests.items()}, list(peaks)),
+    }
+    repair.record.update(record)
+    return repair, tests
+
+
+def account(peaks: Scores, final: Scores, healed: Scores, damaged: Sequence[str]) -> dict[str, Any]:
+    """
+    Figures of a repair on the test split.
+
+    Args:
+        peaks (`dict[str, numpy.ndarray]`):
+            Score of each prompt at the peak of its domain, 0 to 1.
+        final (`dict[str, numpy.ndarray]`):
+            Scores before the repair.
+        healed (`dict[str, numpy.ndarray]`):
+            Scores after it.
+        damaged (`Sequence[str]`):
+            Domains that the repair was to heal.
+
+    Returns:
+        `dict`: `domains` (scores of 100, the recovered share with its interval, flips), `recovered_all` and `worst`,
+        the lowest change of a domain in points.
+    """
+    rows = {}
+    for name in final:
+        change, turned = difference(healed[name], final[name]), flips(final[name], healed[name], peaks[name])
+        rows[name] = {
+            **{
+                key: score(values[name]).value
+                for key, values in (("peak", peaks), ("final", final), ("healed", healed))
+            },
+            "damaged": name in damaged,
+            **{key: None for key in ("recovered", "low", "high")},
+            "change": change.to_dict(),
+            "n": len(final[name]),
+            **{key: len(getattr(turned, key)) for key in ("lost", "regained", "newly_lost")},
+        }
+        if name in damaged:
+            share = recovered(healed[name], final[name], peaks[name])
+            rows[name].update(recovered=share.value, low=share.low, high=share.high)
+    both = [{name: values[name] for name in damaged if name in values} for values in (healed, final, peaks)]
+    share = recovered_all(*both)
+    return {
+        "domains": rows,
+        "recovered_all": {"value": share.value, "low": share.low, "high": share.high},
+        "worst": min(row["change"]["value"] for row in rows.values()),
+    }
+
+
+def heal_run(
+    run: Run,
+    domains: Sequence[Domain],
+    *,
+    rank: int | None = 64,
+    max_drop: float = 1.0,
+    merge: bool = False,
+    names: Sequence[str] | None = None,
+    search: bool = False,
+    scorer: Scorer | None = None,
+    progress: bool = False,
+) -> Repair | None:
+    """
+    Heal the last stage of a run, into its folder `repair/`. What a process that was killed left is made anew.
+
+    Args:
+        run ([`~trl_interfere.Run`]):
+            The run.
+        domains (`Sequence[Domain]`):
+            Its domains.
+        rank (`int`, *optional*, defaults to `64`):
+            Rank of the change of each layer; `None` keeps all of it.
+        max_drop (`float`, *optional*, defaults to `1.0`):
+            Points of 100 on the selection split that a domain may lose to the repair.
+        merge (`bool`, *optional*, defaults to `False`):
+            Whether to write whole weights too, into `repair/merged`.
+        names (`Sequence[str]`, *optional*):
+            Domains to heal. Defaults to those that lost more than the interval of their loss.
+        search (`bool`, *optional*, defaults to `False`):
+            Whether to try heavier weights for the domains that lost nothing.
+        scorer ([`~trl_interfere.Scorer`], *optional*):
+            Scores the models. Defaults to the settings of the run.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show progress bars.
+
+    Returns:
+        [`Repair`] or `None`: The repair; `None` where nothing was lost.
+
+    Raises:
+        `ValueError`: If a domain is unknown, or its peak is the last stage.
+    """
+    final = run.final
+    scored = [domain for domain in domains if domain.name in final.scores]
+    at_end = {domain.name: run.scores(final, domain.name) for domain in scored}
+    best = {domain.name: run.peak(domain.name) for domain in scored}
+    at_peak = {name: run.scores(record, name) for name, record in best.items()}
+    for name in names or ():
+        if name not in best or best[name].index == final.index:
+            raise ValueError(f"domain {name!r}: expected one with a peak before {final.name}, {list(best)}")
+    damaged = list(names) if names else damaged_domains(at_peak, at_end)
+    if not damaged:
+        return None
+    if scorer is None:
+        scorer = run_scorer(run, load_tokenizer(run.weights(final), base=run.base_model), progress)
+    method = SubspaceRollback(rank=rank, max_new_tokens=scorer.max_new_tokens, batch_size=min(scorer.batch_size, 64))
+    repair, tests = heal(
+        run.weights(final),
+        {name: run.weights(best[name]) for name in damaged},
+        scored,
+        scorer,
+        method,
+        max_drop,
+        search,
+        (at_peak, at_end),
+        None if final.folder is None else run.base_model,
+        progress,
+    )
+    repair.record["checkpoints"]["final"]["path"] = final.folder
+    for name in damaged:
+        repair.record["checkpoints"]["peaks"][name]["path"] = best[name].folder or run.base_model
+    _keep(run, repair, tests, merge, damaged)
+    return repair
+
+
+def _keep(run: Run, repair: Repair, tests: dict[str, DomainScores], merge: bool, damaged: list[str]) -> None:
+    """
+    Write the repair beside its place and move it there, so that there is a whole one or none; then record the stage.
+    A heal of the same stage is replaced.
+    """
+    run.stages = run.stages[: run.final.index + 1]
+    index = len(run.stages)
+    taken = any(record.folder == run.repair.name for record in run.stages)
+    folder = run.folder / f"repair-{index}" if taken else run.repair
+    part = run.folder / f".{folder.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    repair.save_pretrained(part)
+    if merge:
+        repair.merge().save_pretrained(part / "merged")
+        load_tokenizer(repair.base).save_pretrained(part / "merged")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    name, scores = stage_name(index, "heal", None), {}
+    for domain, found in tests.items():
+        file = run.write_scores(name, domain, found.values, found.completions, found.prompts)
+        scores[domain] = {**score(found.values).to_dict(), "file": file}
+    overrides = {"rank": repair.record["rank"], "weights": repair.record["weights"]}
+    seconds, versions = repair.record["cost"]["seconds"], {"trl-interfere": __version__}
+    reason = {"damaged": damaged}
+    run.append(StageRecord(index, "heal", None, folder.name, 0, seconds, scores, 0, overrides, versions, reason))
+
+
+def run_scorer(run: Run, tokenizer, progress: bool = False) -> Scorer:
+    """The scorer with which a run scored its stages."""
+    config = run.identity["config"]
+    return Scorer(
+        tokenizer,
+        max_new_tokens=config["score_max_new_tokens"] or config["max_completion_length"],
+        batch_size=config["score_batch_size"],
+        chat_template_kwargs=config["chat_template_kwargs"],
+        temperature=config["score_temperature"],
+        num_samples=config["score_samples"],
+        progress=progress,
+    )
