@@ -5,7 +5,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from trl_interfere import Domain
 from trl_interfere.benchmark import parse_benchmark
-from trl_interfere.hub.eval_results import eval_result_files
+from trl_interfere.hub.eval_results import eval_result_files, model_index
 from trl_interfere.reporting.card import analysis_card
 
 
@@ -41,8 +41,8 @@ def test_one_file_for_each_domain_that_names_a_benchmark(run):
 
 def test_the_legacy_form_is_an_option(run):
     run.manifest.about["benchmarks"] = {"math": "opencompass/AIME2025"}
-    assert "model-index" not in str(analysis_card(run, "u/r"))
-    card = ModelCard(str(analysis_card(run, "u/r", with_model_index=True)))
+    assert "model-index" not in str(analysis_card(run.manifest, "u/r"))
+    card = ModelCard(str(analysis_card(run.manifest, "u/r", eval_results=model_index(run))))
     _, (result,) = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert result.dataset_type == "opencompass/AIME2025"
     assert result.metric_value == run.stages[-1].scores["math"]["value"]

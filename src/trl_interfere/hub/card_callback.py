@@ -66,5 +66,5 @@ def write_card(folder: str | Path, license: str | None = None) -> Path:
         for path in sorted((report / "figures").glob("*.png")):
             figures[f"{name}/{path.stem}"] = path.relative_to(run.folder).as_posix()
     path = run.folder / "README.md"
-    write_atomically(path, str(analysis_card(run, license=license, figures=figures)))
+    write_atomically(path, str(analysis_card(run.manifest, license=license, figures=figures)))
     return path

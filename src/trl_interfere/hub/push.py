@@ -22,7 +22,7 @@ from ..reporting.card import TAGS, analysis_card, report_card, stage_card
 from ..reporting.plots import plot_rollback, plot_score_matrix
 from ..revision import split_revision, stage_revision
 from ..run import STAGES_NAME
-from .eval_results import eval_result_files
+from .eval_results import eval_result_files, model_index
 from .run_folder import RESULTS_NAME, RunFolder
 from .upload import PlannedRevision, Uploader
 
@@ -140,7 +140,7 @@ def plan_push(
         chosen = [record for record in run.trained if record.name in set(only)]
     for record in chosen:
         revision = PlannedRevision(stage_revision(record.name), _model_files(run.weights(record)), managed=["[!.]*"])
-        revision.files["README.md"] = _card_bytes(stage_card(run, record, repo_id, license))
+        revision.files["README.md"] = _card_bytes(stage_card(run.manifest, record, repo_id, license))
         plan.add(revision, f"Stage {record.name}")
     if only is not None:
         return plan
@@ -159,14 +159,14 @@ def plan_push(
         )
     main.files |= eval_result_files(run) if model is None else {}
     card = analysis_card(
-        run,
+        run.manifest,
         repo_id,
         license=license,
         figures=figures,
         revisions=stages,
         final=final,
         repaired=repaired,
-        with_model_index=with_model_index and model is None,
+        eval_results=model_index(run) if with_model_index and model is None else None,
     )
     main.files["README.md"] = _card_bytes(card)
     plan.add(main, f"Model after {final.name}, with its analysis")

@@ -1,28 +1,26 @@
-"""The analysis card: what a sequence did to a model, as the README of its repository."""
+"""The cards of runs, stages, reports and repairs, as the README of a folder or of a repository."""
 
-import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .. import __version__
-from ..analysis.report import InterferenceReport
+from ..analysis.report import InterferenceReport, top_share
 from ..benchmark import parse_benchmark
 from ..checkpoint import published_name
 from ..evaluation.bootstrap import Interval
-from ..evaluation.metrics import ScoreSummary
 from ..evaluation.score_matrix import ScoreMatrix
-from ..hub.eval_results import model_index
-from ..hub.run_folder import RunFolder
 from ..revision import published_checkpoint, split_revision, stage_revision
-from ..run import StageRecord
+from ..run import Run, StageRecord
+from .claims import report_claims
+from .tables import code, fenced, markdown_table, plain
+from .verdict import flipped, losses, read_repair, share_of, verdict
 
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 TAGS = ["trl-interfere", "trl", "grpo"]
-_CONTROLS = ("random", "random_matched")
+LONGEST = 600  # characters of an example
 _CAPTIONS = {
     "module_cosines": "Gradient cosines by layer and module",
     "sparsity": "Share of the parameters that hardly change",
@@ -34,222 +32,200 @@ _CAPTIONS = {
 
 
 def analysis_card(
-    run: RunFolder,
+    run: Run,
     repo_id: str | None = None,
     license: str | None = None,
-    figures: dict[str, str] | None = None,
+    figures: Mapping[str, str] | None = None,
     revisions: bool = False,
     final: StageRecord | None = None,
     repaired: str | None = None,
-    with_model_index: bool = False,
+    eval_results: list[EvalResult] | None = None,
 ) -> ModelCard:
     """
-    The card of a run. Every figure in it stands in `stages.json`, the files of scores, `report.json` or the lab's
-    `results.json`, or follows from them.
+    The card of a run. Every figure in it stands in `stages.json`, the files of scores, `report.json` or `repair.json`,
+    or follows from them. Text of the run is shown as text.
 
     Args:
-        run ([`RunFolder`]):
+        run ([`Run`]):
             The run.
         repo_id (`str`, *optional*):
             Repository that the card is for. Defaults to none: a card for the folder.
         license (`str`, *optional*):
             Licence, which is that of the base model.
         figures (`dict[str, str]`, *optional*):
-            Paths of figures, relative to the card: `"score_matrix"`, `"rollback_curve"`, and `"<report>/<figure>"`.
+            Paths of figures, relative to the card: `"scores"`, and `"<report>/<figure>"`.
         revisions (`bool`, *optional*, defaults to `False`):
             Whether the stages are revisions of the repository.
         final ([`StageRecord`], *optional*):
-            The stage whose weights are on `main`. Defaults to the last one.
+            The stage with the weights on `main`. Defaults to the last one.
         repaired (`str`, *optional*):
             What was done to these weights afterwards, in words.
-        with_model_index (`bool`, *optional*, defaults to `False`):
-            Whether to write the scores into the legacy `model-index` too.
+        eval_results (`list[EvalResult]`, *optional*):
+            Scores for the legacy `model-index`.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: The card.
     """
     figures = figures or {}
-    trained = run.trained
+    trained = [record for record in run.stages if record.folder is not None]
     final = final or (trained[-1] if trained else None)
-    matrix = run.score_matrix
-    reports = {name: InterferenceReport.from_pretrained(folder) for name, folder in run.reports.items()}
-    summary = ScoreSummary.from_matrix(matrix) if matrix.domains and matrix.stages else None
-    refreshed = summary is not None and any(record.kind == "refresh" for record in trained)
+    matrix, repair = ScoreMatrix.from_run(run), read_repair(run)
     title = _title(run, repo_id)
-    data = _card_data(run, license, final)
-    if with_model_index and (index := model_index(run)):
-        data.model_name, data.eval_results = title, index
-    config = run.manifest.identity.get("config", {})
-    return ModelCard.from_template(
+    data = _metadata(run, license, final)
+    if eval_results:
+        data.model_name, data.eval_results = title, eval_results
+    lost = losses(run, matrix) if run.stages else {}
+    worst = next(iter(lost), None)
+    examples, regained = flipped(run, worst) if worst else ([], False)
+    reports = {name: InterferenceReport.from_pretrained(folder) for name, folder in run.reports.items()}
+    return _render(
         data,
-        template_path=str(TEMPLATES / "analysis_card.md"),
-        title=title,
-        base=_base(run),
-        order=_order(run),
-        stages=[
-            {
-                "name": record.name,
-                "kind": record.kind,
-                "steps": record.steps,
-                "revision": stage_revision(record.name) if revisions else None,
-            }
-            for record in trained
-        ],
-        revision=stage_revision(trained[0].name) if revisions and trained else None,
-        final=final.name if final else "no stage",
-        sampling=_sampling(config),
-        scores=score_table(matrix) if summary is not None else "",
-        summary_stage=summary.stage if summary is not None else "",
-        summary=_summary_table(summary) if summary is not None else "",
-        reports=[_report_section(name, report, repo_id, revisions, figures) for name, report in reports.items()],
+        title=plain(title),
+        intro=f"{_base(run)} was tuned by reinforcement learning on {_listed(run.order)}, one after the other, "
+        "with `trl-interfere` on [TRL](https://github.com/huggingface/trl).",
+        verdict=plain(verdict(run, matrix, repair)) if run.stages else "",
+        scores=_scores(run, matrix, lost, repair),
+        scores_note=f"0 to 100, on test prompts{_sampling(run)}; brackets hold 95% intervals over prompts.",
         figures=figures,
-        **_rollback_section(run.results),
-        refresh=_refresh_table(summary) if refreshed else "",
-        repaired=repaired,
+        examples=[_example(example) for example in examples],
+        examples_domain=plain(worst or ""),
+        examples_healed=regained,
+        healed="\n\n".join(filter(None, [_healed(repair), plain(repaired or "")])),
+        load_note="The repair is a LoRA adapter over the last stage:" if repair else "Load the model:",
+        load=_load(run, repo_id, repair, revisions) if repo_id or repair else "",
+        reports=[
+            _report(report, name, repo_id if revisions else None, figures, claims=not position)
+            for position, (name, report) in enumerate(reports.items())
+        ],
+        made=_made(run, trained, final, matrix, repo_id, revisions),
+        limits=True,
         lab=_of_lab(run),
-        settings=_settings(run, repo_id),
-        command=_command(run),
-        repo_id=repo_id,
-        versions=final.versions if final else {"trl-interfere": __version__},
-        hardware=run.manifest.about.get("hardware", {}),
     )
 
 
-def stage_card(run: RunFolder, record: StageRecord, repo_id: str, license: str | None = None) -> ModelCard:
-    """
-    The short card of the revision of a stage.
-
-    Args:
-        run ([`RunFolder`]):
-            The run.
-        record ([`StageRecord`]):
-            The stage.
-        repo_id (`str`):
-            The repository.
-        license (`str`, *optional*):
-            Licence, which is that of the base model.
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]: The card.
-    """
-    matrix = run.score_matrix
+def stage_card(run: Run, record: StageRecord, repo_id: str, license: str | None = None) -> ModelCard:
+    """The short card of the revision of a stage."""
+    matrix = ScoreMatrix.from_run(run)
     rows = [row for row, name in enumerate(matrix.stages) if name in ("0-base", record.name)]
     part = ScoreMatrix(matrix.domains, [matrix.stages[row] for row in rows], [matrix.values[row] for row in rows])
-    return ModelCard.from_template(
-        _card_data(run, license, record),
-        template_path=str(TEMPLATES / "stage_card.md"),
-        title=_title(run, repo_id),
-        base=_base(run),
-        order=_order(run),
-        stage=record,
+    revision = stage_revision(record.name)
+    return _render(
+        _metadata(run, license, record),
+        title=plain(f"{_title(run, repo_id)}, after stage {record.name}"),
+        intro=f"{_base(run)} in the middle of a sequence of stages on {_listed(run.order)}: the model after stage "
+        f"{plain(record.name)} ({record.kind}, {record.steps} steps). The whole story is the card of the revision "
+        f"[main](https://huggingface.co/{repo_id}).",
         scores=score_table(part) if matrix.domains else "",
-        repo_id=repo_id,
-        revision=stage_revision(record.name),
+        scores_note="0 to 100, with 95% intervals over prompts.",
+        load_note="Load the model:",
+        load=_load_model(repo_id, revision),
     )
 
 
-def report_card(report: InterferenceReport, repo_id: str, figures: dict[str, str] | None = None) -> ModelCard:
-    """
-    The card of a repository that holds a report and no model.
-
-    Args:
-        report ([`InterferenceReport`]):
-            The report.
-        repo_id (`str`):
-            The repository.
-        figures (`dict[str, str]`, *optional*):
-            Paths of its figures, relative to the card, by name.
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]: The card.
-    """
-    section = _report_section("", report, repo_id, False, {f"/{name}": path for name, path in (figures or {}).items()})
-    return ModelCard.from_template(
+def report_card(report: InterferenceReport, repo_id: str, figures: Mapping[str, str] | None = None) -> ModelCard:
+    """The card of a repository that holds a report and no model; paths of its figures by name."""
+    section = _report(report, "", None, {f"/{name}": path for name, path in (figures or {}).items()})
+    lines = [
+        "from trl_interfere import InterferenceReport",
+        f'report = InterferenceReport.from_pretrained("{repo_id}")',
+    ]
+    return _render(
         ModelCardData(library_name="trl-interfere", tags=TAGS),
-        template_path=str(TEMPLATES / "report_card.md"),
-        report=section,
-        repo_id=repo_id,
-        versions=report.versions,
+        title=f"Interference: {section['title']}",
+        intro="What an update did to an earlier domain, and through which routes of the network.",
+        reports=[section],
+        load_note="Read the report:",
+        load="\n".join(lines),
     )
+
+
+def repair_card(repair: dict[str, Any], repo_id: str, base: str, license: str | None = None) -> ModelCard:
+    """The card of a repository that holds a repair, from its `repair.json`: a LoRA adapter over the model `base`."""
+    data = ModelCardData(
+        library_name="peft",
+        license=license,
+        pipeline_tag="text-generation",
+        tags=[*TAGS, "repair"],
+        **({"base_model": base, "base_model_relation": "adapter"} if _on_hub(base) else {}),
+    )
+    return _render(
+        data,
+        title=plain(repo_id.split("/")[-1]),
+        intro=f"A LoRA adapter that gives {code(base)} back what later stages of its training took, without training.",
+        scores=_repair_scores(repair),
+        scores_note="0 to 100, on test prompts; brackets hold 95% intervals over prompts.",
+        healed=_healed(repair),
+        load_note="Load it:",
+        load=_load_adapter(base, repo_id),
+    )
+
+
+def report_markdown(report: InterferenceReport) -> str:
+    """A report as a page to read: `report.md`."""
+    title = f"# Interference: {plain(', '.join(report.later))} on {plain(report.earlier)}"
+    return f"{title}\n\n{_report_text(report)}\n"
 
 
 def score_table(matrix: ScoreMatrix) -> str:
-    """
-    Scores as a table in Markdown.
-
-    Args:
-        matrix ([`ScoreMatrix`]):
-            The scores.
-
-    Returns:
-        `str`: One row per stage, a dash where there is no score.
-    """
-    header = ["stage"]
-    for domain in matrix.domains:
-        count = next((len(values[domain]) for values in matrix.values if domain in values), 0)
-        header.append(f"{domain} (n={count})")
-    rows = [
-        [stage] + [_cell(matrix.interval(row, domain) if domain in values else None) for domain in matrix.domains]
-        for row, (stage, values) in enumerate(zip(matrix.stages, matrix.values, strict=True))
-    ]
+    """Scores in Markdown, one row for each stage, with a dash where there is none."""
+    header = ["stage", *(f"{plain(domain)} (n={_count(matrix, domain)})" for domain in matrix.domains)]
+    rows = []
+    for row, stage in enumerate(matrix.stages):
+        found = [matrix.interval(row, name) if name in matrix.values[row] else None for name in matrix.domains]
+        rows.append([plain(stage), *("—" if one is None else f"{one:.1f}" for one in found)])
     return markdown_table(header, rows)
 
 
-def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """
-    A table in Markdown, the first column to the left and the others to the right.
-
-    Args:
-        header (`list[str]`):
-            Names of the columns.
-        rows (`Iterable[list[str]]`):
-            Cells.
-
-    Returns:
-        `str`: The table.
-    """
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+def _render(data: ModelCardData, **parts: Any) -> ModelCard:
+    return ModelCard.from_template(data, template_path=str(TEMPLATE), **{"figures": {}, **parts})
 
 
-def _card_data(run: RunFolder, license: str | None, final: StageRecord | None) -> ModelCardData:
-    adapter = final is not None and (run.weights(final) / "adapter_config.json").is_file()
-    base, _ = split_revision(run.base_model)
-    extra: dict[str, Any] = {}
-    if "/" in base and not Path(base).exists():
-        extra = {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
-    benchmarks = run.manifest.about.get("benchmarks", {}).values()
+def _metadata(run: Run, license: str | None, final: StageRecord | None) -> ModelCardData:
+    adapter = final is not None and (run.folder / final.folder / "adapter_config.json").is_file()
+    base, _ = split_revision(run.identity.get("base_model", "unknown"))
+    relation = {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
+    benchmarks = run.about.get("benchmarks", {}).values()
     return ModelCardData(
         library_name="peft" if adapter else "transformers",
         license=license,
         pipeline_tag="text-generation",
         tags=TAGS,
         datasets=sorted({parse_benchmark(name)[0] for name in benchmarks}) or None,
-        **extra,
+        **(relation if _on_hub(base) else {}),
     )
 
 
-def _title(run: RunFolder, repo_id: str | None) -> str:
-    return repo_id.split("/")[-1] if repo_id else (run.manifest.run_name or run.folder.absolute().name)
+def _on_hub(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
 
 
-def _of_lab(run: RunFolder) -> bool:
-    return run.results is not None and "steps_per_stage" in run.results
+def _title(run: Run, repo_id: str | None) -> str:
+    return repo_id.split("/")[-1] if repo_id else (run.run_name or run.folder.absolute().name)
 
 
-def _base(run: RunFolder) -> str:
-    base, revision = split_revision(run.base_model)
+def _of_lab(run: Run) -> bool:
+    return (run.folder / "results.json").is_file()
+
+
+def _base(run: Run) -> str:
+    base, revision = split_revision(run.identity.get("base_model", "unknown"))
     if _of_lab(run):
         return "The model of the lab of `trl-interfere`"
-    name = f"[{base}](https://huggingface.co/{base})" if "/" in base else f"`{base}`"
-    return name if revision is None else f"{name} (revision `{revision}`)"
+    name = f"[{plain(base)}](https://huggingface.co/{base})" if _on_hub(base) else code(base)
+    return name if revision is None else f"{name} (revision {code(revision)})"
 
 
-def _order(run: RunFolder) -> list[str]:
-    return [stage["domain"] for stage in run.manifest.identity.get("schedule", [])]
+def _listed(names: list[str]) -> str:
+    names = [plain(name) for name in names]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _sampling(config: dict[str, Any]) -> str:
+def _count(matrix: ScoreMatrix, domain: str) -> int:
+    return next((len(values[domain]) for values in matrix.values if domain in values), 0)
+
+
+def _sampling(run: Run) -> str:
+    config = run.identity.get("config", {})
     if "score_temperature" not in config:
         return ""
     temperature, samples = config["score_temperature"], config.get("score_samples", 1)
@@ -257,88 +233,175 @@ def _sampling(config: dict[str, Any]) -> str:
     return f", {how}" + (f", mean of {samples} completions" if samples > 1 else "")
 
 
-def _cell(interval: Interval | None, spec: str = ".1f") -> str:
-    return "—" if interval is None else f"{interval:{spec}}"
+def _scores(run: Run, matrix: ScoreMatrix, lost: dict[str, Interval], repair: dict[str, Any] | None) -> str:
+    if repair is not None:
+        return _repair_scores(repair)
+    if not matrix.domains:
+        return ""
+    end, rows = run.final.index, []
+    for domain in matrix.domains:
+        if domain in matrix.values[end]:
+            peak, final = (matrix.interval(row, domain) for row in (matrix.peak(domain, end), end))
+            points = f"{lost[domain]:.1f}" if domain in lost else "not beyond chance"
+            rows.append([f"{plain(domain)} (n={final.n})", f"{peak.value:.1f}", f"{final.value:.1f}", points])
+    return markdown_table(["domain", "peak", "final", "lost, in points"], rows)
 
 
-def _summary_table(summary: ScoreSummary) -> str:
-    names = [name for name in ("forgetting", "backward_transfer", "forward_transfer") if getattr(summary, name)]
+def _repair_scores(repair: dict[str, Any]) -> str:
     rows = [
-        [domain, *(_cell(getattr(summary, name).get(domain), "+.1f") for name in names)] for domain in summary.score
+        [f"{plain(domain)} (n={entry['n']})"]
+        + [f"{entry[name]:.1f}" for name in ("peak", "final", "healed")]
+        + [share_of(entry)]
+        for domain, entry in repair["domains"].items()
     ]
-    rows.append(["average", *(_cell(summary.average.get(name), "+.1f") for name in names)])
-    return markdown_table(["domain", *(name.replace("_", " ") for name in names)], rows)
+    return markdown_table(["domain", "peak", "final", "healed", "recovered"], rows)
 
 
-def _refresh_table(summary: ScoreSummary) -> str:
-    rows = [[domain, "refreshed", _cell(share, ".0%")] for domain, share in summary.recovered.items()]
-    rows += [[domain, "other", f"{_cell(change, '+.1f')} points"] for domain, change in summary.collateral.items()]
-    return markdown_table(["domain", "", "recovered, or change"], rows) if rows else ""
+def _example(example: dict[str, Any]) -> dict[str, Any]:
+    def block(text: str) -> str:
+        return fenced(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…")
+
+    answers = [(f"Answer {stage}:", block(text)) for stage, text in example["answers"]]
+    return {"prompt": block(example["prompt"]), "answers": answers}
 
 
-def _report_section(
-    name: str, report: InterferenceReport, repo_id: str | None, revisions: bool, figures: dict[str, str]
+def _healed(repair: dict[str, Any] | None) -> str:
+    if repair is None:
+        return ""
+    cost = repair["cost"]
+    rank = f", rank {repair['rank']}" if repair.get("rank") else ""
+    references = f", from {repair['references']} references a domain" if repair.get("references") else ""
+    flips = [
+        f"{plain(domain)}: {entry['lost']} prompts lost, {entry['regained']} regained, {entry['newly_lost']} new"
+        for domain, entry in repair["domains"].items()
+        if entry.get("lost") is not None
+    ]
+    return (
+        f"By {plain(str(repair.get('method', 'unknown')))} rollback{rank}{references}, without training: "
+        f"{share_of(repair['recovered_all'])} of all that was lost came back; the worst change of another domain is "
+        f"{repair['worst']:+.1f} points.\n\nIt took {cost['sequences_forward']} sequences forward, "
+        f"{cost['sequences_backward']} backward, and {cost['seconds']:.0f} seconds."
+        + "".join(f"\n{'' if number else chr(10)}- {line}." for number, line in enumerate(flips))
+    )
+
+
+def _load(run: Run, repo_id: str | None, repair: dict[str, Any] | None, revisions: bool) -> str:
+    if repair is None:
+        return _load_model(repo_id)
+    place = repo_id or run.folder.absolute().name
+    base = repo_id or f"{place}/{run.final.folder}"
+    return _load_adapter(base, place, subfolder="repair")
+
+
+def _load_model(repo_id: str, revision: str | None = None) -> str:
+    chosen = f', revision="{revision}"' if revision else ""
+    return (
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{repo_id}"{chosen})'
+    )
+
+
+def _load_adapter(base: str, place: str, subfolder: str | None = None) -> str:
+    chosen = f', subfolder="{subfolder}"' if subfolder else ""
+    return (
+        "from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        f'model = PeftModel.from_pretrained(model, "{place}"{chosen})'
+    )
+
+
+def _report(
+    report: InterferenceReport, name: str, repo_id: str | None, figures: Mapping[str, str], claims: bool = True
 ) -> dict[str, Any]:
-    _, _, body = report.to_markdown().partition("\n")
-    table = re.sub(r"^(#+ )", r"##\1", body, flags=re.MULTILINE).strip()  # below the heading of the report
     before, after = (
-        published_checkpoint(checkpoint, repo_id) if repo_id and revisions else published_name(checkpoint)
+        published_checkpoint(checkpoint, repo_id) if repo_id else published_name(checkpoint)
         for checkpoint in (report.before, report.after)
     )
     shown = {path.split("/", 1)[1]: address for path, address in figures.items() if path.startswith(f"{name}/")}
     return {
-        "title": f"{report.earlier}, after {', '.join(report.later)}",
-        "before": before,
-        "after": after,
-        "table": table,
-        "figures": [
-            (_CAPTIONS.get(figure, figure.replace("_", " ").capitalize()), path) for figure, path in shown.items()
-        ],
+        "title": f"{plain(report.earlier)}, after {plain(', '.join(report.later))}",
+        "before": code(before),
+        "after": code(after),
+        "text": _report_text(report, claims),
+        "figures": [(_CAPTIONS.get(key, plain(key)), path) for key, path in shown.items()],
     }
 
 
-def _rollback_section(results: dict[str, Any] | None) -> dict[str, Any]:
-    if results is None or not results.get("rollback"):
-        return {"rollback": "", "rollback_pair": "", "rollback_split": "", "rollback_n": ""}
-    rows = [row for row in results["rollback"] if row["pair"] == 0]
-    pair = results["pairs"][0]
-    kinds = {**dict.fromkeys(_CONTROLS, "control"), "interpolation": "baseline"}
-    cells = []
-    for row in rows:
-        kind = kinds.get(row["criterion"], "repair")
-        share = "nothing was lost"
-        if row["recovered"] is not None:
-            share = f"{Interval(row['recovered'], row['low'], row['high'], row['n']):.0%}"
-        cells.append(
-            [
-                row["criterion"] + (f" (mean of {row['draws']} draws)" if row["draws"] > 1 else ""),
-                kind,
-                f"{row['budget']:.3g} of {row['scope']}",
-                f"{row['step']:.3g}" + (" (best)" if row["step_rule"] == "optimal" else ""),
-                share,
-                ", ".join(f"{name} {change:+.1f}" for name, change in row["collateral"].items()),
-            ]
+def _report_text(report: InterferenceReport, claims: bool = True) -> str:
+    error = "" if report.second_order_error is None else f" ± {report.second_order_error:.1e}"
+    share = "undefined, since routes did no damage"
+    if report.concentration:
+        share = f"{100 * top_share(report.routes['damage'], 0.02):.1f}% of all that is attributed to routes"
+    references = ", ".join(
+        f"{name} {entry['n']} of {entry['considered']} prompts, {entry['tokens']} tokens"
+        for name, entry in report.references.items()
+    )
+    cosine = report.cosines["global"]
+    rows = {
+        "loss before, after": f"{report.loss_before:.4f}, {report.loss_after:.4f} nats per token",
+        "damage": f"{report.damage:+.4f} nats per token",
+        "first order ∇L·δ": f"{report.first_order:+.4f} nats per token",
+        "second order ½ δᵀHδ": f"{report.second_order:+.4f}{error} nats per token",
+        "attributed to routes": f"{report.attributed:+.4f} nats per token",
+        "outside routes": f"{report.outside_routes:+.4f} nats per token",
+        "residual of the quadrature": f"{report.residual:+.2e} nats per token",
+        "damage in the top 2% of routes": share,
+        "gradient cosine, whole model": "undefined" if cosine is None else f"{cosine:+.3f}",
+        "references": f"{references} ({report.config['reference']})",
+        "stored as": report.dtype,
+    }
+    lines = [f"- {name}: {plain(value)}" for name, value in rows.items()]
+    lines += [
+        "",
+        "What [arXiv 2606.02398](https://arxiv.org/abs/2606.02398) claims, each figure beside its control:",
+        "",
+    ]
+    for row in report_claims(report):
+        lines.append(
+            f"- **{row.claim}**. {plain(row.figure)}: **{plain(row.value)}**. Control: {plain(row.control)}. Paper: "
+            f"{plain(row.paper)}."
         )
-    header = ["by", "", "share of routes", "step", "recovered", "change of the others"]
-    return {
-        "rollback": markdown_table(header, cells),
-        "rollback_pair": f"{pair['earlier']}, damaged by {', '.join(pair['later'])},",
-        "rollback_split": rows[0]["split"],
-        "rollback_n": rows[0]["n"],
-    }
+    return "\n".join(lines)
 
 
-def _settings(run: RunFolder, repo_id: str | None) -> str:
-    config = run.manifest.identity.get("config", {})
-    place = "`interference/stages.json`" if repo_id else "`stages.json`"
+def _made(
+    run: Run,
+    trained: list[StageRecord],
+    final: StageRecord | None,
+    matrix: ScoreMatrix,
+    repo_id: str | None,
+    revisions: bool,
+) -> str:
+    header = ["stage", "kind", "steps", *map(plain, matrix.domains)]
+    rows = []
+    for record, values in zip(run.stages, matrix.values, strict=True):
+        name = plain(record.name)
+        if revisions and repo_id and record.folder is not None:
+            name = f"[{name}](https://huggingface.co/{repo_id}/tree/{stage_revision(record.name)})"
+        means = (f"{100 * values[domain].mean():.1f}" if domain in values else "—" for domain in matrix.domains)
+        rows.append([name, record.kind, str(record.steps), *means])
+    config = run.identity.get("config", {})
     names = ("seed", "learning_rate", "max_steps", "num_generations", "beta")
-    shown = ", ".join(f"`{name}` {config[name]}" for name in names if name in config)
-    return f"All settings are in {place}" + (f"; {shown}." if shown else ".")
+    shown = ", ".join(f"`{name}` {plain(str(config[name]))}" for name in names if name in config)
+    versions = (final.versions if final else {}) | {
+        name: str(value) for name, value in run.about.get("hardware", {}).items()
+    }
+    place = "`interference/stages.json`" if repo_id else "`stages.json`"
+    weights = f"The weights are those after {plain(final.name)}. " if final else ""
+    parts = [
+        markdown_table(header, rows),
+        f"{weights}All settings are in {place}" + (f"; {shown}." if shown else "."),
+        f"```bash\n{_command(run)}\n```",
+        "\n".join(f"- {plain(name)}: {plain(value)}" for name, value in versions.items()),
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
-def _command(run: RunFolder) -> str:
-    if _of_lab(run):
-        results = run.results
-        order, steps = ",".join(results["order"]), results["steps_per_stage"]
-        return f"trl-interfere lab --seed {results['seed']} --order {order} --steps {steps}"
-    return "trl-interfere train --config train.yaml  # with the domains and the settings of this card"
+def _command(run: Run) -> str:
+    if not _of_lab(run):
+        return "trl-interfere train recipe.yaml"
+    config = run.identity.get("config", {})
+    return (
+        f"trl-interfere lab --seed {config.get('seed', 0)} --order {','.join(run.order)} "
+        f"--steps {config.get('max_steps', 100)}"
+    )

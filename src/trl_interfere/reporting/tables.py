@@ -30,7 +30,8 @@ def printable(text: str) -> str:
 
 def plain(text: str) -> str:
     """Text from elsewhere as one line that Markdown and HTML show as it is."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|<>~$&])", lambda mark: f"&#{ord(mark[1])};", printable(" ".join(text.split())))
+    text = printable(" ".join(text.split()))
+    return re.sub(r"[\\`*_#<>~$&|]|\](?=[(\[:])", lambda mark: f"&#{ord(mark[0])};", text)
 
 
 def code(text: str) -> str:
