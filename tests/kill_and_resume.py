@@ -21,7 +21,7 @@ from tiny_runs import AskOnce, build, math_domain, text_reward, writing_domain
 from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 
-from trl_interfere import StageCallback
+from trl_interfere import Run, StageCallback
 from trl_interfere.training.trainer import SequentialGRPOTrainer
 
 
@@ -114,7 +114,7 @@ def run(setting: str, folder: Path, kill_at: int | None) -> Events:
     events.around(Trainer, "_save_optimizer_and_scheduler", "checkpoint", written=lambda d: Path(d) / "optimizer.pt")
     events.around(Trainer, "_save_rng_state", "checkpoint", written=lambda folder: Path(folder) / "rng_state.pth")
     events.around(TrainerState, "save_to_json", "checkpoint", written=lambda path: path)
-    events.around(Manifest, "save", "between")
+    events.around(Run, "save", "between")
     events.around(SequentialGRPOTrainer, "_save_stage", "between")
     domains = [make(reward_funcs=reward, metric=metric) for make in (math_domain, writing_domain)]
     trainer = build(folder, domains=domains, callbacks=[AskOnce(), events], **SETTINGS[setting])

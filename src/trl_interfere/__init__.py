@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Domain": "domain",
+    "HubCallback": "hub.callback",
     "InterferenceAnalyzer": "analysis.analyzer",
     "InterferenceConfig": "analysis.config",
     "InterferenceReport": "analysis.report",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .evaluation.metrics import ScoreSummary as ScoreSummary
     from .evaluation.score_matrix import ScoreMatrix as ScoreMatrix
     from .evaluation.scorer import Scorer as Scorer
+    from .hub.callback import HubCallback as HubCallback
     from .repair.repair import Repair as Repair
     from .repair.rollback import RouteRollback as RouteRollback
     from .repair.subspace_rollback import SubspaceRollback as SubspaceRollback

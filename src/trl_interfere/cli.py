@@ -126,6 +126,7 @@ def train(
     from transformers import PrinterCallback, ProgressCallback
 
     from .evaluation.metrics import ScoreSummary
+    from .hub.callback import HubCallback
     from .training.dry_run import plan_run, stage_steps
     from .training.options import parse_options
     from .training.processes import STAGES_LEFT
@@ -142,6 +143,7 @@ def train(
         return
 
     trainer = build_trainer(config, options, model)
+    trainer.add_callback(HubCallback())
     args, main_process = trainer.args, trainer.is_world_process_zero()
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -523,6 +525,7 @@ def refresh(
     from transformers import PrinterCallback, ProgressCallback
 
     from .evaluation.metrics import ScoreSummary
+    from .hub.callback import HubCallback
     from .run import STAGES_NAME
     from .training.options import parse_options
     from .training.recipe_trainer import build_trainer, load_run
@@ -537,6 +540,7 @@ def refresh(
     if not (folder / STAGES_NAME).exists():  # before the trainer makes the folder
         raise ValueError(f"{folder}: expected the folder of a training run with {STAGES_NAME}, found none")
     trainer = build_trainer(config, loaded=loaded)
+    trainer.add_callback(HubCallback())
     if domain not in trainer.domains or trainer.domains[domain].train_dataset is None:
         names = [name for name, entry in trainer.domains.items() if entry.train_dataset is not None]
         raise ValueError(f"--domain: expected a domain with a train_dataset, {names}, found {domain!r}")

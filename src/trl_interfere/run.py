@@ -107,6 +107,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         try:
             yield
         finally:
+            file.truncate(0)
             _locked.discard(place)
 
 

@@ -4,7 +4,7 @@ import re
 
 from huggingface_hub import ModelCard
 
-from trl_interfere.hub.card_callback import write_card
+from trl_interfere.hub.callback import write_card
 from trl_interfere.hub.push import plan_push
 
 

@@ -5,8 +5,7 @@ import logging
 import pytest
 from tiny_runs import AskOnce, build, math_domain, writing_domain
 
-from trl_interfere import SequentialGRPOTrainer
-from trl_interfere.hub.card_callback import AnalysisCardCallback
+from trl_interfere import HubCallback, SequentialGRPOTrainer
 from trl_interfere.hub.upload import PushError
 
 
@@ -19,13 +18,13 @@ def weights(folder, stage):
 
 
 def test_the_card_is_filled_during_training(tmp_path):
-    class Watch(AnalysisCardCallback):
+    class Watch(HubCallback):
         seen = []
 
         def on_save(self, args, state, control, **kwargs):
-            self.seen.append((self.folder / "README.md").read_text())
+            self.seen.append((self.run.folder / "README.md").read_text())
 
-    watch = Watch(tmp_path)
+    watch = Watch()
     trainer = build(tmp_path, callbacks=[watch, AskOnce()], max_steps=2)
     trainer.train()
     text = (tmp_path / "README.md").read_text()
@@ -44,13 +43,13 @@ def test_a_report_of_another_version_does_not_stop_the_training(tmp_path, caplog
     (tmp_path / "analysis" / "old" / "report.json").write_text('{"schema_version": 1}')
     (tmp_path / "analysis" / "old" / "routes.safetensors").touch()
     with caplog.at_level(logging.WARNING):
-        build(tmp_path, max_steps=1, order=["math"]).train()
+        build(tmp_path, max_steps=1, order=["math"], callbacks=[HubCallback()]).train()
     assert "expected schema_version" in caplog.text and (tmp_path / "stages" / "1-math").is_dir()
 
 
 def test_push_to_hub(hub, tmp_path):
-    trainer = build(tmp_path, max_steps=2, hub_model_id=REPO)
-    with pytest.raises(ValueError, match="expected the folder of a run"):
+    trainer = build(tmp_path, max_steps=2, hub_model_id=REPO, callbacks=[HubCallback()])
+    with pytest.raises(FileNotFoundError, match="stages.json"):
         trainer.push_to_hub()
     trainer.train()
     assert hub.repos == {}
@@ -66,12 +65,12 @@ def test_push_to_hub(hub, tmp_path):
 def test_strategies(hub, tmp_path, strategy):
     seen = []
 
-    class Watch(AnalysisCardCallback):
+    class Watch(HubCallback):
         def on_stage_begin(self, index, stage):
             repo = hub.repos.get(("model", REPO))
             seen.append({} if repo is None else {name: len(commit.files) for name, commit in repo.branches.items()})
 
-    build(tmp_path, callbacks=[Watch(tmp_path)], hub_strategy=strategy, **PUSH).train()
+    build(tmp_path, callbacks=[Watch()], hub_strategy=strategy, **PUSH).train()
     assert seen[0] == {}
     if strategy == "end":
         assert seen[1] == {}
@@ -92,10 +91,10 @@ def test_strategies(hub, tmp_path, strategy):
 def test_a_hub_that_fails_does_not_stop_the_training(hub, tmp_path, no_waits, caplog):
     hub.fail("POST", "/commit/", 500, times=10_000)
     with caplog.at_level(logging.WARNING), pytest.raises(PushError, match="run again:\n  trl-interfere push"):
-        build(tmp_path, hub_strategy="every_save", save_steps=2, **PUSH).train()
+        build(tmp_path, callbacks=[HubCallback()], hub_strategy="every_save", save_steps=2, **PUSH).train()
     assert "The training goes on" in caplog.text
     hub.failures.clear()
-    resumed = build(tmp_path, hub_strategy="every_save", save_steps=2, **PUSH)
+    resumed = build(tmp_path, callbacks=[HubCallback()], hub_strategy="every_save", save_steps=2, **PUSH)
     resumed.train(resume_from_checkpoint=True)  # nothing is left to train, but to push
     assert [record.name for record in resumed.run.stages] == ["0-base", "1-math", "2-writing"]
     assert hub.files(REPO)["model.safetensors"] == weights(tmp_path, "2-writing")
@@ -108,7 +107,7 @@ def test_whole_checkpoints_are_refused(tmp_path, strategy):
 
 
 def test_a_run_from_a_revision(hub, tmp_path):
-    first = build(tmp_path / "first", max_steps=1, hub_model_id=REPO, order=["math"])
+    first = build(tmp_path / "first", max_steps=1, hub_model_id=REPO, order=["math"], callbacks=[HubCallback()])
     first.train()
     first.push_to_hub()
     name = f"{REPO}@stage-1-math"
@@ -116,6 +115,7 @@ def test_a_run_from_a_revision(hub, tmp_path):
         model=name,
         args=build(tmp_path / "second", max_steps=1, order=["writing"]).args,
         domains=[math_domain(), writing_domain()],
+        callbacks=[HubCallback()],
     )
     for key, tensor in first.model.state_dict().items():
         assert (trainer.model.state_dict()[key] == tensor).all(), key
@@ -127,9 +127,17 @@ def test_a_run_from_a_revision(hub, tmp_path):
 
 def test_benchmarks_reach_the_hub(hub, tmp_path):
     domains = [math_domain(benchmark="opencompass/AIME2025:aime"), writing_domain()]
-    build(tmp_path, domains=domains, order=["math"], hub_strategy="end", **PUSH).train()
+    build(tmp_path, domains=domains, callbacks=[HubCallback()], order=["math"], hub_strategy="end", **PUSH).train()
     files = hub.files(REPO)
     assert (
         b"id: opencompass/AIME2025" in files[".eval_results/math.yaml"] and ".eval_results/writing.yaml" not in files
     )
     assert "- opencompass/AIME2025" in files["README.md"].decode()
+
+
+def test_a_push_that_nobody_would_make_is_refused(tmp_path):
+    trainer = build(tmp_path, hub_strategy="end", **PUSH)
+    for call in (trainer.train, trainer.push_to_hub):
+        with pytest.raises(ValueError, match="HubCallback"):
+            call()
+    assert not (tmp_path / "stages.json").exists()

@@ -21,6 +21,7 @@ from ..analysis.stage_edits import StageEdits, stage_edits
 from ..checkpoint import Checkpoint
 from ..evaluation.bootstrap import Interval, difference
 from ..evaluation.metrics import recovered
+from ..hub.callback import HubCallback
 from ..models import load_model
 from ..repair.interpolation import interpolated
 from ..repair.rollback import RouteRollback, line_search, rolled_back
@@ -218,7 +219,8 @@ class Lab:
             disable_tqdm=True,
             log_level="error",
         )
-        trainer = SequentialGRPOTrainer(model=str(MODEL_FOLDER), args=args, domains=list(self.domains.values()))
+        domains, callbacks = list(self.domains.values()), [HubCallback()]
+        trainer = SequentialGRPOTrainer(str(MODEL_FOLDER), args, domains, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self.progress)
         trainer.add_callback(_Stopwatch(self))

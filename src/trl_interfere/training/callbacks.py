@@ -3,7 +3,8 @@
 from transformers import TrainerCallback
 
 from ..evaluation.score_matrix import ScoreMatrix
-from ..run import StageRecord
+from ..run import Run, StageRecord
+from .config import SequentialGRPOConfig
 from .schedule import Stage
 
 
@@ -14,6 +15,28 @@ class StageCallback(TrainerCallback):
     `train()` must not be called from a callback. A callback that wants more training asks for it in
     [`~StageCallback.request_stage`], and the stage loop of [`SequentialGRPOTrainer`] runs it.
     """
+
+    def on_run_begin(self, args: SequentialGRPOConfig, run: Run) -> None:
+        """
+        `train()` has opened the folder of the run, which may hold stages already.
+
+        Args:
+            args ([`SequentialGRPOConfig`]):
+                Settings of the run.
+            run ([`Run`]):
+                The run.
+        """
+
+    def on_run_end(self, args: SequentialGRPOConfig, run: Run) -> None:
+        """
+        Nothing is left to do.
+
+        Args:
+            args ([`SequentialGRPOConfig`]):
+                Settings of the run.
+            run ([`Run`]):
+                The run.
+        """
 
     def on_stage_begin(self, index: int, stage: Stage) -> None:
         """

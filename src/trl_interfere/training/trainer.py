@@ -34,9 +34,6 @@ from ..domain import DOMAIN_COLUMN, Domain, check_columns
 from ..evaluation.bootstrap import score
 from ..evaluation.score_matrix import ScoreMatrix
 from ..evaluation.scorer import Scorer
-from ..hub.card_callback import AnalysisCardCallback, update_card
-from ..hub.push import PushResult
-from ..hub.trainer_push import StagePusher, push_during_training, push_trainer
 from ..models import local_folder
 from ..run import Run, StageRecord, stage_name
 from .callbacks import StageCallback
@@ -244,9 +241,6 @@ class SequentialGRPOTrainer(GRPOTrainer):
         if args.kl_reference == "stage" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("kl_reference: 'stage' is not supported with FSDP or DeepSpeed")
         self.run = Run.new(args.output_dir, self._identity(), args.run_name, self._about())
-        self.add_callback(AnalysisCardCallback(args.output_dir))
-        if args.push_to_hub:
-            self.add_callback(StagePusher(args))
         self.scorer = Scorer(
             self._tokenizer,
             max_new_tokens=args.score_max_new_tokens or args.max_completion_length,
@@ -313,7 +307,11 @@ class SequentialGRPOTrainer(GRPOTrainer):
             return self._train_stages(bool(resume_from_checkpoint), max_stages, **kwargs)
 
     def _train_stages(self, resume: bool, max_stages: int | None, **kwargs) -> TrainOutput:
+        if self.args.push_to_hub:
+            self._pusher()  # refuses a run that nothing would publish
         self._open_run(resume)
+        for callback in self._stage_callbacks():
+            callback.on_run_begin(self.args, self.run)
         output = TrainOutput(0, 0.0, {})
         if self.run.current is not None:
             self._score_stage()
@@ -323,8 +321,10 @@ class SequentialGRPOTrainer(GRPOTrainer):
         while ran != max_stages and (stage := self.next_stage()) is not None:
             output = self._run_stage(stage, **kwargs)
             ran += 1
-        if self.args.push_to_hub and self.run.stages and self.next_stage() is None:
-            self.push_to_hub()
+        if self.run.stages and self.next_stage() is None:
+            for callback in self._stage_callbacks():
+                callback.on_run_end(self.args, self.run)
+            self.accelerator.wait_for_everyone()
         return output
 
     def evaluate(self, eval_dataset=None, **kwargs) -> dict[str, float]:
@@ -369,21 +369,19 @@ class SequentialGRPOTrainer(GRPOTrainer):
             beneath its own, else the next one of the schedule, else nothing.
         """
         trained = sum(record.kind == "train" for record in self.run.stages)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, StageCallback):
-                matrix, last = self.score_matrix, trained == len(self.schedule)
-                stage = callback.request_stage(self.run.stages, matrix, schedule_finished=last)
-                if stage is not None:
-                    build_schedule(self.domains, [stage.domain], {stage.domain: stage.overrides}, STAGE_OPTIONS)
-                    own = (self.args.stage_overrides or {}).get(stage.domain, {})
-                    return replace(stage, overrides={**own, **stage.overrides})
+        for callback in self._stage_callbacks():
+            matrix, last = self.score_matrix, trained == len(self.schedule)
+            stage = callback.request_stage(self.run.stages, matrix, schedule_finished=last)
+            if stage is not None:
+                build_schedule(self.domains, [stage.domain], {stage.domain: stage.overrides}, STAGE_OPTIONS)
+                own = (self.args.stage_overrides or {}).get(stage.domain, {})
+                return replace(stage, overrides={**own, **stage.overrides})
         return self.schedule[trained] if trained < len(self.schedule) else None
 
     def _run_stage(self, stage: Stage, **kwargs) -> TrainOutput:
         index = len(self.run.stages)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, StageCallback):
-                callback.on_stage_begin(index, stage)
+        for callback in self._stage_callbacks():
+            callback.on_stage_begin(index, stage)
         name = stage_name(index, stage.kind, stage.domain)
         folder = self.run.folder / "checkpoints" / name
         with self._stage_args(stage, folder, self._stage_seed(index)):
@@ -517,9 +515,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
         logs = {**_score_logs(record), "run_step": self._steps_before()}
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, StageCallback):
-                callback.on_stage_end(record, self.score_matrix)
+        for callback in self._stage_callbacks():
+            callback.on_stage_end(record, self.score_matrix)
         self._remove_checkpoints(record)
 
     def _remove_checkpoints(self, record: StageRecord) -> None:
@@ -788,15 +785,10 @@ class SequentialGRPOTrainer(GRPOTrainer):
         """Nothing is made on the Hub before there is something to push."""
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """The card of the run, instead of the one that TRL writes at each checkpoint."""
-        if self.is_world_process_zero() and self.run.exists():
-            update_card(self.run.folder)
+        """TRL's card knows one data set and one checkpoint; [`HubCallback`] writes that of the run."""
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero() and self._stage is not None and self.args.hub_strategy == "every_save":
-            index, stage = self._stage
-            name = stage_name(index, stage.kind, stage.domain)
-            push_during_training(self.run.folder, self.args, Path(checkpoint_folder), name, self.state.global_step)
+        """[`HubCallback`] does this: transformers would push the state of the optimizer, which is a pickle."""
 
     def push_to_hub(
         self,
@@ -806,7 +798,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
         revision: str | None = None,
         private: bool | None = None,
         **kwargs,
-    ) -> PushResult | None:
+    ) -> Any:
         """
         Publish the finished stages: each as a revision, the last one on `main`, and the analysis.
 
@@ -822,22 +814,32 @@ class SequentialGRPOTrainer(GRPOTrainer):
             private (`bool`, *optional*):
                 Whether a new repository is private. Defaults to `args.hub_private_repo`.
             **kwargs:
-                Further arguments of [`~trl_interfere.hub.push.push_run`].
+                Further arguments of [`HubCallback.push`].
 
         Returns:
-            [`~trl_interfere.hub.push.PushResult`] or `None`: Where it has gone; `None` in all but the main process.
+            What [`HubCallback.push`] returns; `None` in all but the main process.
 
         Raises:
-            `ValueError`: If no stage has finished, or an argument cannot be honoured.
-            [`~trl_interfere.hub.upload.PushError`]: If the Hub fails.
+            `ValueError`: If the trainer has no [`HubCallback`], or an argument cannot be honoured.
         """
         if not blocking or revision is not None:
             raise ValueError("push_to_hub: expected blocking=True and no revision, since main is written last")
+        callback = self._pusher()
+        callback.on_run_begin(self.args, self.run)
         result = None
         if self.is_world_process_zero():
-            result = push_trainer(self.run.folder, self.args, token=token, private=private, **kwargs)
+            result = callback.push(token=token, private=private, **kwargs)
         self.accelerator.wait_for_everyone()
         return result
+
+    def _pusher(self) -> StageCallback:
+        for callback in self._stage_callbacks():
+            if hasattr(callback, "push"):
+                return callback
+        raise ValueError("push_to_hub: expected trl_interfere.HubCallback() among the callbacks, found none")
+
+    def _stage_callbacks(self) -> list[StageCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, StageCallback)]
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

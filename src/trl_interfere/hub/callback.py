@@ -1,0 +1,138 @@
+"""The card of a run that goes on, and what is published of it on the way and at its end."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import PartialState
+
+from ..evaluation.score_matrix import ScoreMatrix
+from ..reporting.card import analysis_card
+from ..run import Run, StageRecord, write_atomically
+from ..training.callbacks import StageCallback
+from ..training.config import SequentialGRPOConfig
+from .push import PushResult, push_checkpoint, push_run
+from .upload import PushError, Uploader
+
+
+logger = logging.getLogger(__name__)
+
+
+class HubCallback(StageCallback):
+    """
+    Writes the card of the run, `README.md`, after every stage, and publishes the run as `args.push_to_hub` says.
+
+    With `push_to_hub=True`, the run is published when it has ended; with `hub_strategy="every_save"` also each stage
+    when it has finished, and the weights of each checkpoint on the branch of its stage. A failure on the way is a
+    warning, one at the end an error.
+
+    Example:
+
+    ```python
+    >>> from trl_interfere import HubCallback, SequentialGRPOConfig, SequentialGRPOTrainer
+
+    >>> args = SequentialGRPOConfig(output_dir="out", push_to_hub=True, hub_model_id="user/model")
+    >>> trainer = SequentialGRPOTrainer(model, args, domains, callbacks=[HubCallback()])
+    ```
+    """
+
+    run: Run | None = None
+
+    def on_run_begin(self, args: SequentialGRPOConfig, run: Run) -> None:
+        self.args, self.run = args, run
+
+    def on_stage_end(self, record: StageRecord, score_matrix: ScoreMatrix) -> None:
+        if not PartialState().is_main_process:
+            return
+        update_card(self.run.folder)
+        if self._every_save and record.folder is not None:
+            with _warned():
+                self.push(only=[record.name])
+
+    def on_save(self, args, state, control, **kwargs):
+        if PartialState().is_main_process and self.run is not None and self._every_save:
+            checkpoint, stage = Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir).name
+            with _warned():
+                name = self._name(args.hub_token)
+                Uploader(name, token=args.hub_token).create(args.hub_private_repo)
+                message = f"Stage {stage}, step {state.global_step}"
+                push_checkpoint(checkpoint, name, stage, message, token=args.hub_token)
+
+    def on_run_end(self, args: SequentialGRPOConfig, run: Run) -> None:
+        if args.push_to_hub and PartialState().is_main_process:
+            self.push()
+
+    @property
+    def _every_save(self) -> bool:
+        return self.args.push_to_hub and self.args.hub_strategy == "every_save"
+
+    def push(self, token: str | None = None, private: bool | None = None, **kwargs) -> PushResult:
+        """
+        Publish the finished stages: each as a revision, the last one on `main`, and the analysis.
+
+        Args:
+            token (`str`, *optional*):
+                Token. Defaults to `args.hub_token`.
+            private (`bool`, *optional*):
+                Whether a new repository is private. Defaults to `args.hub_private_repo`.
+            **kwargs:
+                Further arguments of [`~trl_interfere.hub.push.push_run`].
+
+        Returns:
+            [`~trl_interfere.hub.push.PushResult`]: Where it has gone.
+
+        Raises:
+            `FileNotFoundError`: If no stage has finished.
+            [`~trl_interfere.hub.upload.PushError`]: If the Hub fails.
+        """
+        token = token or self.args.hub_token
+        private = self.args.hub_private_repo if private is None else private
+        return push_run(self.run.folder, self._name(token), token=token, private=private, **{"stages": True, **kwargs})
+
+    def _name(self, token: str | None) -> str:
+        name = self.args.hub_model_id or self.run.folder.absolute().name
+        if "/" in name:
+            return name
+        uploader = Uploader(name, token=token)
+        return f"{uploader.step('asking for the name of the account', uploader.api.whoami)['name']}/{name}"
+
+
+@contextmanager
+def _warned() -> Iterator[None]:
+    """A push that fails on the way is not worth a training."""
+    try:
+        yield
+    except PushError as error:
+        logger.warning("%s. The training goes on; the end of the run is pushed in any case", error)
+
+
+def update_card(folder: str | Path) -> None:
+    """Write the card of a run that is going on; a full disk, or a report of another version, is a warning."""
+    try:
+        write_card(folder)
+    except (OSError, ValueError) as error:
+        logger.warning("the card of the run is not up to date (%s); the training goes on", error)
+
+
+def write_card(folder: str | Path, license: str | None = None) -> Path:
+    """
+    Write the card of a run into its folder, from what the folder holds by now.
+
+    Args:
+        folder (`str` or `pathlib.Path`):
+            Folder of the run.
+        license (`str`, *optional*):
+            Licence, which is that of the base model.
+
+    Returns:
+        `pathlib.Path`: The card.
+    """
+    run = Run(folder)
+    figures = {path.stem: f"figures/{path.name}" for path in sorted((run.folder / "figures").glob("*.png"))}
+    for name, report in run.reports.items():
+        for path in sorted((report / "figures").glob("*.png")):
+            figures[f"{name}/{path.stem}"] = path.relative_to(run.folder).as_posix()
+    path = run.folder / "README.md"
+    write_atomically(path, str(analysis_card(run, license=license, figures=figures)))
+    return path
