@@ -77,13 +77,15 @@ class RunFile:
     analysis: dict[str, Any] = field(default_factory=dict)
 
 
-def load_run_file(path: str | Path) -> RunFile:
+def load_run_file(path: str | Path, folder: str | Path | None = None) -> RunFile:
     """
-    Read a YAML file with a model, domains and settings. Paths in it are relative to its own folder.
+    Read a YAML file with a model, domains and settings.
 
     Args:
         path (`str` or `pathlib.Path`):
             The file.
+        folder (`str` or `pathlib.Path`, *optional*):
+            Folder that the paths in it start from. Defaults to its own.
 
     Returns:
         [`RunFile`]: Its content, with the datasets loaded.
@@ -105,9 +107,9 @@ def load_run_file(path: str | Path) -> RunFile:
         raise ValueError(f"{path}, domains: expected a list of domains, found {content['domains']!r}")
 
     # Functions of the file are looked for beside it: a console script has no folder of the user on its path.
-    folder = str(path.parent.resolve())
-    if folder not in sys.path:
-        sys.path.append(folder)
+    folder = path.parent if folder is None else Path(folder)
+    if str(folder.resolve()) not in sys.path:
+        sys.path.append(str(folder.resolve()))
     training = _mapping(content.get("training"), f"{path}, training")
     overrides = _mapping(training.get("stage_overrides"), f"{path}, training.stage_overrides")
     domains = []
@@ -115,16 +117,16 @@ def load_run_file(path: str | Path) -> RunFile:
         where = f"{path}, domains[{position}]"
         if "domain" in _mapping(entry, where):
             check_names(entry, _SHIPPED, where)
-            domains.append(_shipped_domain(entry, where, path.parent))
+            domains.append(_shipped_domain(entry, where, folder))
         else:
             check_names(entry, _DOMAIN, where, required=("name",))
-            domains.append(_domain(entry, where, path.parent))
+            domains.append(_domain(entry, where, folder))
         if entry.get("settings"):
             overrides[domains[-1].name] = _mapping(entry["settings"], f"{where}, settings")
     if overrides:
         training["stage_overrides"] = overrides
     model = str(content["model"])
-    local = path.parent / model
+    local = folder / model
     return RunFile(
         model=str(local) if local.is_dir() else model,
         domains=domains,

@@ -1,5 +1,6 @@
 """What can be said of a vLLM engine without vLLM; with it, see tests/with_vllm."""
 
+from dataclasses import fields
 from importlib.util import find_spec
 
 import pytest
@@ -8,48 +9,40 @@ from peft import IA3Config, LoraConfig
 from tiny_runs import build
 
 from trl_interfere.domain import Domain
-from trl_interfere.evaluation.checkpoints import evaluate_checkpoints
+from trl_interfere.evaluation.checkpoints import score_checkpoint
 from trl_interfere.evaluation.vllm_engine import VLLMEngine, _check_adapter
 from trl_interfere.lab.build import MODEL_FOLDER
-from trl_interfere.recipe import RunFile
+from trl_interfere.training.config import SequentialGRPOConfig
 
 
 without_vllm = pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 
 
-@pytest.fixture
-def run():
-    rows = Dataset.from_list([{"prompt": "1+1="}])
-    return RunFile(str(MODEL_FOLDER), [Domain("math", eval_dataset=rows, metric=lambda **kwargs: [1.0])])
-
-
 @without_vllm
-def test_vllm_is_not_installed(tmp_path, run):
-    with pytest.raises(ValueError, match=r"engine: 'vllm' needs vLLM \(pip install 'trl-interfere\[vllm\]'\)"):
+def test_vllm_is_not_installed(tmp_path):
+    domain = Domain("math", eval_dataset=Dataset.from_list([{"prompt": "1+1="}]), metric=lambda **kwargs: [1.0])
+    settings = {field.name: field.default for field in fields(SequentialGRPOConfig)}
+    with pytest.raises(ImportError, match=r"pip install 'trl-interfere\[vllm\]'"):
         VLLMEngine(MODEL_FOLDER)
-    with pytest.raises(ValueError, match="engine: 'vllm' needs vLLM"):
-        evaluate_checkpoints(run, [run.model], tmp_path / "scores", engine="vllm")
-    assert not (tmp_path / "scores").exists()
-    with pytest.raises(ValueError, match="use_vllm: expected vLLM, which is not installed: pip install"):
+    with pytest.raises(ImportError, match="engine"):
+        score_checkpoint(str(MODEL_FOLDER), [domain], settings, engine="vllm")
+    with pytest.raises(ValueError, match="engine.*'sglang'"):
+        score_checkpoint(str(MODEL_FOLDER), [domain], settings, engine="sglang")
+    with pytest.raises(ValueError, match="use_vllm"):
         build(tmp_path / "run", use_vllm=True)
     assert not (tmp_path / "run" / "stages.json").exists()
-
-
-def test_an_unknown_engine(tmp_path, run):
-    with pytest.raises(ValueError, match=r"engine: expected one of \['transformers', 'vllm'\], found 'sglang'"):
-        evaluate_checkpoints(run, [run.model], tmp_path / "scores", engine="sglang")
 
 
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        (IA3Config(), "expected a LoRA adapter for vLLM, found IA3"),
-        (LoraConfig(use_dora=True), "expected a plain LoRA adapter for vLLM, found use_dora=True"),
-        (LoraConfig(modules_to_save=["lm_head"]), r"found modules_to_save=\['lm_head'\]"),
-        (LoraConfig(rank_pattern={"q_proj": 2}), "found rank_pattern={'q_proj': 2}"),
-        (LoraConfig(alpha_pattern={"q_proj": 2}), "found alpha_pattern={'q_proj': 2}"),
-        (LoraConfig(bias="all"), "expected bias='none' in a LoRA for vLLM, found 'all'"),
-        (LoraConfig(r=513), "expected a LoRA of rank 512 at most for vLLM, found 513"),
+        (IA3Config(), "IA3"),
+        (LoraConfig(use_dora=True), "use_dora=True"),
+        (LoraConfig(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
+        (LoraConfig(rank_pattern={"q_proj": 2}), "rank_pattern={'q_proj': 2}"),
+        (LoraConfig(alpha_pattern={"q_proj": 2}), "alpha_pattern={'q_proj': 2}"),
+        (LoraConfig(bias="all"), "bias='all'"),
+        (LoraConfig(r=513), "rank 512.*513"),
     ],
 )
 def test_adapters_that_vllm_cannot_use(adapter, message):

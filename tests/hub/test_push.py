@@ -9,7 +9,7 @@ from hub_server.server import SIGNATURE, TOKEN
 from huggingface_hub import HfApi, ModelCard
 
 from trl_interfere.analysis.report import InterferenceReport
-from trl_interfere.cli import app
+from trl_interfere.cli import main
 from trl_interfere.hub.push import plan_push, push_report, push_run
 from trl_interfere.hub.run_folder import RunFolder
 from trl_interfere.hub.upload import PushError
@@ -243,7 +243,7 @@ def test_a_report_leaves_the_card_of_a_model_alone(hub, lab_folder, make_report)
 
 
 def command(*arguments):
-    return app(list(map(str, arguments)), standalone_mode=False)
+    return main(list(map(str, arguments)))
 
 
 def test_command(hub, lab_folder, capsys):

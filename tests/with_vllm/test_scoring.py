@@ -1,7 +1,6 @@
 """A checkpoint in a vLLM engine completes and scores as it does with transformers."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -105,7 +104,7 @@ def test_greedy_tokens_of_an_adapter(adapter, plain, prompts):
     assert found == scorer.complete_ids(model, prompts) != scorer.complete_ids(plain, prompts)
 
 
-def test_the_command_gives_the_same_scores(tmp_path, adapter, monkeypatch):
+def test_the_command_gives_the_same_scores(tmp_path, adapter):
     for name in ("math", "writing"):
         lines = (json.dumps(row) for row in lab_rows(name, "test", 24))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -119,13 +118,8 @@ def test_the_command_gives_the_same_scores(tmp_path, adapter, monkeypatch):
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     for engine in ("transformers", "vllm"):
-        arguments = ["evaluate", "--config", tmp_path / "run.yaml", "--output-dir", tmp_path / engine]
-        arguments += ["--model", MODEL_FOLDER, "--model", adapter[0], "--threads", 1, "--engine", engine]
-        monkeypatch.setattr(sys, "argv", ["trl-interfere", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as stop:
-            assert not stop.code
+        arguments = ["evaluate", MODEL_FOLDER, adapter[0], "--recipe", tmp_path / "run.yaml", "--threads", 1]
+        main(list(map(str, [*arguments, "--engine", engine, "--output_dir", tmp_path / engine])))
     expected, found = (
         json.loads((tmp_path / engine / "scores.json").read_text()) for engine in ("transformers", "vllm")
     )
@@ -135,5 +129,4 @@ def test_the_command_gives_the_same_scores(tmp_path, adapter, monkeypatch):
     assert len(files) == 4
     for file in files:
         assert (tmp_path / "vllm" / file).read_bytes() == (tmp_path / "transformers" / file).read_bytes()
-    changes = found["models"][1]["difference_from_first"]
-    assert any(entry["value"] != 0 for entry in changes.values())
+    assert any(entry["points"]["value"] != 0 for entry in found["models"][1]["changes"].values())

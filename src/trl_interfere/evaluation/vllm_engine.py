@@ -7,9 +7,12 @@ from typing import Any, get_args
 import numpy as np
 from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig
-from transformers.utils import find_adapter_config_file
 
-from ..models import local_folder
+from ..models import adapter_base, is_adapter, local_folder
+
+
+# vLLM scales every module by the one `lora_alpha` and `r`.
+_NOT_PLAIN = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "rank_pattern", "alpha_pattern")
 
 
 class VLLMEngine:
@@ -35,6 +38,8 @@ class VLLMEngine:
     Args:
         name (`str` or `pathlib.Path`):
             Folder or Hub id of a model or a LoRA adapter.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub id.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Data type of the weights and of the computation.
         max_length (`int`, *optional*):
@@ -46,12 +51,14 @@ class VLLMEngine:
             Further arguments of `vllm.LLM`, such as `gpu_memory_utilization` and `tensor_parallel_size`.
 
     Raises:
-        `ValueError`: If vLLM is not installed, there is no such checkpoint, or its adapter is none that vLLM can use.
+        `ImportError`: If vLLM is not installed.
+        `ValueError`: If there is no such checkpoint, or its adapter is none that vLLM can use.
     """
 
     def __init__(
         self,
         name: str | Path,
+        revision: str | None = None,
         dtype: str = "float32",
         max_length: int | None = None,
         trust_remote_code: bool = False,
@@ -62,20 +69,19 @@ class VLLMEngine:
             from vllm.config.lora import MaxLoRARanks
             from vllm.lora.request import LoRARequest
         except ImportError as error:
-            raise ValueError(
+            raise ImportError(
                 f"engine: 'vllm' needs vLLM (pip install 'trl-interfere[vllm]'), which cannot be imported ({error})"
             ) from error
-        name = str(local_folder(name, trust_remote_code=trust_remote_code))
-        self._adapter = None
-        base = name
+        folder = base = local_folder(name, revision, trust_remote_code)
+        self.name, self._adapter = str(name), None
+        if is_adapter(folder):
+            adapter = PeftConfig.from_pretrained(str(folder))
+            ranks = get_args(MaxLoRARanks)
+            _check_adapter(self.name, adapter, max(ranks))
+            kwargs.update(enable_lora=True, max_loras=1, max_lora_rank=min(r for r in ranks if r >= adapter.r))
+            self._adapter = LoRARequest("adapter", 1, str(folder))
+            base = local_folder(*adapter_base(folder), trust_remote_code)
         try:
-            if find_adapter_config_file(name) is not None:
-                adapter = PeftConfig.from_pretrained(name)
-                base = adapter.base_model_name_or_path
-                ranks = get_args(MaxLoRARanks)
-                _check_adapter(name, adapter, max(ranks))
-                kwargs.update(enable_lora=True, max_loras=1, max_lora_rank=min(r for r in ranks if r >= adapter.r))
-                self._adapter = LoRARequest("adapter", 1, name)
             config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         except OSError as error:
             raise ValueError(f"{name}: expected the folder or Hub id of a model or an adapter ({error})") from error
@@ -84,9 +90,8 @@ class VLLMEngine:
         except OSError:  # a model without a file of its own for generation
             ends = config.get_text_config().eos_token_id
         self.end_ids = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
-        self.name = name
         self.llm = LLM(
-            model=base, dtype=dtype, max_model_len=max_length, trust_remote_code=trust_remote_code, **kwargs
+            model=str(base), dtype=dtype, max_model_len=max_length, trust_remote_code=trust_remote_code, **kwargs
         )
         self.max_length = self.llm.llm_engine.model_config.max_model_len
 
@@ -112,29 +117,7 @@ class VLLMEngine:
         seed: int = 0,
         progress: bool = False,
     ) -> list[list[int]]:
-        """
-        Complete prompts, as token ids up to and including the end token.
-
-        Args:
-            prompts (`list[list[int]]`):
-                Token ids of each prompt.
-            max_new_tokens (`int`):
-                Maximum length of a completion.
-            end_ids (`list[int]`):
-                Tokens that end a completion.
-            temperature (`float`, *optional*, defaults to `0.0`):
-                Temperature of sampling; 0 is greedy.
-            seed (`int`, *optional*, defaults to `0`):
-                Seed of sampling. Each prompt has a random stream of its own, by its position.
-            progress (`bool`, *optional*, defaults to `False`):
-                Whether to show a progress bar over prompts.
-
-        Returns:
-            `list[list[int]]`: One list of token ids per prompt, in their order.
-
-        Raises:
-            `ValueError`: If a prompt and its completion may be longer than the engine allows.
-        """
+        """Complete prompts, as token ids up to and including the end token; each has a random stream of its own."""
         from vllm import SamplingParams
 
         longest = max(map(len, prompts), default=0)
@@ -171,21 +154,11 @@ def _check_adapter(name: str, adapter: PeftConfig, most: int) -> None:
     kind = getattr(adapter.peft_type, "value", adapter.peft_type)
     if kind != "LORA":
         raise ValueError(f"{name}: expected a LoRA adapter for vLLM, found {kind}; use engine='transformers'")
-    # vLLM scales every module by the one `lora_alpha` and `r`.
-    for option in (
-        "use_dora",
-        "modules_to_save",
-        "trainable_token_indices",
-        "lora_bias",
-        "rank_pattern",
-        "alpha_pattern",
-    ):
-        if getattr(adapter, option, None):
-            raise ValueError(
-                f"{name}: expected a plain LoRA adapter for vLLM, found {option}={getattr(adapter, option)!r}; use "
-                "engine='transformers'"
-            )
+    odd = {option: getattr(adapter, option, None) for option in _NOT_PLAIN if getattr(adapter, option, None)}
     if adapter.bias != "none":
-        raise ValueError(f"{name}: expected bias='none' in a LoRA for vLLM, found {adapter.bias!r}")
+        odd["bias"] = adapter.bias
+    if odd:
+        found = ", ".join(f"{option}={value!r}" for option, value in odd.items())
+        raise ValueError(f"{name}: expected a plain LoRA adapter for vLLM, found {found}; use engine='transformers'")
     if adapter.r > most:
         raise ValueError(f"{name}: expected a LoRA of rank {most} at most for vLLM, found {adapter.r}")

@@ -496,3 +496,14 @@ def _command(folder: Path, repo_id: str, stages: bool, private: bool | None, col
     parts += ["--private"] if private else []
     parts += ["--collection", collection] if collection is not None else []
     return shlex.join(parts)
+
+
+def push_folder(folder: str | Path, repo_id: str, dry_run: bool = False, **settings) -> PushResult | PushPlan:
+    """Publish a run, or a report that is none of a run; with `dry_run` only what would go where."""
+    if (Path(folder) / REPORT_NAME).is_file() and not (Path(folder) / STAGES_NAME).is_file():
+        if dry_run:
+            return PushPlan(repo_id, [plan_report(Path(folder), repo_id)])
+        return push_report(folder, repo_id, private=settings.get("private"))
+    if dry_run:
+        return plan_push(RunFolder.read(folder), repo_id, stages=settings.get("stages", False))
+    return push_run(folder, repo_id, **settings)

@@ -18,11 +18,11 @@ from ..analysis.routes import RouteMap
 from ..checkpoint import Checkpoint
 from ..domain import Domain
 from ..evaluation.bootstrap import Interval, difference
-from ..evaluation.checkpoints import sampling_settings, training_settings
 from ..evaluation.metrics import recovered
 from ..evaluation.scorer import Scorer
 from ..models import load_model, load_tokenizer
 from ..recipe import RunFile
+from .choice import sampling_settings, training_settings
 from .merging import held
 from .rollback import rolled_back, route_parameters
 from .staleness import check_not_stale

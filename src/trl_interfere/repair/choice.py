@@ -1,7 +1,7 @@
 """The choice of routes and steps for a rollback of checkpoints on disk."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +18,34 @@ from ..analysis.weight_diff import update_statistics
 from ..checkpoint import Checkpoint
 from ..domain import Domain
 from ..evaluation.bootstrap import difference, score
-from ..evaluation.checkpoints import analysis_settings, sampling_settings, training_settings
 from ..evaluation.scorer import Scorer
 from ..models import is_adapter, load_model, load_tokenizer
 from ..recipe import RunFile, build_dataclass
+from ..training.config import SequentialGRPOConfig
 from .explanation import RollbackExplanation, explain
 from .joint import domain_weights, joint_before, joint_report
 from .rollback import RouteRollback
 from .route_steps import WeightedLoss
 from .staleness import check_not_stale
+
+
+def training_settings(run: RunFile) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(SequentialGRPOConfig)} | run.training
+
+
+def sampling_settings(run: RunFile) -> dict[str, Any]:
+    settings = training_settings(run)
+    return {
+        "temperature": settings["score_temperature"],
+        "num_samples": settings["score_samples"],
+        "batch_size": settings["score_batch_size"],
+        "max_new_tokens": settings["score_max_new_tokens"] or settings["max_completion_length"],
+    }
+
+
+def analysis_settings(run: RunFile) -> dict[str, Any]:
+    longest = run.training.get("max_completion_length")
+    return {**({"max_new_tokens": longest} if longest else {}), **run.analysis}
 
 
 # Criteria that need the checkpoints alone.

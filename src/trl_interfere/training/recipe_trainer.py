@@ -3,16 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
+from accelerate import PartialState
 from peft import LoraConfig
 
 from ..recipe import RunFile, build_dataclass, check_names, load_run_file
+from ..run import Run, write_atomically
+from .callbacks import StageCallback
 from .config import SequentialGRPOConfig
 from .refresh import RefreshCallback
 from .trainer import SequentialGRPOTrainer
 
 
 def load_run(
-    path: str | Path, options: dict[str, Any] | None = None, model: str | None = None
+    path: str | Path,
+    options: dict[str, Any] | None = None,
+    model: str | None = None,
+    recipe: RunFile | None = None,
 ) -> tuple[RunFile, SequentialGRPOConfig]:
     """
     Read a YAML file and put the settings of the command line over those under `training:`.
@@ -24,6 +31,8 @@ def load_run(
             Settings of [`SequentialGRPOConfig`] that go before those of the file.
         model (`str`, *optional*):
             Folder or Hub id of the model. Defaults to the one of the file.
+        recipe ([`RunFile`], *optional*):
+            Content of the file, if it is read already.
 
     Returns:
         `tuple`: The [`RunFile`] and the [`SequentialGRPOConfig`].
@@ -31,7 +40,7 @@ def load_run(
     Raises:
         `ValueError`: If anything is unknown, missing or does not fit.
     """
-    run = load_run_file(path)
+    run = load_run_file(path) if recipe is None else recipe
     run.model = run.model if model is None else model
     options = options or {}
     where = f"{path}, training" + "".join(f" --{name}" for name in options)
@@ -80,3 +89,22 @@ def build_trainer(
             f"{path}, model: {run.model!r} is neither a folder with a config and safetensors weights nor readable "
             f"from the Hub ({error})"
         ) from error
+
+
+class RecipeKeeper(StageCallback):
+    """Keeps the recipe in the run, with the settings of the command line, so that later commands need not name it."""
+
+    def __init__(self, path: str | Path, options: dict[str, Any], model: str | None = None):
+        self.path, content = Path(path), yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content["training"] = {**(content.get("training") or {}), **options}
+        if model is not None:
+            content["model"] = str(Path(model).resolve()) if Path(model).is_dir() else model
+        self.local = {"recipe_folder": str(self.path.parent.resolve())}
+        if (self.path.parent / str(content["model"])).is_dir():
+            self.local["base_model"] = str((self.path.parent / content["model"]).resolve())
+        self.text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+    def on_run_begin(self, args: SequentialGRPOConfig, run: Run) -> None:
+        if PartialState().is_main_process:
+            write_atomically(run.folder / "recipe.yaml", self.text)
+            run.keep_local(**self.local)

@@ -1,0 +1,125 @@
+"""`trl-interfere analyze`."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.bootstrap import difference
+from ..evaluation.flips import flips
+from ..run import Run, lock_folder
+from .options import Options, option, parse
+from .output import progress_bar, show
+from .runs import Update, domains_of, recipe_of, update_of_checkpoints, update_of_run
+
+
+EXAMPLE = "trl-interfere analyze out"
+
+
+@dataclass(kw_only=True)
+class AnalyzeOptions(Options):
+    """
+    Show what a run broke, and where.
+
+    By default the most damaged domain, from its peak to the final stage. Checkpoints from elsewhere:
+    --final B --peak math=A --later qa writing --recipe FILE --output_dir report
+    """
+
+    run: str | None = option(None, "folder of a run")
+    domain: str | None = option(None, "damaged domain; by default the one that has lost most")
+    final: str | None = option(None, "checkpoint after the update, in place of a run")
+    peak: list[str] | None = option(None, "checkpoint before it, e.g. math=A")
+    later: list[str] | None = option(None, "domains that the update was trained on")
+    base: str | None = option(None, "checkpoint that the damaged domain's own training started from")
+    recipe: str | None = option(None, "YAML file that names the domains; by default the one of the run")
+    output_dir: str | None = option(None, "folder of the report; by default analysis/DOMAIN in the run")
+    dtype: str = option("float32", "data type to compute in")
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(AnalyzeOptions, arguments, "run", EXAMPLE)
+    run = None if options.run is None else Run(options.run)
+    if run is None:
+        update = update_of_checkpoints(options.final, options.peak, options.later)
+        if options.output_dir is None:
+            raise ValueError("--output_dir: expected a folder for the report, since there is no run")
+    elif options.final or options.peak or options.later:
+        raise ValueError("--final, --peak, --later: expected without a run, which has its own stages")
+    else:
+        update = update_of_run(run, options.domain)
+    folder = Path(options.output_dir) if options.output_dir else run.analysis(update.earlier)
+    recipe = recipe_of(run, options.recipe)
+    earlier, *later = domains_of(recipe, [update.earlier, *update.later])
+    options.prepare()
+    with lock_folder(folder if run is None else run.folder):
+        report = analyze(update, earlier, later, settings_of(recipe), options, folder)
+    next_step = f"trl-interfere heal {run.folder}" if run else f"trl-interfere push {folder} USER/REPO"
+    show(*verdict(report, run), f"The report and its figures are in {folder}. Next: {next_step}")
+
+
+def settings_of(recipe: Any) -> Any:
+    """Settings of the recipe; completions are as long as in the training, where it does not say otherwise."""
+    from ..analysis.config import InterferenceConfig
+    from ..recipe import build_dataclass
+
+    longest = recipe.training.get("max_completion_length")
+    settings = {**({"max_new_tokens": longest} if longest else {}), **recipe.analysis}
+    return build_dataclass(InterferenceConfig, settings, "recipe, analysis")
+
+
+def analyze(update: Update, earlier: Any, later: list[Any], config: Any, options: AnalyzeOptions, folder: Path) -> Any:
+    """Analyse, and put the report into its folder when all of it is written."""
+    from ..analysis.analyzer import InterferenceAnalyzer
+
+    scratch = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+    scratch.mkdir(parents=True)  # an analysis must not be lost to a folder that cannot be made
+    base = options.base or update.base
+    analyzer = InterferenceAnalyzer.from_pretrained(
+        update.before, update.after, base=base, config=config, dtype=options.dtype
+    )
+    passes = analyzer.passes(later=len(later))
+    with progress_bar("gradient passes") as progress:
+        task = progress.add_task("start", total=sum(passes.values()))
+
+        def begin(part: str) -> None:
+            done = sum(list(passes.values())[: list(passes).index(part)])
+            progress.update(task, description=part, completed=done)
+
+        report = analyzer.analyze(earlier, later, progress=begin)
+        progress.update(task, description="done", completed=sum(passes.values()))
+    report.save_pretrained(scratch)
+    report.save_figures(scratch / "figures")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(scratch, folder)
+    return report
+
+
+def verdict(report: Any, run: Run | None) -> list[str]:
+    """Points and prompts lost and where, then nats."""
+    lines = []
+    if run is not None:
+        before, after = (run.scores(stage, report.earlier) for stage in (run.peak(report.earlier), run.final))
+        counts = flips(before, after).counts()
+        lines.append(
+            f"{report.earlier} lost {difference(before, after):.1f} points to {', '.join(report.later)}: of "
+            f"{len(before)} prompts {counts['lost']} were lost, {counts['kept']} kept, {counts['regained']} won."
+        )
+    layers = report.by_layer("damage")
+    if report.damage > 0 and layers:
+        parts = {kind: float(np.sum(values)) for kind, values in layers.items()}
+        kind = max(parts, key=parts.get)
+        worst = np.argsort(layers[kind])[::-1][:3]
+        lines.append(
+            f"Where: {parts[kind] / report.damage:.0%} of the damage passes through {kind} routes, most of it in "
+            f"layers {', '.join(str(layer) for layer in sorted(worst))}."
+        )
+    lines.append(
+        f"Loss on its references: {report.loss_before:.3f} before, {report.loss_after:.3f} after, damage "
+        f"{report.damage:+.3f} nats a token (attributed {report.attributed:+.3f}, residual {report.residual:+.3f})."
+    )
+    return lines

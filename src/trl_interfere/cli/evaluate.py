@@ -1,0 +1,151 @@
+"""`trl-interfere evaluate`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.bootstrap import difference, score
+from ..evaluation.flips import flips
+from ..evaluation.metrics import recovered
+from ..reporting.tables import console_table
+from ..run import Run, write_json, write_scores
+from .options import Options, at_least, option, parse
+from .output import show
+from .runs import checkpoint, recipe_of, training_settings
+
+
+EXAMPLE = "trl-interfere evaluate out/stages/4-writing out/repair --peak out/stages/2-math"
+SCHEMA_VERSION = 2
+
+Values = dict[str, np.ndarray]
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(Options):
+    """Score checkpoints on the domains, and compare them prompt by prompt with one of them."""
+
+    models: list[str] = option([], "runs (their last stage), models, adapters, or Hub ids (user/repo@branch)")
+    against: str | None = option(None, "one of the models, to compare the others with; by default the first")
+    peak: str | None = option(None, "one of the models, from before the loss: shows what came back of it")
+    recipe: str | None = option(None, "YAML file that names the domains; by default the one of the run")
+    domain: list[str] | None = option(None, "domains to score; all by default")
+    split: str = option("test", "prompts to score on: test or selection")
+    output_dir: str = option("evaluation", "folder of scores.json and the scores per prompt, new or empty")
+    temperature: float | None = option(None, "0 is greedy; by default the one of the recipe")
+    num_samples: int | None = option(None, "completions per prompt; by default as in the recipe")
+    batch_size: int | None = option(None, "prompts to generate for at once")
+    max_new_tokens: int | None = option(None, "longest completion")
+    dtype: str | None = option(None, "data type of the weights; by default the one of the recipe")
+    engine: str = option("transformers", "what completes the prompts: transformers, or vllm (an extra)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, temperature=0, num_samples=1, batch_size=1, max_new_tokens=1)
+        for name, value in {"against": self.against, "peak": self.peak}.items():
+            if value is not None and value not in self.models:
+                raise ValueError(f"--{name}: expected one of {self.models}, found {value!r}")
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(EvaluateOptions, arguments, "*models", EXAMPLE)
+    options.prepare()
+    from ..evaluation.checkpoints import chosen_domains, score_checkpoint
+    from ..models import load_tokenizer
+
+    output_dir = Path(options.output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"--output_dir: expected an empty or a new folder, found {output_dir}")
+    recipe = recipe_of(None if options.recipe else run_of(options.models), options.recipe)
+    domains = chosen_domains(recipe.domains, options.domain, options.split)
+    settings = settings_of(options, recipe)
+    places = [checkpoint(name) for name in options.models]
+    for place in places:  # a name that does not exist must not cost the scores of those before it
+        load_tokenizer(*place, trust_remote_code=bool(settings["trust_remote_code"]))
+    entries, values = [], []
+    for position, (model, (folder, revision)) in enumerate(zip(options.models, places, strict=True)):
+        found = score_checkpoint(
+            folder, domains, settings, options.split, revision, options.engine, progress=sys.stderr.isatty()
+        )
+        figures, label = {}, f"{position}-{Path(model).name}"
+        for domain, scores in found.items():
+            file = write_scores(output_dir, label, domain, scores.values, scores.completions, scores.prompts)
+            figures[domain] = {**score(scores.values).to_dict(), "file": file}
+        entries.append({"model": model, "scores": figures})
+        values.append({domain: scores.samples for domain, scores in found.items()})
+    against = options.models.index(options.against or options.models[0])
+    peak = None if options.peak is None else values[options.models.index(options.peak)]
+    for position, entry in enumerate(entries):
+        entry["changes"] = {} if position == against else changes(values[position], values[against], peak)
+    sampling = {name: settings[name] for name in settings if name.startswith("score_")}
+    content = {"schema_version": SCHEMA_VERSION, "split": options.split, "engine": options.engine}
+    content |= {"sampling": sampling, "against": options.models[against], "peak": options.peak, "models": entries}
+    write_json(output_dir / "scores.json", content)
+    print_evaluation(content)
+    show(f"The scores are in {output_dir}. Next: trl-interfere evaluate --help shows how to compare them with a peak")
+
+
+def run_of(models: list[str]) -> Run | None:
+    """The run that one of the models is, or lies in."""
+    for name in models:
+        for folder in (Path(name), *Path(name).resolve().parents):
+            if (folder / "stages.json").is_file():
+                return Run(folder)
+    return None
+
+
+def settings_of(options: EvaluateOptions, recipe: Any) -> dict[str, Any]:
+    settings = training_settings(
+        recipe,
+        score_temperature=options.temperature,
+        score_samples=options.num_samples,
+        score_batch_size=options.batch_size,
+        score_max_new_tokens=options.max_new_tokens,
+    )
+    if options.dtype is not None:
+        settings["model_init_kwargs"] = {**(settings["model_init_kwargs"] or {}), "dtype": options.dtype}
+    return settings
+
+
+def changes(after: Values, before: Values, peak: Values | None) -> dict[str, dict[str, Any]]:
+    """For each domain points, flips beside what resampling alone flips, and recovered, from per-prompt samples."""
+    found = {}
+    for domain in after:
+        means = [values[domain].mean(axis=1) for values in (after, before, *([peak] if peak else []))]
+        flipped = flips(before[domain], after[domain], peak[domain] if peak else None)
+        found[domain] = {
+            "points": difference(means[0], means[1]).to_dict(),
+            "flips": flipped.counts(),
+            "expected_flips": flipped.expected,
+        }
+        if peak and np.isfinite((share := recovered(*means)).value):
+            found[domain]["recovered"] = share.to_dict()
+    return found
+
+
+def print_evaluation(content: dict[str, Any]) -> None:
+    """Scores, and beside one of the models changes, flips and recovered."""
+    domains = {domain: entry["n"] for domain, entry in content["models"][0]["scores"].items()}
+    header = ["model", *(f"{domain} (n={n})" for domain, n in domains.items())]
+    title = f"Score on the {content['split']} split (0 to 100, 95% interval)"
+    rows = [[entry["model"], *map(_interval, entry["scores"].values())] for entry in content["models"]]
+    show(console_table(title, header, rows))
+    rows = []
+    for entry in content["models"]:
+        for domain, change in entry["changes"].items():
+            counts, expected = change["flips"], change["expected_flips"]
+            cells = [
+                f"{counts[name]}" + (f" ({expected[name]:.1f} by chance)" if name in expected else "")
+                for name in ("lost", "regained", "newly_lost")
+            ]
+            share = _interval(change["recovered"], ".0%") if "recovered" in change else "—"
+            rows.append([entry["model"], domain, _interval(change["points"]), share, *cells])
+    if rows:
+        title = f"Change against {content['against']} (points, paired 95% interval; prompts)"
+        show(console_table(title, ["model", "domain", "points", "recovered", "lost", "regained", "newly lost"], rows))
+
+
+def _interval(entry: dict[str, float], spec: str = ".1f") -> str:
+    return f"{entry['value']:{spec}} [{entry['low']:{spec}}, {entry['high']:{spec}}]"

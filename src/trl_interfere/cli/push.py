@@ -1,0 +1,48 @@
+"""`trl-interfere push`."""
+
+from dataclasses import dataclass
+
+from .options import Options, option, parse
+from .output import show
+
+
+EXAMPLE = "trl-interfere push out user/model --dry_run"
+
+
+@dataclass(kw_only=True)
+class PushOptions(Options):
+    """Publish a run: its last model, each stage as a branch, analysis, repair and card. Run again, it goes on."""
+
+    run: str = option("", "folder of a run, or of a report")
+    repo: str = option("", "model repository, user/repo; made if there is none")
+    stages: bool = option(True, "publish each stage as a branch, e.g. stage-1-math")
+    private: bool = option(False, "make a new repository private")
+    collection: str | None = option(None, "title of a collection to add the model to")
+    license: str | None = option(None, "licence; by default that of the base model")
+    overwrite: bool = option(False, "replace another model in the repository")
+    dry_run: bool = option(False, "list files and sizes, and send nothing")
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(PushOptions, arguments, "run repo", EXAMPLE)
+    options.prepare()
+    from ..hub.push import push_folder
+
+    result = push_folder(
+        options.run,
+        options.repo,
+        stages=options.stages,
+        private=options.private or None,
+        collection=options.collection,
+        license=options.license,
+        overwrite=options.overwrite,
+        dry_run=options.dry_run,
+    )
+    if options.dry_run:
+        command = f"trl-interfere push {options.run} {options.repo}"
+        show(result.to_table(), f"Nothing was sent. Next: {command}")
+        return
+    for branch, commit in result.commits.items():
+        show(f"{branch}: {commit}")
+    show(f"Published: {result.url}" + (f", collection {result.collection}" if result.collection else ""))
+    show(f"Next: trl-interfere evaluate {result.repo_id} {options.run}")
