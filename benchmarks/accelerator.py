@@ -121,7 +121,8 @@ def agreement(arguments: argparse.Namespace, figures: dict) -> dict[str, dict[st
     from trl_interfere.analysis.routes import RouteMap
     from trl_interfere.lab.build import MODEL_FOLDER
     from trl_interfere.lab.domains import lab_domain
-    from trl_interfere.repair.rollback import RouteRollback, rolled_back
+    from trl_interfere.repair.held import rolled_back
+    from trl_interfere.repair.route_rollback import RouteRollback
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     start = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()

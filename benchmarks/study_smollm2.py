@@ -21,7 +21,7 @@ from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import replace
 from filecmp import cmp
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from jobs import run_all
+from merging import interpolate
 from rich.console import Console
 from study_page import write_page
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, ProgressCallback
@@ -37,7 +38,7 @@ from trl import SFTConfig, SFTTrainer
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer
 from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.contraction import contraction
-from trl_interfere.analysis.gradients import Batches
+from trl_interfere.analysis.gradients import Batches, Tensors
 from trl_interfere.analysis.objectives import completion_logits
 from trl_interfere.analysis.references import References, collect_references
 from trl_interfere.analysis.report import InterferenceReport
@@ -52,11 +53,9 @@ from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.extras import package_file
 from trl_interfere.models import load_model
 from trl_interfere.recipe import RunFile, load_run_file
-from trl_interfere.repair.bench import RepairBench, share_fields
-from trl_interfere.repair.interpolation import interpolated
-from trl_interfere.repair.measures import reference_probability
-from trl_interfere.repair.rollback import RouteRollback, rolled_back
-from trl_interfere.repair.sweep import Sweep, sweep
+from trl_interfere.repair.criteria import CONTROLS
+from trl_interfere.repair.held import held, rolled_back_weights
+from trl_interfere.repair.route_rollback import RouteRollback
 from trl_interfere.rewards.code import OFFLINE as HUMANEVAL
 from trl_interfere.run import STAGES_NAME, read_json, write_atomically
 from trl_interfere.run import Run as RunFolder
@@ -74,7 +73,15 @@ WARM_ROWS = {"code": 40, "math": 192, "qa": 64}
 REPAIRED = "math"
 MEASURED = {"code": 8, "math": 32, "qa": 16, "writing": 16}  # prompts that steps are chosen by
 TESTED = {"code": 16, "qa": 32, "writing": 24}  # prompts of the other domains that repairs are tested on
-STEPS, WIDE_STEPS, PROTECTIONS, DRAWS, MAX_DROP = (1.0, 2.0, 3.0), (0.5, 1.0, 1.5), (1.0,), 1, 1.0
+MAX_DROP = 1.0  # points on the selection split that a step may cost a domain
+# Criterion, budget, scope, protection, and the steps that the best one is chosen from.
+ARMS = (
+    ("damage", 0.02, "mlp", 0.0, (1.0,)),
+    *((name, 0.02, "mlp", 0.0, (1.0, 2.0, 3.0)) for name in ("damage", "route_conflict", "magnitude", *CONTROLS)),
+    ("damage", 0.02, "mlp", 1.0, (1.0, 2.0, 3.0)),
+    *((name, 0.32, "joint", 0.0, (0.5, 1.0, 1.5)) for name in ("damage", "random")),
+    ("damage", 0.32, "joint", 1.0, (0.5, 1.0, 1.5)),
+)
 SHARES = (0.1, 0.2, 0.4)  # of the update, for interpolation
 OTHERS = {"subspace_size": 0, "max_prompts": 16}  # analysis of the domains that are not repaired
 LEAST_DAMAGE = 0.0  # nats of a right answer; where no more is lost there is nothing to repair
@@ -388,8 +395,9 @@ class Bench:
             if batches:
                 self.solved[name] = batches
         self.answers = references(run, self.model, REPAIRED, "eval_dataset")
-        known = {"after": self.known(len(run.order)), REPAIRED: self.known(run.order.index(REPAIRED) + 1)}
-        self.bench = RepairBench(self.model, self.before, self.report, self.score, self.measure, known=known)
+        self.route_map = RouteMap(self.model.config)
+        self.damaged, self.peak = (self.known(stage) for stage in (len(run.order), run.order.index(REPAIRED) + 1))
+        self.start = self.measure(self.model)
 
     def known(self, stage: int) -> dict[str, np.ndarray]:
         """Scores of the training on what repairs are tested on."""
@@ -397,11 +405,11 @@ class Bench:
         scores = {name: stored.scores(stage, name) for name in self.run.order}
         return {name: values[: TESTED.get(name)] for name, values in scores.items()}
 
-    def score(self, model, split: str) -> dict[str, np.ndarray]:
-        field = {"selection": "selection_dataset", "test": "eval_dataset"}[split]
+    def score(self, model) -> dict[str, np.ndarray]:
+        """Scores on the test split."""
         found = {}
         for name, domain in self.run.domains.items():
-            dataset = getattr(domain, field)
+            dataset = domain.eval_dataset
             dataset = dataset.select(range(min(TESTED.get(name, len(dataset)), len(dataset))))
             with self.run.autocast():
                 found[name] = self.run.scorer.score(model, domain, dataset).values
@@ -416,7 +424,7 @@ class Bench:
             return {
                 name: 100
                 * (
-                    reference_probability(model, batches)
+                    np.exp(-np.concatenate(_losses(model, batches))).mean()
                     if name in ("math", "qa")
                     else np.exp(-sum(map(np.sum, _losses(model, batches))) / sum(_tokens(batches)))
                 )
@@ -426,6 +434,41 @@ class Bench:
     def losses(self, model) -> np.ndarray:
         """Nats of the right answer of each test prompt of the repaired domain, in float32."""
         return np.concatenate(_losses(model, self.answers))
+
+    def best(self, candidates: dict[float, Callable[[], Tensors]]) -> float:
+        """
+        The step that gives the repaired domain most among those that cost no domain more than `MAX_DROP`, or, without
+        one, the step with the best mean of all domains.
+        """
+        found = {}
+        for step, weights in candidates.items():
+            if len(candidates) > 1:
+                with held(self.model, weights()) as model:
+                    found[step] = self.measure(model)
+        spared = [step for step, now in found.items() if all(now[name] >= self.start[name] - MAX_DROP for name in now)]
+        if spared and REPAIRED in self.start:
+            return max(spared, key=lambda step: found[step][REPAIRED])
+        return max(candidates, key=lambda step: np.mean(list(found[step].values())) if found else step)
+
+    def figures(self, weights: Tensors) -> tuple[dict[str, Any], np.ndarray]:
+        """What a repair gives on the test split and what it costs, and the losses of right answers."""
+        with held(self.model, weights) as model:
+            scores, losses = self.score(model), self.losses(model)
+        changes = {name: difference(values, self.damaged[name]) for name, values in scores.items()}
+        own = changes.pop(REPAIRED)
+        return {
+            **share_fields(recovered(scores[REPAIRED], self.damaged[REPAIRED], self.peak[REPAIRED])),
+            "collateral": {name: change.value for name, change in changes.items()},
+            "changes": {name: change.to_dict() for name, change in changes.items()},
+            "own_changes": {REPAIRED: own.to_dict()},
+            "split": "test",
+        }, losses
+
+
+def share_fields(share: Interval) -> dict[str, float | None]:
+    """A recovered share as JSON values: `None` where nothing was lost."""
+    fields = {"recovered": share.value, "low": share.low, "high": share.high}
+    return {**{name: value if np.isfinite(value) else None for name, value in fields.items()}, "n": share.n}
 
 
 def _losses(model, batches: Batches) -> list[np.ndarray]:
@@ -460,44 +503,30 @@ def repair(run: Run) -> None:
         run.say(f"a right answer of {REPAIRED} has lost {damage['value']:+.4f} nats: there is nothing to repair")
         write_atomically(path, json.dumps({"schema_version": 1, "damage": damage, "rows": []}, indent=1) + "\n")
         return
-    settings = {"steps": STEPS, "protections": PROTECTIONS, "draws": DRAWS, "max_drop": MAX_DROP}
-    settings |= {"labels": {"seed": run.seed, "order": ",".join(run.order)}, "path": folder / "sweep.json"}
-    settings |= {"progress": run.say}
-    sweep(bench.bench, ["damage"], (0.02,), ("mlp",), fixed=True, **settings)
-    names = ["damage_protected", "route_conflict", "magnitude", "random", "random_matched"]
-    sweep(bench.bench, names, (0.02,), ("mlp",), fixed=False, **settings)
-    wide = {**settings, "path": folder / "sweep-wide.json", "steps": WIDE_STEPS}
-    sweep(bench.bench, ["damage", "damage_protected", "random"], (0.32,), ("joint",), fixed=False, **wide)
-    rows = [*Sweep.load(settings["path"]).rows, *Sweep.load(wide["path"]).rows]
-    for row in rows:
-        criterion = row["criterion"].removesuffix("_protected")
-        chosen = {name: row[name] for name in ("budget", "scope", "protection")}
-        measured = []
-        for draw in range(row["draws"]):
-            rollback = RouteRollback(criterion=criterion, seed=draw, **chosen)
-            routes = rollback.select(bench.report, bench.bench.route_map, bench.bench.parameters)
-            with rolled_back(bench.model, bench.before, bench.bench.route_map, routes, row["step"]) as model:
-                measured.append(bench.losses(model))
-        row["nats"] = nats(np.mean(measured, axis=0))
-        row["step_rule"] = {"best": "optimal"}.get(row["step_rule"], row["step_rule"])
-    run.say("interpolation")
-    measures = []
-    for share in SHARES:
-        with interpolated(bench.model, bench.before, share) as model:
-            measures.append(bench.measure(model))
-    share = SHARES[bench.bench.choose(measures, MAX_DROP)]
-    with interpolated(bench.model, bench.before, share) as model:
-        scores, losses = bench.score(model, "test"), bench.losses(model)
-    figures = bench.bench.figures([scores])
-    place = {"criterion": "interpolation", "scope": "all", "budget": 1.0, "step_rule": "optimal", "step": share}
-    rows.append({**settings["labels"], **place, "protection": 0.0, **figures, "nats": nats(losses)})
+    parameters, rows = dict(bench.model.named_parameters()), []
+
+    def measure(place: dict[str, Any], candidates: dict[float, Callable[[], Tensors]]) -> None:
+        run.say(f"{place['criterion']}, {100 * place['budget']:g}% of {place['scope']}")
+        step = bench.best(candidates)
+        figures, losses = bench.figures(candidates[step]())
+        place |= {"step": step, "step_rule": "optimal" if len(candidates) > 1 else "fixed"}
+        rows.append({"seed": run.seed, "order": ",".join(run.order), **place, **figures, "nats": nats(losses)})
+
+    for criterion, budget, scope, protection, steps in ARMS:
+        rollback = RouteRollback(criterion, budget, scope, protection=protection, seed=run.seed)
+        arguments = (bench.model, bench.before, bench.route_map, rollback.select(bench.report, bench.route_map))
+        place = {"criterion": criterion + ("_protected" if protection else ""), "budget": budget, "scope": scope}
+        weights = {step: partial(rolled_back_weights, *arguments, step) for step in steps}
+        measure({**place, "protection": protection}, weights)
+    place = {"criterion": "interpolation", "scope": "all", "budget": 1.0, "protection": 0.0}
+    measure(place, {share: partial(interpolate, parameters, bench.before, share) for share in SHARES})
     write_atomically(path, json.dumps({"schema_version": 1, "damage": damage, "rows": rows}, indent=1) + "\n")
 
 
 def recovered_nats(bench: Bench) -> tuple[Callable[[np.ndarray], dict[str, Any]], dict[str, Any]]:
     """The share of the damage in nats on the test split that losses per prompt mean, and this damage."""
     damaged = bench.losses(bench.model)
-    with interpolated(bench.model, bench.before, 1.0) as model:
+    with held(bench.model, bench.before) as model:
         peak = bench.losses(model)
     damage = in_nats(difference(damaged, peak))
     return lambda losses: {**share_fields(recovered(-losses, -damaged, -peak)), "damage": damage}, damage

@@ -3,7 +3,7 @@
 # dependencies = ["trl-interfere"]
 # ///
 """
-Roll damaged routes back after a published report, push the repaired model as a branch, then reload and compare it.
+Roll damaged routes back after a published report, push the LoRA adapter as a branch, then reload and compare it.
 
 On Hugging Face Jobs:
 
@@ -27,8 +27,8 @@ from pathlib import Path
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", required=True, help="report: user/repo, user/repo@revision or a folder")
-    parser.add_argument("--repo", help="repository of the repaired model; defaults to that of the report")
-    parser.add_argument("--branch", default="rollback", help="branch of the repaired model")
+    parser.add_argument("--repo", help="repository of the adapter; defaults to that of the report")
+    parser.add_argument("--branch", default="rollback", help="branch of the adapter")
     parser.add_argument("--criterion", default="damage", help="what routes are ranked by")
     parser.add_argument("--budget", type=float, default=0.02, help="share of the routes of the scope")
     parser.add_argument("--scope", default="mlp", help="mlp, attention or joint")
@@ -40,16 +40,17 @@ def arguments() -> argparse.Namespace:
 
 
 CARD = """---
-library_name: transformers
+library_name: peft
+base_model: {base}
 pipeline_tag: text-generation
-tags: [trl-interfere, trl, grpo]
+tags: [trl-interfere, trl, grpo, lora]
 ---
 
 # {after}, rolled back
 
-`{after}` after a training-free rollback with `trl-interfere`: the {budget:.3g} of {scope} routes that are highest by
-`{criterion}` (protection {protection:g}, seed {seed}) were moved back toward `{before}` with step {step:g}. The report
-is [{report}](https://huggingface.co/{repo}). The scores of this model were not measured here.
+A LoRA adapter over `{after}`, from a training-free rollback with `trl-interfere`: the {budget:.3g} of {scope} routes
+that are highest by `{criterion}` (protection {protection:g}, seed {seed}) move back toward `{before}` with step
+{step:g}. The report is [{report}](https://huggingface.co/{repo}). The scores of this model were not measured here.
 """
 
 
@@ -64,24 +65,22 @@ def main() -> None:
 
     repo = args.repo or split_revision(args.report)[0]
     if Path(repo).exists():
-        raise ValueError("--repo: expected user/repo for the repaired model of a report in a folder, found none")
+        raise ValueError("--repo: expected user/repo for the adapter of a report in a folder, found none")
     rollback = RouteRollback(args.criterion, args.budget, args.scope, args.step, args.protection, args.seed)
     report = InterferenceReport.from_pretrained(args.report)
-    model = rollback.apply(report)
-    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    repair = rollback.fit(report)
     with tempfile.TemporaryDirectory() as folder:
-        stored = model.config.dtype
-        model.to(stored).save_pretrained(folder)
+        repair.save_pretrained(folder)
         load_tokenizer(report.after).save_pretrained(folder)
         files = {path.name: path for path in sorted(Path(folder).iterdir()) if path.is_file()}
         about = {**vars(rollback), "before": report.before, "after": report.after, "report": args.report, "repo": repo}
-        files["README.md"] = CARD.format(**about).encode()
+        files["README.md"] = CARD.format(base=split_revision(report.after)[0], **about).encode()
         uploader = Uploader(repo, command=" ".join(["uv run", *sys.argv]))
         print(f"published: {uploader.create(args.private or None)}, branch {args.branch}")
         uploader.upload(PlannedRevision(args.branch, files, managed=["[!.]*"]), f"Rollback by {args.criterion}")
-    pulled = load_model(f"{uploader.repo_id}@{args.branch}")
+    pulled, expected = load_model(f"{uploader.repo_id}@{args.branch}"), repair.merge()
     for name, parameter in pulled.named_parameters():
-        if not torch.equal(parameter, expected[name].to(stored).to(parameter.dtype)):
+        if not torch.equal(parameter, expected.get_parameter(name)):
             raise ValueError(
                 f"{uploader.repo_id}@{args.branch}, tensor {name}: expected what was pushed, found another"
             )

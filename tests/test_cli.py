@@ -20,6 +20,7 @@ from trl_interfere.evaluation.bootstrap import difference
 from trl_interfere.evaluation.flips import flips
 from trl_interfere.lab.build import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
+from trl_interfere.repair.repair import Repair
 
 
 @pytest.fixture
@@ -242,6 +243,19 @@ def test_heal_then_evaluate(damaged, run, tmp_path):
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in lab_rows("math", "test", 24)]
     code, _, err = run(*arguments)
     assert code == 2 and "--output_dir" in err
+
+
+def test_rollback(damaged, run):
+    rollback = ("rollback", damaged, "--budget", 0.1, "--max_drop", 100, "--threads", 1)
+    code, _, err = run(*rollback)
+    assert code == 2 and "trl-interfere analyze" in err and not (damaged / "rollback").exists()
+    assert run("analyze", damaged, "--threads", 1)[0] == 0
+    code, out, err = run(*rollback)
+    assert code == 0 and out.splitlines()[-1].endswith(f"Next: trl-interfere heal {damaged}"), err
+    repair = Repair.from_pretrained(damaged / "rollback")
+    assert (repair.record["method"], repair.record["budget"]) == ("routes", 0.1)
+    assert "math" in repair.record["domains"] and repair.base == str(damaged / "stages" / "2-writing")
+    assert run(*rollback)[0] == 2  # the folder is not empty
 
 
 def test_evaluate_gives_the_scores_of_the_run(finished, run, tmp_path):

@@ -14,7 +14,7 @@ _EXPORTS = {
     "InterferenceReport": "analysis.report",
     "RefreshCallback": "training.refresh",
     "Repair": "repair.repair",
-    "RouteRollback": "repair.rollback",
+    "RouteRollback": "repair.route_rollback",
     "Run": "run",
     "ScoreMatrix": "evaluation.score_matrix",
     "ScoreSummary": "evaluation.metrics",
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .evaluation.scorer import Scorer as Scorer
     from .hub.callback import HubCallback as HubCallback
     from .repair.repair import Repair as Repair
-    from .repair.rollback import RouteRollback as RouteRollback
+    from .repair.route_rollback import RouteRollback as RouteRollback
     from .repair.subspace_rollback import SubspaceRollback as SubspaceRollback
     from .run import Run as Run
     from .training.callbacks import StageCallback as StageCallback

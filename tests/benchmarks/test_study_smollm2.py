@@ -36,9 +36,7 @@ def study(monkeypatch):
     monkeypatch.setattr(module, "MEASURED", dict.fromkeys(module.MEASURED, 4))
     monkeypatch.setattr(module, "TESTED", {"code": 3, "qa": 2})
     monkeypatch.setattr(module, "LEAST_DAMAGE", float("-inf"))
-    monkeypatch.setattr(module, "STEPS", (1.0,))
-    monkeypatch.setattr(module, "WIDE_STEPS", (1.0,))
-    monkeypatch.setattr(module, "PROTECTIONS", (1.0,))
+    monkeypatch.setattr(module, "ARMS", module.ARMS[:5])
     monkeypatch.setattr(module, "SHARES", (0.5,))
     monkeypatch.setattr(module, "REFRESH_STEPS", 1)
     return module

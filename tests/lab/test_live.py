@@ -13,7 +13,8 @@ from trl_interfere.lab.domains import TASKS, lab_rows
 from trl_interfere.lab.live import LiveRollback
 from trl_interfere.lab.packed import load_packed
 from trl_interfere.lab.verdict import verdict
-from trl_interfere.repair.rollback import RouteRollback, roll_back
+from trl_interfere.repair.held import roll_back
+from trl_interfere.repair.route_rollback import RouteRollback
 
 
 DATA = Path(__file__).parents[2] / "space" / "data" / "lab"

@@ -9,7 +9,7 @@ from tiny_runs import AskOnce, Interrupt, assert_same, build, math_domain, text_
 from trl_interfere.analysis.routes import RouteMap
 from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.lab.build import MODEL_FOLDER
-from trl_interfere.repair.rollback import roll_back
+from trl_interfere.repair.held import roll_back
 
 
 pytestmark = [

@@ -285,7 +285,7 @@ class Page:
                 raise ValueError(f"endpoint: expected one of {list(self.endpoints)}, found {str(endpoint)[:80]!r}")
             return complete_on_server(endpoint, served, prompt, tokens, temperature, seed, key)
         if self.lab is not None and model == ROLLED_BACK:
-            from ..repair.rollback import RouteRollback
+            from ..repair.route_rollback import RouteRollback
 
             return self.bench().complete(prompt, RouteRollback(), temperature, seed, tokens)
         return _complete_on_device(*self._load(str(model)), prompt, tokens, temperature, seed)

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int | None:
     found = InterferenceReport.from_pretrained(run.analysis(domain))
     settings = (options.criterion, options.budget, options.scope, options.step, options.protection, options.seed)
     with run.lock():
-        repair = RouteRollback(*settings).fit(found, before=update.before, after=update.after, base=update.base)
+        repair = RouteRollback(*settings).fit(found, before=update.before, after=update.after, base=run.base_model)
         scored = [entry for entry in recipe.domains if entry.name in run.final.scores]
         scorer = run_scorer(run, load_tokenizer(update.after, base=run.base_model), sys.stderr.isatty())
         model = repair.merge()

@@ -19,7 +19,8 @@ from ..domain import Domain
 from ..evaluation.bootstrap import Interval, difference
 from ..evaluation.metrics import recovered
 from ..evaluation.scorer import Scorer
-from ..repair.rollback import RouteRollback, rolled_back
+from ..repair.held import rolled_back
+from ..repair.route_rollback import RouteRollback
 from .build import MODEL_FOLDER
 from .domains import REWARDS, lab_rows
 from .packed import load_packed

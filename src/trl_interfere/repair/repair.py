@@ -19,6 +19,7 @@ from ..checkpoint import Checkpoint
 from ..models import load_model, local_folder
 from ..run import read_json, write_atomically
 from .block_stream import skeleton
+from .layers import is_experts
 
 
 REPAIR_NAME = "repair.json"
@@ -174,15 +175,20 @@ class Repair:
         return commit.commit_url
 
     def _adapted(self, model: PreTrainedModel) -> PeftModel:
-        experts = {name for name, (left, _) in self.factors.items() if left.ndim == 3}
-        ranks = {name: left.shape[-1] for name, (left, _) in self.factors.items()}
-        modules = [name for name in self.factors if name not in experts]
+        # PEFT takes a dense MLP beside experts for experts in their older form, unless it is named by its weights.
+        dense = ("gate_proj", "up_proj", "down_proj") if any(map(is_experts, model.modules())) else ()
+        factors = {
+            f"{name}.weight" if left.ndim == 2 and name.endswith(dense) else name: (left, right)
+            for name, (left, right) in self.factors.items()
+        }
+        modules = [name for name in self.factors if name in factors and self.factors[name][0].ndim == 2]
+        ranks = {name: left.shape[-1] for name, (left, _) in factors.items()}
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=max(ranks.values()),
             lora_alpha=max(ranks.values()),
             target_modules=modules or None,
-            target_parameters=sorted(experts) or None,
+            target_parameters=sorted(factors.keys() - set(modules)) or None,
             rank_pattern=ranks,
             alpha_pattern=ranks,
             fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in modules[:1]),
@@ -194,7 +200,7 @@ class Repair:
                 key = name
                 if isinstance(module, ParamWrapper):
                     key = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
-                left, right = self.factors[key]
+                left, right = factors[key]
                 if left.ndim == 3:  # PEFT lays the experts of A one above the other, and those of B side by side
                     left, right = left.permute(1, 2, 0).flatten(1), right.flatten(0, 1)
                 place = next((p for p in module.get_base_layer().parameters()), None)

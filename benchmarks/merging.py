@@ -1,16 +1,16 @@
-"""Task arithmetic and TIES between the checkpoints of the stages: baselines that know no routes."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""Baselines that know no routes: interpolation, task arithmetic and TIES between the checkpoints of a run."""
 
 import torch
 from peft.utils.merge_utils import task_arithmetic, ties
-from transformers import PreTrainedModel
-
-from ..analysis.gradients import Tensors
 
 
+Tensors = dict[str, torch.Tensor]
 METHODS = ("task_arithmetic", "ties")
+
+
+def interpolate(after: Tensors, before: Tensors, share: float) -> Tensors:
+    """`after - share * (after - before)`, of all weights alike (WiSE-FT, arXiv 2109.01903)."""
+    return {name: torch.lerp(value.detach(), before[name].detach().to(value), share) for name, value in after.items()}
 
 
 def merge(base: Tensors, tasks: list[Tensors], method: str, scale: float, density: float = 0.2) -> Tensors:
@@ -34,19 +34,9 @@ def merge(base: Tensors, tasks: list[Tensors], method: str, scale: float, densit
             λ.
         density (`float`, *optional*, defaults to `0.2`):
             Share of the entries of each tensor of a task that TIES keeps.
-
-    Returns:
-        `dict[str, torch.Tensor]`: The merged parameters.
-
-    Raises:
-        `ValueError`: If the method is unknown, there are no checkpoints, or the density is out of range.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {list(METHODS)}, found {method!r}")
-    if not tasks:
-        raise ValueError("tasks: expected at least one checkpoint, found none")
-    if not 0 < density < 1:
-        raise ValueError(f"density: expected a share above 0 and below 1, found {density}")
     merged = {}
     for name, start in base.items():
         start = start.detach()
@@ -55,26 +45,3 @@ def merge(base: Tensors, tasks: list[Tensors], method: str, scale: float, densit
         change = task_arithmetic(deltas, weights) if method == "task_arithmetic" else ties(deltas, weights, density)
         merged[name] = start + change
     return merged
-
-
-@contextmanager
-def held(model: PreTrainedModel, tensors: Tensors) -> Iterator[PreTrainedModel]:
-    """
-    Context in which a model holds other parameters; afterwards every parameter is as before, to the bit.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model.
-        tensors (`dict[str, torch.Tensor]`):
-            Parameters by name.
-    """
-    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    try:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(tensors[name])
-        yield model
-    finally:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(kept[name])

@@ -1,0 +1,100 @@
+"""The update of routes as a LoRA adapter: two thin matrices of each tensor, which are exact."""
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..analysis.routes import RouteMap
+from ..checkpoint import Checkpoint
+from ..models import load_model
+from .block_stream import skeleton
+
+
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def route_factors(
+    before: Checkpoint, after: Checkpoint, route_map: RouteMap, routes: np.ndarray, progress: bool = False
+) -> tuple[Factors, float, float]:
+    """
+    Factors of -δ on the slices of routes, and the squared norms of what they hold and of what no adapter can.
+
+    k rows of a matrix are `(columns of the identity) (rows of -δ)`, and k columns `(columns of -δ) (rows of the
+    identity)`: a product of rank k.
+    """
+    model, chosen = skeleton(after), np.zeros(route_map.num_routes)
+    chosen[routes] = 1.0
+    sources = [_Source(checkpoint, model) for checkpoint in (before, after)]
+    factors, taken, left = {}, 0.0, 0.0
+    parameters = [(name, value) for name, value in model.named_parameters() if route_map.cut(name) is not None]
+    for name, parameter in tqdm(parameters, desc="routes", unit="tensor", disable=not progress):
+        mask = route_map.spread(name, chosen, torch.empty(parameter.shape, dtype=torch.float64))
+        if not mask.any():
+            continue
+        start, end = (source.tensor(name) for source in sources)
+        change = mask * (start - end)
+        for sign, checkpoint in ((1, before), (-1, after)):
+            pair = checkpoint.factors(name)
+            if pair is not None:
+                change += sign * mask * (torch.from_numpy(pair[0]).double() @ torch.from_numpy(pair[1]).double())
+        size = float(change.square().sum())
+        module = model.get_submodule(name.rpartition(".")[0])
+        if parameter.ndim == 1:
+            left += size
+        elif size:
+            taken += size
+            if _is_transposed(module):
+                change, mask = change.mT, mask.mT
+            factors[name if parameter.ndim == 3 else name.removesuffix(".weight")] = _split(change.float(), mask != 0)
+    return factors, taken, left
+
+
+def product(model: nn.Module, name: str, factors: tuple[torch.Tensor, torch.Tensor]) -> tuple[str, torch.Tensor]:
+    """Name of the parameter that factors are of, and their product in its layout, data type and device."""
+    left, right = factors
+    parameter, owner = (name, name.rpartition(".")[0]) if left.ndim == 3 else (f"{name}.weight", name)
+    change = (left @ right).to(model.get_parameter(parameter))
+    return parameter, change.mT if _is_transposed(model.get_submodule(owner)) else change
+
+
+def _split(change: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of a matrix, or of one for each expert, that is 0 but for some rows, or some columns."""
+    outputs, inputs = change.shape[-2:]
+    if mask.shape[-1] > 1:  # columns
+        right, left = _split(change.mT, mask.mT)
+        return left.mT.contiguous(), right.mT.contiguous()
+    rows = mask[..., 0]
+    rank = int(rows.sum(-1).max())
+    if rank >= inputs:
+        return change.contiguous(), torch.eye(inputs).expand(*change.shape[:-2], -1, -1).contiguous()
+    # Where an expert has fewer than another, rows that are 0 fill up.
+    places = rows.int().argsort(dim=-1, descending=True, stable=True)[..., :rank]
+    selection = nn.functional.one_hot(places, outputs).float().mT.contiguous()
+    return selection, torch.take_along_dim(change, places[..., None], dim=-2)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether a module stores its weights with inputs as rows."""
+    return isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+
+
+class _Source:
+    """
+    Tensors of a checkpoint in float64, without an adapter. Where transformers converts some on loading, such as those
+    of single experts, they come from the loaded model, else from the files one at a time.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module):
+        self.checkpoint, self.whole = checkpoint, None
+        if any(name not in checkpoint for name, _ in model.named_parameters()):
+            self.whole = load_model(checkpoint.folder, dtype="auto").state_dict()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if self.whole is not None:
+            return self.whole[name].double()
+        stored = self.checkpoint[name]
+        with safe_open(stored.file, framework="pt") as file:
+            return file.get_tensor(stored.name).double()

@@ -1,0 +1,241 @@
+"""RouteRollback: put the routes that carry the damage back to where they were."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from numbers import Integral, Real
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..analysis.architectures import Architecture
+from ..analysis.report import InterferenceReport
+from ..analysis.routes import SCOPES, RouteMap
+from ..checkpoint import Checkpoint, check_comparable, published_name
+from ..models import load_model
+from .criteria import CRITERIA, IN_NATS, matched_routes, route_scores
+from .held import held
+from .repair import Repair, digest
+from .route_factors import Factors, product, route_factors
+
+
+# Steps that a search tries. Beyond 1 a route moves past its earlier state.
+STEPS = (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+
+
+@dataclass
+class RouteRollback:
+    """
+    The paper's experiment: put the most damaged routes back toward where they were.
+
+    ```
+    θ_r ← θ1_r - α (θ1_r - θ0_r)        for the chosen routes r
+    ```
+
+    The change of k channels has rank k in gate, up and down, that of heads the rank of their rows, so that a LoRA
+    adapter holds it exactly.
+
+    Example:
+
+    ```python
+    >>> from trl_interfere import InterferenceReport, RouteRollback
+
+    >>> report = InterferenceReport.from_pretrained("out/analysis/math")
+    >>> repair = RouteRollback(criterion="damage", budget=0.02, scope="mlp").fit(report)
+    >>> repair.save_pretrained("rollback")
+    ```
+
+    Args:
+        criterion (`str`, *optional*, defaults to `"damage"`):
+            What routes are ranked by, see `trl_interfere.repair.criteria.CRITERIA`.
+        budget (`float`, *optional*, defaults to `0.02`):
+            Share of the routes of the scope that is rolled back.
+        scope (`str`, *optional*, defaults to `"mlp"`):
+            `"mlp"`, `"attention"` or `"joint"`.
+        step (`float` or `str`, *optional*, defaults to `1.0`):
+            α. 1 restores the routes, more goes beyond them. `"optimal"` takes the one of `STEPS` at which the
+            `objective` of [`~RouteRollback.fit`] is lowest.
+        protection (`float`, *optional*, defaults to `0.0`):
+            Weight of what the later domains owe a route, which is subtracted from its score (criteria in nats only).
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the random criteria.
+
+    Raises:
+        `ValueError`: If a setting is out of range.
+    """
+
+    criterion: str = "damage"
+    budget: float = 0.02
+    scope: str = "mlp"
+    step: float | str = 1.0
+    protection: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"criterion: expected one of {sorted(CRITERIA)}, found {self.criterion!r}")
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope: expected one of {sorted(SCOPES)}, found {self.scope!r}")
+        if not 0 <= self.protection < np.inf or (self.protection and self.criterion not in IN_NATS):
+            raise ValueError(
+                f"protection: expected 0, or more with a criterion of {IN_NATS}, found {self.protection!r} with "
+                f"{self.criterion!r}"
+            )
+        if not isinstance(self.budget, Real) or not 0 < self.budget <= 1:
+            raise ValueError(f"budget: expected a share above 0 and up to 1, found {self.budget!r}")
+        if self.step != "optimal" and not (isinstance(self.step, Real) and 0 <= self.step < np.inf):
+            raise ValueError(f"step: expected a number of 0 or more or 'optimal', found {self.step!r}")
+        if not isinstance(self.seed, Integral) or self.seed < 0:
+            raise ValueError(f"seed: expected a whole number of 0 or more, found {self.seed!r}")
+
+    def select(self, report: InterferenceReport, route_map: RouteMap) -> np.ndarray:
+        """
+        Routes to roll back.
+
+        Args:
+            report ([`InterferenceReport`]):
+                The analysis.
+            route_map ([`RouteMap`]):
+                The routes of the model.
+
+        Returns:
+            `numpy.ndarray` of shape `(chosen,)`: Indices of routes, highest score first. `"random_matched"` has fewer
+            than asked for where a layer has not as many others.
+
+        Raises:
+            `ValueError`: If the report is of another number of routes, or nothing is left to match.
+        """
+        if len(report.routes["damage"]) != route_map.num_routes:
+            raise ValueError(
+                f"report: expected {route_map.num_routes} routes as in the model, found {len(report.routes['damage'])}"
+            )
+        scores = route_scores(self.criterion, report, route_map, self.protection, self.seed)
+        candidates = np.flatnonzero(route_map.scope(self.scope))
+        ranked = candidates[np.argsort(-scores[candidates], kind="stable")]
+        chosen = ranked[: max(1, round(self.budget * len(ranked)))]
+        if self.criterion == "random_matched":
+            chosen = matched_routes(chosen, report, route_map, seed=self.seed)
+            if not len(chosen):
+                raise ValueError(f"budget: expected one that leaves routes to match with, found {self.budget:g}")
+        return chosen
+
+    def fit(
+        self,
+        report: InterferenceReport,
+        objective: Callable[[PreTrainedModel], float] | None = None,
+        before: str | Path | None = None,
+        after: str | Path | None = None,
+        base: str | Path | None = None,
+        description: Architecture | None = None,
+        progress: bool = False,
+    ) -> Repair:
+        """
+        Make the repair.
+
+        Args:
+            report ([`InterferenceReport`]):
+                The analysis; it names both checkpoints.
+            objective (`Callable[[PreTrainedModel], float]`, *optional*):
+                What `step="optimal"` minimises, such as a loss, or minus a score, on the selection split.
+            before (`str` or `pathlib.Path`, *optional*):
+                Where the checkpoint before the update lies, if not where the report says.
+            after (`str` or `pathlib.Path`, *optional*):
+                Where the checkpoint after it lies, likewise: the one that is repaired.
+            base (`str` or `pathlib.Path`, *optional*):
+                Model that adapters stand on. Defaults to the one that they name.
+            description ([`Architecture`], *optional*):
+                Description of the architecture, if it is none of those that are known.
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show progress bars.
+
+        Returns:
+            [`Repair`]: The repair. What a LoRA adapter cannot hold, the biases of a route, stays as it is; its record
+            says how much of the routes' update that is.
+
+        Raises:
+            `ValueError`: If the report is of other checkpoints, the repair would change nothing, or an objective is
+                missing or nowhere finite.
+        """
+        started = time.perf_counter()
+        if self.step == "optimal" and objective is None:
+            raise ValueError("objective: expected what step='optimal' minimises, such as a loss, found none")
+        checkpoints = {
+            name: Checkpoint(place or getattr(report, name), base=base)
+            for name, place in (("before", before), ("after", after))
+        }
+        check_comparable(*checkpoints.values())
+        digests = {name: digest(checkpoint) for name, checkpoint in checkpoints.items()}
+        for name, expected in (getattr(report, "digests", None) or {}).items():
+            if name in digests and digests[name] != expected:
+                raise ValueError(
+                    f"report: expected one of {checkpoints[name].name}, found one of other weights: analyze again"
+                )
+        route_map = RouteMap(checkpoints["after"].config, description)
+        routes = self.select(report, route_map)
+        factors, taken, left = route_factors(*checkpoints.values(), route_map, routes, progress)
+        if not taken or self.step == 0:
+            raise ValueError(
+                f"{'step' if taken else 'scope'}: expected a repair that changes something, found none: "
+                + (f"a step of {self.step}" if taken else f"no weight of the {len(routes)} routes was trained")
+            )
+        step, searched = self.step, {}
+        if step == "optimal":
+            searched = _search(factors, load_model(checkpoints["after"].name, base=base), objective, progress)
+            step = min(searched, key=lambda tried: searched[tried] if np.isfinite(searched[tried]) else np.inf)
+            if not np.isfinite(searched[step]):
+                raise ValueError(f"objective: expected a finite value at one of the steps {STEPS}, found none")
+        carried = float(report.routes["damage"][routes].sum())
+        record = {
+            "method": "routes",
+            **{name: value for name, value in asdict(self).items() if name != "step"},
+            "step": step,
+            "searched": [{"step": tried, "objective": value} for tried, value in searched.items()],
+            "routes": _places(route_map, routes),
+            "carried_damage": {"nats": carried, "share": carried / report.attributed if report.attributed else None},
+            "checkpoints": {
+                "final": {"path": published_name(checkpoints["after"].name), "digest": digests["after"]},
+                "peaks": {
+                    report.earlier: {
+                        "path": published_name(checkpoints["before"].name),
+                        "digest": digests["before"],
+                    }
+                },
+            },
+            "left_as_it_is": {report.earlier: left / (taken + left)},
+            "cost": self._cost(report) | {"seconds": round(time.perf_counter() - started, 2)},
+        }
+        return Repair({name: (step * b, a) for name, (b, a) in factors.items()}, checkpoints["after"], record)
+
+    def _cost(self, report: InterferenceReport) -> dict[str, int]:
+        """Sequences that the criterion has put through a forward and a backward pass in the analysis."""
+        domains = [report.earlier, *(report.later if self.protection else [])]
+        nodes = report.config.get("quadrature_nodes", 0)
+        passes = {"damage": nodes, "random_matched": nodes, "first_order": 1, "second_order": 2}.get(self.criterion, 0)
+        count = passes * sum(report.references.get(name, {}).get("n", 0) for name in domains)
+        return {"sequences_forward": count, "sequences_backward": count}
+
+
+def _search(
+    factors: Factors, model: PreTrainedModel, objective: Callable[[PreTrainedModel], float], progress: bool
+) -> dict[float, float]:
+    """The objective at each of `STEPS`, on what the adapter would make of the model."""
+    changes, found = {}, {}
+    for name, pair in factors.items():
+        parameter, change = product(model, name, pair)
+        changes[parameter] = change
+    for step in tqdm(STEPS, desc="steps", disable=not progress):
+        moved = {name: model.get_parameter(name).detach() + step * change for name, change in changes.items()}
+        with held(model, moved) as candidate:
+            found[step] = float(objective(candidate))
+    return found
+
+
+def _places(route_map: RouteMap, routes: np.ndarray) -> dict[str, dict[str, list[int]]]:
+    """Positions of routes by kind and layer."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for route in np.sort(routes):
+        kind, layer, position = route_map.locate(int(route))
+        found.setdefault(kind, {}).setdefault(str(layer), []).append(position)
+    return found

@@ -1,0 +1,278 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.checkpoint import Checkpoint
+from trl_interfere.models import load_model
+from trl_interfere.repair.held import held, roll_back, rolled_back
+from trl_interfere.repair.repair import Repair, digest
+from trl_interfere.repair.route_rollback import STEPS, RouteRollback
+
+
+LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {
+    "llama-biases": LLAMA,
+    "qwen3": LLAMA,
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "qwen3-moe": LLAMA[:4],  # its experts are no linear layers
+}
+
+
+@pytest.fixture
+def checkpoints(make_model, moved, tmp_path):
+    """Function that writes `before` and `after` of an architecture."""
+
+    def write(family="llama", dtype=torch.float32):
+        before = make_model(family, dtype=dtype)
+        for name, model in (("before", before), ("after", moved(before))):
+            model.save_pretrained(tmp_path / name)
+        return tmp_path / "before", tmp_path / "after"
+
+    return write
+
+
+@pytest.fixture
+def report_on(make_report):
+    """Function that makes a report with random measures on two checkpoints."""
+
+    def make(before, after, seed=0):
+        rng, count = np.random.default_rng(seed), RouteMap(Checkpoint(after).config).num_routes
+        measures = {name: rng.normal(size=count) for name in ("damage", "later_damage", "opposed", "second_order")}
+        return make_report(count, str(before), str(after), **measures, edit_size=rng.uniform(1, 2, size=count))
+
+    return make
+
+
+@pytest.fixture
+def adapters(make_model, tmp_path):
+    """Function that writes a model and two random adapters of it, and returns their folders."""
+
+    def write(family="llama", **options):
+        make_model(family, dtype=torch.float32).save_pretrained(tmp_path / "base")
+        for seed, name in enumerate(("before", "after")):
+            settings = {"r": 2 + seed, "lora_alpha": 5 + seed, "target_modules": TARGETS.get(family, LLAMA)}
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                config = LoraConfig(task_type="CAUSAL_LM", **{**settings, **options})
+                model = get_peft_model(load_model(tmp_path / "base"), config)
+                for parameter_name, parameter in model.named_parameters():
+                    if "lora_" in parameter_name:
+                        torch.nn.init.normal_(parameter, std=0.2)
+            model.save_pretrained(tmp_path / name)
+        return [tmp_path / name for name in ("base", "before", "after")]
+
+    return write
+
+
+def dense(before, after, routes, step, owned_slices):
+    """The rollback written out slice by slice, in float64; biases stay."""
+    start, end = dict(before.named_parameters()), dict(after.named_parameters())
+    expected = {name: parameter.detach().double() for name, parameter in end.items()}
+    slices = owned_slices(after)
+    for route in routes:
+        for name, index in slices[route][3]:
+            if end[name].ndim > 1:
+                change = end[name][index].detach().double() - start[name][index].detach().double()
+                expected[name][index] = end[name][index].detach().double() - step * change
+    return expected
+
+
+@pytest.mark.parametrize("step", [1.0, 1.7])
+def test_the_adapter_is_the_edit_of_the_weights(architecture, step, checkpoints, report_on, owned_slices, tmp_path):
+    before, after = checkpoints(architecture)
+    report, rollback = report_on(before, after), RouteRollback(budget=0.4, scope="joint", step=step)
+    rollback.fit(report).save_pretrained(tmp_path / "repair")
+    start, end = load_model(before), load_model(after)
+    routes = rollback.select(report, RouteMap(end.config))
+    expected = dense(start, end, routes, step, owned_slices)
+    merged = PeftModel.from_pretrained(end, tmp_path / "repair").merge_and_unload()  # plain PEFT
+    changed = 0
+    for name, parameter in merged.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=0, atol=3e-7, msg=name)
+        changed += bool((expected[name] != load_model(after).get_parameter(name).double()).any())
+    assert changed > 4
+    if step == 1.0:
+        for route in routes:
+            for name, index in owned_slices(start)[route][3]:
+                if start.get_parameter(name).ndim > 1:
+                    peak = start.get_parameter(name)[index]
+                    torch.testing.assert_close(merged.get_parameter(name)[index], peak, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("family, width, rank", [("llama", 12, 6), ("gpt2", 12, 6), ("gpt2-default-width", 64, 16)])
+def test_rank_is_the_number_of_channels_up_to_the_width(family, width, rank, checkpoints, report_on):
+    before, after = checkpoints(family)
+    report = report_on(before, after)
+    report.routes["damage"][: width // 2] = 9.0  # half of the first layer
+    repair = RouteRollback(budget=0.25).fit(report)
+    assert {left.shape[1] for left, _ in repair.factors.values()} == {rank}
+    names = {"gpt2": {"c_fc", "c_proj"}}.get(family[:4], {"gate_proj", "up_proj", "down_proj"})
+    assert {name.rpartition(".")[2] for name in repair.factors} == names
+    assert {name.split(".")[2] for name in repair.factors} == {"0"}
+
+
+def test_record(checkpoints, report_on, owned_slices):
+    before, after = checkpoints("llama-biases")
+    report = report_on(before, after)
+    report.config["quadrature_nodes"] = 6
+    report.references["qa"] = {"n": 5}
+    rollback = RouteRollback(budget=0.1, scope="joint", protection=0.5)
+    record = rollback.fit(report).record
+    routes = rollback.select(report, RouteMap(Checkpoint(after).config))
+    assert sum(len(places) for layers in record["routes"].values() for places in layers.values()) == len(routes)
+    slices = owned_slices(load_model(after))
+    for route in routes:
+        kind, layer, position, _ = slices[route]
+        assert position in record["routes"][kind][str(layer)]
+    assert record["carried_damage"]["nats"] == pytest.approx(report.routes["damage"][routes].sum())
+    assert record["checkpoints"]["final"]["digest"] == digest(Checkpoint(after))
+    assert record["checkpoints"]["peaks"]["math"]["digest"] == digest(Checkpoint(before))
+    assert (record["method"], record["criterion"], record["step"]) == ("routes", "damage", 1.0)
+    assert record["cost"]["sequences_backward"] == 6 * (3 + 5)
+    start, end = load_model(before), load_model(after)
+    sizes = {True: 0.0, False: 0.0}  # of biases, and of the rest
+    for route in routes:
+        for name, index in slices[route][3]:
+            moved = end.get_parameter(name)[index].double() - start.get_parameter(name)[index].double()
+            sizes[end.get_parameter(name).ndim == 1] += moved.square().sum().item()
+    assert record["left_as_it_is"]["math"] == pytest.approx(sizes[True] / sum(sizes.values()))
+
+
+@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("to", ["base", "before"])
+def test_adapters(family, to, adapters, report_on, owned_slices, tmp_path):
+    base, before, after = adapters(family)
+    start = base if to == "base" else before
+    scope = "attention" if family == "qwen3-moe" else "joint"
+    report, rollback = report_on(start, after), RouteRollback(budget=0.5, scope=scope, step=1.3)
+    rollback.fit(report).save_pretrained(tmp_path / "repair")
+    models = [load_model(name, dtype="float64") for name in (start, after)]
+    expected = dense(*models, rollback.select(report, RouteMap(models[1].config)), 1.3, owned_slices)
+    healed = PeftModel.from_pretrained(load_model(base), tmp_path / "repair").merge_and_unload()
+    for name, parameter in healed.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=1e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("best", [0.5, 1.0, 3.0])
+def test_optimal_step(best, checkpoints, report_on):
+    before, after = checkpoints("llama-biases")
+    report, rollback = report_on(before, after), RouteRollback(budget=0.3, step="optimal")
+    target = RouteRollback(budget=0.3, step=best).fit(report).merge().state_dict()
+
+    def distance(model):
+        assert model.training is False
+        return sum(float((value - target[name]).square().sum()) for name, value in model.state_dict().items())
+
+    repair = rollback.fit(report, objective=distance)
+    assert repair.record["step"] == best
+    assert [entry["step"] for entry in repair.record["searched"]] == list(STEPS)
+    assert distance(repair.merge()) < 1e-9
+
+
+def test_a_step_without_a_finite_objective_is_not_taken(checkpoints, report_on):
+    before, after = checkpoints()
+    rollback, values = RouteRollback(step="optimal"), iter([math.nan, 4.0, math.inf, 3.0, *[5.0] * 4])
+    assert rollback.fit(report_on(before, after), objective=lambda model: next(values)).record["step"] == STEPS[3]
+    with pytest.raises(ValueError, match="objective"):
+        rollback.fit(report_on(before, after), objective=lambda model: math.nan)
+    with pytest.raises(ValueError, match="objective"):
+        rollback.fit(report_on(before, after))
+
+
+def test_bfloat16_and_back_from_disk(checkpoints, report_on, tmp_path):
+    before, after = checkpoints(dtype=torch.bfloat16)
+    RouteRollback(budget=0.5).fit(report_on(before, after)).save_pretrained(tmp_path / "repair")
+    repair = Repair.from_pretrained(tmp_path / "repair")
+    healed, start, end = repair.merge(), load_model(before), load_model(after)
+    for name, parameter in healed.named_parameters():
+        # Between values of bfloat16 the rollback with a step of 1 is exact in float32.
+        kept = (parameter == end.get_parameter(name)) | (parameter == start.get_parameter(name))
+        assert kept.all() and ((parameter != end.get_parameter(name)).any() == ("mlp" in name))
+
+
+def test_controls(checkpoints, report_on):
+    report = report_on(*checkpoints())
+    route_map = RouteMap(Checkpoint(report.after).config)
+
+    def chosen(criterion, seed=0, budget=0.25):
+        return RouteRollback(criterion, budget=budget, seed=seed).select(report, route_map).tolist()
+
+    damaged = chosen("damage")
+    assert damaged == sorted(range(24), key=lambda route: -report.routes["damage"][route])[:6]
+    for criterion in ("random", "random_matched"):
+        assert chosen(criterion) == chosen(criterion) != chosen(criterion, seed=1)
+        assert len(set(chosen(criterion))) == 6 and max(chosen(criterion)) < 24
+    assert not set(chosen("random_matched")) & set(damaged)
+    assert chosen("damage", budget=1e-9) == damaged[:1]
+    with pytest.raises(ValueError, match="budget"):
+        chosen("random_matched", budget=1.0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"criterion": "damag"}, {"budget": 0}, {"budget": 1.1}, {"budget": "2%"}, {"scope": "all"}, {"step": "best"},
+     {"step": -1.0}, {"step": math.inf}, {"protection": -1.0}, {"seed": -1}, {"seed": 0.5},
+     {"protection": 1.0, "criterion": "magnitude"}],
+)  # fmt: skip
+def test_bad_settings(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        RouteRollback(**settings)
+
+
+def test_a_repair_that_changes_nothing_is_refused(checkpoints, adapters, report_on):
+    before, after = checkpoints()
+    with pytest.raises(ValueError, match="step"):
+        RouteRollback(step=0).fit(report_on(before, after))
+    with pytest.raises(ValueError, match="scope"):
+        RouteRollback().fit(report_on(after, after))
+    base, _, after = adapters(target_modules=["q_proj", "v_proj"])
+    with pytest.raises(ValueError, match="scope"):
+        RouteRollback(scope="mlp").fit(report_on(base, after))
+    assert RouteRollback(scope="attention").fit(report_on(base, after)).factors
+
+
+def test_a_report_of_other_checkpoints_is_refused(checkpoints, report_on, make_report, make_model, moved, tmp_path):
+    before, after = checkpoints()
+    with pytest.raises(ValueError, match="report"):
+        RouteRollback().fit(make_report(7, str(before), str(after)))
+    report = report_on(before, after)
+    report.digests = {name: digest(Checkpoint(tmp_path / name)) for name in ("before", "after")}
+    assert RouteRollback().fit(report).factors
+    moved(make_model("llama", dtype=torch.float32), seed=2).save_pretrained(after)  # trained again since
+    with pytest.raises(ValueError, match="report"):
+        RouteRollback().fit(report)
+    make_model("llama", hidden_size=32, dtype=torch.float32).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="shape"):
+        RouteRollback().fit(report_on(before, tmp_path / "wide"))
+
+
+@pytest.mark.parametrize("step", [1.0, 1.7])
+def test_rolled_back_in_memory(architecture, step, make_model, moved, owned_slices):
+    before = make_model(architecture)
+    after = moved(before)
+    start, routes = dict(before.named_parameters()), np.arange(0, RouteMap(after.config).num_routes, 3)
+    kept = {name: parameter.detach().clone() for name, parameter in after.named_parameters()}
+    expected = {name: value.clone() for name, value in kept.items()}
+    for route in routes:
+        for name, index in owned_slices(after)[route][3]:
+            change = kept[name][index] - start[name][index].detach()
+            expected[name][index] = kept[name][index] - step * change if step != 1 else start[name][index].detach()
+    with rolled_back(after, start, RouteMap(after.config), routes, step) as model:
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach(), expected[name], rtol=0, atol=0 if step == 1 else 1e-12)
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in after.named_parameters())
+    roll_back(after, start, RouteMap(after.config), routes, step)
+    assert not all(torch.equal(parameter, kept[name]) for name, parameter in after.named_parameters())
+
+
+def test_held_weights_go_where_an_error_ends_the_context(make_model):
+    model = make_model()
+    name, weight = next((name, value.detach().clone()) for name, value in model.named_parameters())
+    with pytest.raises(KeyError), held(model, {name: weight + 1}):
+        raise KeyError
+    assert torch.equal(model.get_parameter(name), weight)
