@@ -8,51 +8,49 @@ class ActivationMoments:
     r"""
     Sums over the references of one domain, for linear layers that get the same input.
 
-    With X' the inputs in the healed model so far and X those in the peak model (tokens in columns)
+    With X' the inputs in the healed model so far, X those in the peak model and Y what the layers give there (tokens
+    in columns)
 
     ```
-    C = X' X'ᵀ        K = X X'ᵀ        m = X' 1        n tokens
+    C = X' X'ᵀ        K = X X'ᵀ or Y X'ᵀ        m = X' 1        n tokens
     ```
 
-    and for layers with fewer outputs than inputs `W_d X X'ᵀ` at once instead of K. All sums are in float64: spectra of
-    activations reach 1e-8 of their mean, and float32 sums make a healed model that is wrong in these directions.
+    All sums are in float64: spectra of activations reach 1e-8 of their mean, and float32 sums make a healed model that
+    is wrong in these directions.
 
     Args:
         width (`int`):
             Number of inputs of the layers.
-        peak_weight (`torch.Tensor` of shape `(outputs, width)`, *optional*):
-            Weights W_d of the layers in the peak model, one above the other, where they are to be applied at once.
+        rows (`int`, *optional*):
+            Rows of K. By default X' = X, and K is C.
     """
 
-    def __init__(self, width: int, device: torch.device, peak_weight: torch.Tensor | None = None):
-        rows = width if peak_weight is None else len(peak_weight)
-        self.peak_weight = peak_weight
+    def __init__(self, width: int, rows: int | None = None, device: torch.device | None = None):
         self.moments = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(rows, width, dtype=torch.float64, device=device)
-        self.sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self.cross = self.moments if rows is None else self.moments.new_zeros(rows, width)
+        self.sum = self.moments.new_zeros(width)
         self.count = 0
 
-    def add(self, peak: torch.Tensor, healed: torch.Tensor) -> None:
-        """Add the inputs of some tokens in both models, each of shape `(tokens, width)`."""
-        left = peak if self.peak_weight is None else peak @ self.peak_weight.T
-        left, healed = left.double(), healed.double()
+    def add(self, healed: torch.Tensor, peak: torch.Tensor) -> None:
+        """Add some tokens: X' of shape `(tokens, width)`, and X or Y."""
+        healed = healed.double()
         self.moments.addmm_(healed.T, healed)
-        self.cross.addmm_(left.T, healed)
+        if self.cross is not self.moments:
+            self.cross.addmm_(peak.to(healed).T, healed)
         self.sum += healed.sum(0)
         self.count += len(healed)
 
     def reduce(self) -> None:
         """Add up the sums of all processes."""
-        if torch.distributed.is_initialized():
-            count = torch.tensor([self.count], dtype=torch.float64, device=self.sum.device)
-            for values in (self.moments, self.cross, self.sum, count):
-                torch.distributed.all_reduce(values)
-            self.count = int(count)
+        count = self.sum.new_tensor([self.count])
+        for values in (self.moments, self.sum, count) + (() if self.cross is self.moments else (self.cross,)):
+            torch.distributed.all_reduce(values)
+        self.count = int(count)
 
-    def targets(self, weight: torch.Tensor, shift: torch.Tensor | None, rows: slice) -> torch.Tensor:
-        """`Y X'ᵀ` of one layer, Y what it gives in the peak model; `shift` is the difference of the biases."""
-        found = weight.double() @ self.cross if self.peak_weight is None else self.cross[rows]
-        return found if shift is None else found + shift.double()[:, None] * self.sum
+    def targets(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`Y X'ᵀ` of a layer of the peak model where K is `X X'ᵀ`."""
+        found = weight.double() @ self.cross
+        return found if bias is None else found.addr_(bias.double(), self.sum)
 
 
 class Solution:
@@ -76,40 +74,55 @@ class Solution:
     """
 
     def __init__(self, moments: torch.Tensor, ridge: float):
-        self.moments = moments
-        diagonal = ridge * moments.diagonal().mean()
-        self.root = torch.linalg.cholesky(moments + diagonal * torch.eye(len(moments)).to(moments))
+        self.ridge = ridge * float(moments.diagonal().mean())
+        self.metric = moments.clone()
+        self.metric.diagonal().add_(self.ridge)
+        self.root = torch.linalg.cholesky(self.metric)
 
     def change(self, residual: torch.Tensor) -> torch.Tensor:
         """The change in the metric of the moments, `ΔW (S + ρI)^½`, of shape `(outputs, width)`."""
         return torch.linalg.solve_triangular(self.root, residual.T, upper=False).T
 
-    def random_change(self, update: torch.Tensor) -> torch.Tensor:
-        """The change in the metric of the moments where a given update of the weights is to be made up for."""
-        return self.change(update @ self.moments)
+    def weights(self, change: torch.Tensor) -> torch.Tensor:
+        """ΔW from the change in the metric of the moments."""
+        return torch.linalg.solve_triangular(self.root.T, change.T, upper=True).T
 
-    def factors(self, change: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(
+        self, change: torch.Tensor, gram: torch.Tensor, rank: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         `B` and `A` with `B A` the change of the weights, cut to a rank in the metric of the moments.
 
-        The leading singular directions come from the smaller Gram matrix. At full rank one factor is the identity.
+        The leading singular directions come from the [`gram`] matrix. At full rank one factor is the identity.
         """
         outputs, width = change.shape
-        if rank is None or rank >= min(outputs, width):
-            whole = torch.linalg.solve_triangular(self.root.T, change.T, upper=True).T
-            identity = torch.eye(min(outputs, width), dtype=whole.dtype, device=whole.device)
-            return (whole, identity) if width <= outputs else (identity, whole)
+        if rank is None or rank >= len(gram):
+            identity = torch.eye(len(gram), dtype=change.dtype, device=change.device)
+            return (self.weights(change), identity) if width <= outputs else (identity, self.weights(change))
+        leading = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
         if outputs <= width:
-            left = torch.linalg.eigh(change @ change.T).eigenvectors[:, -rank:]
-            right = left.T @ change
-        else:
-            right = torch.linalg.eigh(change.T @ change).eigenvectors[:, -rank:].T
-            left = change @ right.T
-        return left, torch.linalg.solve_triangular(self.root.T, right.T, upper=True).T
+            return leading, self.weights(leading.T @ change)
+        return change @ leading, self.weights(leading.T)
+
+    def random_dimension(self, outputs: int) -> float:
+        """
+        [`effective_dimension`] that the change has where the update to be undone is random, in expectation.
+
+        Its rows are then normal with covariance `M = S (S + ρI)⁻¹ S`, and their Gram matrix has a Wishart
+        distribution.
+        """
+        covariance = torch.cholesky_inverse(self.root).mul_(self.ridge**2).add_(self.metric)
+        covariance.diagonal().sub_(2 * self.ridge)
+        trace, square = float(covariance.diagonal().sum()), float(covariance.square().sum())
+        return (outputs * trace**2 + 2 * square) / ((outputs + 1) * square + trace**2)
 
 
-def effective_dimension(change: torch.Tensor) -> float:
-    """Participation ratio of the squared singular values, `(Σ s²)² / Σ s⁴`."""
-    gram = change @ change.T if len(change) <= change.shape[1] else change.T @ change
-    total = gram.diagonal().sum()
-    return float(total**2 / (gram * gram).sum()) if total > 0 else 0.0
+def gram(change: torch.Tensor) -> torch.Tensor:
+    """The smaller of `M Mᵀ` and `Mᵀ M`."""
+    return change @ change.T if len(change) <= change.shape[1] else change.T @ change
+
+
+def effective_dimension(gram: torch.Tensor) -> float:
+    """Participation ratio of the squared singular values, `(Σ s²)² / Σ s⁴`, from the [`gram`] matrix."""
+    total = float(gram.diagonal().sum())
+    return total**2 / float(gram.square().sum()) if total > 0 else 0.0

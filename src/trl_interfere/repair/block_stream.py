@@ -1,6 +1,7 @@
 """Transformer blocks of a checkpoint, one at a time, on cached hidden states."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,13 +43,13 @@ def block_names(model: nn.Module) -> list[str]:
 def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """A tensor of a checkpoint, with what an adapter adds to it."""
     stored = checkpoint[name]
-    with safe_open(stored.file, framework="pt") as file:
+    with safe_open(stored.file, framework="pt", backend="pread") as file:
         value = file.get_tensor(stored.name)
     factors = checkpoint.factors(name)
     if factors is None:
         return value
     left, right = (torch.from_numpy(factor) for factor in factors)
-    return value.float() + left @ right
+    return torch.addmm(value.float(), left, right)
 
 
 class BlockStream:
@@ -72,15 +73,12 @@ class BlockStream:
     def __init__(self, checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype, device: torch.device):
         self.checkpoint, self.model, self.dtype, self.device = checkpoint, model, dtype, device
         self.names = block_names(model)
-        head = model.get_output_embeddings()
-        tied = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
-        unused = set() if head is None else {id(parameter) for parameter in head.parameters()} - tied
         inside = tuple(f"{name}." for name in self.names)
         self.outside = [name for name, _ in model.named_parameters() if not name.startswith(inside)]
-        self._entry = [name for name in self.outside if id(model.get_parameter(name)) not in unused]
         self._whole = None
         if any(name not in checkpoint for name, _ in model.named_parameters()):
-            self._whole = load_model(checkpoint.name, dtype=dtype).state_dict()
+            base = None if checkpoint.adapter is None else checkpoint.folder
+            self._whole = load_model(checkpoint.name, base=base).state_dict()
 
     def tensor(self, name: str) -> torch.Tensor:
         value = read_tensor(self.checkpoint, name) if self._whole is None else self._whole[name]
@@ -94,33 +92,33 @@ class BlockStream:
         return block.requires_grad_(False).to(self.device)
 
     @torch.no_grad()
-    def entries(self, batches: list[dict[str, torch.Tensor]]) -> list["Entry"]:
+    def entries(self, batches: list[dict[str, torch.Tensor]]) -> Iterator["Entry"]:
         """What the first block gets, and the further arguments of every block, for each batch."""
-        model = copy.deepcopy(self.model)
-        for name in self._entry:
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(self.tensor(name), requires_grad=False))
-        for name, buffer in list(model.named_buffers()):
-            owner, _, attribute = name.rpartition(".")
-            model.get_submodule(owner)._buffers[attribute] = buffer.to(self.device)
-        caught: dict[int, tuple[tuple, dict]] = {}
-        for index, name in enumerate(self.names):
-            model.get_submodule(name).forward = _catcher(caught, index, len(self.names))
-        entries = []
-        for batch in batches:
-            caught.clear()
-            try:
-                model(
-                    input_ids=batch["input_ids"].to(self.device),
-                    attention_mask=batch["attention_mask"].to(self.device),
-                    use_cache=False,
-                )
-            except _Captured:
-                pass
-            hidden = caught[0][0][0]
-            arguments = [(args[1:], kwargs) for args, kwargs in (caught[i] for i in range(len(self.names)))]
-            entries.append(Entry(hidden, batch["attention_mask"].bool(), arguments))
-        return entries
+        model, head = self.model, self.model.get_output_embeddings()
+        unused = set() if head is None else set(head.parameters()) - set(model.get_input_embeddings().parameters())
+        empty = {name: model.get_parameter(name) for name in self.outside}
+        caught: list[tuple[tuple, dict]] = []
+        try:
+            for name, parameter in empty.items():
+                if parameter not in unused:
+                    _set(model, name, nn.Parameter(self.tensor(name), requires_grad=False))
+            for name, buffer in list(model.named_buffers()):
+                _set(model, name, buffer.to(self.device))
+            for index, name in enumerate(self.names):
+                model.get_submodule(name).forward = _catcher(caught, index == len(self.names) - 1)
+            for batch in batches:
+                caught.clear()
+                inputs = {key: batch[key].to(self.device) for key in ("input_ids", "attention_mask")}
+                try:
+                    model(**inputs, use_cache=False)
+                except _Captured:
+                    pass
+                yield Entry(caught[0][0][0], batch["attention_mask"].bool(), [(a[1:], k) for a, k in caught])
+        finally:
+            for name in self.names:
+                model.get_submodule(name).__dict__.pop("forward", None)
+            for name, parameter in empty.items():
+                _set(model, name, parameter)
 
 
 class Entry:
@@ -145,19 +143,24 @@ class Entry:
         output = block(self.hidden.to(next(block.parameters()).device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def tokens(self, values: torch.Tensor) -> torch.Tensor | None:
-        """Rows of the positions that hold tokens; `None` where a module does not get one row for each position."""
-        rows = values.flatten(0, -2)
-        return rows[self.mask.flatten().to(rows.device)] if len(rows) == self.mask.numel() else None
+    def tokens(self, values: torch.Tensor) -> torch.Tensor:
+        """Rows of the positions that hold tokens."""
+        return values.flatten(0, -2)[self.mask.flatten().to(values.device)]
 
 
-def _catcher(caught: dict, index: int, count: int):
+def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, value)
+
+
+def _catcher(caught: list, last: bool):
     def forward(*args, **kwargs):
         if not args:
             args = (kwargs.pop("hidden_states"),)
-        caught[index] = (args, kwargs)
-        if index == count - 1:
+        caught.append((args, kwargs))
+        if last:
             raise _Captured
-        return args[0]
+        # Some models take the first item of what a block returns, others hand on what it is.
+        return args[0] if isinstance(args[0], tuple) else (args[0],)
 
     return forward

@@ -1,6 +1,7 @@
 """Linear layers of a block: `nn.Linear`, GPT-2's `Conv1D`, and experts whose weights are one tensor."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,12 @@ class Layer:
     @property
     def name(self) -> str:
         """Path of the module, or of the tensor of experts."""
-        return self.path if self.expert is None else f"{self.path}.{self.parameter}"
+        return self.path if self.expert is None else self.tensor
+
+    @property
+    def tensor(self) -> str:
+        """Name of the parameter."""
+        return f"{self.path}.{self.parameter}"
 
     def weight(self, block: nn.Module) -> torch.Tensor:
         """The matrix as a view of shape `(outputs, inputs)`."""
@@ -52,100 +58,206 @@ class Layer:
 @dataclass
 class Group:
     """
-    Layers that get the same input, in the order in which a forward pass reaches them.
+    Layers that get the same input.
 
     Args:
-        stop (`str`):
-            Module at which a forward pass has what it needs.
         layers (`list[Layer]`):
-            The layers.
+            The layers, in the order in which a forward pass reaches them.
+        narrow (`bool`):
+            Whether they have fewer outputs than inputs together, so that sums over outputs are the smaller ones.
     """
 
-    stop: str
     layers: list[Layer]
+    narrow: bool
 
-    def inputs(self, block: nn.Module, call: "Call", routing: torch.Tensor | None) -> torch.Tensor:
-        """What the layers get for the tokens that count, of shape `(tokens, inputs)`."""
-        layer = self.layers[0]
-        if layer.expert is None:
-            return call.entry.tokens(call.arguments[0])
-        experts, hidden = block.get_submodule(layer.path), call.arguments[0]
-        chosen = (routing == layer.expert).any(-1) & call.entry.mask.flatten().to(routing.device)
-        hidden = hidden.flatten(0, -2)[chosen]
-        if layer.parameter != "down_proj":
-            return hidden
-        up = Layer(layer.path, "gate_up_proj" if experts.has_gate else "up_proj", layer.expert)
-        hidden = nn.functional.linear(hidden, up.weight(block), up.bias(block))
-        return experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-
-
-class Captured(Exception):
-    """Ends a forward pass where what it was run for has been seen."""
+    @property
+    def path(self) -> str:
+        return self.layers[0].path
 
 
 @dataclass
 class Call:
-    """What a module of a block gets in a forward pass."""
+    """What a module of a block got in a forward pass, and what it gave."""
 
-    entry: Entry
+    path: str
+    module: nn.Module
     arguments: tuple[torch.Tensor, ...]
+    output: torch.Tensor
 
-    @classmethod
-    def capture(cls, entry: Entry, block: nn.Module, index: int, path: str) -> "Call":
+
+class _Captured(Exception):
+    """Ends a forward pass where what it was run for has been seen."""
+
+
+class Pass:
+    """
+    A batch of references of one domain on its way through the blocks of its peak and of the healed model.
+
+    Args:
+        peak ([`Entry`]):
+            The batch before the first block of the peak.
+        healed ([`Entry`], *optional*):
+            The same in the healed model. By default that gets what the peak gets.
+    """
+
+    def __init__(self, peak: Entry, healed: Entry | None):
+        self.peak, self.healed = peak, healed
+        self.kept: list[list[torch.Tensor]] = []
+        self.now: list[torch.Tensor] = []
+        self.switched = self.routed = 0
+        self._outputs: dict[str, object] = {}
+
+    def run_peak(self, block: nn.Module, index: int, chosen: Callable[[str], bool]) -> list[list[Group]]:
+        """
+        Run a block of the peak, and keep what the layers got there, or gave where that is narrower.
+
+        Returns:
+            `list[list[Group]]`: The groups of layers to solve for, in order. Those of one step get what one module
+            gets: the layers after one tensor, or one of the matrices of every expert.
+        """
+        calls, handles = [], []
+        for path, module in block.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)) or is_experts(module):
+                handles.append(module.register_forward_hook(_note(calls, path), with_kwargs=True))
+        try:
+            hidden = self.peak.run(block, index)
+        finally:
+            for handle in handles:
+                handle.remove()
+        steps = _steps([call for call in calls if chosen(call.path)], self.peak, block)
+        self.kept = [self._keep(step, {call.path: call for call in calls}) for step in steps]
+        self.peak.hidden = hidden.cpu()
+        return steps
+
+    def _keep(self, step: list[Group], calls: dict[str, Call]) -> list[torch.Tensor]:
+        group, call = step[0], calls[step[0].path]
+        if is_experts(call.module):
+            values = call.arguments[:2]
+        elif group.narrow and self.healed is not None:
+            values = [torch.cat([calls[layer.path].output for layer in group.layers], -1)]
+        else:
+            values = call.arguments[:1]
+        return [self.peak.tokens(value).cpu() for value in values]
+
+    def capture(self, block: nn.Module, index: int, step: int, layer: Layer, done: list[str]) -> None:
+        """Find what a layer gets in the healed model; the outputs of modules that are done are kept."""
+
         def stop(module, args, kwargs):
             found.extend((*args, *kwargs.values()))
-            raise Captured
+            raise _Captured
 
         found: list[torch.Tensor] = []
-        handle = block.get_submodule(path).register_forward_pre_hook(stop, with_kwargs=True)
+        handle = block.get_submodule(layer.path).register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            entry.run(block, index)
-        except Captured:
+            self._run(block, index, done)
+        except _Captured:
             pass
         finally:
             handle.remove()
-        return cls(entry, tuple(found))
+        self.now = [self.healed.tokens(value) for value in found[: len(self.kept[step])]]
+        if layer.expert is not None and layer.parameter != "down_proj":
+            before, now = self.kept[step][1], self.now[1].cpu()
+            same = (before[:, :, None] == now[:, None, :]).any(-1)
+            self.switched, self.routed = self.switched + int((~same).sum()), self.routed + same.numel()
 
+    def tokens(self, group: Group, step: int, peak: nn.Module, healed: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each token what the layers get in the healed model, and what they got, or gave, in the peak."""
+        layer = group.layers[0]
+        kept = [value.to(layer.weight(healed).device) for value in self.kept[step]]
+        if layer.expert is None:
+            return (kept if self.healed is None else self.now)[0], kept[0]
+        routed = (kept[1] == layer.expert).any(-1)
+        before = expert_inputs(layer, peak, kept[0][routed])
+        if self.healed is None:
+            return before, before
+        if group.narrow:
+            before = nn.functional.linear(before, layer.weight(peak), layer.bias(peak))
+        return expert_inputs(layer, healed, self.now[0][routed]), before
 
-def steps(block: nn.Module, entry: Entry, index: int) -> Iterator[list[Group]]:
-    """
-    Groups of layers of a block in the order of a forward pass. Those of one step need one capture: the layers that get
-    one tensor, or the tensors of all experts.
-    """
-    seen: list[tuple[str, nn.Module, tuple]] = []
+    def forget(self, step: int) -> None:
+        """Free what a step needed."""
+        self.now, self.kept[step] = [], []
 
-    def note(path):
-        def hook(module, args):
-            value = args[0]
-            # The same memory may hold another tensor later on: what is kept cannot be freed.
-            seen.append((path, module, value, entry.tokens(value) is not None))
+    def run_healed(self, block: nn.Module, index: int, done: list[str]) -> None:
+        self.healed.hidden = self._run(block, index, done).cpu()
+        self._outputs = {}
 
-        return hook
-
-    handles = []
-    for path, module in block.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) or is_experts(module):
-            handles.append(module.register_forward_pre_hook(note(path)))
-    try:
-        entry.run(block, index)
-    finally:
-        for handle in handles:
-            handle.remove()
-    shared: list[tuple[torch.Tensor, Group]] = []
-    for path, module, value, whole in seen:
-        if is_experts(module):
-            for parameter in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
-                layers = [Layer(path, parameter, expert) for expert in range(module.num_experts)]
-                shared.append((None, [Group(path, [layer]) for layer in layers]))
-        elif whole:
-            if shared and shared[-1][0] is value:
-                shared[-1][1][0].layers.append(Layer(path))
-            else:
-                shared.append((value, [Group(path, [Layer(path)])]))
-    for _, groups in shared:
-        yield groups
+    def _run(self, block: nn.Module, index: int, done: list[str]) -> torch.Tensor:
+        paths = {*done, *self._outputs}
+        for path in paths:
+            module = block.get_submodule(path)
+            module.forward = _remembering(module.forward, path, self._outputs)
+        try:
+            return self.healed.run(block, index)
+        finally:
+            for path in paths:
+                del block.get_submodule(path).forward
+            self._outputs = {path: self._outputs[path] for path in done if path in self._outputs}
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds the weights of all experts in tensors of three axes, as transformers builds them."""
     return hasattr(module, "is_transposed") and getattr(getattr(module, "down_proj", None), "ndim", 0) == 3
+
+
+def expert_inputs(layer: Layer, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """What a matrix of an expert gets for the hidden states that are routed to it."""
+    experts = block.get_submodule(layer.path)
+    if layer.parameter != "down_proj":
+        return hidden
+    up = Layer(layer.path, "gate_up_proj" if experts.has_gate else "up_proj", layer.expert)
+    hidden = nn.functional.linear(hidden, up.weight(block), up.bias(block))
+    return experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+
+
+def finished(block: nn.Module, solved: list[str], ahead: list[str]) -> list[str]:
+    """The outermost modules of a block with layers that are solved for, and none that is still to be."""
+    found: list[str] = []
+    for path, _ in block.named_modules():  # a module comes before those inside it
+        inside = f"{path}."
+        if (
+            path
+            and not any(path.startswith(f"{other}.") for other in found)
+            and any(other == path or other.startswith(inside) for other in solved)
+            and not any(other == path or other.startswith(inside) for other in ahead)
+        ):
+            found.append(path)
+    return found
+
+
+def _steps(calls: list[Call], entry: Entry, block: nn.Module) -> list[list[Group]]:
+    times = Counter(call.path for call in calls)
+    steps: list[list[Group]] = []
+    value = None
+    for call in calls:
+        if times[call.path] > 1 or call.arguments[0].shape[:-1].numel() != entry.mask.numel():
+            continue
+        if is_experts(call.module):
+            for parameter in ("gate_up_proj" if call.module.has_gate else "up_proj", "down_proj"):
+                layers = [Layer(call.path, parameter, expert) for expert in range(call.module.num_experts)]
+                steps.append([Group([layer], False) for layer in layers])
+        elif call.arguments[0] is value:
+            steps[-1][0].layers.append(Layer(call.path))
+        else:
+            steps.append([Group([Layer(call.path)], False)])
+        value = call.arguments[0]
+    for group in (group for step in steps for group in step):
+        shapes = [layer.weight(block).shape for layer in group.layers]
+        group.narrow = sum(outputs for outputs, _ in shapes) < shapes[0][1]
+    return steps
+
+
+def _note(calls: list[Call], path: str):
+    def hook(module, args, kwargs, output):
+        calls.append(Call(path, module, (*args, *kwargs.values()), output))
+
+    return hook
+
+
+def _remembering(forward: Callable, path: str, outputs: dict[str, object]) -> Callable:
+    def call(*args, **kwargs):
+        if path not in outputs:
+            outputs[path] = forward(*args, **kwargs)
+        return outputs[path]
+
+    return call

@@ -1,5 +1,8 @@
 """SubspaceRollback: layer by layer, the weights with which the final model computes what the peaks computed."""
 
+import copy
+import functools
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +16,9 @@ from tqdm.auto import tqdm
 from ..analysis.references import References
 from ..checkpoint import Checkpoint, check_comparable, published_name
 from ..domain import Domain
-from .activation_moments import ActivationMoments, Solution, effective_dimension
-from .block_stream import BlockStream, Entry, skeleton
-from .layers import Call, Group, steps
+from .activation_moments import ActivationMoments, Solution, effective_dimension, gram
+from .block_stream import BlockStream, skeleton
+from .layers import Group, Pass, finished
 from .peak_samples import peak_samples
 from .repair import Repair, digest
 
@@ -167,7 +170,7 @@ class SubspaceRollback:
             if name not in references or not references[name].completions:
                 raise ValueError(f"domain {name!r}: expected references, found none")
         fitted = time.perf_counter()
-        factors, layers, left = self._solve(checkpoints, {name: references[name] for name in names}, progress)
+        factors, solved = self._solve(checkpoints, {name: references[name] for name in names}, progress)
         sequences = sum(len(references[name].completions) for name in names)
         record = {
             "method": "subspace",
@@ -179,8 +182,7 @@ class SubspaceRollback:
                 "final": {"path": published_name(final), "digest": digests[None]},
                 "peaks": {name: {"path": published_name(peaks[name]), "digest": digests[name]} for name in peaks},
             },
-            "layers": layers,
-            "left_as_it_is": left,
+            **solved,
             "cost": {
                 "sequences_sampled": sequences if sampled else 0,
                 "sequences_forward": 2 * sequences,
@@ -193,45 +195,57 @@ class SubspaceRollback:
 
     @torch.no_grad()
     def _solve(self, checkpoints: dict[str | None, Checkpoint], references: dict[str, References], progress: bool):
-        state = PartialState()
-        model = skeleton(checkpoints[None])
+        """Factors by full name of a module or tensor of experts, and what the record says of them."""
+        model, device = skeleton(checkpoints[None]), PartialState().device
         streams = {
-            name: BlockStream(checkpoint, model, getattr(torch, self.dtype), state.device)
+            name: BlockStream(checkpoint, model, getattr(torch, self.dtype), device)
             for name, checkpoint in checkpoints.items()
         }
-        names = streams[None].names
-        passes: dict[str, list[Pass]] = {}
+        passes, names = self._passes(streams, references), streams[None].names
+        pairs = [pair for of_domain in passes.values() for pair in of_domain]
+        factors, figures, left = {}, [], LeftAsItIs(streams)
+        for index in tqdm(range(len(names)), desc="heal", unit="block", disable=not progress):
+            final = streams[None].block(index)
+            healed = copy.deepcopy(final)
+            peaks = {name: streams[name].block(index) if name in streams else final for name in references}
+            chosen = functools.partial(self._chosen, final, names[index])
+            for name, of_domain in passes.items():
+                for pair in of_domain:
+                    steps = pair.run_peak(peaks[name], index, chosen)
+            paths = [step[0].path for step in steps]
+            for number, step in enumerate(steps):
+                done = finished(healed, paths, paths[number:])
+                for group in step:
+                    found = self._moments(step, group, number, healed, peaks, passes, index, done)
+                    for layer, left_factor, right_factor, row in self._layers(group, found, final, healed, peaks):
+                        name = f"{names[index]}.{layer.name}"
+                        factors.setdefault(name, []).append((left_factor.float().cpu(), right_factor.float().cpu()))
+                        figures.append({"name": name, "expert": layer.expert, "block": index, **row})
+            for pair in pairs if self.sequential else ():
+                pair.run_healed(healed, index, finished(healed, paths, []))
+            left.add(final, peaks, {layer.tensor for step in steps for group in step for layer in group.layers})
+        routed = torch.tensor([sum(pair.switched for pair in pairs), sum(pair.routed for pair in pairs)]).to(device)
+        if self.data_parallel and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(routed)
+        switched = float(routed[0] / routed[1]) if routed[1] else None
+        record = {"layers": figures, "left_as_it_is": left.shares(), "switched_tokens": switched}
+        return {name: _stacked(parts) for name, parts in factors.items()}, record
+
+    def _passes(self, streams: dict[str | None, BlockStream], references: dict[str, References]):
+        """The batches of each domain, before the first block."""
+        state, passes = PartialState(), {}
         for name, found in references.items():
             batches = found.batches(self.batch_size, 0, torch.device("cpu"))
             if self.data_parallel:
                 batches = batches[state.process_index :: state.num_processes]
             if not batches:
                 raise ValueError(f"batch_size: expected a batch of domain {name!r} for each process, lower it")
-            of_peak = streams.get(name, streams[None]).entries(batches)
-            passes[name] = [Pass(*pair) for pair in zip(of_peak, streams[None].entries(batches), strict=True)]
-        factors, figures, left = {}, [], LeftAsItIs(streams)
-        for index in tqdm(range(len(names)), desc="heal", unit="block", disable=not progress):
-            final, healed = streams[None].block(index), streams[None].block(index)
-            peaks = {name: streams[name].block(index) if name in streams else final for name in references}
-            first = next(iter(passes.values()))[0].healed
-            solved = set()
-            for groups in steps(healed, first, index):
-                groups = [group for group in groups if self._chosen(healed, group.layers[0].path, names[index])]
-                if not groups:
-                    continue
-                for group, found in self._moments(groups, healed, peaks, passes, index):
-                    for layer, left_factor, right_factor, row in self._layers(group, found, final, healed, peaks):
-                        name = f"{names[index]}.{layer.name}"
-                        factors.setdefault(name, []).append((left_factor.float().cpu(), right_factor.float().cpu()))
-                        figures.append({"name": name, "expert": layer.expert, "block": index, **row})
-                        solved.add(f"{layer.name}.weight" if layer.expert is None else layer.name)
-            left.add(final, peaks, solved)
-            for name, pairs in passes.items():
-                for pair in pairs:
-                    pair.advance(peaks[name], healed if self.sequential else None, index)
-        return {name: _stacked(parts) for name, parts in factors.items()}, figures, left.shares()
+            peak = list(streams.get(name, streams[None]).entries(batches))
+            healed = list(streams[None].entries(batches)) if self.sequential else [None] * len(peak)
+            passes[name] = [Pass(*pair) for pair in zip(peak, healed, strict=True)]
+        return passes
 
-    def _chosen(self, block: nn.Module, path: str, name: str) -> bool:
+    def _chosen(self, block: nn.Module, name: str, path: str) -> bool:
         """Whether the layers of a module are to be solved for."""
         if self.modules == "all":
             return True
@@ -242,90 +256,70 @@ class SubspaceRollback:
         parents = [type(block.get_submodule(".".join(parts[:i]))).__name__ for i in range(1, len(parts))]
         return any("attention" in parent.lower() for parent in parents) == (self.modules == "attention")
 
-    def _moments(self, groups: list[Group], healed: nn.Module, peaks: dict, passes: dict, index: int):
-        """Moments of every domain, for each of some groups that one capture serves."""
-        sums: list[dict[str, ActivationMoments]] = [{} for _ in groups]
-        stop, experts = groups[0].stop, groups[0].layers[0].expert is not None
-        for name, pairs in passes.items():
-            for group, found in zip(groups, sums, strict=True):
-                weights = [layer.weight(peaks[name]) for layer in group.layers]
-                width, outputs = weights[0].shape[1], sum(len(weight) for weight in weights)
-                stacked = torch.cat(weights) if outputs < width else None
-                found[name] = ActivationMoments(width, weights[0].device, stacked)
-            for pair in pairs:
-                peak = Call.capture(pair.peak, peaks[name], index, stop)
-                now = Call.capture(pair.healed, healed, index, stop) if self.sequential else peak
-                routing = peak.arguments[1] if experts else None
-                if experts:
-                    pair.count_switched(peak, now)
-                for group, found in zip(groups, sums, strict=True):
-                    inputs = group.inputs(peaks[name], peak, routing)
-                    found[name].add(inputs, group.inputs(healed, now, routing) if self.sequential else inputs)
-        for group, found in zip(groups, sums, strict=True):
-            for name, moments in found.items():
+    def _moments(self, step: list[Group], group: Group, number: int, healed, peaks, passes, index: int, done):
+        """Moments of the inputs of a group, by domain."""
+        weights = [layer.weight(healed) for layer in group.layers]
+        width = weights[0].shape[1]
+        rows = None if not self.sequential else sum(map(len, weights)) if group.narrow else width
+        found = {}
+        for name, of_domain in passes.items():
+            found[name] = moments = ActivationMoments(width, rows, weights[0].device)
+            for pair in of_domain:
+                if self.sequential and group is step[0]:
+                    pair.capture(healed, index, number, group.layers[0], done)
+                moments.add(*pair.tokens(group, number, peaks[name], healed))
+                if group is step[-1]:
+                    pair.forget(number)
+            if self.data_parallel and torch.distributed.is_initialized():
                 moments.reduce()
-                if not torch.isfinite(moments.moments).all() or not torch.isfinite(moments.cross).all():
-                    raise ValueError(
-                        f"domain {name!r}: {stop} of block {index}: expected finite activations, found NaN"
-                    )
-            yield group, found
+            if not (torch.isfinite(moments.moments).all() and torch.isfinite(moments.cross).all()):
+                raise ValueError(
+                    f"domain {name!r}: {group.path} of block {index}: expected finite activations, found NaN or infinity"
+                )
+        return found
 
     def _layers(self, group: Group, found: dict[str, ActivationMoments], final, healed, peaks):
         """Solve for the layers of a group, one after the other, and put the weights into the healed block."""
         shares = {name: (self.weights or {}).get(name, 1.0) / max(m.count, 1) for name, m in found.items()}
-        total = sum(shares[name] * moments.moments for name, moments in found.items())
+        total = sum(share * found[name].moments for name, share in shares.items())
         if not total.diagonal().sum() > 0:  # an expert that no token reaches stays as it is
             for layer in group.layers:
                 outputs, width = layer.weight(final).shape
                 rank = min(outputs, width, self.rank or outputs)
                 yield layer, torch.zeros(outputs, rank), torch.zeros(rank, width), {"tokens": 0}
             return
-        solution = Solution(total, self.ridge)
-        angles = _angles({name: moments.moments for name, moments in found.items()})
+        mean = sum(share * found[name].sum for name, share in shares.items())
+        solution, angles = Solution(total, self.ridge), _angles(found)
         start = 0
         for layer in group.layers:
-            weight, bias = layer.weight(final), layer.bias(final)
+            weight, bias = layer.weight(final).double(), layer.bias(final)
             rows = slice(start, start := start + len(weight))
-            residual = -weight.double() @ total
+            now = weight @ total  # what the layer gives in the healed model so far, without its bias
+            residual = -now if bias is None else -now - torch.outer(bias.double(), mean)
             for name, moments in found.items():
-                shift = None if bias is None else layer.bias(peaks[name]) - bias
-                residual += shares[name] * moments.targets(layer.weight(peaks[name]), shift, rows)
+                if group.narrow and self.sequential:
+                    residual.add_(moments.cross[rows], alpha=shares[name])
+                else:
+                    given = moments.targets(layer.weight(peaks[name]), layer.bias(peaks[name]))
+                    residual.add_(given, alpha=shares[name])
             change = solution.change(residual)
-            left, right = solution.factors(change, self.rank)
-            layer.weight(healed).copy_((weight.double() + left @ right).to(weight.dtype))
-            output = float((weight.double() @ total * weight.double()).sum())
-            draw = torch.randn(residual.shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+            products = gram(change)
+            left, right = solution.factors(change, products, self.rank)
+            difference, output = left @ right, float((now * weight).sum())
+            layer.weight(healed).copy_(weight + difference)
             yield (
                 layer,
                 left,
                 right,
                 {
                     "tokens": sum(moments.count for moments in found.values()),
-                    "change": float((left @ right).norm() / weight.norm()),
-                    "output_change": float((change.norm() ** 2 / output) ** 0.5) if output > 0 else 0.0,
-                    "effective_dimension": effective_dimension(change),
-                    # A random update in place of that of the later stages, through the same moments.
-                    "effective_dimension_random": effective_dimension(solution.random_change(draw.to(residual))),
+                    "change": float(difference.norm() / weight.norm()),
+                    "output_change": float(change.norm() / output**0.5) if output > 0 else 0.0,
+                    "effective_dimension": effective_dimension(products),
+                    "effective_dimension_random": solution.random_dimension(len(weight)),
                     "angles": angles,
                 },
             )
-
-
-class Pass:
-    """A batch of references on its way through the peak of its domain and through the healed model."""
-
-    def __init__(self, peak: Entry, healed: Entry):
-        self.peak, self.healed, self.switched, self.routed = peak, healed, 0, 0
-
-    def advance(self, peak: nn.Module, healed: nn.Module | None, index: int) -> None:
-        self.peak.hidden = self.peak.run(peak, index).cpu()
-        if healed is not None:
-            self.healed.hidden = self.healed.run(healed, index).cpu()
-
-    def count_switched(self, peak: Call, now: Call) -> None:
-        """Count the choices of an expert that the healed model makes and the peak did not make."""
-        same = (peak.arguments[1][:, :, None] == now.arguments[1][:, None, :]).any(-1)
-        self.switched, self.routed = self.switched + int((~same).sum()), self.routed + same.numel()
 
 
 class LeftAsItIs:
@@ -334,10 +328,10 @@ class LeftAsItIs:
     def __init__(self, streams: dict[str | None, BlockStream]):
         self.whole = dict.fromkeys((name for name in streams if name is not None), 0.0)
         self.left = dict(self.whole)
-        final = streams[None]
-        for parameter in final.outside:
+        for parameter in streams[None].outside:
+            final = streams[None].tensor(parameter)
             for name in self.whole:
-                self._note(name, final.tensor(parameter), streams[name].tensor(parameter), solved=False)
+                self._note(name, final, streams[name].tensor(parameter), solved=False)
 
     def add(self, final: nn.Module, peaks: dict[str, nn.Module], solved: set[str]) -> None:
         for name in self.whole:
@@ -346,7 +340,7 @@ class LeftAsItIs:
                 self._note(name, value, others[parameter], parameter in solved)
 
     def _note(self, name: str, final: torch.Tensor, peak: torch.Tensor, solved: bool) -> None:
-        size = float((final.double() - peak.double()).square().sum())
+        size = float(torch.linalg.vector_norm(final - peak, dtype=torch.float64)) ** 2
         self.whole[name] += size
         self.left[name] += 0.0 if solved else size
 
@@ -354,15 +348,11 @@ class LeftAsItIs:
         return {name: self.left[name] / size if size else 0.0 for name, size in self.whole.items()}
 
 
-def _angles(moments: dict[str, torch.Tensor]) -> dict[str, float]:
+def _angles(found: dict[str, ActivationMoments]) -> dict[str, float]:
     """Cosine of what two domains use of a layer's inputs, `tr(C_a C_b) / (‖C_a‖ ‖C_b‖)`."""
-    names = list(moments)
-    return {
-        f"{a} {b}": float((moments[a] * moments[b]).sum() / (moments[a].norm() * moments[b].norm()))
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-        if moments[a].any() and moments[b].any()
-    }
+    flat = {name: moments.moments.flatten() for name, moments in found.items() if moments.count}
+    norms = {name: values.norm() for name, values in flat.items()}
+    return {f"{a} {b}": float(flat[a] @ flat[b] / (norms[a] * norms[b])) for a, b in itertools.combinations(flat, 2)}
 
 
 def _stacked(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
