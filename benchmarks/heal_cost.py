@@ -14,7 +14,8 @@ counts with the final checkpoint. δ is random, of 5% of the norm of every tenso
 
 The lab model is the one that ships with the package, and the large one random weights of the shape of
 SmolLM2-135M if `--model` names no other. `--clock processor` takes the processor time of this program, for machines
-that others use too. The last line is one JSON object, with the worse of both models for each figure.
+that others use too. The last line is one JSON object, with the worse ratio of both models and the memory of the
+larger one.
 """
 
 import argparse
@@ -61,7 +62,10 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     figures = [measure(name, arguments) for name in arguments.models.split(",")]
-    print(json.dumps({key: round(max(entry[key] for entry in figures), 3) for key in figures[0]}))
+    # The lab model is smaller than one batch.
+    largest = max(figures, key=lambda entry: entry["size"])
+    ratio = max(entry["fit_over_forward"] for entry in figures)
+    print(json.dumps({"fit_over_forward": round(ratio, 3), "peak_over_model": round(largest["peak_over_model"], 3)}))
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -105,8 +109,10 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
             before, fitting, after = forward(), fit(), forward()
             ratios.append(2 * fitting / (before + after))
             print(f"{name}: forward {before:.2f} and {after:.2f} s, fit {fitting:.2f} s", flush=True)
-    print(f"{name}: {memory.peak / 2**20:.0f} MiB above the level before, a model has {size / 2**20:.0f} MiB", flush=True)
-    return {"fit_over_forward": median(ratios), "peak_over_model": memory.peak / (2 * size)}
+    print(
+        f"{name}: {memory.peak / 2**20:.0f} MiB above the level before, a model has {size / 2**20:.0f} MiB", flush=True
+    )
+    return {"fit_over_forward": median(ratios), "peak_over_model": memory.peak / (2 * size), "size": size}
 
 
 def write_checkpoints(name: str, model: str | None, folder: Path) -> dict:

@@ -87,9 +87,7 @@ class Solution:
         """ΔW from the change in the metric of the moments."""
         return torch.linalg.solve_triangular(self.root.T, change.T, upper=True).T
 
-    def factors(
-        self, change: torch.Tensor, gram: torch.Tensor, rank: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, change: torch.Tensor, gram: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """
         `B` and `A` with `B A` the change of the weights, cut to a rank in the metric of the moments.
 

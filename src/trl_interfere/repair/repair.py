@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint import Checkpoint
-from ..models import load_model, local_folder
+from ..models import adapter_base, load_model, local_folder
+from ..revision import split_revision
 from ..run import read_json, write_atomically
 from .block_stream import skeleton
 from .layers import is_experts
@@ -104,14 +105,22 @@ class Repair:
         Returns:
             [`~transformers.PreTrainedModel`]: The model.
         """
-        return self.apply(load_model(self.base) if model is None else model).merge_and_unload()
+        if model is None:
+            model = load_model(*self._base()) if self.checkpoint is None else load_model(self.checkpoint.folder)
+        return self.apply(model).merge_and_unload()
 
     @property
     def base(self) -> str:
         """Model that the adapter stands on."""
-        if self.folder is not None:
-            return LoraConfig.from_pretrained(str(self.folder)).base_model_name_or_path
-        return str(self.checkpoint.folder) if self.checkpoint.adapter else self.checkpoint.name
+        return self._base()[0]
+
+    def _base(self) -> tuple[str, str | None]:
+        if self.checkpoint is None:
+            return adapter_base(self.folder)
+        if self.checkpoint.adapter is None:
+            return split_revision(self.checkpoint.name)
+        config = self.checkpoint.adapter.config
+        return config.base_model_name_or_path or str(self.checkpoint.folder), config.revision
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         """
@@ -128,6 +137,7 @@ class Repair:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         if self.folder is None:
+            (folder / REPAIR_NAME).unlink(missing_ok=True)
             model = skeleton(self.checkpoint)
             model.name_or_path = self.base
             self._adapted(model).save_pretrained(str(folder), save_embedding_layers=False)
@@ -183,18 +193,20 @@ class Repair:
         }
         modules = [name for name in self.factors if name in factors and self.factors[name][0].ndim == 2]
         ranks = {name: left.shape[-1] for name, (left, _) in factors.items()}
+        most = max(ranks.values())
+        smaller = {name: rank for name, rank in ranks.items() if rank != most}
         config = LoraConfig(
             task_type="CAUSAL_LM",
-            r=max(ranks.values()),
-            lora_alpha=max(ranks.values()),
+            r=most,
+            lora_alpha=most,
             target_modules=modules or None,
             target_parameters=sorted(factors.keys() - set(modules)) or None,
-            rank_pattern=ranks,
-            alpha_pattern=ranks,
+            rank_pattern=smaller,
+            alpha_pattern=smaller,
             fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in modules[:1]),
             init_lora_weights=False,
         )
-        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+        adapted = get_peft_model(model, config, revision=self._base()[1], low_cpu_mem_usage=True)
         for name, module in adapted.base_model.model.named_modules():
             if isinstance(module, LoraLayer) and "default" in module.lora_A:
                 key = name

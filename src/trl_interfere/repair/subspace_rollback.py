@@ -24,6 +24,7 @@ from .repair import Repair, digest
 
 
 MODULES = ("all", "mlp", "attention")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 @dataclass
@@ -98,6 +99,8 @@ class SubspaceRollback:
             raise ValueError(f"ridge: expected a share above 0, found {self.ridge!r}")
         if isinstance(self.modules, str) and self.modules not in MODULES:
             raise ValueError(f"modules: expected one of {list(MODULES)} or a list of names, found {self.modules!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {list(DTYPES)}, found {self.dtype!r}")
         for name, weight in (self.weights or {}).items():
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"weights[{name!r}]: expected 0 or more, found {weight!r}")
@@ -228,6 +231,8 @@ class SubspaceRollback:
         if self.data_parallel and torch.distributed.is_initialized():
             torch.distributed.all_reduce(routed)
         switched = float(routed[0] / routed[1]) if routed[1] else None
+        if not factors:
+            raise ValueError(f"modules: expected ends of names of linear layers in blocks, found {self.modules!r}")
         record = {"layers": figures, "left_as_it_is": left.shares(), "switched_tokens": switched}
         return {name: _stacked(parts) for name, parts in factors.items()}, record
 
@@ -273,9 +278,8 @@ class SubspaceRollback:
             if self.data_parallel and torch.distributed.is_initialized():
                 moments.reduce()
             if not (torch.isfinite(moments.moments).all() and torch.isfinite(moments.cross).all()):
-                raise ValueError(
-                    f"domain {name!r}: {group.path} of block {index}: expected finite activations, found NaN or infinity"
-                )
+                where = f"domain {name!r}, {group.path} of block {index}"
+                raise ValueError(f"{where}: expected finite activations, found NaN or infinity")
         return found
 
     def _layers(self, group: Group, found: dict[str, ActivationMoments], final, healed, peaks):

@@ -1,0 +1,331 @@
+"""The closed-form repair against least squares on stacked activations of whole forward passes."""
+
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trl_interfere import Domain
+from trl_interfere.analysis.references import References
+from trl_interfere.checkpoint import Checkpoint
+from trl_interfere.repair.block_stream import BlockStream, skeleton
+from trl_interfere.repair.subspace_rollback import SubspaceRollback
+
+
+WIDTH, VOCABULARY = 16, 40
+SETTINGS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 4}
+ATTENTION = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
+MLP = [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+OLD = [["attention.query_key_value"], ["attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]]
+# Model type, settings, and the layers of a block in the order of a forward pass; those of a list get the same input.
+FAMILIES = {
+    "qwen3": ("qwen3", {"head_dim": 6, "tie_word_embeddings": True}, ATTENTION + MLP),
+    "llama-wide": ("llama", {"num_key_value_heads": 1, "intermediate_size": 8}, ATTENTION + MLP),
+    "qwen2": ("qwen2", {}, ATTENTION + MLP),
+    "phi3": ("phi3", {}, [["self_attn.qkv_proj"], ["self_attn.o_proj"], ["mlp.gate_up_proj"], ["mlp.down_proj"]]),
+    "gpt2": ("gpt2", {"n_inner": 24}, [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]),
+    # Of these the package has no route map.
+    "gpt_neox": ("gpt_neox", {}, OLD),
+    "bloom": ("bloom", {}, [[name.replace("attention.", "self_attention.") for name in names] for names in OLD]),
+    "olmo2": ("olmo2", {}, ATTENTION + MLP),
+    "qwen3-moe": ("qwen3_moe", EXPERTS, [*ATTENTION, ["mlp.experts"]]),
+    "gpt_oss": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4, "intermediate_size": 12},
+        [*ATTENTION, ["mlp.experts"]],
+    ),
+}
+# More of what a block gets: windows, rope and masks of their own for each type of layer, a kind of layer each.
+STREAMED = {
+    **{name: family[:2] for name, family in FAMILIES.items()},
+    "mistral-window": ("mistral", {"sliding_window": 3, "head_dim": 6}),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 6, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "qwen3-moe-mixed": ("qwen3_moe", EXPERTS | {"mlp_only_layers": [1]}),
+    "falcon": ("falcon", {}),
+}
+# Sequences of unequal lengths by domain; the last domain lost nothing.
+TOKENS = torch.Generator().manual_seed(0)
+ROWS = {
+    name: [torch.randint(2, VOCABULARY, (length,), generator=TOKENS).tolist() for length in (9, 4, 7, 12, 5)]
+    for name in ("math", "code", "qa")
+}
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Function that saves a random model of a family and moved copies of it; their folders by name."""
+
+    def write(
+        family, names=("final", "math", "code"), dtype=torch.float32, scale=0.1, shards="5GB", original=True, **more
+    ):
+        kind, settings = STREAMED[family]
+        config = AutoConfig.for_model(kind, **(SETTINGS | settings | more))
+        generator = torch.Generator().manual_seed(1)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        folders = {}
+        for name in names:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            folders[name] = tmp_path / name
+            model.to(dtype).save_pretrained(folders[name], max_shard_size=shards, save_original_format=original)
+            model.float()
+        return folders
+
+    return write
+
+
+def load(folder, dtype=torch.float64):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
+    return model.eval()
+
+
+def domains(names=ROWS):
+    return [Domain(name, metric=lambda completions, **_: [1.0] * len(completions)) for name in names]
+
+
+def references(rows=ROWS):
+    return {
+        name: References(name, [row[:2] for row in found], [row[2:] for row in found], len(found))
+        for name, found in rows.items()
+    }
+
+
+def fit(folders, rows=ROWS, base=None, **settings):
+    rollback = SubspaceRollback(**({"rank": None, "batch_size": 3, "dtype": "float64"} | settings))
+    peaks = {name: folder for name, folder in folders.items() if name in rows}
+    return rollback.fit(folders["final"], peaks, domains(rows), references(rows), base=base)
+
+
+def matrix(module):
+    """Weight as (outputs, inputs); a view."""
+    return module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+
+
+def seen(model, paths, ids=None, **inputs):
+    """What modules get and give in a forward pass over one sequence, or over a batch."""
+    found, handles = {}, []
+    for path in paths:
+        handles.append(
+            model.get_submodule(path).register_forward_hook(
+                lambda _, args, kwargs, output, path=path: found.update({path: ([*args, *kwargs.values()], output)}),
+                with_kwargs=True,
+            )
+        )
+    with torch.no_grad():
+        model(**(inputs or {"input_ids": torch.tensor([ids])}))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def solve(weight, bias, tokens, ridge, rank):
+    """Minimiser by QR of all rows, for each domain (weight, inputs, outputs); the change is cut by SVD."""
+    inputs = torch.cat([(share / len(x)) ** 0.5 * x for share, x, _ in tokens if len(x)])
+    outputs = torch.cat([(share / len(x)) ** 0.5 * (y - bias) for share, x, y in tokens if len(x)])
+    rho = ridge * inputs.square().sum() / inputs.shape[1]
+    metric = torch.cat([inputs, rho**0.5 * torch.eye(inputs.shape[1], dtype=inputs.dtype)])
+    solution = torch.linalg.lstsq(metric, torch.cat([outputs, rho**0.5 * weight.T]), driver="gelsd").solution.T
+    if rank is None:
+        return solution
+    _, triangle = torch.linalg.qr(metric)  # RᵀR is the moments with the ridge
+    left, values, right = torch.linalg.svd((solution - weight) @ triangle.T, full_matrices=False)
+    values[rank:] = 0
+    return weight + torch.linalg.solve(triangle, (left * values @ right).T).T
+
+
+def expert_functions(module, expert):
+    """Views of the two matrices of an expert as (outputs, inputs), their biases, and what lies between."""
+    up, down = module.gate_up_proj[expert], module.down_proj[expert]
+    if hasattr(module, "gate_up_proj_bias"):  # gpt_oss: transposed, and gate and up take turns
+
+        def gate(x):
+            first, second = x[:, ::2].clamp(max=module.limit), x[:, 1::2].clamp(-module.limit, module.limit)
+            return (second + 1) * first * torch.sigmoid(first * module.alpha)
+
+        return (up.T, down.T), (module.gate_up_proj_bias[expert], module.down_proj_bias[expert]), gate
+    return (up, down), (0, 0), lambda x: torch.nn.functional.silu(x[:, : len(up) // 2]) * x[:, len(up) // 2 :]
+
+
+def heal_experts(healed, teachers, given, gets, ridge, rank):
+    """Solve for each expert, first what it reads with and then what it writes with, by the peaks' routing."""
+    switched = routed = 0
+    for expert in range(len(healed.down_proj)):
+        inner = {}
+        for part in (0, 1):
+            mine, biases, gate = expert_functions(healed, expert)
+            rows = []
+            for name, teacher in teachers.items():
+                theirs, their_biases, _ = expert_functions(teacher, expert)
+                before = torch.cat([call[0].flatten(0, -2) for call in given[name]])
+                routing = torch.cat([call[1] for call in given[name]])
+                now = torch.cat([call[0].flatten(0, -2) for call in gets[name]])
+                switched += int(
+                    (routing[:, :, None] != torch.cat([call[1] for call in gets[name]])[:, None]).all(-1).sum()
+                )
+                routed += routing.numel()
+                chosen = (routing == expert).any(-1)
+                x, y = (now[chosen], before[chosen]) if part == 0 else inner[name]
+                y = y @ theirs[part].T + their_biases[part]
+                rows.append((1.0, x, y))
+                inner[name] = [x, gate(y) if part == 0 else y]
+            if any(len(x) for _, x, _ in rows):
+                mine[part].copy_(solve(mine[part].clone(), biases[part], rows, ridge, rank))
+            for name, (_, x, _) in zip(teachers, rows if part == 0 else (), strict=part == 0):
+                inner[name][0] = gate(x @ mine[part].T + biases[part])
+    return switched / routed
+
+
+@torch.no_grad()
+def heal_densely(folders, layers, rows=ROWS, ridge=0.01, rank=None, sequential=True, weights=None):
+    """Weights of the healed model, layer by layer with whole forward passes of whole models, and switched tokens."""
+    final, healed = load(folders["final"]), load(folders["final"])
+    teachers = {name: load(folders.get(name, folders["final"])) for name in rows}
+    blocks = max((m for m in healed.named_modules() if isinstance(m[1], torch.nn.ModuleList)), key=lambda m: len(m[1]))
+    switched, groups = (
+        [],
+        [[f"{blocks[0]}.{block}.{name}" for name in names] for block in range(len(blocks[1])) for names in layers],
+    )
+    given = {name: [seen(teachers[name], sum(groups, []), ids) for ids in found] for name, found in rows.items()}
+    for paths in groups:
+        gets = {name: [seen(healed, paths[:1], ids)[paths[0]][0] for ids in found] for name, found in rows.items()}
+        if "experts" in paths[0]:
+            theirs = {name: [call[paths[0]][0] for call in calls] for name, calls in given.items()}
+            peaks = {name: teacher.get_submodule(paths[0]) for name, teacher in teachers.items()}
+            switched.append(heal_experts(healed.get_submodule(paths[0]), peaks, theirs, gets, ridge, rank))
+            continue
+        for path in paths:
+            tokens = []
+            for name, calls in given.items():
+                source = gets[name] if sequential else [call[path][0] for call in calls]
+                outputs = torch.cat([call[path][1][0] for call in calls])
+                tokens.append(((weights or {}).get(name, 1.0), torch.cat([x[0][0] for x in source]), outputs))
+            module, bias = healed.get_submodule(path), final.get_submodule(path).bias
+            old = matrix(module).detach().clone()
+            matrix(module).copy_(solve(old, 0 if bias is None else bias, tokens, ridge, rank))
+    return healed, sum(switched) / len(switched) if switched else None
+
+
+def assert_equal_weights(found, expected, tolerance=2e-6):
+    assert dict(found.named_parameters()).keys() == dict(expected.named_parameters()).keys()
+    for name, value in expected.named_parameters():
+        error = (found.get_parameter(name).double() - value).norm() / value.norm().clamp(min=1e-3)
+        assert error < tolerance, (name, float(error))
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_equal_least_squares_on_stacked_activations(save, family, rank):
+    folders = save(family)
+    experts = "experts" in str(FAMILIES[family][2])
+    repair = fit(folders, rank=rank, dtype="float32" if experts else "float64")
+    expected, switched = heal_densely(folders, FAMILIES[family][2], rank=rank)
+    assert_equal_weights(repair.merge(load(folders["final"])), expected, 1e-4 if experts else 2e-6)
+    assert repair.record["switched_tokens"] == (None if switched is None else pytest.approx(switched))
+    assert (switched or 1) > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_one_shot_and_weights_of_domains(save, family, rank):
+    folders, weights = save(family), {"math": 2.5, "qa": 0.5}
+    repair = fit(folders, sequential=False, weights=weights, ridge=1e-3, rank=rank)
+    expected, _ = heal_densely(folders, FAMILIES[family][2], sequential=False, weights=weights, ridge=1e-3, rank=rank)
+    assert_equal_weights(repair.merge(load(folders["final"])), expected)
+
+
+def test_an_update_is_undone_where_only_its_domain_reads_and_kept_where_only_others_do(save):
+    folders = save("qwen3", names=("final", "math"))
+    rows = {name: [torch.arange(start, start + 18).tolist()] * 3 for name, start in (("math", 2), ("qa", 21))}
+    half = WIDTH // 2
+    for folder in folders.values():  # the embeddings of one domain use the first half of the width, the rest the other
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.embed_tokens.weight"][:20, half:] = 0
+        tensors["model.embed_tokens.weight"][20:, :half] = 0
+        save_file(tensors, path, {"format": "pt"})
+    repair = fit(folders, rows, sequential=False, ridge=1e-7, modules=["layers.0.self_attn.q_proj"])
+    healed, final, math = repair.merge(load(folders["final"])), load(folders["final"]), load(folders["math"])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    healed, final, math = (model.get_parameter(name) for model in (healed, final, math))
+    torch.testing.assert_close(healed[:, :half], math[:, :half], rtol=0, atol=1e-5)
+    torch.testing.assert_close(healed[:, half:], final[:, half:], rtol=0, atol=1e-5)
+    assert list(repair.factors) == [name.removesuffix(".weight")]
+    assert (final - math).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        ("attention", {"c_attn", "attn.c_proj"}),
+        ("mlp", {"c_fc", "mlp.c_proj"}),
+        (["1.mlp.c_fc"], {"h.1.mlp.c_fc"}),
+    ],
+)
+def test_modules_that_are_healed_and_what_stays(save, modules, expected):
+    folders = save("gpt2")
+    repair = fit(folders, modules=modules)
+    assert {end for name in repair.factors for end in expected if name.endswith(end)} == expected
+    assert all(any(name.endswith(end) for end in expected) for name in repair.factors)
+    final, math = (load(folders[name]).state_dict() for name in ("final", "math"))
+    sizes = {name: float((final[name] - math[name]).square().sum()) for name in final}
+    left = sum(size for name, size in sizes.items() if name.removesuffix(".weight") not in repair.factors)
+    assert repair.record["left_as_it_is"]["math"] == pytest.approx(left / sum(sizes.values()), rel=1e-5)
+
+
+def test_an_expert_that_no_token_reaches_stays(save):
+    folders = save("qwen3-moe", num_experts=16, num_experts_per_tok=1)
+    rows = {name: found[:1] for name, found in ROWS.items()}
+    repair = fit(folders, rows, dtype="float32", rank=4)
+    healed, final = repair.merge(load(folders["final"])), load(folders["final"])
+    used = torch.zeros(2, 16, dtype=torch.bool)
+    for name, (ids,) in rows.items():
+        teacher = load(folders.get(name, folders["final"]))
+        paths = [f"model.layers.{block}.mlp.experts" for block in range(2)]
+        for block, (arguments, _) in enumerate(seen(teacher, paths, ids).values()):
+            used[block, arguments[1].flatten()] = True
+    assert used.any() and not used.all()
+    for block in range(2):
+        for name in ("gate_up_proj", "down_proj"):
+            name = f"model.layers.{block}.mlp.experts.{name}"
+            same = (healed.get_parameter(name) == final.get_parameter(name)).flatten(1).all(1)
+            assert torch.equal(same, ~used[block])
+
+
+@pytest.mark.parametrize("family", STREAMED)
+def test_blocks_one_at_a_time_compute_what_the_whole_model_does(save, family):
+    folder = save(family, names=("final",), shards="10KB", original=family != "qwen3-moe-mixed")["final"]
+    model, checkpoint = AutoModelForCausalLM.from_pretrained(folder).eval(), Checkpoint(folder)
+    # One of them is stored in another form than transformers holds it in.
+    assert any("experts.0." in name for name in checkpoint.tensors) == (family == "qwen3-moe")
+    stream = BlockStream(checkpoint, skeleton(checkpoint), torch.float32, PartialState().device)
+    batches = references()["math"].batches(3, 0, torch.device("cpu"))
+    for batch, entry in zip(batches, list(stream.entries(batches)), strict=True):
+        [(_, expected)] = seen(
+            model, stream.names[-1:], input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).values()
+        for index in range(len(stream.names)):
+            entry.hidden = entry.run(stream.block(index), index)
+        last = expected[0] if isinstance(expected, tuple) else expected
+        torch.testing.assert_close(entry.tokens(entry.hidden), entry.tokens(last), rtol=1e-5, atol=1e-5)
+    assert all(parameter.is_meta for parameter in stream.model.parameters())
