@@ -1,15 +1,13 @@
-"""The whole story on the embedded model: train in sequence, diagnose, roll back with controls, refresh."""
+"""The whole story on the embedded model: train in sequence, see what broke, heal it, compare the ways to repair it."""
 
 import json
-import math
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PrinterCallback
 
 from ..analysis.analyzer import InterferenceAnalyzer
@@ -19,58 +17,46 @@ from ..analysis.report import InterferenceReport
 from ..analysis.routes import RouteMap
 from ..analysis.stage_edits import StageEdits, stage_edits
 from ..checkpoint import Checkpoint
-from ..evaluation.bootstrap import Interval, difference
-from ..evaluation.metrics import recovered
-from ..hub.callback import HubCallback
 from ..models import load_model
-from ..repair.interpolation import interpolated
-from ..repair.rollback import RouteRollback, line_search, rolled_back
+from ..repair.comparison import Comparison
+from ..repair.heal import heal_run
 from ..reporting.claims import edit_claims, forgetting_claims, refresh_claims, report_claims, rollback_claims
 from ..reporting.plots import (
     plot_changed_overlaps,
     plot_damage_concentration,
     plot_module_cosines,
-    plot_rollback,
-    plot_score_matrix,
+    plot_pareto,
+    plot_scores,
+    save_figures,
 )
-from ..run import StageRecord, read_json, write_atomically
+from ..run import Run, StageRecord, read_json, write_json
 from ..training.callbacks import StageCallback
 from ..training.config import SequentialGRPOConfig
-from ..training.refresh import RefreshCallback
 from ..training.trainer import SequentialGRPOTrainer
 from .build import MODEL_FOLDER
 from .domains import SIZES, TASKS, lab_domain
 from .progress import LabProgress
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STEPS_PER_STAGE = 100
 LEARNING_RATE = 1e-4
 STAGE_LEARNING_RATES = {"math": 4e-5, "writing": 5e-5}
 MAX_COMPLETION_LENGTH = 16
 REFRESH_SHARE = 0.1  # of the steps of a stage
-RANDOM_DRAWS = 5
-CRITERIA = ("damage", "second_order", "first_order", "route_conflict", "magnitude")
-CONTROLS = ("random", "random_matched")
-BUDGET = 0.02
-SEARCHED_STEPS = (1.0, 1.5, 2.0)
-CURVE_BUDGETS = (0.005, 0.08, 0.32)
 SUBSPACE_SIZE = 6  # of the pair that the repairs are for
 SUBSPACE_PROMPTS = 64
-ORDER_NAME = ".order.json"  # analyses and repairs are of pairs of one order
+# Criterion, budget, scope and protection of the rollbacks of routes.
+ROLLBACKS = (
+    ("damage", 0.02, "mlp", 1.0),
+    ("route_conflict", 0.02, "mlp", 0.0),
+    ("random", 0.02, "mlp", 0.0),
+    ("damage", 0.32, "joint", 1.0),
+)
 
 
 def check_order(order: list[str]) -> None:
-    """
-    Refuse an order that the lab cannot run.
-
-    Args:
-        order (`list[str]`):
-            Names of the domains in the order of training.
-
-    Raises:
-        `ValueError`: If a name is unknown or occurs twice, or there are fewer than two.
-    """
+    """Refuse an order that the lab cannot run."""
     for name in order:
         if name not in TASKS:
             raise ValueError(f"order: unknown domain {name!r}, expected some of {list(TASKS)}")
@@ -96,6 +82,8 @@ class Lab:
             Test prompts of each domain.
         progress ([`LabProgress`], *optional*):
             Shows how far the run is.
+        rate (`float`, *optional*, defaults to `1`):
+            Multiple of the lab's learning rates.
 
     Raises:
         `ValueError`: If an argument is out of range, or the folder holds something else.
@@ -109,6 +97,7 @@ class Lab:
         steps: int = STEPS_PER_STAGE,
         prompts: int = SIZES["test"],
         progress: LabProgress | None = None,
+        rate: float = 1,
     ):
         self.folder = Path(output_dir)
         self.order = list(TASKS) if order is None else order
@@ -122,19 +111,15 @@ class Lab:
         visible = [path for path in self.folder.glob("*") if not path.name.startswith(".")]
         if visible and not (self.folder / "stages.json").exists():
             raise ValueError(f"{self.folder}: holds files that are not of a lab run, choose another output folder")
-        if (self.folder / ORDER_NAME).exists():
-            found = json.loads((self.folder / ORDER_NAME).read_text())
-            if found != self.order:
-                raise ValueError(
-                    f"{self.folder}: holds a run of the lab with the order {','.join(found)}, found "
-                    f"{','.join(self.order)}; choose another output folder"
-                )
-        self.seed = seed
-        self.steps = steps
+        self.seed, self.steps, self.rate = seed, steps, rate
         self.progress = progress or LabProgress(quiet=True)
         self.domains = {name: lab_domain(name, prompts) for name in self.order}
         # What the story follows: math, or the first domain where math is not followed by another one.
         self.earlier = "math" if "math" in self.order[:-1] else self.order[0]
+
+    @property
+    def run_folder(self) -> Run:
+        return Run(self.folder)
 
     def run(self) -> dict[str, Any]:
         """
@@ -143,141 +128,151 @@ class Lab:
         Returns:
             `dict`: Content of `results.json`.
         """
-        trainer = self._trainer()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / ORDER_NAME, json.dumps(self.order) + "\n")
-        self._train(trainer)
-        pairs, reports = self._analyze(trainer.run.stages)
-        rollback = self._roll_back(trainer, pairs, reports)
-        refresh = self._refresh(trainer, pairs, reports)
-        edits = self._edits(trainer.run.stages)
-        shown = [row for row in rollback if row["pair"] == 0]
-        claims = [
-            *report_claims(reports[0]),
-            *edit_claims(edits),
-            *forgetting_claims(trainer.score_matrix),
-            *refresh_claims(refresh, shown),
-            *rollback_claims(shown),
-        ]
+        trainer = self.train()
+        reports = self._analyze()
+        rivals = self._rivals(trainer, reports[0])
+        healed = self._heal(trainer)
+        edits = self._edits()
+        run = self.run_folder
+        matrix = trainer.score_matrix
         results = {
             "schema_version": SCHEMA_VERSION,
             "seed": self.seed,
             "order": self.order,
             "steps_per_stage": self.steps,
-            "stages": [self._stage_row(record) for record in trainer.run.stages],
-            "pairs": [
-                self._pair_row(earlier, later, report)
-                for (earlier, later, *_), report in zip(pairs, reports, strict=True)
-            ],
-            "rollback": rollback,
-            "refresh": refresh,
+            "stages": [_stage_row(record) for record in run.stages],
+            "pairs": [_pair_row(report) for report in reports],
+            "healed": healed,
+            "rivals": rivals,
             "edits": edits.to_dict(),
-            "claims": [claim.to_dict() for claim in claims],
-            "seconds": self._seconds(),
+            "seconds": {name: round(value, 1) for name, value in self._seconds().items()},
         }
+        claims = [
+            *report_claims(reports[0]),
+            *edit_claims(edits),
+            *forgetting_claims(matrix),
+            *refresh_claims(rivals, self.earlier),
+            *rollback_claims(rivals, self.earlier),
+        ]
+        results["claims"] = [claim.to_dict() for claim in claims]
         figures = self.folder / "figures"
         figures.mkdir(exist_ok=True)
-        for kind in ("sparsity", "overlaps", "damage_by_layer", "eigenvalues"):
-            reports[0].plot(kind).savefig(figures / f"{kind}.png", dpi=150)
+        save_figures(reports[0], figures)
         for name, figure in (
             ("changed_overlaps", plot_changed_overlaps(edits)),
-            ("score_matrix", plot_score_matrix(trainer.score_matrix)),
+            ("scores", plot_scores(matrix)),
             ("module_cosines", plot_module_cosines(reports[-1])),
             ("damage_concentration", plot_damage_concentration(reports)),
-            ("rollback_curve", plot_rollback(shown, self.earlier)),
+            ("pareto", plot_pareto([_arm(row) for row in ([] if healed is None else [healed]) + rivals])),
         ):
             figure.savefig(figures / f"{name}.png", dpi=150)
-        write_atomically(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_json(self.folder / "results.json", results)
         return results
 
-    def _trainer(self) -> SequentialGRPOTrainer:
-        args = SequentialGRPOConfig(
-            output_dir=str(self.folder),
-            seed=self.seed,
-            order=self.order,
-            max_steps=self.steps,
-            learning_rate=LEARNING_RATE,
-            stage_overrides={
-                name: {"learning_rate": rate} for name, rate in STAGE_LEARNING_RATES.items() if name in self.order
-            },
-            lr_scheduler_type="constant",
-            adam_beta2=0.99,
-            per_device_train_batch_size=128,
-            gradient_accumulation_steps=1,
-            num_generations=8,
-            max_completion_length=MAX_COMPLETION_LENGTH,
-            temperature=1.0,
-            score_temperature=1.0,
-            score_batch_size=256,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            logging_steps=10,
-            save_steps=max(1, self.steps // 5),
-            save_total_limit=1,
-            report_to=[],
-            disable_tqdm=True,
-            log_level="error",
-        )
-        domains, callbacks = list(self.domains.values()), [HubCallback()]
-        trainer = SequentialGRPOTrainer(str(MODEL_FOLDER), args, domains, callbacks=callbacks)
+    def args(self, **changes: Any) -> SequentialGRPOConfig:
+        """Settings of the training."""
+        rates = {name: self.rate * rate for name, rate in STAGE_LEARNING_RATES.items() if name in self.order}
+        settings = {
+            "output_dir": str(self.folder),
+            "seed": self.seed,
+            "order": self.order,
+            "max_steps": self.steps,
+            "learning_rate": self.rate * LEARNING_RATE,
+            "stage_overrides": {name: {"learning_rate": rate} for name, rate in rates.items()},
+            "lr_scheduler_type": "constant",
+            "adam_beta2": 0.99,
+            "per_device_train_batch_size": 128,
+            "gradient_accumulation_steps": 1,
+            "num_generations": 8,
+            "max_completion_length": MAX_COMPLETION_LENGTH,
+            "temperature": 1.0,
+            "score_temperature": 1.0,
+            "score_batch_size": 256,
+            "bf16": False,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            "logging_steps": 10,
+            "save_steps": max(1, self.steps // 5),
+            "save_total_limit": 1,
+            "report_to": [],
+            "disable_tqdm": True,
+            "log_level": "error",
+        }
+        return SequentialGRPOConfig(**{**settings, **changes})
+
+    def train(self) -> SequentialGRPOTrainer:
+        """Train through the domains, as far as it is not done."""
+        trainer = SequentialGRPOTrainer(model=str(MODEL_FOLDER), args=self.args(), domains=list(self.domains.values()))
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self.progress)
         trainer.add_callback(_Stopwatch(self))
-        return trainer
-
-    def _train(self, trainer: SequentialGRPOTrainer) -> None:
         self.progress.begin("train", len(self.order) * self.steps)
         trainer.train(resume_from_checkpoint=True)
         self.progress.end()
+        return trainer
 
-    def _analyze(self, stages: list[StageRecord]) -> tuple[list[tuple], list[InterferenceReport]]:
-        trained = {record.domain: record for record in stages if record.kind == "train"}
-        position = self.order.index(self.earlier)
-        following = self.order[position + 1 :]
-        peak = trained[self.earlier]
-        base = stages[peak.index - 1]
-        # (earlier, later domains, checkpoint before the earlier domain's own stage, before, after)
-        pairs = [(self.earlier, following, base, peak, trained[following[-1]])]
-        if len(following) > 1:
-            pairs.append((self.earlier, following[:1], base, peak, trained[following[0]]))
-        reports = []
-        self.progress.begin("analyze", len(pairs) * 5 + 1)
-        for index, (earlier, later, base, before, after) in enumerate(pairs):
-            folder = self.folder / "analysis" / f"{index}-{earlier}-after-{'-'.join(later)}"
-            if not (folder / "report.json").exists():
-                size = SUBSPACE_SIZE if index == 0 else 0
-                with self._timed("analyze"):
-                    report = self._analyzer(base, before, after, subspace_size=size).analyze(
-                        self.domains[earlier],
-                        [self.domains[name] for name in later],
-                        progress=lambda part: self.progress.advance(part),
-                        others=[domain for name, domain in self.domains.items() if name not in (earlier, *later)],
-                    )
-                    report = self._with_relative_names(report)
-                    report.save_figures(folder / "figures")
-                    report.save_pretrained(folder)
-            reports.append(InterferenceReport.from_pretrained(folder))
-        self.progress.end()
-        return pairs, reports
+    def refreshed(self, domain: str, model: str | Path, folder: Path, steps: int) -> SequentialGRPOTrainer:
+        """A trainer after some steps of GRPO on one domain, from other weights, in a folder of its own."""
+        args = self.args(
+            output_dir=str(folder),
+            order=[domain],
+            max_steps=steps,
+            stage_overrides=None,
+            learning_rate=self.rate * LEARNING_RATE,
+        )
+        trainer = SequentialGRPOTrainer(
+            model=str(model), args=args, domains=[replace(self.domains[domain], eval_dataset=None)]
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=True)
+        return trainer
 
-    def _analyzer(
-        self, base: StageRecord, before: StageRecord, after: StageRecord, subspace_size: int = 0
-    ) -> InterferenceAnalyzer:
-        config = InterferenceConfig(
-            reference="dataset",
-            reference_column="answer",
-            batch_size=64,
-            quadrature_nodes=6,
-            subspace_size=subspace_size,
-            subspace_prompts=SUBSPACE_PROMPTS,
-        )
-        return InterferenceAnalyzer.from_pretrained(
-            before=self._weights(before), after=self._weights(after), base=self._weights(base), config=config
-        )
+    @cached_property
+    def _trained(self) -> dict[str, StageRecord]:
+        return {record.domain: record for record in self.run_folder.stages if record.kind == "train"}
 
     def _weights(self, record: StageRecord) -> Path:
         return MODEL_FOLDER if record.folder is None else self.folder / record.folder
+
+    def _analyze(self) -> list[InterferenceReport]:
+        position, trained = self.order.index(self.earlier), self._trained
+        following = self.order[position + 1 :]
+        before = trained[self.earlier]
+        base = self.run_folder.stages[before.index - 1]
+        # The whole of what came later, and what the next domain did by itself.
+        pairs = [(self.earlier, following)]
+        if len(following) > 1:
+            pairs.append((f"{self.earlier}-after-{following[0]}", following[:1]))
+        reports = []
+        self.progress.begin("analyze", len(pairs) * 5 + 1)
+        for name, later in pairs:
+            folder = self.run_folder.analysis(name)
+            if not (folder / "report.json").exists():
+                with self._timed("analyze"):
+                    config = InterferenceConfig(
+                        reference="dataset",
+                        reference_column="answer",
+                        batch_size=64,
+                        quadrature_nodes=6,
+                        subspace_size=SUBSPACE_SIZE if later == following else 0,
+                        subspace_prompts=SUBSPACE_PROMPTS,
+                    )
+                    analyzer = InterferenceAnalyzer.from_pretrained(
+                        before=self._weights(before),
+                        after=self._weights(trained[later[-1]]),
+                        base=self._weights(base),
+                        config=config,
+                    )
+                    report = analyzer.analyze(
+                        self.domains[self.earlier],
+                        [self.domains[name] for name in later],
+                        progress=lambda part: self.progress.advance(part),
+                        others=[d for name, d in self.domains.items() if name not in (self.earlier, *later)],
+                    )
+                    self._with_relative_names(report).save_pretrained(folder)
+            reports.append(InterferenceReport.from_pretrained(folder))
+        self.progress.end()
+        return reports
 
     def _with_relative_names(self, report: InterferenceReport) -> InterferenceReport:
         updates = {
@@ -292,147 +287,116 @@ class Lab:
             return checkpoint and "lab"
         return Path(checkpoint).relative_to(self.folder).as_posix()
 
-    def _edits(self, stages: list[StageRecord]) -> StageEdits:
-        trained = [record for record in stages if record.kind == "train"]
-        checkpoints = [Checkpoint(self._weights(record)) for record in (stages[0], *trained)]
-        edits = stage_edits(checkpoints, [record.domain for record in trained], RouteMap(checkpoints[0].config))
+    def _rivals(self, trainer: SequentialGRPOTrainer, report: InterferenceReport) -> list[dict[str, Any]]:
+        """Other repairs of the domain that the story follows, each by the protocol of [`Comparison`]."""
+        path = self.folder / "rivals.json"
+        rows = read_json(path, SCHEMA_VERSION)["rows"] if path.exists() else []
+        run, final, peak = self.run_folder, self._trained[self.order[-1]], self._trained[self.earlier]
+        at_end = {name: run.scores(final, name) for name in self.order}
+        scores = ({**at_end, self.earlier: run.scores(peak, self.earlier)}, at_end)
+        domains, peaks = list(self.domains.values()), {self.earlier: self._weights(peak)}
+        compare = Comparison(self._weights(final), peaks, domains, trainer.scorer, scores)
+        steps = max(1, int(REFRESH_SHARE * self.steps))
+
+        def refresh() -> dict[str, Any]:
+            refreshed = self.refreshed(self.earlier, compare.final, self.folder / "rivals" / "refresh", steps)
+            sequences = steps * refreshed.args.per_device_train_batch_size
+            cost = {f"sequences_{kind}": sequences for kind in ("sampled", "forward", "backward")}
+            row = compare.row("refresh", refreshed.model, cost, steps=steps)
+            models = [load_model(folder) for folder in (peaks[self.earlier], compare.final)]
+            tensors = (dict(model.named_parameters()) for model in (*models, refreshed.model))
+            found = None
+            if report.directions is not None and len(report.directions):
+                found = contraction(RouteMap(models[0].config), *tensors, report.directions, self.seed)
+            return {**row, "contraction": found}
+
+        work = [lambda arm=arm: compare.routes(report, *arm) for arm in ROLLBACKS]
+        work += [lambda: compare.interpolation(self.earlier), refresh]
+        self.progress.begin("compare", len(work))
+        self.progress.advance("", amount=len(rows))
+        for arm in work[len(rows) :]:
+            with self._timed("compare"):
+                rows.append(arm())
+            self.progress.advance(rows[-1]["arm"])
+            write_json(path, {"schema_version": SCHEMA_VERSION, "rows": rows})
+        self.progress.end()
+        return rows
+
+    def _heal(self, trainer: SequentialGRPOTrainer) -> dict[str, Any] | None:
+        """The record of the heal, which is made once; `None` where nothing was lost."""
+        run = self.run_folder
+        if run.stages[-1].kind != "heal":
+            self.progress.begin("heal", 1)
+            with self._timed("heal"):
+                repair = heal_run(run, list(self.domains.values()), scorer=trainer.scorer)
+            self.progress.end()
+            if repair is None:
+                return None
+        record = json.loads((run.repair / "repair.json").read_text())
+        shown = ("domains", "recovered_all", "worst", "cost", "rank", "references", "within_max_drop")
+        return {"arm": "heal", **{name: record[name] for name in shown}}
+
+    def _edits(self) -> StageEdits:
+        records = [self.run_folder.stages[0], *self._trained.values()]
+        checkpoints = [Checkpoint(self._weights(record)) for record in records]
+        edits = stage_edits(checkpoints, list(self._trained), RouteMap(checkpoints[0].config))
         for update in edits.updates.values():
             update.before, update.after = (self._relative(name) for name in (update.before, update.after))
         return edits
 
-    def _contraction(self, pair: tuple, report: InterferenceReport, refreshed: StageRecord) -> dict[str, Any] | None:
-        """How much of the damage's displacement a refresh left, within the conflict subspace and beside it."""
-        if report.directions is None or not len(report.directions):
-            return None
-        *_, before, after = pair
-        models = [load_model(self._weights(record)) for record in (before, after, refreshed)]
-        tensors = (dict(model.named_parameters()) for model in models)
-        return contraction(RouteMap(models[0].config), *tensors, report.directions, self.seed)
-
-    def _roll_back(
-        self, trainer: SequentialGRPOTrainer, pairs: list[tuple], reports: list[InterferenceReport]
-    ) -> list[dict[str, Any]]:
-        plan = [  # pair, criterion, budget, scope, how the step is chosen
-            *((0, name, BUDGET, "mlp", rule) for name in (*CRITERIA, *CONTROLS) for rule in ("fixed", "optimal")),
-            *((0, "damage_protected", BUDGET, "mlp", rule) for rule in ("fixed", "optimal")),
-            *((0, "damage", budget, "mlp", "optimal") for budget in CURVE_BUDGETS),
-            *((0, "random", budget, "mlp", "optimal") for budget in CURVE_BUDGETS[2:]),
-            *((0, name, 0.32, "joint", "optimal") for name in ("damage", "random")),
-            (0, "interpolation", 1.0, "all", "optimal"),
-            *((1, name, BUDGET, "mlp", "fixed") for name in ("damage", "route_conflict", "random") if len(pairs) > 1),
-        ]
-        path = self.folder / "repair" / "rollback.json"
-        rows = read_json(path, SCHEMA_VERSION)["rows"] if path.exists() else []
-        self.progress.begin("roll back", len(plan))
-        self.progress.advance("", amount=len(rows))
-        bench = None
-        for pair, criterion, budget, scope, rule in plan[len(rows) :]:
-            with self._timed("repair"):
-                if bench is None or bench.pair != pair:
-                    bench = _RepairBench(self, trainer, pair, pairs[pair], reports[pair])
-                rows.append(bench.row(criterion, budget, scope, rule, rows))
-            self.progress.advance(f"{criterion}, {100 * budget:g}% of {scope}")
-            write_atomically(path, json.dumps({"schema_version": SCHEMA_VERSION, "rows": rows}, indent=1) + "\n")
-        self.progress.end()
-        return rows
-
-    def _refresh(
-        self, trainer: SequentialGRPOTrainer, pairs: list[tuple], reports: list[InterferenceReport]
-    ) -> dict[str, Any] | None:
-        steps = max(1, int(REFRESH_SHARE * self.steps))
-        self.progress.begin("refresh", steps)
-        overrides = {"learning_rate": LEARNING_RATE}
-        trainer.add_callback(RefreshCallback(max_steps=steps, domains=[self.earlier], overrides=overrides))
-        trainer.train(resume_from_checkpoint=True)
-        self.progress.end()
-        stages = trainer.run.stages
-        if stages[-1].kind != "refresh":
-            return None  # nothing was lost, or no more than max_drop or noise
-        read = trainer.run.scores
-        peak = next(record for record in stages if record.domain == self.earlier)
-        damaged, repaired = stages[-2], stages[-1]
-        share = recovered(*(read(record, self.earlier) for record in (repaired, damaged, peak)))
-        return {
-            "domain": self.earlier,
-            "steps": repaired.steps,
-            **_share_fields(share),
-            "collateral": {
-                name: difference(read(repaired, name), read(damaged, name)).value
-                for name in self.order
-                if name != self.earlier
-            },
-            "contraction": self._contraction(pairs[0], reports[0], repaired),
-        }
-
-    def _stage_row(self, record: StageRecord) -> dict[str, Any]:
-        scores = {
-            name: {key: entry[key] for key in ("value", "low", "high", "n")} for name, entry in record.scores.items()
-        }
-        return {
-            "index": record.index,
-            "kind": record.kind,
-            "domain": record.domain,
-            "steps": record.steps,
-            "seconds": record.seconds,
-            "scores": scores,
-        }
-
-    def _pair_row(self, earlier: str, later: list[str], report: InterferenceReport) -> dict[str, Any]:
-        return {
-            "earlier": earlier,
-            "later": later,
-            "global_cosine": report.cosines["global"],
-            "most_conflicting": report.extreme_module(conflicting=True),
-            "most_synergistic": report.extreme_module(conflicting=False),
-            "loss_before": report.loss_before,
-            "loss_after": report.loss_after,
-            "first_order": report.first_order,
-            "second_order": report.second_order,
-            "attributed": report.attributed,
-            "outside_routes": report.outside_routes,
-        }
-
     def _seconds(self) -> dict[str, float]:
         path = self.folder / "seconds.json"
-        spent = json.loads(path.read_text()) if path.exists() else {}
-        return {part: round(spent.get(part, 0.0), 1) for part in ("train", "evaluate", "analyze", "repair")}
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def add_seconds(self, part: str, seconds: float) -> None:
+        """Add to the time spent on a part of the run, over all its processes."""
+        spent = self._seconds()
+        write_json(self.folder / "seconds.json", {**spent, part: spent.get(part, 0.0) + seconds})
 
     @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
+    def _timed(self, part: str):
         start = time.perf_counter()
         try:
             yield
         finally:
             self.add_seconds(part, time.perf_counter() - start)
 
-    def add_seconds(self, part: str, seconds: float) -> None:
-        """
-        Add to the time spent on a part of the run, over all its processes.
 
-        Args:
-            part (`str`):
-                `"train"`, `"evaluate"`, `"analyze"` or `"repair"`.
-            seconds (`float`):
-                Seconds to add.
-        """
-        path = self.folder / "seconds.json"
-        spent = json.loads(path.read_text()) if path.exists() else {}
-        spent[part] = spent.get(part, 0.0) + seconds
-        write_atomically(path, json.dumps(spent) + "\n")
+def _stage_row(record: StageRecord) -> dict[str, Any]:
+    scores = {
+        name: {key: entry[key] for key in ("value", "low", "high", "n")} for name, entry in record.scores.items()
+    }
+    shown = {key: getattr(record, key) for key in ("index", "kind", "domain", "steps", "seconds")}
+    return {**shown, "scores": scores}
 
 
-def _share_fields(share: Interval) -> dict[str, float | None]:
-    # Where nothing was lost, nothing can be recovered: null, which JSON has and NaN it has not.
-    fields = {"recovered": share.value, "low": share.low, "high": share.high}
-    return {**{name: value if math.isfinite(value) else None for name, value in fields.items()}, "n": share.n}
+def _arm(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as the figure of all arms takes it."""
+    name = row["arm"]
+    if name == "routes":
+        name = f"{100 * row['budget']:g}% of {row['scope']} by {row['criterion']}"
+    share, cost = row["recovered_all"], row["cost"] or {}
+    sequences = cost.get("sequences_forward", 0) + 2 * cost.get("sequences_backward", 0)
+    return {"name": name, "recovered": share["value"], **share, "worst": row["worst"], "sequences": sequences}
+
+
+def _pair_row(report: InterferenceReport) -> dict[str, Any]:
+    shown = ("loss_before", "loss_after", "first_order", "second_order", "attributed", "outside_routes")
+    return {
+        "earlier": report.earlier,
+        "later": report.later,
+        "global_cosine": report.cosines["global"],
+        "most_conflicting": report.extreme_module(conflicting=True),
+        "most_synergistic": report.extreme_module(conflicting=False),
+        **{name: getattr(report, name) for name in shown},
+    }
 
 
 class _Stopwatch(StageCallback):
     """Splits the time of a stage into training and evaluation."""
 
     def __init__(self, lab: Lab):
-        self.lab = lab
-        self.since = time.perf_counter()
+        self.lab, self.since = lab, time.perf_counter()
 
     def _lap(self) -> float:
         before, self.since = self.since, time.perf_counter()
@@ -446,94 +410,3 @@ class _Stopwatch(StageCallback):
 
     def on_stage_end(self, record, score_matrix):
         self.lab.add_seconds("evaluate", self._lap())
-
-
-class _RepairBench:
-    """Both checkpoints of a pair in memory, and what is needed to score a repair."""
-
-    def __init__(self, lab: Lab, trainer: SequentialGRPOTrainer, pair: int, spec: tuple, report: InterferenceReport):
-        self.pair, self.report, self.lab = pair, report, lab
-        earlier, _, base, before, after = spec
-        self.earlier = earlier
-        analyzer = lab._analyzer(base, before, after)
-        self.route_map = analyzer.route_map
-        self.model = analyzer.after
-        self.before = dict(analyzer.before.named_parameters())
-        read = trainer.run.scores
-        self.peak = read(before, earlier)
-        self.damaged = {name: read(after, name) for name in lab.order}
-        self.scorer = trainer.scorer
-
-    def objective(self, model) -> float:
-        """What the line search minimises: minus the mean score of all domains, on the selection split."""
-        domains = self.lab.domains.values()
-        scores = [self.scorer.score(model, domain, domain.selection_dataset).values.mean() for domain in domains]
-        return -float(np.mean(scores))
-
-    def row(self, criterion: str, budget: float, scope: str, rule: str, done: list[dict]) -> dict[str, Any]:
-        """One repair, measured; a control with `rule="optimal"` takes the step that `damage` took at its budget."""
-        draws = RANDOM_DRAWS if criterion in CONTROLS else 1
-        same = {"pair": self.pair, "criterion": criterion, "budget": budget, "scope": scope}
-        like = {"pair": self.pair, "criterion": "damage", "budget": budget, "scope": scope, "step_rule": rule}
-        steps, scores = [], []
-        for draw in range(draws):
-            if criterion == "interpolation":
-                step, result = self._interpolate()
-            else:
-                protection = 1.0 if criterion == "damage_protected" else 0.0
-                rollback = RouteRollback(
-                    criterion=criterion.removesuffix("_protected"),
-                    budget=budget,
-                    scope=scope,
-                    protection=protection,
-                    seed=draw,
-                )
-                routes = rollback.select(self.report, self.route_map)
-                arguments = (self.model, self.before, self.route_map, routes)
-                if rule == "fixed":
-                    step = 1.0
-                elif criterion in CONTROLS:
-                    step = next(row["step"] for row in done if like.items() <= row.items())
-                else:
-                    step = line_search(*arguments, self.objective, steps=SEARCHED_STEPS)
-                for row in done:  # the best step may be the fixed one, which is measured
-                    if same.items() <= row.items() and row["step"] == step:
-                        return {**row, "step_rule": rule}
-                with rolled_back(*arguments, step):
-                    result = self._scores()
-            steps.append(step)
-            scores.append(result)
-        mean = {name: np.mean([result[name] for result in scores], axis=0) for name in scores[0]}
-        share = recovered(mean[self.earlier], self.damaged[self.earlier], self.peak)
-        return {
-            "pair": self.pair,
-            "criterion": criterion,
-            "scope": scope,
-            "budget": budget,
-            "step": float(np.mean(steps)),
-            "step_rule": rule,
-            **_share_fields(share),
-            "draws": draws,
-            "split": "test",
-            "collateral": {
-                name: difference(values, self.damaged[name]).value
-                for name, values in mean.items()
-                if name != self.earlier
-            },
-        }
-
-    def _interpolate(self) -> tuple[float, dict[str, np.ndarray]]:
-        shares = (0.1, 0.2, 0.3, 0.4, 0.5)
-        losses = []
-        for share in shares:
-            with interpolated(self.model, self.before, share):
-                losses.append(self.objective(self.model))
-        share = shares[int(np.argmin(losses))]
-        with interpolated(self.model, self.before, share):
-            return share, self._scores()
-
-    def _scores(self) -> dict[str, np.ndarray]:
-        return {
-            name: self.scorer.score(self.model, domain, domain.eval_dataset).values
-            for name, domain in self.lab.domains.items()
-        }

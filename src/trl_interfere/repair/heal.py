@@ -25,10 +25,35 @@ PROTECTIONS = (1.0, 3.0, 10.0)
 Scores = dict[str, np.ndarray]
 
 
-def damaged_domains(peaks: Scores, final: Scores) -> list[str]:
+def lost_beyond_interval(peaks: Scores, final: Scores) -> list[str]:
     """Domains that lost more than the interval of the loss, the largest loss first."""
     lost = {name: difference(peaks[name], final[name]) for name in final if name in peaks}
     return sorted((name for name in lost if lost[name].low > 0), key=lambda name: -lost[name].value)
+
+
+def run_peaks(run: Run, domains: Sequence[Domain], scorer: Scorer) -> dict[str, StageRecord]:
+    """
+    The stage that stands for each earlier domain in the repair: that of its own training, which is known without any
+    score. A domain that the later stages made no worse, on its selection split, counts with the final checkpoint.
+    """
+    final, found = run.final, {}
+    model = load_model(run.weights(final), base=_base(run, final))
+    for domain in domains:
+        own = run.trained(domain.name)
+        if own is None or own.index >= final.index:
+            continue
+        if domain.selection_dataset is None:
+            before, after = run.scores(own, domain.name), run.scores(final, domain.name)
+        else:
+            peak = load_model(run.weights(own), base=_base(run, own))
+            before, after = (scorer.score(m, domain, domain.selection_dataset).values for m in (peak, model))
+        if before.mean() > after.mean():
+            found[domain.name] = own
+    return found
+
+
+def _base(run: Run, record: StageRecord) -> str | None:
+    return None if record.folder is None else run.base_model
 
 
 def heal(
@@ -111,7 +136,7 @@ def heal(
     return repair, tests
 
 
-def account(peaks: Scores, final: Scores, healed: Scores, damaged: Sequence[str]) -> dict[str, Any]:
+def account(peaks: Scores, final: Scores, healed: Scores, restored: Sequence[str]) -> dict[str, Any]:
     """
     Figures of a repair on the test split.
 
@@ -122,14 +147,15 @@ def account(peaks: Scores, final: Scores, healed: Scores, damaged: Sequence[str]
             Scores before the repair.
         healed (`dict[str, numpy.ndarray]`):
             Scores after it.
-        damaged (`Sequence[str]`):
-            Domains that the repair was to heal.
+        restored (`Sequence[str]`):
+            Domains that the repair was to bring back to their peaks.
 
     Returns:
-        `dict`: `domains` (scores of 100, the recovered share with its interval, flips), `recovered_all` and `worst`,
-        the lowest change of a domain in points.
+        `dict`: `domains` (scores of 100, whether more was lost than the interval, the recovered share with its
+        interval, flips), `recovered_all` of what the restored domains have lost in sum, and `worst`, the lowest change
+        of a domain in points.
     """
-    rows = {}
+    rows, damaged = {}, lost_beyond_interval(peaks, final)
     for name in final:
         change, turned = difference(healed[name], final[name]), flips(final[name], healed[name], peaks[name])
         rows[name] = {
@@ -138,15 +164,15 @@ def account(peaks: Scores, final: Scores, healed: Scores, damaged: Sequence[str]
                 for key, values in (("peak", peaks), ("final", final), ("healed", healed))
             },
             "damaged": name in damaged,
-            **{key: None for key in ("recovered", "low", "high")},
+            **dict.fromkeys(("recovered", "low", "high")),
             "change": change.to_dict(),
             "n": len(final[name]),
             **{key: len(getattr(turned, key)) for key in ("lost", "regained", "newly_lost")},
         }
-        if name in damaged:
+        if name in restored:
             share = recovered(healed[name], final[name], peaks[name])
             rows[name].update(recovered=share.value, low=share.low, high=share.high)
-    both = [{name: values[name] for name in damaged if name in values} for values in (healed, final, peaks)]
+    both = [{name: values[name] for name in restored} for values in (healed, final, peaks)]
     share = recovered_all(*both)
     return {
         "domains": rows,
@@ -182,7 +208,8 @@ def heal_run(
         merge (`bool`, *optional*, defaults to `False`):
             Whether to write whole weights too, into `repair/merged`.
         names (`Sequence[str]`, *optional*):
-            Domains to heal. Defaults to those that lost more than the interval of their loss.
+            Domains to heal. Defaults to all that were trained earlier and lost anything on their selection split,
+            see [`run_peaks`].
         search (`bool`, *optional*, defaults to `False`):
             Whether to try heavier weights for the domains that lost nothing.
         scorer ([`~trl_interfere.Scorer`], *optional*):
@@ -191,40 +218,44 @@ def heal_run(
             Whether to show progress bars.
 
     Returns:
-        [`Repair`] or `None`: The repair; `None` where nothing was lost.
+        [`Repair`] or `None`: The repair; `None` where no domain lost more than the interval of its loss.
 
     Raises:
-        `ValueError`: If a domain is unknown, or its peak is the last stage.
+        `ValueError`: If a domain was not trained before the last stage.
     """
     final = run.final
     scored = [domain for domain in domains if domain.name in final.scores]
-    at_end = {domain.name: run.scores(final, domain.name) for domain in scored}
-    best = {domain.name: run.peak(domain.name) for domain in scored}
-    at_peak = {name: run.scores(record, name) for name, record in best.items()}
-    for name in names or ():
-        if name not in best or best[name].index == final.index:
-            raise ValueError(f"domain {name!r}: expected one with a peak before {final.name}, {list(best)}")
-    damaged = list(names) if names else damaged_domains(at_peak, at_end)
-    if not damaged:
-        return None
+    base = _base(run, final)
     if scorer is None:
         scorer = run_scorer(run, load_tokenizer(run.weights(final), base=run.base_model), progress)
+    own = {domain.name: run.trained(domain.name) for domain in scored}
+    for name in names or ():
+        if own.get(name) is None or own[name].index >= final.index:
+            known = [name for name, record in own.items() if record is not None and record.index < final.index]
+            raise ValueError(f"domain {name!r}: expected one that was trained before {final.name}, {known}")
+    at_end = {domain.name: run.scores(final, domain.name) for domain in scored}
+    at_peak = {name: run.scores(record or final, name) for name, record in own.items()}
+    damaged = lost_beyond_interval(at_peak, at_end)
+    if not damaged and not names:
+        return None
+    peaks = {name: own[name] for name in names} if names else run_peaks(run, scored, scorer)
     method = SubspaceRollback(rank=rank, max_new_tokens=scorer.max_new_tokens, batch_size=min(scorer.batch_size, 64))
+    at_peak = {name: at_peak[name] if name in peaks else at_end[name] for name in at_end}
     repair, tests = heal(
         run.weights(final),
-        {name: run.weights(best[name]) for name in damaged},
+        {name: run.weights(record) for name, record in peaks.items()},
         scored,
         scorer,
         method,
         max_drop,
         search,
         (at_peak, at_end),
-        None if final.folder is None else run.base_model,
+        base,
         progress,
     )
     repair.record["checkpoints"]["final"]["path"] = final.folder
-    for name in damaged:
-        repair.record["checkpoints"]["peaks"][name]["path"] = best[name].folder or run.base_model
+    for name, record in peaks.items():
+        repair.record["checkpoints"]["peaks"][name]["path"] = record.folder
     _keep(run, repair, tests, merge, damaged)
     return repair
 

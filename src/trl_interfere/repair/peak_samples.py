@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import torch
 from datasets import Dataset
 
-from ..analysis.references import References
+from ..analysis.config import InterferenceConfig
+from ..analysis.references import References, collect_references
 from ..domain import Domain
 from ..evaluation.scorer import Scorer
 from ..models import load_model, load_tokenizer
 
 
-def reference_prompts(domain: Domain, count: int) -> list:
+def reference_prompts(domain: Domain, count: int) -> Dataset:
     """
     The first prompts to train on, else those of the selection split; never those that scores are reported on.
 
@@ -21,7 +22,7 @@ def reference_prompts(domain: Domain, count: int) -> list:
     dataset = domain.train_dataset if isinstance(domain.train_dataset, Dataset) else domain.selection_dataset
     if dataset is None:
         raise ValueError(f"domain {domain.name!r}: expected a train_dataset or a selection_dataset, found neither")
-    return dataset.select(range(min(count, len(dataset))))["prompt"]
+    return dataset.select(range(min(count, len(dataset))))
 
 
 def peak_samples(
@@ -55,8 +56,18 @@ def peak_samples(
         model = load_model(checkpoint, base=base)
         model = model if device is None else model.to(device)
         for domain in of_it:
-            prompts = list(reference_prompts(domain, count))
+            prompts = list(reference_prompts(domain, count)["prompt"])
             completions = scorer.complete_ids(model, prompts)
             encoded = [scorer.encode_prompt(prompt) for prompt in prompts]
             found[domain.name] = References(domain.name, encoded, completions, len(prompts))
     return found
+
+
+def answers(final: str, domains: Sequence[Domain], count: int, column: str) -> dict[str, References]:
+    """The data set's own answers, in place of what the peaks write."""
+    tokenizer = load_tokenizer(final)
+    config = InterferenceConfig(reference="dataset", reference_column=column, max_prompts=count)
+    return {
+        domain.name: collect_references(None, tokenizer, domain, config, reference_prompts(domain, count))
+        for domain in domains
+    }

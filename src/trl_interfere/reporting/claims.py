@@ -255,31 +255,28 @@ def forgetting_claims(matrix: ScoreMatrix) -> list[Claim]:
     return rows
 
 
-def refresh_claims(refresh: dict[str, Any] | None, rollback: Sequence[dict[str, Any]]) -> list[Claim]:
-    """What a refresh recovered, and how far it contracted the conflict subspace."""
+def refresh_claims(rivals: Sequence[dict[str, Any]], domain: str) -> list[Claim]:
+    """What a refresh of a domain recovered, and how far it contracted the conflict subspace."""
+    rows = {row["arm"]: row for row in rivals}
+    refresh, control = rows.get("refresh"), rows.get("interpolation")
     if refresh is None:
         return []
-    rows = []
-    control = next((row for row in rollback if row["criterion"] == "interpolation"), None)
-    changes = {name: change["value"] for name, change in refresh.get("changes", {}).items()}
-    own = [f"{refresh['domain']} {changes[refresh['domain']]:+.1f}"] if changes else []
-    mean = [f"mean of all {sum(changes.values()) / len(changes):+.1f}"] if changes else []
-    rows.append(
+    claims = [
         Claim(
             "refresh heals",
-            f"share of the lost {refresh['domain']} score after {refresh['steps']} steps (n={refresh['n']}); "
-            "changes in points",
-            f"{_share(refresh)}; {', '.join([*own, _collateral(refresh), *mean])}",
+            f"share of the lost {domain} score after {refresh['steps']} steps "
+            f"(n={refresh['domains'][domain]['n']}); changes in points",
+            _share(refresh, domain),
             "no interpolation was measured"
             if control is None
-            else f"interpolation of all weights, no training: {_share(control)}; {_collateral(control)}",
+            else f"interpolation of all weights, no training: {_share(control, domain)}",
             "94.9%; code +0.58, QA +0.15, writing -0.56; mean 64.25 to 66.39",
         )
-    )
+    ]
     contraction = refresh.get("contraction")
     if contraction is not None:
         size = contraction["directions"]
-        rows.append(
+        claims.append(
             Claim(
                 "refresh contracts the conflict subspace (Theorem 1)",
                 f"‖P_S(θ_t - θ*_A)‖ / ‖P_S δ_B‖ after {refresh['steps']} steps, S of {size} directions",
@@ -289,40 +286,37 @@ def refresh_claims(refresh: dict[str, Any] | None, rollback: Sequence[dict[str, 
                 "a bound (1 - αμ)^t below 1; no figure",
             )
         )
-    return rows
+    return claims
 
 
-def rollback_claims(rollback: Sequence[dict[str, Any]]) -> list[Claim]:
-    """What rolling routes back recovered, by `"damage"` at each budget, beside the controls at the same step."""
-    rows = []
+def rollback_claims(rivals: Sequence[dict[str, Any]], domain: str) -> list[Claim]:
+    """What rolling routes back recovered, by `"damage"` at each budget, beside other criteria at their best steps."""
     paper = {(0.02, "mlp"): "20.4% of the loss; QA -0.06", (0.32, "joint"): "73.6% of the loss"}
-    for row in rollback:
-        if row["criterion"] != "damage" or row["recovered"] is None:
+    routes = [row for row in rivals if row["arm"] == "routes"]
+    claims = []
+    for row in routes:
+        if row["criterion"] != "damage":
             continue
-        same = {name: row[name] for name in ("scope", "budget", "step_rule")}
-        controls = [
-            f"{other['criterion']} {_share(other)}"
-            for other in rollback
-            if same.items() <= other.items() and other["criterion"] in ("random", "random_matched", "route_conflict")
-        ]
-        rows.append(
+        place = (row["budget"], row["scope"])
+        others = [other for other in routes if (other["budget"], other["scope"]) == place and other is not row]
+        claims.append(
             Claim(
                 "rollback, training-free",
-                f"share of the lost score: damage, {100 * row['budget']:g}% of {row['scope']}, step {row['step']:.2g}"
-                f"{' (best)' if row['step_rule'] == 'optimal' else ''}; change of the others",
-                f"{_share(row)}; {_collateral(row)}",
-                "; ".join(controls) or "none at this budget",
-                paper.get((row["budget"], row["scope"]), "not reported"),
+                f"share of the lost {domain} score: damage, {100 * row['budget']:g}% of {row['scope']}, "
+                f"best step {row['chosen']:.2g}; changes in points",
+                _share(row, domain),
+                "; ".join(f"{other['criterion']} {_share(other, domain)}" for other in others)
+                or "none at this budget",
+                paper.get(place, "not reported"),
             )
         )
-    return rows
+    return claims
 
 
-def _share(row: dict[str, Any]) -> str:
-    if row["recovered"] is None:
-        return "nothing was lost"
-    return f"{100 * row['recovered']:.0f}% [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
-
-
-def _collateral(row: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {change:+.1f}" for name, change in row["collateral"].items())
+def _share(row: dict[str, Any], domain: str) -> str:
+    """Recovered share of a domain with its interval, and what the others paid."""
+    found = row["domains"][domain]
+    changes = ", ".join(f"{name} {other['change']['value']:+.1f}" for name, other in row["domains"].items())
+    if found["recovered"] is None:
+        return f"nothing was lost; {changes}"
+    return f"{100 * found['recovered']:.0f}% [{100 * found['low']:.0f}, {100 * found['high']:.0f}]; {changes}"

@@ -1,0 +1,146 @@
+"""docs/repair.md and its data, from the rows of the repair study: two tables and two figures."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from trl_interfere.reporting.plots import plot_pareto
+from trl_interfere.reporting.tables import markdown_table
+
+
+BEGIN, END = "<!-- begin: {} -->", "<!-- end: {} -->"
+COSTS = ("sequences_sampled", "sequences_forward", "sequences_backward", "seconds")
+
+
+def write_page(rows: list[dict[str, Any]], docs: Path) -> dict[str, float]:
+    """Write data, figures, and the tables of the page between their marks. Returns the mean of every arm."""
+    arms = defaultdict(list)
+    for row in rows:
+        arms[label(row)].append(row)
+    found = {name: summary(name, of_arm) for name, of_arm in arms.items()}
+    (docs / "data").mkdir(exist_ok=True)
+    data = {
+        "schema_version": 3,
+        "command": "make repair-study",
+        "unit": "recovered: shares; worst and changes: points of 100; intervals: 95% over runs",
+        "arms": list(found.values()),
+        "rows": [{key: value for key, value in row.items() if key != "layers"} for row in rows],
+    }
+    (docs / "data" / "repair.json").write_text(json.dumps(data, indent=1) + "\n")
+    figures = docs / "figures" / "repair"
+    figures.mkdir(parents=True, exist_ok=True)
+    shown = [arm for name, arm in found.items() if name in MAIN or arm["settings"] is False]
+    plot_pareto(shown).savefig(figures / "pareto.png", dpi=150)
+    _settings_figure(found).savefig(figures / "settings.png", dpi=150)
+    page = docs / "repair.md"
+    text = page.read_text()
+    for name, table in (
+        ("arms", _table(arm for arm in found.values() if not arm["settings"])),
+        ("settings", _table(arm for arm in found.values() if arm["settings"])),
+    ):
+        begin, end = BEGIN.format(name), END.format(name)
+        text = text[: text.index(begin) + len(begin)] + f"\n\n{table}\n\n" + text[text.index(end) :]
+    page.write_text(text)
+    return {name: arm["recovered"] for name, arm in found.items()}
+
+
+MAIN = ("subspace rollback", "one shot")
+
+
+def label(row: dict[str, Any]) -> str:
+    """Name of an arm in tables."""
+    name = {"subspace": "subspace rollback"}.get(row["arm"], row["arm"])
+    if name == "routes":
+        name = f"{100 * row['budget']:g}% of {row['scope']} by {row['criterion']}"
+        name += ", protected" if row["protection"] else ""
+    for key in ("rank", "references", "ridge", "modules"):
+        if name == key:
+            name = f"{key} {row[key]}"
+    if row["arm"] == "refresh":
+        name = f"refresh by GRPO, {row['steps']} steps"
+    return name if row["rate"] == 1 else f"{name}, {row['rate']} times the learning rate"
+
+
+def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over runs, with 95% intervals by the t distribution."""
+    recovered = [row["recovered_all"]["value"] for row in rows if row["recovered_all"]["value"] is not None]
+    low, high = _interval(recovered)
+    changes = defaultdict(list)
+    for row in rows:
+        for domain, found in row["domains"].items():
+            changes[domain].append(found["change"]["value"])
+    strict = [share for row in rows if (share := _beyond_interval(row)) is not None]
+    cost = {key: float(np.mean([(row["cost"] or {}).get(key, 0) for row in rows])) for key in COSTS}
+    return {
+        "name": name,
+        "settings": rows[0]["arm"] in ("rank", "references", "ridge", "modules", "answers", "searched weights",
+                                       "embeddings too", "beyond the interval alone"),
+        "runs": len(rows),
+        "recovered": float(np.mean(recovered)),
+        "low": low,
+        "high": high,
+        "recovered_beyond_interval": float(np.mean(strict)) if strict else None,
+        "changes": {domain: float(np.mean(values)) for domain, values in changes.items()},
+        "worst": min(float(np.mean(values)) for values in changes.values()),
+        "worst_run": min(row["worst"] for row in rows),
+        "sequences": cost["sequences_forward"] + 2 * cost["sequences_backward"],
+        "cost": cost,
+    }  # fmt: skip
+
+
+def _beyond_interval(row: dict[str, Any]) -> float | None:
+    """Recovered of the domains that lost more than the interval of their loss."""
+    lost = [found for found in row["domains"].values() if found["damaged"]]
+    if not lost:
+        return None
+    gained = sum(found["healed"] - found["final"] for found in lost)
+    return gained / sum(found["peak"] - found["final"] for found in lost)
+
+
+def _interval(values: list[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    return stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+
+
+def _table(arms) -> str:
+    header = ["arm", "runs", "recovered of all (%)", "of what was lost beyond the interval (%)",
+              "lowest mean change of a domain", "worst of a run", "passes"]  # fmt: skip
+    rows = [
+        [
+            arm["name"],
+            str(arm["runs"]),
+            f"{100 * arm['recovered']:.1f} [{100 * arm['low']:.1f}, {100 * arm['high']:.1f}]",
+            "" if arm["recovered_beyond_interval"] is None else f"{100 * arm['recovered_beyond_interval']:.1f}",
+            f"{arm['worst']:+.2f}",
+            f"{arm['worst_run']:+.1f}",
+            f"{arm['sequences']:.0f}",
+        ]
+        for arm in arms
+    ]
+    return markdown_table(header, rows)
+
+
+def _settings_figure(arms: dict[str, dict[str, Any]]) -> Figure:
+    """Recovered against rank, references and ridge, each beside the default."""
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    default = arms["subspace rollback"]
+    for axes, key, usual in zip(
+        figure.subplots(1, 3, sharey=True), ("rank", "references", "ridge"), (128, 64, 0.01), strict=True
+    ):
+        found = {float(name.removeprefix(f"{key} ")): arm for name, arm in arms.items() if name.startswith(f"{key} ")}
+        found[usual] = default
+        places = sorted(found)
+        values = np.array([[found[place][part] for part in ("recovered", "low", "high")] for place in places]) * 100
+        axes.errorbar(places, values[:, 0], yerr=np.abs(values[:, 1:] - values[:, :1]).T, marker="o", capsize=2)
+        axes.axhline(100, color="grey", linestyle=":")
+        axes.set_xscale("log", base=10 if key == "ridge" else 2)
+        axes.set_xlabel({"rank": "rank (128: full)", "references": "references of a domain"}.get(key, "ridge ρ"))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("recovered of all (%)")
+    return figure

@@ -1,0 +1,123 @@
+"""Repairs of one checkpoint side by side: every arm by one protocol."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ..analysis.references import References
+from ..analysis.report import InterferenceReport
+from ..domain import Domain
+from ..evaluation.bootstrap import difference
+from ..evaluation.scorer import Scorer
+from ..models import load_model
+from .heal import Scores, account
+from .repair import Repair
+from .route_rollback import RouteRollback
+from .subspace_rollback import SubspaceRollback
+
+
+# Steps of a rollback of routes, and shares of all weights, that are chosen from.
+ROUTE_STEPS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+Candidates = dict[Any, Callable[[], PreTrainedModel]]
+
+
+@dataclass
+class Comparison:
+    """
+    One protocol for all arms: of the candidates of an arm, the one with the highest mean score on the selection split
+    is taken, among those with which no domain loses more than `max_drop` points there. Where there is none, the one
+    with the smallest loss is taken, and the row says so. All figures of the row are from the test split. An arm
+    with one candidate has nothing to choose.
+
+    Args:
+        final (`str` or `pathlib.Path`):
+            Checkpoint that is repaired.
+        peaks (`dict[str, str or pathlib.Path]`):
+            Checkpoint at which each damaged domain scored best.
+        domains (`Sequence[Domain]`):
+            All domains.
+        scorer ([`~trl_interfere.Scorer`]):
+            Scores the models.
+        scores (`tuple[dict, dict]`):
+            Scores of each test prompt at the peaks and at the end, by domain.
+        max_drop (`float`, *optional*, defaults to `1.0`):
+            Points that a domain may lose on the selection split.
+    """
+
+    final: str | Path
+    peaks: dict[str, str | Path]
+    domains: Sequence[Domain]
+    scorer: Scorer
+    scores: tuple[Scores, Scores]
+    max_drop: float = 1.0
+
+    @cached_property
+    def before(self) -> Scores:
+        """Scores of the final checkpoint on the selection split."""
+        return self._selection(load_model(self.final))
+
+    def arm(self, name: str, candidates: Candidates, cost: dict[str, Any] | None = None, **labels: Any) -> dict:
+        """Choose one of the candidates and measure it."""
+        (setting, make), *others = candidates.items()
+        if not others:
+            return self.row(name, make(), cost, chosen=setting, within_max_drop=None, **labels)
+        found = []
+        for candidate, build in candidates.items():
+            after = self._selection(build())
+            changes = [difference(after[domain], self.before[domain]).value for domain in after]
+            keeps = min(changes) >= -self.max_drop
+            found.append(((keeps, np.mean(changes) if keeps else min(changes)), candidate))
+        (within, _), setting = max(found, key=lambda entry: entry[0])
+        return self.row(name, candidates[setting](), cost, chosen=setting, within_max_drop=bool(within), **labels)
+
+    def row(self, name: str, model: PreTrainedModel, cost: dict[str, Any] | None = None, **labels: Any) -> dict:
+        """Figures of a model on the test split."""
+        healed = {d.name: self.scorer.score(model, d, d.eval_dataset).values for d in self.domains}
+        return {"arm": name, **labels, "cost": cost, **account(*self.scores, healed, list(self.peaks))}
+
+    def subspace(
+        self, name: str = "subspace", given: dict[str, References] | None = None, **settings: Any
+    ) -> tuple[dict, Repair]:
+        """A subspace rollback, on given references or those that it samples: its row, and the repair."""
+        repair = SubspaceRollback(**settings).fit(self.final, self.peaks, self.domains, given)
+        shown = {key: value for key, value in settings.items() if key not in ("max_new_tokens", "batch_size")}
+        return self.row(name, repair.merge(), repair.record["cost"], **shown), repair
+
+    def routes(
+        self, report: InterferenceReport, criterion: str, budget: float, scope: str, protection: float = 0.0
+    ) -> dict:
+        """A rollback of routes at its own best step."""
+        rollback = RouteRollback(criterion=criterion, budget=budget, scope=scope, protection=protection)
+        repair = rollback.fit(report, before=self.peaks[report.earlier], after=self.final)
+        steps = {step: lambda step=step: _scaled(repair, step).merge() for step in ROUTE_STEPS}
+        labels = {"criterion": criterion, "budget": budget, "scope": scope, "protection": protection}
+        return self.arm("routes", steps, repair.record["cost"], **labels)
+
+    def interpolation(self, domain: str) -> dict:
+        """All weights moved back towards one peak (WiSE-FT, arXiv 2109.01903)."""
+        shares = {share: lambda share=share: interpolated(self.final, self.peaks[domain], share) for share in SHARES}
+        return self.arm("interpolation", shares, toward=domain)
+
+    def _selection(self, model: PreTrainedModel) -> Scores:
+        return {d.name: self.scorer.score(model, d, d.selection_dataset).values for d in self.domains}
+
+
+def _scaled(repair: Repair, step: float) -> Repair:
+    """The repair of another step: routes are rolled back linearly in it."""
+    return Repair({name: (step * b, a) for name, (b, a) in repair.factors.items()}, repair.checkpoint, repair.record)
+
+
+def interpolated(final: str | Path, peak: str | Path, share: float) -> PreTrainedModel:
+    """The final model with a share of the update since a peak taken back."""
+    model, earlier = load_model(final), dict(load_model(peak).named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.lerp_(earlier[name].to(parameter), share)
+    return model
