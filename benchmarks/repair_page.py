@@ -34,8 +34,7 @@ def write_page(rows: list[dict[str, Any]], docs: Path) -> dict[str, float]:
     (docs / "data" / "repair.json").write_text(json.dumps(data, indent=1) + "\n")
     figures = docs / "figures" / "repair"
     figures.mkdir(parents=True, exist_ok=True)
-    shown = [arm for name, arm in found.items() if name in MAIN or arm["settings"] is False]
-    plot_pareto(shown).savefig(figures / "pareto.png", dpi=150)
+    plot_pareto([arm for arm in found.values() if not arm["settings"]]).savefig(figures / "pareto.png", dpi=150)
     _settings_figure(found).savefig(figures / "settings.png", dpi=150)
     page = docs / "repair.md"
     text = page.read_text()
@@ -47,9 +46,6 @@ def write_page(rows: list[dict[str, Any]], docs: Path) -> dict[str, float]:
         text = text[: text.index(begin) + len(begin)] + f"\n\n{table}\n\n" + text[text.index(end) :]
     page.write_text(text)
     return {name: arm["recovered"] for name, arm in found.items()}
-
-
-MAIN = ("subspace rollback", "one shot")
 
 
 def label(row: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ from trl_interfere.run import Run, read_json, write_json
 
 # Orders that end with a loss of math: qa costs it most, and a later stage of code gives it back.
 ORDERS = ("code,math,qa,writing", "math,code,qa,writing", "code,math,writing,qa")
-PARTS = ("train", "subspace", "controls", "rivals", "refresh")
+PARTS = ("train", "subspace", "controls", "rivals", "refresh", "settings")
 LARGE_STEPS = 3  # times the learning rate, in runs of their own
-RANKS = (4, 8, 16, 32)
+RANKS = (4, 8, 32)
 REFERENCES = (16, 32, 128, 256)
 RIDGES = (1e-6, 1e-4, 1e-3, 0.1)
 REFRESH_STEPS = 10
@@ -103,55 +103,46 @@ class StudyRun:
         return InterferenceReport.from_pretrained(folder)
 
 
+PLAIN: dict[str, Any] = {"max_new_tokens": MAX_COMPLETION_LENGTH, "batch_size": 64, "rank": None}
+
+
 def subspace(run: StudyRun) -> list[dict]:
-    """The subspace rollback and each of its settings."""
-    plain = {"max_new_tokens": MAX_COMPLETION_LENGTH, "batch_size": 64, "rank": None}
-    compare, rows = run.comparison, []
+    """The subspace rollback at full rank and at rank 16, and in one shot."""
+    arms = [("subspace", {}), ("one shot", {"sequential": False}), ("rank", {"rank": 16})]
+    return [run.comparison.subspace(name, **{**PLAIN, **settings})[0] for name, settings in arms]
 
-    def add(name: str, **settings: Any) -> None:
-        rows.append(compare.subspace(name, **{**plain, **settings})[0])
 
-    add("subspace")
-    add("one shot", sequential=False)
-    if run.rate > 1:
-        return rows
-    if len(compare.peaks) > 1:
-        # Figures of all damaged domains, although one is healed.
-        only = SubspaceRollback(**plain).fit(compare.final, {run.worst: compare.peaks[run.worst]}, compare.domains)
-        rows.append(compare.row("worst domain alone", only.merge(), only.record["cost"]))
+def settings(run: StudyRun) -> list[dict]:
+    """Every setting of it, one at a time."""
+    compare = run.comparison
+    tried = [("rank", {"rank": rank}) for rank in RANKS]
+    tried += [("references", {"references": count}) for count in REFERENCES]
+    tried += [("ridge", {"ridge": ridge}) for ridge in RIDGES]
+    tried += [("modules", {"modules": modules}) for modules in ("mlp", "attention")]
+    rows = [compare.subspace(name, **{**PLAIN, **setting})[0] for name, setting in tried]
     damaged = {n: peak for n, peak in compare.peaks.items() if n in lost_beyond_interval(*compare.scores)}
     if damaged and damaged != compare.peaks:
-        some = SubspaceRollback(**plain).fit(compare.final, damaged, compare.domains)
+        some = SubspaceRollback(**PLAIN).fit(compare.final, damaged, compare.domains)
         rows.append(compare.row("beyond the interval alone", some.merge(), some.record["cost"]))
-    for rank in RANKS:
-        add("rank", rank=rank)
-    for count in REFERENCES:
-        add("references", references=count)
-    for ridge in RIDGES:
-        add("ridge", ridge=ridge)
-    for modules in ("mlp", "attention"):
-        add("modules", modules=modules)
-    final, peaks = str(compare.final), {name: str(peak) for name, peak in compare.peaks.items()}
-    given = answers(final, compare.domains, 64, "answer")
-    rows.append(compare.subspace("answers", given, **plain)[0])
-    searched = {
-        weight: lambda weight=weight: (
-            SubspaceRollback(**plain, weights={d.name: 1.0 if d.name in peaks else weight for d in compare.domains})
-            .fit(compare.final, compare.peaks, compare.domains)
-            .merge()
-        )
-        for weight in PROTECTIONS
-    }
+    given = answers(str(compare.final), compare.domains, 64, "answer")
+    rows.append(compare.subspace("answers", given, **PLAIN)[0])
+    searched = {}
+    for weight in PROTECTIONS:
+        weights = {domain.name: 1.0 if domain.name in compare.peaks else weight for domain in compare.domains}
+        searched[weight] = partial(_healed, compare, {**PLAIN, "weights": weights})
     rows.append(compare.arm("searched weights", searched))
-    rows.append(compare.arm("embeddings too", {0: lambda: _with_embeddings(run, plain)}))
+    rows.append(compare.arm("embeddings too", {None: partial(_with_embeddings, run)}))
     return rows
+
+
+def _healed(compare: Comparison, settings: dict[str, Any]) -> PreTrainedModel:
+    return SubspaceRollback(**settings).fit(compare.final, compare.peaks, compare.domains).merge()
 
 
 def controls(run: StudyRun) -> list[dict]:
     """What the same construction does without the right moments or directions."""
     compare = run.comparison
-    plain = {"max_new_tokens": MAX_COMPLETION_LENGTH, "batch_size": 64}
-    repair = SubspaceRollback(**plain, rank=16).fit(compare.final, compare.peaks, compare.domains)
+    repair = SubspaceRollback(**{**PLAIN, "rank": 16}).fit(compare.final, compare.peaks, compare.domains)
     rows = [compare.row("identity moments", _mean_of_stages(compare, list(repair.factors)))]
     generator = torch.Generator().manual_seed(run.seed)
     rows.append(compare.row("random directions", _random_directions(repair, generator).merge()))
@@ -159,7 +150,7 @@ def controls(run: StudyRun) -> list[dict]:
     own = peak_samples(final, peaks, compare.domains, 64, max_new_tokens=MAX_COMPLETION_LENGTH, batch_size=64)
     names = list(own)
     shuffled = {name: own[names[(i + 1) % len(names)]] for i, name in enumerate(names)}
-    rows.append(compare.subspace("moments of another domain", shuffled, **plain, rank=None)[0])
+    rows.append(compare.subspace("moments of another domain", shuffled, **PLAIN)[0])
     return rows
 
 
@@ -197,6 +188,7 @@ WORK: dict[str, Callable[[StudyRun], list[dict]]] = {
     "controls": controls,
     "rivals": rivals,
     "refresh": refresh,
+    "settings": settings,
 }
 
 
@@ -221,7 +213,7 @@ def _random_directions(repair: Repair, generator: torch.Generator) -> Repair:
 
 
 @torch.no_grad()
-def _with_embeddings(run: StudyRun, settings: dict[str, Any]) -> PreTrainedModel:
+def _with_embeddings(run: StudyRun) -> PreTrainedModel:
     """Embeddings first, averaged by how often each domain's references use a token; then the linear layers."""
     compare, folder = run.comparison, run.study / "embeddings"
     final, peaks = str(compare.final), {name: str(peak) for name, peak in compare.peaks.items()}
@@ -240,24 +232,23 @@ def _with_embeddings(run: StudyRun, settings: dict[str, Any]) -> PreTrainedModel
     weight.copy_(torch.where(count > 0, total / count.clamp(min=1e-12), weight))
     model.save_pretrained(folder)
     load_tokenizer(final).save_pretrained(folder)
-    healed = SubspaceRollback(**settings).fit(folder, compare.peaks, compare.domains, own).merge()
+    healed = SubspaceRollback(**PLAIN).fit(folder, compare.peaks, compare.domains, own).merge()
     shutil.rmtree(folder)
     return healed
 
 
-def work(folder: Path, seed: int, order: str, rate: int, parts: list[str], threads: int) -> None:
-    """Do what is not done of a run."""
+def work(folder: Path, seed: int, order: str, rate: int, part: str, threads: int) -> None:
+    """Do one part of a run, if it is not done."""
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
     run = StudyRun(folder, seed, order, rate)
-    for part in parts:
-        path = run.study / f"{part}.json"
-        if part == "train":
-            run.lab.train()
-        elif not path.exists():
-            print(f"{run.name}: {part}", flush=True)
-            rows = [{**run.labels, "damaged": list(run.comparison.peaks), **row} for row in WORK[part](run)]
-            write_json(path, {"schema_version": SCHEMA_VERSION, "rows": rows})
+    path = run.study / f"{part}.json"
+    if part == "train":
+        run.lab.train()
+    elif not path.exists():
+        print(f"{run.name}: {part}", flush=True)
+        rows = [{**run.labels, "restored": list(run.comparison.peaks), **row} for row in WORK[part](run)]
+        write_json(path, {"schema_version": SCHEMA_VERSION, "rows": rows})
 
 
 def main() -> None:
@@ -275,10 +266,10 @@ def main() -> None:
     folder, parts = arguments.output_dir, [part for part in arguments.parts if part != "report"]
     places = [(seed, order, 1) for seed in arguments.seeds for order in arguments.orders]
     large = [(arguments.seeds[0], order, LARGE_STEPS) for order in arguments.orders]
-    calls = [(folder, *place, parts, arguments.threads) for place in places]
-    calls += [(folder, *place, [p for p in parts if p in ("train", "subspace")], arguments.threads) for place in large]
-    if parts:
-        run_all(work, calls, arguments.jobs)
+    # Part by part over all runs, so that a study that is stopped has whole columns.
+    for part in parts:
+        chosen = places + (large if part in ("train", "subspace") else [])
+        run_all(work, [(folder, *place, part, arguments.threads) for place in chosen], arguments.jobs)
     if "report" in arguments.parts:
         rows = []
         for path in sorted((folder / "study").glob("*/*.json")):

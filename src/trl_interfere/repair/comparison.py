@@ -88,6 +88,9 @@ class Comparison:
         """A subspace rollback, on given references or those that it samples: its row, and the repair."""
         repair = SubspaceRollback(**settings).fit(self.final, self.peaks, self.domains, given)
         shown = {key: value for key, value in settings.items() if key not in ("max_new_tokens", "batch_size")}
+        figures = repair.record["layers"]
+        for key in ("effective_dimension", "effective_dimension_random"):
+            shown[key] = float(np.mean([layer[key] for layer in figures if key in layer]))
         return self.row(name, repair.merge(), repair.record["cost"], **shown), repair
 
     def routes(
