@@ -61,11 +61,14 @@ def _repair_rows(results: dict[str, Any]) -> Table:
             setting = f"{row['steps']} steps"
         changes = [row["domains"][domain]["change"]["value"] for domain in results["order"]]
         share = row["recovered_all"]
+        shown = "nothing was lost"
+        if share["value"] is not None:
+            shown = f"{100 * share['value']:.0f}% [{100 * share['low']:.0f}, {100 * share['high']:.0f}]"
         rows.append(
             [
                 name,
                 setting,
-                f"{100 * share['value']:.0f}% [{100 * share['low']:.0f}, {100 * share['high']:.0f}]",
+                shown,
                 *(f"{change:+.1f}" for change in changes),
             ]
         )

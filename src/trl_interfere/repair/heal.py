@@ -171,14 +171,19 @@ def account(peaks: Scores, final: Scores, healed: Scores, restored: Sequence[str
         }
         if name in restored:
             share = recovered(healed[name], final[name], peaks[name])
-            rows[name].update(recovered=share.value, low=share.low, high=share.high)
+            rows[name].update(recovered=_known(share.value), low=_known(share.low), high=_known(share.high))
     both = [{name: values[name] for name in restored} for values in (healed, final, peaks)]
     share = recovered_all(*both)
     return {
         "domains": rows,
-        "recovered_all": {"value": share.value, "low": share.low, "high": share.high},
+        "recovered_all": {key: _known(getattr(share, key)) for key in ("value", "low", "high")},
         "worst": min(row["change"]["value"] for row in rows.values()),
     }
+
+
+def _known(value: float) -> float | None:
+    """A figure as JSON has it: `None` where nothing was lost, of which nothing can be recovered."""
+    return value if np.isfinite(value) else None
 
 
 def heal_run(
