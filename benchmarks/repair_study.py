@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from jobs import run_all
-from merging import merged_model
+from merging import merge
 from repair_page import write_page
 from transformers import PreTrainedModel
 
@@ -167,8 +167,7 @@ def rivals(run: StudyRun) -> list[dict]:
     ]
     stages = [run.stage(name) for name in run.order]
     for method in ("task_arithmetic", "ties"):
-        merged = {s: lambda s=s, m=method: merged_model(MODEL_FOLDER, stages, m, s) for s in SCALES}
-        rows.append(compare.arm(method, merged))
+        rows.append(compare.arm(method, {scale: partial(_merged, stages, method, scale) for scale in SCALES}))
     return rows
 
 
@@ -190,6 +189,16 @@ WORK: dict[str, Callable[[StudyRun], list[dict]]] = {
     "refresh": refresh,
     "settings": settings,
 }
+
+
+@torch.no_grad()
+def _merged(stages: list[Path], method: str, scale: float) -> PreTrainedModel:
+    model = load_model(MODEL_FOLDER)
+    tasks = [dict(load_model(stage).named_parameters()) for stage in stages]
+    tensors = merge(dict(model.named_parameters()), tasks, method, scale)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[name])
+    return model
 
 
 @torch.no_grad()

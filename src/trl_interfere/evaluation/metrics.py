@@ -185,7 +185,7 @@ def recovered_all(
         rows = rng.integers(len(gains[name]), size=(len(gained), len(gains[name])))
         gained += gains[name][rows].mean(axis=1)
         lost += losses[name][rows].mean(axis=1)
-    low, high = np.quantile((gained / lost)[lost > 0], [0.025, 0.975])
+    low, high = np.quantile(gained[lost > 0] / lost[lost > 0], [0.025, 0.975])
     return Interval(float(gain / loss), float(low), float(high), sum(len(values) for values in damaged.values()))
 
 
