@@ -63,6 +63,84 @@ ARCHITECTURES = {
 }
 
 
+_LINEAR = {
+    "head_dim": 6,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 5}
+_SHARED = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 5},
+    **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+}
+# The further model types of the route map, with the settings that make them tiny.
+FURTHER = {
+    "apertus": {},
+    "arcee": {},
+    "bloom": {"n_head": 4},
+    "cohere": {},
+    "cohere2": {},
+    "deepseek_v3": _SHARED
+    | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    | {"num_key_value_heads": 4},
+    "ernie4_5": {"head_dim": 6},
+    "exaone4": {},
+    "falcon_h1": {"head_dim": 6, "mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 4},
+    "gemma": {"head_dim": 6},
+    "gemma3n_text": {
+        "head_dim": 6,
+        "vocab_size_per_layer_input": len(VOCABULARY),
+        "hidden_size_per_layer_input": 4,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "laurel_rank": 4,
+        "intermediate_size": [12, 12],
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
+    "gemma4_text": {
+        "head_dim": 6,
+        "global_head_dim": 6,
+        "vocab_size_per_layer_input": len(VOCABULARY),
+        "hidden_size_per_layer_input": 4,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "glm": {"head_dim": 4},
+    "glm4": {"head_dim": 4},
+    "glm4_moe": _SHARED | {"head_dim": 4},
+    "gpt_neox": {},
+    "gpt_oss": _EXPERTS | {"head_dim": 6},
+    "gptj": {"n_inner": 12, "rotary_dim": 4},
+    "granite": {},
+    "granitemoe": _EXPERTS,
+    "helium": {"head_dim": 4},
+    "hunyuan_v1_dense": {"head_dim": 6},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 4},
+    "llama4_text": _EXPERTS
+    | {"head_dim": 6, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 10},
+    "ministral": {"head_dim": 6},
+    "ministral3": {"head_dim": 6},
+    "mixtral": _EXPERTS,
+    "mpt": {"d_model": 16, "n_heads": 4, "n_layers": 2},
+    "nemotron": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {},
+    "opt": {"ffn_dim": 12, "word_embed_proj_dim": 16},
+    "phi": {},
+    "qwen3_5_moe_text": _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 6},
+    "qwen3_5_text": _LINEAR,
+    "qwen3_next": _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 6},
+    "seed_oss": {"head_dim": 6},
+    "stablelm": {},
+    "starcoder2": {},
+    "vaultgemma": {"head_dim": 6},
+}
+
+
 @pytest.fixture(autouse=True)
 def _threads():
     # A command that runs in the process of a test sets its own, and more than there are cores make all others wait.
@@ -130,7 +208,7 @@ def make_model():
     """Function that builds a random model of a type or of a family of `ARCHITECTURES`."""
 
     def make(family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float64, **overrides):
-        model_type, settings = ARCHITECTURES.get(family, (family, {}))
+        model_type, settings = ARCHITECTURES.get(family, (family, FURTHER.get(family, {})))
         settings = {
             "vocab_size": len(VOCABULARY),
             "hidden_size": 16,
@@ -158,11 +236,11 @@ def make_model():
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            if model_type == "qwen3_moe":  # the other implementations know no float64
-                model.set_experts_implementation("eager")
+            if dtype == torch.float64 and getattr(config, "_experts_implementation", None):
+                model.set_experts_implementation("eager")  # the other implementations know no float64
             # The norms of transformers compute in float32, whatever the model's data type: these do not.
             for name, module in list(model.named_modules()):
-                if type(module).__name__.endswith("RMSNorm"):
+                if type(module).__name__.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
                     eps = getattr(module, "variance_epsilon", None) or module.eps
                     exact = torch.nn.RMSNorm(module.weight.shape, eps=eps, dtype=dtype)
                     model.set_submodule(name, exact)

@@ -198,6 +198,12 @@ def model_class(config: PretrainedConfig) -> type:
     return AutoModelForCausalLM
 
 
+def exact_experts(model: PreTrainedModel) -> None:
+    """Let the experts of a float64 model compute in plain PyTorch: the other implementations know no float64."""
+    if model.dtype == torch.float64 and getattr(model.config, "_experts_implementation", None) is not None:
+        model.set_experts_implementation("eager")
+
+
 def _load_weights(folder: Path, name: str, **options) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
@@ -218,6 +224,7 @@ def _load_weights(folder: Path, name: str, **options) -> PreTrainedModel:
     if config.dtype is not None:
         model.config.dtype = config.dtype
     model.config._name_or_path = model.name_or_path = name  # with its revision, and not the cache's folder
+    exact_experts(model)
     return model.eval()
 
 

@@ -309,7 +309,7 @@ def test_report_names_the_stored_dtype(stored, make_model, moved, domains, token
 
 
 def test_identical_checkpoints(make_model, tokenizer):
-    with pytest.raises(ValueError, match="are identical: there is no update to analyse"):
+    with pytest.raises(ValueError, match="after: expected another checkpoint than before"):
         InterferenceAnalyzer(make_model(), make_model(), tokenizer)
 
 
@@ -318,7 +318,6 @@ def test_identical_checkpoints(make_model, tokenizer):
     [
         (("llama", {"vocab_size": 30}), "lm_head.weight", "(25, 16)", "(30, 16)"),
         (("llama", {"intermediate_size": 8}), "model.layers.0.mlp.down_proj.weight", "(16, 12)", "(16, 8)"),
-        (("llama", {"num_hidden_layers": 1}), "model.layers.1.input_layernorm.weight", "(16,)", "None"),
         (("llama-biases", {}), "model.layers.0.mlp.down_proj.bias", "None", "(16,)"),
         (("llama", {"attention_bias": True}), "model.layers.0.self_attn.k_proj.bias", "None", "(8,)"),
     ],
@@ -359,8 +358,8 @@ def test_other_architecture(other, setting, expected, found, label, make_model, 
 
 
 def test_unknown_architecture(make_model, tokenizer):
-    models = [make_model("phi", seed=seed) for seed in range(2)]
-    with pytest.raises(ValueError, match="no route map for model type 'phi', expected one of"):
+    models = [make_model("codegen", n_head=4, n_embd=16, n_layer=2, rotary_dim=4, seed=seed) for seed in range(2)]
+    with pytest.raises(ValueError, match="no route map for model type 'codegen', expected one of"):
         InterferenceAnalyzer(*models, tokenizer)
 
 
@@ -509,14 +508,14 @@ def test_passes_name_every_part(models, domains, tokenizer, settings):
     analyzer.analyze(math, later, progress=begun.append)
     passes = analyzer.passes(later=2)
     assert list(passes) == begun
-    checked = 4 * CONFIG.check_prompts / CONFIG.max_prompts if settings != {"check_prompts": 0} else 0
+    checked = 8 * CONFIG.check_prompts / CONFIG.max_prompts if settings != {"check_prompts": 0} else 0
     assert passes["damage of the earlier domain"] == pytest.approx(2 + checked + 8)
 
 
 def test_sum_of_the_passes_with_the_defaults(models, tokenizer):
     _, before, after = models
     passes = InterferenceAnalyzer(before, after, tokenizer).passes()
-    assert sum(passes.values()) == pytest.approx(10.8, abs=0.01)  # as docs/scaling.md has it
+    assert sum(passes.values()) == pytest.approx(10.92, abs=0.01)  # as docs/scaling.md has it
 
 
 @pytest.mark.parametrize("dtype", ["foo", "int8", "Tensor", torch.int8])

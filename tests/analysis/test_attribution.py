@@ -192,7 +192,7 @@ def test_error_of_the_second_order(step, make_model, moved, sequences, make_batc
     route_map, batches = RouteMap(model.config), make_batches(sequences)
     exact = second_order(path, batches, route_map, 1e-4).total
     error = abs(second_order(path, batches, route_map, step).total / exact - 1)
-    assert second_order_error(path, batches, route_map, step) == pytest.approx(error, rel=0.2)
+    assert error < second_order_error(path, batches, route_map, step) < 6 * error  # 4 - 1/16 times the truncation
 
 
 # Largest relative errors that the rounding of parameters, activations and gradients costs, by data type: of the total

@@ -63,18 +63,15 @@ def test_leading_eigenpairs_and_their_shares(size, control, problem):
     values, vectors = np.linalg.eigh(operator)
     order = np.argsort(-np.abs(values))
     total = operator.sum() / 2
-    seen = []
-    spectrum, found = conflict_subspace(
-        path, batches, route_map, size, update, step=1e-4, progress=lambda: seen.append(1)
-    )
-    assert spectrum.converged and spectrum.applications == len(seen)
+    spectrum, found = conflict_subspace(path, batches, route_map, size, update, step=1e-4)
+    assert spectrum.converged and spectrum.applications > size
     tolerance = 2e-3 * np.abs(values).max()
     np.testing.assert_allclose(spectrum.eigenvalues, values[order][:size], rtol=2e-3, atol=tolerance)
     assert abs(found[0] @ vectors[:, order[0]]) == pytest.approx(1, abs=1e-3)
     assert spectrum.second_order == pytest.approx(total, rel=1e-4)
     shares = values[order] * vectors[:, order].sum(axis=0) ** 2 / (2 * total)
     for k in range(1, size + 1):
-        assert spectrum.top(k) == pytest.approx(shares[:k].sum(), rel=0.02, abs=0.02)
+        assert sum(spectrum.shares[:k]) == pytest.approx(shares[:k].sum(), rel=0.02, abs=0.02)
     lead = np.abs(values[order][:size])
     assert spectrum.effective_dimension == pytest.approx(lead.sum() ** 2 / (lead**2).sum(), rel=1e-2)
     parts = np.sort(operator.sum(axis=1) / 2)[::-1]

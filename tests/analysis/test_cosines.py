@@ -3,9 +3,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
-from trl_interfere.analysis.cosines import GradientProducts, cosines
+from trl_interfere.analysis.cosines import GradientProducts
 from trl_interfere.analysis.gradients import mean_gradient
+from trl_interfere.analysis.routes import RouteMap
+
+
+LLAMA = RouteMap(AutoConfig.for_model("llama", num_hidden_layers=2))
+
+
+def cosines(first, second):
+    return GradientProducts({"first": [first], "second": [second]}, LLAMA).cosines("first", "second")
 
 
 def flat(tensors, names):
@@ -85,7 +94,7 @@ def test_all_pairs_from_one_gradient_per_domain():
     rng = np.random.default_rng(0)
     zero = {name: np.zeros((7, 3)) for name in NAMES}
     halves = {domain: [noisy(zero, 1, rng), noisy(zero, 1, rng)] for domain in ("a", "b", "c", "d")}
-    products = GradientProducts(halves)
+    products = GradientProducts(halves, LLAMA)
     whole = {
         domain: {name: first[name] + second[name] for name in NAMES} for domain, (first, second) in halves.items()
     }
@@ -130,7 +139,9 @@ def test_interval_covers_the_true_cosine(truth):
         v = {name: v[name] - inner / square * u[name] for name in NAMES}
         scale = np.sqrt(square / sum((v[name] ** 2).sum() for name in NAMES))
         v = {name: truth * u[name] + np.sqrt(1 - truth**2) * scale * v[name] for name in NAMES}
-        products = GradientProducts({"a": [noisy(u, 0.2, rng) for _ in "12"], "b": [noisy(v, 0.2, rng) for _ in "12"]})
+        products = GradientProducts(
+            {"a": [noisy(u, 0.2, rng) for _ in "12"], "b": [noisy(v, 0.2, rng) for _ in "12"]}, LLAMA
+        )
         low, high = products.interval("a", "b")
         covered += low <= truth <= high
         widths.append(high - low)
@@ -142,7 +153,7 @@ def test_interval_covers_the_true_cosine(truth):
 def test_reliability_is_that_of_as_many_other_references(noise):
     rng = np.random.default_rng(2)
     mean = {name: rng.normal(size=(60, 50)) for name in NAMES}
-    products = GradientProducts({name: [noisy(mean, noise, rng) for _ in "12"] for name in "ab"})
+    products = GradientProducts({name: [noisy(mean, noise, rng) for _ in "12"] for name in "ab"}, LLAMA)
     # Two wholes, each the sum of two halves with this noise: half of the variance of the mean.
     expected = 1 / (1 + noise**2 / 2)
     assert products.reliability("a") == pytest.approx(expected, abs=0.02)
@@ -153,10 +164,10 @@ def test_reliability_is_that_of_as_many_other_references(noise):
 def test_without_halves_there_is_no_interval():
     rng = np.random.default_rng(0)
     zero = {name: np.zeros((2, 2)) for name in NAMES}
-    products = GradientProducts({"a": [noisy(zero, 1, rng)], "b": [noisy(zero, 1, rng), noisy(zero, 1, rng)]})
+    products = GradientProducts({"a": [noisy(zero, 1, rng)], "b": [noisy(zero, 1, rng), noisy(zero, 1, rng)]}, LLAMA)
     assert products.cosines("a", "b")["global"] is not None and products.interval("a", "b") is None
     assert products.reliability("a") is None and products.ceiling("a", "b") is None
     empty = {name: torch.zeros(2, 2) for name in NAMES}
-    products = GradientProducts({"a": [empty, empty], "b": [noisy(zero, 1, rng), noisy(zero, 1, rng)]})
+    products = GradientProducts({"a": [empty, empty], "b": [noisy(zero, 1, rng), noisy(zero, 1, rng)]}, LLAMA)
     assert products.interval("a", "b") is None and products.reliability("a") is None
     assert products.interval("b", "b", module="layers.0.mlp") is not None

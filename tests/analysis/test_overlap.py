@@ -3,7 +3,10 @@ import pytest
 from transformers import AutoConfig
 
 from trl_interfere.analysis.overlap import _chance, jaccard, overlaps, top_routes
-from trl_interfere.analysis.routes import KINDS, RouteMap
+from trl_interfere.analysis.routes import RouteMap
+
+
+KINDS = ("mlp", "query", "key_value")
 
 
 @pytest.fixture(scope="module")

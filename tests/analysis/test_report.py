@@ -4,9 +4,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
-from trl_interfere.analysis.cosines import cosines
+from trl_interfere.analysis.cosines import GradientProducts
 from trl_interfere.analysis.report import InterferenceReport, top_share
+from trl_interfere.analysis.routes import RouteMap
 
 
 @pytest.fixture
@@ -73,7 +75,8 @@ def test_fields_that_are_missing_or_unknown(report, tmp_path):
 
 def test_undefined_cosine_stays_valid_json(report, tmp_path):
     zero, one = ({"model.norm.weight": torch.full((3,), value)} for value in (0.0, 1.0))
-    report.cosines = {**cosines(zero, one), "by_domain": {"qa": cosines(zero, one)}}
+    found = GradientProducts({"math": [zero], "qa": [one]}, RouteMap(AutoConfig.for_model("llama")))
+    report.cosines = found.figures("math", ["qa"])
     report.save_pretrained(tmp_path)
 
     def refuse(constant):

@@ -20,20 +20,6 @@ def route_activity(model: PreTrainedModel, batches: Batches, route_map: RouteMap
     For an MLP channel |h_r| times the norm of its column of down, for one of an expert also times the weight that the
     router gives the expert, which is 0 on tokens that are not routed to it; for a query head the norm of its
     contribution after o; for a key/value head the mean over the query heads that read it.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model.
-        batches (`list[dict[str, torch.Tensor]]`):
-            References of the domain.
-        route_map ([`RouteMap`]):
-            The routes.
-
-    Returns:
-        `numpy.ndarray` of shape `(num_routes,)`: Activity.
-
-    Raises:
-        `ValueError`: If the model has no module through which the routes of a layer write.
     """
     # Nobody reads the logits, which cost as much as several layers where the vocabulary is large.
     options = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
@@ -45,18 +31,7 @@ def route_activity(model: PreTrainedModel, batches: Batches, route_map: RouteMap
 
 
 class ActivityMeter:
-    """
-    Context that measures activity while a model computes for another purpose, such as a gradient.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model. It must compute each batch once: gradient checkpointing computes it again on the way back.
-        route_map ([`RouteMap`]):
-            The routes.
-
-    Raises:
-        `ValueError`: If the model has no module through which the routes of a layer write.
-    """
+    """Context that measures activity while a model computes for another purpose, such as a gradient."""
 
     def __init__(self, model: PreTrainedModel, route_map: RouteMap):
         self.route_map = route_map
@@ -76,13 +51,7 @@ class ActivityMeter:
             self._handles.pop().remove()
 
     def observe(self, batch: dict[str, torch.Tensor]) -> None:
-        """
-        Say what the model computes next.
-
-        Args:
-            batch (`dict[str, torch.Tensor]`):
-                A batch of references.
-        """
+        """Say what the model computes next."""
         # The state at a token predicts the next one: a completion is computed where its labels are shifted to.
         chosen = torch.zeros_like(batch["labels"], dtype=torch.bool)
         chosen[:, :-1] = batch["labels"][:, 1:] != -100
@@ -90,12 +59,7 @@ class ActivityMeter:
         self._tokens += int(chosen.sum())
 
     def activity(self) -> np.ndarray:
-        """
-        What was measured so far.
-
-        Returns:
-            `numpy.ndarray` of shape `(num_routes,)`: Activity, see [`route_activity`].
-        """
+        """What was measured so far."""
         route_map = self.route_map
         activity = np.zeros(route_map.num_routes)
         for name, sums in self._meter.sums.items():
@@ -130,13 +94,23 @@ class _Meter:
     @torch.no_grad()
     def of_experts(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str, cut: Cut) -> None:
         # The states inside the experts pass through no module: they are computed once more, for the chosen tokens.
-        hidden, experts, weights = map(self._chosen, inputs)
-        sums = torch.zeros(cut.owners.shape, dtype=torch.float64, device=hidden.device)
-        for expert in experts.unique().long().tolist():
-            token, slot = torch.where(experts == expert)
-            inner = module._apply_gate(F.linear(hidden[token], _widened(module.gate_up_proj[expert])))
+        count = len(cut.owners)
+        sums = torch.zeros(cut.owners.shape, dtype=torch.float64, device=inputs[0].device)
+        if len(inputs) == 1:  # each expert gets all tokens, times the weights that the router gives it
+            hidden = [self._chosen(part) for part in inputs[0].reshape(count, -1, inputs[0].shape[-1])]
+            tokens = {expert: (states, None) for expert, states in enumerate(hidden)}
+        else:
+            hidden, experts, weights = map(self._chosen, inputs)
+            places = {expert: torch.where(experts == expert) for expert in experts.unique().long().tolist()}
+            tokens = {
+                expert: (hidden[token], weights[token, slot, None].abs())
+                for expert, (token, slot) in places.items()
+                if expert < count
+            }
+        for expert, (states, weight) in tokens.items():
+            inner = _expert_states(module, expert, states)
             column = _widened(module.down_proj[expert]).movedim(cut.axes[1] - 1, -1).norm(dim=0)
-            size = inner.abs() * column * weights[token, slot, None].abs()
+            size = inner.abs() * column * (1 if weight is None else weight)
             sums[expert] += size.sum(dim=0, dtype=torch.float64)
         self._add(name, sums)
 
@@ -145,6 +119,23 @@ class _Meter:
 
     def _add(self, name: str, sums: torch.Tensor) -> None:
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+
+
+def _expert_states(module: nn.Module, expert: int, states: torch.Tensor) -> torch.Tensor:
+    """What an expert writes from, as `transformers.integrations.moe` computes it."""
+    weight = _widened(module.gate_up_proj[expert])
+    both = F.linear(states, weight.T if _transposed(module) else weight)
+    if getattr(module, "has_bias", False):
+        both = both + _widened(module.gate_up_proj_bias[expert])
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(both)
+    gate, up = both.chunk(2, dim=-1)
+    return module.act_fn(gate) * up
+
+
+def _transposed(module: nn.Module) -> bool:
+    """Whether the weights of experts have inputs as rows; those of Llama 4 do and do not say so."""
+    return getattr(module, "is_transposed", not hasattr(module, "_apply_gate"))
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:

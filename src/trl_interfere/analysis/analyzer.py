@@ -4,20 +4,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import reduce
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..checkpoint import Checkpoint, check_comparable
 from ..domain import Domain
-from ..models import load_model, load_tokenizer
+from ..models import exact_experts, load_model, load_tokenizer
 from .activity import ActivityMeter, route_activity
 from .architectures import Architecture
 from .attribution import (
-    Direction,
-    Elementwise,
     UpdatePath,
     attribution,
     difference_step,
@@ -26,16 +26,26 @@ from .attribution import (
     second_order,
     second_order_error,
 )
+from .comparable import (
+    check_finite,
+    check_fits,
+    check_same_shape,
+    count_buffers_that_differ,
+    identical,
+    model_name,
+)
 from .config import InterferenceConfig
 from .conflict_subspace import conflict_subspace, random_update
 from .cosines import GradientProducts
 from .gradients import Batches, Shard, Tensors, checkpointed, mean_gradient, mean_loss, num_tokens
 from .objectives import ForwardKL, Objective, grpo, nll
-from .overlap import overlaps
+from .opposition import opposed_edits
+from .overlap import active_overlaps, overlaps
 from .references import References, collect_references, collect_rollouts
 from .report import InterferenceReport
 from .room import Room
 from .routes import RouteMap
+from .routing import HeldRouting
 from .weight_diff import identical_when_stored, update_statistics
 
 
@@ -80,7 +90,7 @@ class InterferenceAnalyzer:
             taken. [`~InterferenceAnalyzer.from_pretrained`] passes them.
 
     Raises:
-        `ValueError`: If the checkpoints differ in architecture or shapes, or are identical.
+        `ValueError`: If the checkpoints differ in architecture or shapes, hold NaN or infinity, or are identical.
     """
 
     def __init__(
@@ -97,13 +107,26 @@ class InterferenceAnalyzer:
         self.checkpoints = checkpoints
         self.tokenizer = tokenizer
         self.before, self.after, self.base = before.eval(), after.eval(), None if base is None else base.eval()
-        for label, model in (("after", after), ("base", base)):
-            if model is not None:
-                _check_same_shape(before, model, label)
+        check_finite(before, "before")
+        models = [before, after] if base is None else [before, after, base]
+        for label, model in zip(("after", "base"), models[1:], strict=False):
+            check_same_shape(before, model, label)
+        count_buffers_that_differ(models)
+        for model in models:
+            exact_experts(model)
+        for label, model in zip(("after", "base"), models[1:], strict=False):
+            if identical(before, model):
+                raise ValueError(
+                    f"{label}: expected another checkpoint than before, {model_name(before)}; {model_name(model)} is "
+                    "identical to it"
+                )
         self.route_map = RouteMap(before.config, description)
-        pairs = zip(before.parameters(), after.parameters(), strict=True)
-        if all(torch.equal(a, b.to(a.device)) for a, b in pairs):
-            raise ValueError(f"{_name(before)} and {_name(after)} are identical: there is no update to analyse")
+        names = [name for name, _ in before.named_parameters()]
+        on_disk = [name for checkpoint in checkpoints or [] for name in checkpoint.tensors]
+        self.route_map.check(names, model_name(before), all_known=False)
+        if on_disk:
+            self.route_map.check(on_disk, f"{checkpoints[-1].name} on disk", all_known=False)
+            self.route_map.check([*names, *on_disk], model_name(before))
 
     @classmethod
     def from_pretrained(
@@ -178,18 +201,8 @@ class InterferenceAnalyzer:
 
     def references(self, earlier: Domain, later: list[Domain], others: Sequence[Domain] = ()) -> dict[str, References]:
         """
-        The completions that losses are taken on.
-
-        Args:
-            earlier ([`Domain`]):
-                Its completions come from `before`.
-            later (`list[Domain]`):
-                Their completions come from `after`.
-            others (`Sequence[Domain]`, *optional*):
-                Their completions come from `before`.
-
-        Returns:
-            `dict[str, References]`: References by domain.
+        The completions that losses are taken on, by domain: those of the earlier domain and of the others come from
+        `before`, those of the later ones from `after`.
         """
         references = {
             domain.name: collect_references(self.before, self.tokenizer, domain, self.config)
@@ -205,6 +218,8 @@ class InterferenceAnalyzer:
         finally:
             if path is not None:
                 path.move(0.0)
+        for entry in references.values():
+            check_fits(self.before, entry)
         return references
 
     def batches(self, references: dict[str, References]) -> dict[str, Batches]:
@@ -213,19 +228,10 @@ class InterferenceAnalyzer:
 
     def passes(self, later: int = 1, others: int = 0) -> dict[str, float]:
         """
-        Gradient passes of each part of an analysis, by the names that `progress` is called with.
+        Gradient passes of each part of an analysis, by the names that `progress` is called with, in their order.
 
         A pass over the references of any domain counts the same, and a forward pass alone as a third of one. Reading
         the files and writing references are no passes.
-
-        Args:
-            later (`int`, *optional*, defaults to `1`):
-                Number of later domains.
-            others (`int`, *optional*, defaults to `0`):
-                Number of other domains.
-
-        Returns:
-            `dict[str, float]`: Passes, in the order of the parts.
         """
         config, domains = self.config, 1 + later + others
         parts = {"reference completions": 0.0}
@@ -234,7 +240,7 @@ class InterferenceAnalyzer:
         if not self._shares_passes:
             parts["activity"] = domains / 3
         parts[self._gradient_part] = float(domains)
-        check = 4 * min(1.0, config.check_prompts / config.max_prompts)
+        check = 8 * min(1.0, config.check_prompts / config.max_prompts)
         parts["damage of the earlier domain"] = 2 + check + config.quadrature_nodes
         parts["damage of the later domains"] = config.later_quadrature_nodes * later + domains / 3
         if config.subspace_size:
@@ -301,64 +307,51 @@ class InterferenceAnalyzer:
     ) -> InterferenceReport:
         config, route_map, later_names = self.config, self.route_map, [domain.name for domain in later]
         batches = {name: self._split(entry) for name, entry in references.items()}
-
-        updates = None
-        if self.checkpoints is not None:
-            progress("files of the checkpoints")
-            names = ("update",) if len(self.checkpoints) == 2 else ("earlier", "update")
-            found = update_statistics(self.checkpoints)
-            updates = {name: entry.to_dict() for name, entry in zip(names, found, strict=True)}
-
-        shared, activity = self._shares_passes, {}
-        if not shared:
-            progress("activity")
-            activity = {name: route_activity(self.before, entry.all, route_map) for name, entry in batches.items()}
-
-        progress(self._gradient_part)
-        objective, rollouts = self._objective([earlier, *later, *others])
-        sources = batches if rollouts is None else {name: self._split(entry) for name, entry in rollouts.items()}
-        losses, halves = {}, {}
-        for name, entry in sources.items():
-            if shared:
-                with ActivityMeter(self.before, route_map) as meter:
-                    losses[name], halves[name] = self._half_gradients(entry, _observed(objective, meter))
-                activity[name] = meter.activity()
-            else:
-                losses[name], halves[name] = self._half_gradients(entry, objective)
-        products = GradientProducts(halves, self.before.device)
+        updates, digests = self._files(progress)
+        activity, losses, halves = self._gradients([earlier, *later, *others], batches, progress)
+        products = GradientProducts(halves, route_map, self.before.device)
         gradient = None
         if config.objective == "nll":
-            gradient, *rest = halves[earlier.name]
-            for part in rest:
-                for name, tensor in part.items():
-                    gradient[name] += tensor.to(gradient[name].device)
-            loss_before = losses
+            gradient, loss_before = _sum(halves[earlier.name]), losses
         else:
             loss_before = {name: mean_loss(self.before, entry.mine) for name, entry in batches.items()}
         del halves
+        for name, loss in loss_before.items():
+            if not np.isfinite(loss):
+                dtype = str(self.before.dtype).removeprefix("torch.")
+                raise ValueError(f"before: expected a finite loss on {name!r}, found {loss} in {dtype}: use float32")
 
         progress("damage of the earlier domain")
-        path = UpdatePath(self.before, dict(self.after.named_parameters()), config.offload)
         damaged = batches[earlier.name].mine
-        subspace, directions = None, None
+        check = self._thinned(references[earlier.name], config.check_prompts)
+        few = self._thinned(references[earlier.name], config.subspace_prompts) if config.subspace_size else []
+        routing = HeldRouting(self.before, damaged[0] if damaged else batches[earlier.name].all[0])
+        for part in (damaged, check, few, *(batches[name].mine for name in later_names)):
+            routing.record(part)
+        path = UpdatePath(self.before, dict(self.after.named_parameters()), config.offload)
+        subspace, directions, held = None, None, None
         try:
             first = first_order(path, damaged, route_map, gradient)
-            del gradient
-            check = self._thinned(references[earlier.name], config.check_prompts)
-            step = config.difference_step or difference_step(path)
-            second = second_order(path, damaged, route_map, step)
-            error = abs(second.total) * second_order_error(path, check, route_map, step) if check else None
-            damage = attribution(path, damaged, route_map, config.quadrature_nodes)
-            progress("damage of the later domains")
-            terms = {
-                name: attribution(path, batches[name].mine, route_map, config.later_quadrature_nodes)
-                for name in later_names
-            }
-            path.move(1.0)
+            del gradient  # of the size of the model, and reduced to routes
+            step = difference_step(path) if config.difference_step is None else config.difference_step
+            with routing.held():
+                second = second_order(path, damaged, route_map, step)
+                error = abs(second.total) * second_order_error(path, check, route_map, step) if check else None
+                damage = attribution(path, damaged, route_map, config.quadrature_nodes)
+                progress("damage of the later domains")
+                terms = {
+                    name: attribution(path, batches[name].mine, route_map, config.later_quadrature_nodes)
+                    for name in later_names
+                }
+                path.move(1.0)
+                if routing.routers:
+                    held = mean_loss(self.before, damaged)
             loss_after = {name: mean_loss(self.before, entry.mine) for name, entry in batches.items()}
+            switched = self._switched(routing, damaged)
             if config.subspace_size:
                 progress("conflict subspace")
-                subspace, directions = self._subspace(path, references[earlier.name], step)
+                with routing.held():
+                    subspace, directions = self._subspace(path, few, len(references[earlier.name].prompts), step)
         finally:
             path.move(0.0)
 
@@ -371,18 +364,19 @@ class InterferenceAnalyzer:
             "activity_earlier": activity[earlier.name],
             "activity_later": np.mean([activity[name] for name in later_names], axis=0),
         }
-        overlap = {"active": _active_overlaps(activity, route_map)}
+        overlap = {"active": active_overlaps(activity, route_map)}
         if self.base is not None:
             routes |= opposed_edits(route_map, self.base, path.start, path.delta)
             changed = overlaps(routes["earlier_edit_size"], routes["edit_size"], route_map)
             overlap["changed"] = {kind: entry.to_dict() for kind, entry in changed.items()}
         return InterferenceReport(
-            before=_name(self.before),
-            after=_name(self.after),
-            base=None if self.base is None else _name(self.base),
+            before=model_name(self.before),
+            after=model_name(self.after),
+            base=None if self.base is None else model_name(self.base),
             earlier=earlier.name,
-            later=[domain.name for domain in later],
+            later=later_names,
             dtype=str(self.before.config.dtype).removeprefix("torch."),
+            computed_in=str(self.before.dtype).removeprefix("torch."),
             references={
                 name: {
                     "kind": config.reference,
@@ -400,13 +394,16 @@ class InterferenceAnalyzer:
             difference_step=step,
             attributed=float(damage.routes.sum()),
             outside_routes=damage.outside,
+            switching=None if held is None else loss_after[earlier.name] - held,
+            switched=switched,
             later_loss_before={name: loss_before[name] for name in later_names},
             later_loss_after={name: loss_after[name] for name in later_names},
             later_residual={name: loss_after[name] - loss_before[name] - entry.total for name, entry in terms.items()},
-            cosines=_cosine_figures(products, earlier.name, later_names),
+            cosines=products.figures(earlier.name, later_names),
             subspace=subspace,
             directions=directions,
             updates=updates,
+            digests=digests,
             identical_in_bfloat16=identical_when_stored(path.start, path.end, torch.bfloat16),
             overlaps=overlap,
             route_counts={kind: list(counts) for kind, counts in route_map.counts.items()},
@@ -417,6 +414,43 @@ class InterferenceAnalyzer:
             },
             routes=routes,
         )
+
+    def _files(self, progress: Callable[[str], None]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Statistics of the updates and digests of the checkpoints, from their files."""
+        if self.checkpoints is None:
+            return None, None
+        progress("files of the checkpoints")
+        found = update_statistics(self.checkpoints)
+        names = ("update",) if len(found) == 1 else ("earlier", "update")
+        return {name: entry.to_dict() for name, entry in zip(names, found, strict=True)}, None
+
+    def _gradients(
+        self, domains: list[Domain], batches: dict[str, _DomainBatches], progress: Callable[[str], None]
+    ) -> tuple[dict[str, np.ndarray], dict[str, float], dict[str, list[Tensors]]]:
+        """Activity, loss, and the gradients of both halves, of every domain."""
+        shared, activity = self._shares_passes, {}
+        if not shared:
+            progress("activity")
+            for name, entry in batches.items():
+                activity[name] = route_activity(self.before, entry.all, self.route_map)
+        progress(self._gradient_part)
+        objective, rollouts = self._objective(domains)
+        sources = batches if rollouts is None else {name: self._split(entry) for name, entry in rollouts.items()}
+        losses, halves = {}, {}
+        for name, entry in sources.items():
+            if shared:
+                with ActivityMeter(self.before, self.route_map) as meter:
+                    losses[name], halves[name] = self._half_gradients(entry, _observed(objective, meter))
+                activity[name] = meter.activity()
+            else:
+                losses[name], halves[name] = self._half_gradients(entry, objective)
+        return activity, losses, halves
+
+    def _switched(self, routing: HeldRouting, batches: Batches) -> int | None:
+        if not routing.routers:
+            return None
+        count = torch.tensor(routing.switched(batches), device=self.before.device)
+        return int(reduce(count, "sum") if isinstance(batches, Shard) else count)
 
     def _split(self, references: References) -> _DomainBatches:
         size, pad_id = self.config.batch_size, self.tokenizer.pad_token_id or 0
@@ -455,15 +489,16 @@ class InterferenceAnalyzer:
             gradients.append(gradient)
         return total, gradients
 
-    def _subspace(self, path: UpdatePath, references: References, step: float) -> tuple[dict, np.ndarray]:
+    def _subspace(
+        self, path: UpdatePath, batches: Batches, references: int, step: float
+    ) -> tuple[dict[str, Any], np.ndarray]:
         config, route_map = self.config, self.route_map
-        batches = self._thinned(references, config.subspace_prompts)
         size = min(config.subspace_size, route_map.num_routes - 1)
         found, directions = {}, {}
         for name, update in (("update", path.delta), ("random", random_update(path, config.seed))):
             spectrum, directions[name] = conflict_subspace(path, batches, route_map, size, update, step, config.seed)
             found[name] = spectrum.to_dict()
-        figures = {"references": min(config.subspace_prompts, len(references.prompts)), "seed": config.seed}
+        figures = {"references": min(config.subspace_prompts, references), "seed": config.seed}
         return {**found, **figures}, directions["update"]
 
 
@@ -475,108 +510,10 @@ def _observed(objective: Objective, meter: ActivityMeter) -> Objective:
     return compute
 
 
-def _cosine_figures(products: GradientProducts, earlier: str, later: list[str]) -> dict:
-    return {
-        **products.cosines(earlier, later),
-        "by_domain": {
-            name: {
-                **products.cosines(earlier, name),
-                "interval": products.interval(earlier, name),
-                "ceiling": products.ceiling(earlier, name),
-                **_extremes(products, earlier, name),
-            }
-            for name in later
-        },
-        "pairs": {
-            first: {second: entry["global"] for second, entry in row.items()}
-            for first, row in products.matrix().items()
-        },
-        "reliability": {name: products.reliability(name) for name in products.parts},
-    }
-
-
-def _extremes(products: GradientProducts, first: str, second: str) -> dict:
-    modules = products.cosines(first, second)["modules"]
-    if not modules:
-        return {}
-    found = {"most_conflicting": min(modules, key=modules.get), "most_synergistic": max(modules, key=modules.get)}
-    return {
-        key: {
-            "module": name,
-            "cosine": modules[name],
-            "interval": products.interval(first, second, module=name),
-            "of": len(modules),
-        }
-        for key, name in found.items()
-    }
-
-
-def _active_overlaps(activity: dict[str, np.ndarray], route_map: RouteMap) -> dict[str, dict[str, dict]]:
-    names = list(activity)
-    return {
-        first: {
-            second: {
-                kind: entry.to_dict() for kind, entry in overlaps(activity[first], activity[second], route_map).items()
-            }
-            for second in names[index + 1 :]
-        }
-        for index, first in enumerate(names[:-1])
-    }
-
-
-def opposed_edits(
-    route_map: RouteMap, base: PreTrainedModel, start: Direction, delta: Direction
-) -> dict[str, np.ndarray]:
-    """
-    How far the update opposes, on each route, what the earlier domain's own training had done.
-
-    ```
-    opposed_r = max(0, -<δ_A,r , δ_r> / |δ_A,r|)        δ_A = before - base
-    ```
-
-    Args:
-        route_map ([`RouteMap`]):
-            The routes.
-        base ([`~transformers.PreTrainedModel`]):
-            Model that the earlier domain's training started from.
-        start (`Mapping[str, torch.Tensor]`):
-            Parameters before the update.
-        delta (`Mapping[str, torch.Tensor]`):
-            The update δ.
-
-    Returns:
-        `dict[str, numpy.ndarray]`: `opposed` and `earlier_edit_size`, each of shape `(num_routes,)`.
-    """
-    parameters = dict(base.named_parameters())
-
-    def edit(name: str) -> torch.Tensor:
-        like = delta[name]
-        return start[name].to(like.device) - parameters[name].detach().to(like)
-
-    earlier = Elementwise(start, edit)
-    size = np.sqrt(dot(route_map, earlier, earlier).routes)
-    inner = dot(route_map, earlier, delta).routes
-    opposed = np.divide(-inner, size, out=np.zeros_like(inner), where=size > 0).clip(min=0)
-    return {"opposed": opposed, "earlier_edit_size": size}
-
-
-def _name(model: PreTrainedModel) -> str:
-    return model.config._name_or_path or type(model).__name__
-
-
-def _check_same_shape(before: PreTrainedModel, other: PreTrainedModel, label: str) -> None:
-    for setting in ("model_type", "num_attention_heads", "num_key_value_heads"):
-        expected, found = (getattr(model.config, setting, None) for model in (before, other))
-        if found != expected:
-            raise ValueError(
-                f"{label} checkpoint {_name(other)}: expected {setting} {expected!r} as in {_name(before)}, "
-                f"found {found!r}"
-            )
-    shapes = {name: tuple(parameter.shape) for name, parameter in before.named_parameters()}
-    found = {name: tuple(parameter.shape) for name, parameter in other.named_parameters()}
-    for name in sorted(shapes.keys() | found.keys()):
-        if shapes.get(name) != found.get(name):
-            raise ValueError(
-                f"{label} checkpoint {_name(other)}: tensor {name}: expected shape {shapes.get(name)} as in "
-                f"{_name(before)}, found {found.get(name)}"
-            )
+def _sum(parts: list[Tensors]) -> Tensors:
+    """The gradient of a domain, in the memory of its first part."""
+    gradient, *rest = parts
+    for part in rest:
+        for name, tensor in part.items():
+            gradient[name] += tensor.to(gradient[name].device)
+    return gradient

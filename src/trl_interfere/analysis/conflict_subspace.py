@@ -1,6 +1,5 @@
 """The conflict subspace: the few directions of route space that carry the second-order damage."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,10 +51,6 @@ class Spectrum:
     applications: int
     converged: bool
 
-    def top(self, k: int) -> float:
-        """Share of the second-order damage in the first `k` eigenvectors."""
-        return float(sum(self.shares[:k]))
-
     def to_dict(self) -> dict[str, Any]:
         """The figures by name, as they stand in `report.json`."""
         return asdict(self)
@@ -67,7 +62,6 @@ def route_operator(
     route_map: RouteMap,
     update: Direction | None = None,
     step: float | None = None,
-    progress: Callable[[], None] = lambda: None,
 ) -> LinearOperator:
     """
     The symmetric operator of the second-order damage on route space, with one coefficient for each route.
@@ -79,23 +73,6 @@ def route_operator(
     so that ½ cᵀMc is the second-order damage of an update whose routes are scaled by c. Each application is one
     Hessian product by central difference: two gradient passes. Its step makes a displacement as long as that of
     [`second_order`], ε |δ|, whatever c.
-
-    Args:
-        path ([`UpdatePath`]):
-            The update; its model is left away from θ0.
-        batches (`list[dict[str, torch.Tensor]]`):
-            References of the damaged domain.
-        route_map ([`RouteMap`]):
-            The routes.
-        update (`Mapping[str, torch.Tensor]`, *optional*):
-            δ. Defaults to the update of the path.
-        step (`float`, *optional*):
-            ε. Defaults to [`difference_step`].
-        progress (`Callable`, *optional*):
-            Called after each application.
-
-    Returns:
-        [`scipy.sparse.linalg.LinearOperator`]: Of shape `(num_routes, num_routes)`, in float64.
     """
     update = path.delta if update is None else update
     length = (difference_step(path) if step is None else step) * norm(path.delta)
@@ -114,9 +91,7 @@ def route_operator(
             return np.zeros(route_map.num_routes)
         if not np.isfinite(size):
             raise ValueError(f"update: expected finite tensors, found a norm of {size}")
-        terms = hessian_terms(path, batches, route_map, direction, length / size, against=update)
-        progress()
-        return terms.routes
+        return hessian_terms(path, batches, route_map, direction, length / size, against=update).routes
 
     shape = (route_map.num_routes, route_map.num_routes)
     return LinearOperator(shape, matvec=apply, rmatvec=apply, dtype=np.float64)
@@ -130,7 +105,6 @@ def conflict_subspace(
     update: Direction | None = None,
     step: float | None = None,
     seed: int = 0,
-    progress: Callable[[], None] = lambda: None,
 ) -> tuple[Spectrum, np.ndarray]:
     """
     Leading eigenpairs of [`route_operator`] by Lanczos (ARPACK through scipy), and the concentration of the damage.
@@ -151,8 +125,6 @@ def conflict_subspace(
             ε. Defaults to [`difference_step`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of the first Lanczos vector.
-        progress (`Callable`, *optional*):
-            Called after each Hessian product.
 
     Returns:
         `tuple[Spectrum, numpy.ndarray]`: The figures, and the eigenvectors of shape `(found, num_routes)`.
@@ -163,22 +135,29 @@ def conflict_subspace(
     count = route_map.num_routes
     if not 1 <= size < count:
         raise ValueError(f"size: expected 1 to {count - 1} for {count} routes, found {size}")
-    applications = 0
+    operator, applications = route_operator(path, batches, route_map, update, step), 0
 
-    def tick() -> None:
+    def apply(coefficients: np.ndarray) -> np.ndarray:
         nonlocal applications
         applications += 1
-        progress()
+        return operator.matvec(coefficients)
 
-    operator = route_operator(path, batches, route_map, update, step, tick)
-    parts = 0.5 * operator.matvec(np.ones(count))
+    parts = 0.5 * apply(np.ones(count))
     if not np.isfinite(parts).all():
         raise ValueError("update: expected a finite Hessian product, found NaN or infinity")
+    if not parts.any():  # nothing changed within routes
+        return Spectrum([], [], 0.0, 0.0, {}, applications, True), np.zeros((0, count))
     start = np.random.default_rng(seed).standard_normal(count)
     converged = True
     try:
         values, vectors = eigsh(
-            operator, k=size, which="LM", v0=start, ncv=min(count, 2 * size + 1), tol=_TOLERANCE, maxiter=4
+            LinearOperator(operator.shape, matvec=apply, dtype=np.float64),
+            k=size,
+            which="LM",
+            v0=start,
+            ncv=min(count, 2 * size + 1),
+            tol=_TOLERANCE,
+            maxiter=4,
         )
     except ArpackNoConvergence as error:
         values, vectors, converged = error.eigenvalues, error.eigenvectors, False
@@ -208,15 +187,6 @@ def random_update(path: UpdatePath, seed: int = 0) -> Direction:
 
     Tensors are drawn again, from a seed of their own, whenever they are asked for, so that the control needs no
     model-sized copy.
-
-    Args:
-        path ([`UpdatePath`]):
-            The update whose norms are taken.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draw.
-
-    Returns:
-        `Mapping[str, torch.Tensor]`: The update, by parameter name.
     """
     names = list(path.delta)
     position = {name: index for index, name in enumerate(names)}

@@ -24,19 +24,6 @@ def subspace_norms(
 
     where G needs no more than the edit sizes, since routes share no element. The theorem of arXiv 2606.02398 on
     refresh bounds ‖P_S(θ_t - θ*_A)‖ by (1 - αμ)^t ‖P_S δ_B‖: `displacements` are θ_t - θ*_A.
-
-    Args:
-        route_map ([`RouteMap`]):
-            The routes.
-        delta (`Mapping[str, torch.Tensor]`):
-            The update δ that the subspace was found for.
-        displacements (`list[Mapping[str, torch.Tensor]]`):
-            Displacements from the same starting point, such as δ itself and what a refresh left of it.
-        directions (`numpy.ndarray` of shape `(k, num_routes)`):
-            Vectors of route space that span S, such as the eigenvectors of [`conflict_subspace`].
-
-    Returns:
-        `numpy.ndarray` of shape `(len(displacements),)`: Lengths in weight space.
     """
     squares = dot(route_map, delta, delta).routes
     gram = (directions * squares) @ directions.T

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from .gradients import Tensors
-from .routes import module_of
+from .routes import RouteMap
 
 
 LEVELS = ("tensors", "modules", "layers", "global")
@@ -28,6 +28,8 @@ class GradientProducts:
     Args:
         halves (`dict[str, Sequence[dict[str, torch.Tensor]]]`):
             For each domain its one or two parts. With one part there is a cosine but no interval.
+        route_map ([`RouteMap`]):
+            Says which module a tensor belongs to.
         device (`torch.device`, *optional*):
             Where to multiply; tensors are sent there in chunks. Defaults to the devices of the gradients.
 
@@ -35,7 +37,7 @@ class GradientProducts:
         `ValueError`: If the gradients have not the same tensors.
     """
 
-    def __init__(self, halves: dict[str, Sequence[Tensors]], device: torch.device | None = None):
+    def __init__(self, halves: dict[str, Sequence[Tensors]], route_map: RouteMap, device: torch.device | None = None):
         self.parts: dict[str, list[int]] = {}
         flat: list[Tensors] = []
         for domain, tensors in halves.items():
@@ -46,8 +48,7 @@ class GradientProducts:
             if tensors.keys() != flat[0].keys():
                 raise ValueError(f"gradients: expected the tensors {names}, found {list(tensors)}")
         sums: dict[str, dict[str, torch.Tensor]] = {level: {} for level in LEVELS}
-        for name in names:
-            module = module_of(name)
+        for name, module in route_map.modules({name: tensor.shape for name, tensor in flat[0].items()}).items():
             layer = module.rsplit(".", 1)[0] if module.startswith("layers.") else None
             products = _gram([tensors[name] for tensors in flat], device)
             for level, key in zip(LEVELS, (name, module, layer, ""), strict=True):
@@ -70,16 +71,6 @@ class GradientProducts:
         ```
         cos = <g_A, g_B> / (|g_A| |g_B|)
         ```
-
-        Args:
-            first (`str`):
-                A domain.
-            second (`str` or `Sequence[str]`):
-                Another, or several of which the mean gradient is taken.
-
-        Returns:
-            `dict`: `"tensors"`, `"modules"` and `"layers"` by name, and `"global"`. A part in which either gradient is
-            zero has no cosine and is left out; a whole without one is `None`.
         """
         a, b = self._weights([first]), self._weights([second] if isinstance(second, str) else second)
         levels = {
@@ -89,13 +80,7 @@ class GradientProducts:
         return {**levels, "global": levels["global"].get("")}
 
     def matrix(self) -> dict[str, dict[str, dict]]:
-        """
-        Cosines of all pairs of domains, each pair once.
-
-        Returns:
-            `dict[str, dict[str, dict]]`: By the first and the second domain, in their order, what
-            [`~GradientProducts.cosines`] returns.
-        """
+        """Cosines of all pairs of domains, each pair once."""
         domains = list(self.parts)
         return {
             first: {second: self.cosines(first, second) for second in domains[index + 1 :]}
@@ -112,14 +97,6 @@ class GradientProducts:
 
         the Spearman-Brown formula for a sample twice as large as each half. A measured cosine of two domains is that
         of their true gradients times about sqrt(R_A R_B), which is the highest that noise allows.
-
-        Args:
-            domain (`str`):
-                The domain.
-
-        Returns:
-            `float` or `None`: Between 0 and 1 (0 where the halves do not agree at all), and `None` without two halves
-            or with a zero gradient.
         """
         if len(self.parts[domain]) != 2:
             return None
@@ -131,15 +108,6 @@ class GradientProducts:
     def ceiling(self, first: str, second: str) -> float | None:
         """
         Highest cosine that the noise of two gradients allows: `sqrt(R_A R_B)` of [`~GradientProducts.reliability`].
-
-        Args:
-            first (`str`):
-                A domain.
-            second (`str`):
-                Another.
-
-        Returns:
-            `float` or `None`: `None` where a reliability is missing.
         """
         found = [self.reliability(domain) for domain in (first, second)]
         return None if None in found else float(np.sqrt(found[0] * found[1]))
@@ -157,18 +125,6 @@ class GradientProducts:
 
         with two degrees of freedom, so that the interval is `cos ± 4.30 s`. It is wide, and wider than it need be:
         halves are noisier than wholes, so that their cosines lie nearer to zero, and this counts as deviation.
-
-        Args:
-            first (`str`):
-                A domain.
-            second (`str`):
-                Another.
-            module (`str`, *optional*):
-                A module. Defaults to the whole model.
-
-        Returns:
-            `list[float]` or `None`: Lower and upper end, within -1 and 1; `None` without two halves of each, or where
-            a half has no gradient.
         """
         grams = self._products["global"] if module is None else self._products["modules"]
         gram = grams["" if module is None else module]
@@ -181,6 +137,41 @@ class GradientProducts:
             return None
         spread = _T2 * float(np.sqrt(np.mean((np.array(halves) - whole) ** 2)))
         return [max(-1.0, whole - spread), min(1.0, whole + spread)]
+
+    def figures(self, earlier: str, later: list[str]) -> dict:
+        """What a report holds of the cosines between the earlier domain and the later ones."""
+        return {
+            **self.cosines(earlier, later),
+            "by_domain": {
+                name: {
+                    **self.cosines(earlier, name),
+                    "interval": self.interval(earlier, name),
+                    "ceiling": self.ceiling(earlier, name),
+                    **self._extremes(earlier, name),
+                }
+                for name in later
+            },
+            "pairs": {
+                first: {second: entry["global"] for second, entry in row.items()}
+                for first, row in self.matrix().items()
+            },
+            "reliability": {name: self.reliability(name) for name in self.parts},
+        }
+
+    def _extremes(self, first: str, second: str) -> dict:
+        modules = self.cosines(first, second)["modules"]
+        if not modules:
+            return {}
+        found = {"most_conflicting": min(modules, key=modules.get), "most_synergistic": max(modules, key=modules.get)}
+        return {
+            key: {
+                "module": name,
+                "cosine": modules[name],
+                "interval": self.interval(first, second, module=name),
+                "of": len(modules),
+            }
+            for key, name in found.items()
+        }
 
     def _weights(self, domains: Sequence[str]) -> np.ndarray:
         weights = np.zeros(len(self._products["global"][""]))
@@ -204,19 +195,3 @@ def _gram(tensors: list[torch.Tensor], device: torch.device | None = None) -> to
 def _cosine(gram: np.ndarray, first: np.ndarray, second: np.ndarray) -> float | None:
     squares = (first @ gram @ first) * (second @ gram @ second)
     return None if squares <= 0 else float(np.clip(first @ gram @ second / np.sqrt(squares), -1, 1))
-
-
-def cosines(first: Tensors, second: Tensors) -> dict:
-    """
-    Cosines between two gradients: of each tensor, module and layer, and of the whole model.
-
-    Args:
-        first (`dict[str, torch.Tensor]`):
-            Gradient of one domain.
-        second (`dict[str, torch.Tensor]`):
-            Gradient of another.
-
-    Returns:
-        `dict`: What [`GradientProducts.cosines`] returns.
-    """
-    return GradientProducts({"first": [first], "second": [second]}).cosines("first", "second")

@@ -24,10 +24,6 @@ class Shard(list):
 
     [`mean_loss`] and [`mean_gradient`] of a shard are those of the whole list, in every process: all of them must call
     together.
-
-    Args:
-        batches (`list[dict[str, torch.Tensor]]`):
-            All batches, the same in every process.
     """
 
     def __init__(self, batches: Batches):
@@ -37,29 +33,16 @@ class Shard(list):
 
 
 def num_tokens(batches: Batches) -> int:
-    """Number of completion tokens of batches, in all processes."""
+    """Number of completion tokens that are predicted, in all processes: all but a first one without a prompt."""
     if isinstance(batches, Shard):
         return batches.tokens
     if not batches:
         return 0
-    return int(torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum())
+    return int(torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum())
 
 
 def mean_loss(model: PreTrainedModel, batches: Batches, objective: Objective = nll) -> float:
-    """
-    Mean objective over the completion tokens, in nats; by default their negative log-likelihood.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model.
-        batches (`list[dict[str, torch.Tensor]]`):
-            Batches of [`References`].
-        objective (`Callable`, *optional*):
-            Sum of the objective over the tokens of a batch.
-
-    Returns:
-        `float`: The loss.
-    """
+    """Mean objective over the completion tokens, in nats; by default their negative log-likelihood."""
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     with torch.no_grad():
         for batch in batches:
@@ -76,23 +59,10 @@ def mean_gradient(
     tokens: int | None = None,
 ) -> tuple[float, Tensors]:
     """
-    Gradient of [`mean_loss`] with respect to every parameter.
+    [`mean_loss`] and its gradient by parameter name, summed over batches in the data type of the parameters.
 
-    It is summed over batches in the data type of the parameters.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, in evaluation mode.
-        batches (`list[dict[str, torch.Tensor]]`):
-            Batches of [`References`].
-        objective (`Callable`, *optional*):
-            Sum of the objective over the tokens of a batch.
-        tokens (`int`, *optional*):
-            Number of tokens that the sum is divided by. Defaults to those of `batches`; with those of a larger set,
-            the parts of disjoint subsets sum to the gradient of the whole.
-
-    Returns:
-        `tuple[float, dict[str, torch.Tensor]]`: The loss in nats per token, and the gradient by parameter name.
+    `tokens` is what the sum is divided by, by default the tokens of `batches`; with those of a larger set, the parts
+    of disjoint subsets sum to the gradient of the whole.
     """
     tokens = num_tokens(batches) if tokens is None else tokens
     model.zero_grad(set_to_none=True)
@@ -117,15 +87,6 @@ def checkpointed(model: PreTrainedModel, enabled: bool = True) -> Iterator[PreTr
 
     The layers alone are told that they train, which is when transformers checkpoints; their parts stay in evaluation
     mode, so that dropout stays off.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, in evaluation mode.
-        enabled (`bool`, *optional*, defaults to `True`):
-            Whether to do it at all.
-
-    Raises:
-        `ValueError`: If the model has no layer that supports it.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not enabled:

@@ -1,4 +1,4 @@
-"""Objectives of a domain: what its gradient is taken of."""
+"""Objectives of a domain: what its gradient is taken of. All sum in float32 or more, whatever the logits' type."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,8 @@ def completion_logits(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tenso
             A batch of [`References`].
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Logits of shape `(tokens, vocabulary)` and token ids of shape `(tokens,)`.
+        `tuple[torch.Tensor, torch.Tensor]`: Logits of shape `(tokens, vocabulary)`, in float32 or more, and token ids
+        of shape `(tokens,)`.
     """
     labels = batch["labels"]
     # Logits of prompts are not needed, and with a large vocabulary they are most of the memory of a small model.
@@ -37,48 +38,29 @@ def completion_logits(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tenso
         logits_to_keep=labels.shape[1] - first + 1,
         use_cache=False,
     ).logits
-    return logits[:, :-1][chosen], targets[chosen]
+    logits = logits[:, :-1][chosen]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[chosen]
 
 
 def nll(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """
-    Negative log-likelihood of the completion tokens.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model.
-        batch (`dict[str, torch.Tensor]`):
-            A batch of [`References`].
-
-    Returns:
-        `torch.Tensor`: Its sum over tokens.
-    """
+    """Negative log-likelihood of the completion tokens, summed over them."""
     return F.cross_entropy(*completion_logits(model, batch), reduction="sum")
 
 
 def grpo(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """
-    Surrogate of GRPO (arXiv 2402.03300) at the policy that wrote the completions.
+    Surrogate of GRPO (arXiv 2402.03300) at the policy that wrote the completions, summed over their tokens.
 
     ```
     - Σ_t A_t log π(y_t | x, y_<t)
     ```
 
     There all probability ratios are 1 and nothing is clipped, so that this has the gradient of the surrogate, summed
-    over tokens (TRL's `loss_type="dapo"` divides by the number of tokens of all completions, as
-    [`mean_gradient`] does).
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model that wrote the completions.
-        batch (`dict[str, torch.Tensor]`):
-            A batch of [`References`] with `advantages` of shape `(batch,)`.
-
-    Returns:
-        `torch.Tensor`: Its sum over tokens.
+    over tokens (TRL's `loss_type="dapo"` divides by the number of tokens of all completions, as [`mean_gradient`]
+    does). The batch has `advantages` of shape `(batch,)`.
     """
     logits, targets = completion_logits(model, batch)
-    chosen = batch["labels"] != -100
+    chosen = batch["labels"][:, 1:] != -100
     advantages = batch["advantages"][:, None].expand_as(chosen)[chosen].to(logits.dtype)
     return (advantages * F.cross_entropy(logits, targets, reduction="none")).sum()
 
@@ -92,28 +74,12 @@ class ForwardKL:
     ```
 
     Its gradient is zero where the model equals the reference.
-
-    Args:
-        reference ([`~transformers.PreTrainedModel`]):
-            The reference model; one more forward pass per batch.
     """
 
     def __init__(self, reference: PreTrainedModel):
         self.reference = reference
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        """
-        The divergence.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`]):
-                The model.
-            batch (`dict[str, torch.Tensor]`):
-                A batch of [`References`].
-
-        Returns:
-            `torch.Tensor`: Its sum over tokens.
-        """
         with torch.no_grad():
             device = self.reference.device
             expected = completion_logits(self.reference, {key: value.to(device) for key, value in batch.items()})[0]

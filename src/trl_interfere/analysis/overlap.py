@@ -163,22 +163,22 @@ def overlaps(
     return results
 
 
+def active_overlaps(activity: dict[str, np.ndarray], route_map: RouteMap) -> dict[str, dict[str, dict]]:
+    """Overlap of the most active routes of every pair of domains, as `{first: {second: {kind: figures}}}`."""
+    names = list(activity)
+    return {
+        first: {
+            second: {
+                kind: entry.to_dict() for kind, entry in overlaps(activity[first], activity[second], route_map).items()
+            }
+            for second in names[index + 1 :]
+        }
+        for index, first in enumerate(names[:-1])
+    }
+
+
 def top_routes(values: np.ndarray, kinds: dict[str, slice], share: float = 0.1) -> np.ndarray:
-    """
-    The largest routes of each kind.
-
-    Args:
-        values (`numpy.ndarray` of shape `(num_routes,)`):
-            A measure.
-        kinds (`dict[str, slice]`):
-            Routes of each kind.
-        share (`float`, *optional*, defaults to `0.1`):
-            How many routes of a kind are chosen. Of equal ones those with the lower index are; one whose value is 0
-            never is, so that there can be fewer.
-
-    Returns:
-        `numpy.ndarray` of shape `(num_routes,)`: Whether each route is one of them.
-    """
+    """The largest routes of each kind."""
     chosen = np.zeros(len(values), dtype=bool)
     for routes in kinds.values():
         part = values[routes]
@@ -191,18 +191,7 @@ def top_routes(values: np.ndarray, kinds: dict[str, slice], share: float = 0.1) 
 
 
 def jaccard(first: np.ndarray, second: np.ndarray) -> float:
-    """
-    Jaccard index of two sets, `|A ∩ B| / |A ∪ B|`.
-
-    Args:
-        first (`numpy.ndarray` of shape `(n,)`):
-            Whether each element is in A.
-        second (`numpy.ndarray` of shape `(n,)`):
-            Whether it is in B.
-
-    Returns:
-        `float`: The index; `nan` if both are empty.
-    """
+    """Jaccard index of two sets, `|A ∩ B| / |A ∪ B|`."""
     union = int(np.count_nonzero(first | second))
     return int(np.count_nonzero(first & second)) / union if union else float("nan")
 

@@ -1,5 +1,6 @@
 """Reference completions: the text on which the loss of a domain is taken."""
 
+import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,21 +18,10 @@ from .config import InterferenceConfig
 @dataclass
 class References:
     """
-    Prompts with their reference completions, as token ids.
+    Prompts with their reference completions, as token ids; completions end with the end token.
 
-    Args:
-        domain (`str`):
-            Name of the domain.
-        prompts (`list[list[int]]`):
-            Token ids of the prompts.
-        completions (`list[list[int]]`):
-            Token ids of the completions, with the end token.
-        considered (`int`):
-            Number of prompts from which these were taken.
-        advantages (`list[float]`, *optional*):
-            Advantage of each completion, for the objective `"grpo"`.
-        group_size (`int`, *optional*, defaults to `1`):
-            Completions of each prompt, which stand next to each other.
+    `considered` counts the prompts from which they were taken. For the objective `"grpo"` each completion has an
+    advantage, and the `group_size` completions of a prompt stand next to each other.
     """
 
     domain: str
@@ -43,26 +33,12 @@ class References:
 
     @property
     def num_tokens(self) -> int:
-        """Number of completion tokens."""
-        return sum(len(completion) for completion in self.completions)
+        """Number of completion tokens that are predicted: without a prompt the first one is not."""
+        pairs = zip(self.prompts, self.completions, strict=True)
+        return sum(len(completion) - (not prompt) for prompt, completion in pairs)
 
     def batches(self, batch_size: int, pad_id: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
-        """
-        Padded batches, longest sequences first.
-
-        Args:
-            batch_size (`int`):
-                Number of sequences in a batch.
-            pad_id (`int`):
-                Token to pad with, on the right.
-            device (`torch.device`):
-                Device of the tensors.
-
-        Returns:
-            `list[dict[str, torch.Tensor]]`: `input_ids`, `attention_mask` and `labels`, each of shape
-            `(batch, length)`; labels are -100 outside completions. With advantages also `advantages`, of shape
-            `(batch,)`.
-        """
+        """Padded batches, longest sequences first."""
         order = sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i]) - len(self.completions[i]))
         batches = []
         for start in range(0, len(order), batch_size):
@@ -77,6 +53,7 @@ class References:
                 ids[row, :length] = torch.tensor(prompt + completion)
                 mask[row, :length] = 1
                 labels[row, len(prompt) : length] = torch.tensor(completion)
+            labels[:, 0] = -100  # nothing predicts a first token
             batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
             if self.advantages is not None:
                 batch["advantages"] = torch.tensor([self.advantages[index] for index in rows], dtype=torch.float32)
@@ -84,12 +61,7 @@ class References:
         return batches
 
     def halves(self) -> list["References"]:
-        """
-        Two disjoint halves, of like lengths; completions of one prompt stay together.
-
-        Returns:
-            `list[References]`: Every other prompt, by length. One part only where there is but one prompt.
-        """
+        """Two disjoint halves, of like lengths; completions of one prompt stay together."""
         groups = range(len(self.prompts) // self.group_size)
         if len(groups) < 2:
             return [self]
@@ -101,18 +73,7 @@ class References:
         ]
 
     def take(self, rows: list[int], considered: int | None = None) -> "References":
-        """
-        Some of the completions.
-
-        Args:
-            rows (`list[int]`):
-                Their positions.
-            considered (`int`, *optional*):
-                Number of prompts from which they were taken. Defaults to that of the whole.
-
-        Returns:
-            [`References`]: Their prompts, completions and advantages, in this order.
-        """
+        """Some of the completions."""
         return replace(
             self,
             prompts=[self.prompts[index] for index in rows],
@@ -130,40 +91,24 @@ def collect_references(
     dataset: Dataset | None = None,
 ) -> References:
     """
-    Reference completions of a domain.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Writes the completions when `config.reference` is `"correct"`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        domain ([`Domain`]):
-            The domain.
-        config ([`InterferenceConfig`]):
-            Kind and number of references.
-        dataset ([`~datasets.Dataset`], *optional*):
-            Prompts. Defaults to the selection split of the domain, else to its evaluation split.
-
-    Returns:
-        [`References`]: The references.
-
-    Raises:
-        `ValueError`: If the domain has no prompts, or no completion counts as correct.
+    Reference completions of a domain, on its selection split, else on its evaluation split: the column of the data set
+    or, with `config.reference="correct"`, those that the model writes and the domain counts as correct.
     """
+    _check_tokenizer(tokenizer)
     dataset = _prompts(domain, dataset)
     rows = list(dataset.select(range(min(config.max_prompts, len(dataset)))))
     scorer = Scorer(tokenizer, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
-    prompts = [scorer.encode_prompt(row["prompt"]) for row in rows]
+    prompts = _encoded_prompts(scorer, domain, rows)
     if config.reference == "dataset":
         if config.reference_column not in dataset.column_names:
             raise ValueError(
                 f"domain {domain.name!r}: expected the column {config.reference_column!r} with reference completions, "
                 f"found {dataset.column_names}"
             )
-        completions = [
-            tokenizer(row[config.reference_column], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            for row in rows
-        ]
+        texts = [_text(row[config.reference_column], domain, config.reference_column) for row in rows]
+        completions = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        _check_encoding(tokenizer, domain, config.reference_column, texts, completions)
+        completions = [completion + [tokenizer.eos_token_id] for completion in completions]
         return References(domain.name, prompts, completions, len(rows))
     completions = _complete(scorer, model, rows, config)
     values = apply_metric(domain, rows, tokenizer.batch_decode(completions, skip_special_tokens=True), completions)
@@ -192,25 +137,8 @@ def collect_rollouts(
 
     with the sample standard deviation, as in TRL. Prompts whose completions all get the same reward have advantages of
     zero; they stay, because they count among the tokens that the surrogate is averaged over.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The policy, at which the gradient is to be taken.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        domain ([`Domain`]):
-            The domain; its rewards count, and its metric only where it has none.
-        config ([`InterferenceConfig`]):
-            `max_prompts`, `num_generations`, `temperature`, `max_new_tokens`, `batch_size` and `seed`.
-        dataset ([`~datasets.Dataset`], *optional*):
-            Prompts. Defaults to the selection split of the domain, else to its evaluation split.
-
-    Returns:
-        [`References`]: The completions, those of a prompt next to each other.
-
-    Raises:
-        `ValueError`: If the domain has no prompts, or no prompt has completions of different rewards.
     """
+    _check_tokenizer(tokenizer)
     dataset = _prompts(domain, dataset)
     size = config.num_generations
     rows = [row for row in dataset.select(range(min(config.max_prompts, len(dataset)))) for _ in range(size)]
@@ -232,7 +160,7 @@ def collect_rollouts(
             f"domain {domain.name!r}: the {size} completions of each of {len(rewards)} prompts have equal rewards, so "
             "that GRPO has no gradient; raise num_generations, temperature or max_prompts, or set objective='nll'"
         )
-    prompts = [scorer.encode_prompt(row["prompt"]) for row in rows]
+    prompts = _encoded_prompts(scorer, domain, rows)
     return References(domain.name, prompts, completions, len(rewards), advantages.ravel().tolist(), size)
 
 
@@ -241,6 +169,42 @@ def _prompts(domain: Domain, dataset: Dataset | None) -> Dataset:
     if dataset is None:
         raise ValueError(f"domain {domain.name!r}: expected a selection_dataset or an eval_dataset, found neither")
     return dataset
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: expected an eos_token, with which every reference completion ends, found none")
+
+
+def _encoded_prompts(scorer: Scorer, domain: Domain, rows: list[dict]) -> list[list[int]]:
+    prompts = [scorer.encode_prompt(row["prompt"]) for row in rows]
+    plain = [row["prompt"] if isinstance(row["prompt"], str) else None for row in rows]
+    _check_encoding(scorer.tokenizer, domain, "prompt", plain, prompts)
+    return prompts
+
+
+def _text(completion: str | list[dict] | None, domain: Domain, column: str) -> str:
+    if isinstance(completion, str):
+        return completion
+    if isinstance(completion, list) and all(isinstance(part, dict) and "content" in part for part in completion):
+        return "".join(part["content"] or "" for part in completion)
+    raise ValueError(f"domain {domain.name!r}: column {column!r}: expected text or messages, found {completion!r}")
+
+
+def _check_encoding(
+    tokenizer: PreTrainedTokenizerBase, domain: Domain, column: str, texts: list[str | None], ids: list[list[int]]
+) -> None:
+    """Refuse text that becomes no tokens, and warn of text that does not come back from them."""
+    for text, tokens in zip(texts, ids, strict=True):
+        if not tokens and (text is None or text.strip()):
+            raise ValueError(f"domain {domain.name!r}: column {column!r}: expected tokens for {text!r}, found none")
+    for text, tokens in zip(texts, ids, strict=True):
+        decoded = tokenizer.decode(tokens, skip_special_tokens=True)
+        if text is not None and "".join(decoded.split()).casefold() != "".join(text.split()).casefold():
+            warnings.warn(
+                f"domain {domain.name!r}: column {column!r}: the tokenizer makes {decoded!r} of {text!r}", stacklevel=2
+            )
+            return
 
 
 def _complete(scorer: Scorer, model: PreTrainedModel, rows: list[dict], config: InterferenceConfig) -> list[list[int]]:

@@ -103,6 +103,15 @@ class InterferenceReport:
             domains, as `{first: {second: ...}}`.
         route_counts (`dict[str, list[int]]`):
             Number of routes of each kind in each layer. Routes are numbered by kind, then by layer.
+        computed_in (`str`, *optional*):
+            Data type that losses and gradients were computed in; their sums are in float32 or more.
+        switching (`float`, *optional*):
+            Damage by tokens that change experts. In a model with routers all other terms are those of the loss with
+            the experts that `before` chooses; `None` in one without.
+        switched (`int`, *optional*):
+            Number of completion tokens of the earlier domain that change experts.
+        digests (`dict[str, dict[str, str]]`, *optional*):
+            SHA-256 of the tensors of each layer, and outside layers, in each checkpoint.
     """
 
     before: str | None
@@ -133,6 +142,10 @@ class InterferenceReport:
     identical_in_bfloat16: float | None = None
     overlaps: dict[str, Any] = field(default_factory=dict)
     route_counts: dict[str, list[int]] = field(default_factory=dict)
+    computed_in: str | None = None
+    switching: float | None = None
+    switched: int | None = None
+    digests: dict[str, dict[str, str]] | None = None
 
     @property
     def damage(self) -> float:
@@ -141,8 +154,8 @@ class InterferenceReport:
 
     @property
     def residual(self) -> float:
-        """Part of the damage that the attribution misses: the error of its quadrature."""
-        return self.damage - self.attributed - self.outside_routes
+        """Part of the damage that the attribution misses: the error of its quadrature, and rounding."""
+        return self.damage - self.attributed - self.outside_routes - (self.switching or 0.0)
 
     @property
     def concentration(self) -> dict[str, float]:

@@ -14,10 +14,6 @@ class Room:
 
     Made before the pass, and asked after it: the pass itself has shown what the next one takes. What was allocated at
     the peak of the whole process counts as taken by it, so that the answer errs toward no.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, on one device or several.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -26,13 +22,7 @@ class Room:
         self._held = {device: torch.cuda.memory_allocated(device) for device in devices if device.type == "cuda"}
 
     def for_another(self) -> bool:
-        """
-        Whether there is room.
-
-        Returns:
-            `bool`: Always on a processor, where it would be moved to what it lies in; never on accelerators other than
-            those of CUDA, which tell how much of their memory is free.
-        """
+        """Whether there is room."""
         return self._known and all(self._fits(device, held) for device, held in self._held.items())
 
     def _fits(self, device: torch.device, held: int) -> bool:

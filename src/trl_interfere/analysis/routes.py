@@ -1,6 +1,7 @@
 """Routes: the smallest units of computation, and the slices of the tensors that each of them owns."""
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +11,11 @@ from transformers import PretrainedConfig
 from .architectures import ARCHITECTURES, KINDS, Architecture, Count
 
 
-SCOPES = {"mlp": ("mlp",), "attention": ("query", "key_value"), "joint": KINDS}
+SCOPES = {"mlp": ("mlp",), "attention": ("query", "key_value", "linear"), "joint": KINDS}
 # Modules that any model may be wrapped in.
 WRAPPERS = ("base_model", "module", "_orig_mod")
+_PARENTS = re.compile(rf"^(?:(?:{'|'.join(WRAPPERS)}|model|language_model|transformer|gpt_neox|decoder)\.)+")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,14 +23,8 @@ class Cut:
     """
     How routes share a tensor: in blocks along one axis, or along an axis of experts and another.
 
-    Args:
-        axes (`tuple[int, ...]`):
-            Axes that are cut.
-        owners (`numpy.ndarray`):
-            Route that owns each block, with one axis for each of `axes`. A fused tensor has more than one block of a
-            route.
-        writes (`bool`):
-            Whether the routes write to the residual stream through the tensor.
+    `owners` holds the route of each block, with one axis for each of `axes`; a fused tensor has more than one block of
+    a route. `writes` says whether the routes write to the residual stream through the tensor.
     """
 
     axes: tuple[int, ...]
@@ -35,41 +32,13 @@ class Cut:
     writes: bool
 
     def blocks(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """
-        Bring a tensor into blocks.
-
-        Args:
-            name (`str`):
-                Its name, for the error.
-            tensor (`torch.Tensor`):
-                The tensor.
-
-        Returns:
-            `torch.Tensor` of shape `(number of blocks, elements per block)`: Blocks in the order of `owners`.
-
-        Raises:
-            `ValueError`: If an axis cannot be cut into as many equal blocks.
-        """
+        """The tensor as `(number of blocks, elements per block)`, blocks in the order of `owners`."""
         self.block_sizes(name, tensor)
         order = tuple(range(len(self.axes)))
         return tensor.movedim(self.axes, order).reshape(self.owners.size, -1)
 
     def block_sizes(self, name: str, tensor: torch.Tensor) -> list[int]:
-        """
-        Length of a block along each of `axes`.
-
-        Args:
-            name (`str`):
-                Name of the tensor, for the error.
-            tensor (`torch.Tensor`):
-                The tensor.
-
-        Returns:
-            `list[int]`: Lengths.
-
-        Raises:
-            `ValueError`: If an axis cannot be cut into as many equal blocks.
-        """
+        """Length of a block along each of `axes`."""
         sizes = []
         for axis, count in zip(self.axes, self.owners.shape, strict=True):
             length = tensor.shape[axis] if axis < tensor.ndim else 0
@@ -87,9 +56,9 @@ class RouteMap:
     Which slices of which tensors a route owns.
 
     A route is an MLP intermediate channel (its row of gate and up, its column of down), also one of an expert, a query
-    head (its rows of q, its columns of o) or a key/value head (its rows of k and v). Every element of a parameter
-    belongs to exactly one route or to none; what lies outside routes is said in [`Architecture`]. Routes are numbered
-    by kind, then by layer, then within the layer.
+    head (its rows of q, its columns of o), a key/value head (its rows of k and v) or a head of linear attention. Every
+    element of a parameter belongs to exactly one route or to none; what lies outside routes is said in
+    [`Architecture`]. Routes are numbered by kind, then by layer, then within the layer.
 
     Names of tensors may be those of the model in memory or those in its files, where these differ.
 
@@ -114,41 +83,38 @@ class RouteMap:
     """
 
     def __init__(self, config: PretrainedConfig, description: Architecture | None = None):
-        if description is None and config.model_type not in ARCHITECTURES:
+        text = config.get_text_config()
+        known = ARCHITECTURES.get(config.model_type, ARCHITECTURES.get(text.model_type))
+        if description is None and known is None:
             raise ValueError(
                 f"no route map for model type {config.model_type!r}, expected one of {sorted(ARCHITECTURES)}; "
                 "describe it with `RouteMap(config, description=Architecture(...))`, see "
                 "`trl_interfere.analysis.architectures` and the examples in it"
             )
-        self.description = description or ARCHITECTURES[config.model_type]
-        config = config.get_text_config()
-        self.num_layers = config.num_hidden_layers
+        self.config, self.described, self.description = text, description is not None, description or known
+        self.num_layers = text.num_hidden_layers
+        layers = range(self.num_layers)
+        self.experts = tuple(_setting(text, self.description.experts, layer) or 0 for layer in layers)
+        self.shared = tuple(_setting(text, self.description.shared, layer) or 0 for layer in layers)
+        kinds = [kind for kind in KINDS if kind != "linear" or kind in self.description.counts]
         self.counts = {
-            kind: tuple(_count(config, self.description, kind, layer) for layer in range(self.num_layers))
-            for kind in KINDS
+            kind: tuple(
+                _count(text, self.description, kind, layer) + (self.shared[layer] if kind == "mlp" else 0)
+                for layer in layers
+            )
+            for kind in kinds
         }
-        self.experts = tuple(
-            _setting(config, self.description.experts, layer) or 0 for layer in range(self.num_layers)
-        )
         self._starts, total = {}, 0
         for kind in KINDS:
-            self._starts[kind] = total + np.cumsum((0, *self.counts[kind]))
-            total += sum(self.counts[kind])
+            counts = self.counts.get(kind, (0,) * self.num_layers)
+            self._starts[kind] = total + np.cumsum((0, *counts))
+            total += sum(counts)
         self.num_routes = total
         parents = "|".join(map(re.escape, (*WRAPPERS, *self.description.parents)))
         self._layer = re.compile(rf"(?:(?:{parents})\.)*{re.escape(self.description.layers)}\.(\d+)\.(.+)")
 
     def place(self, name: str) -> tuple[int, str] | None:
-        """
-        Layer of a tensor and its name within the layer, which are the same in the model and in its files.
-
-        Args:
-            name (`str`):
-                Name of a parameter, in the model or in its files.
-
-        Returns:
-            `tuple[int, str]` or `None`: `None` if the tensor is not one of a layer.
-        """
+        """Layer of a tensor and its name within the layer, or `None` if it is not one of a layer."""
         match = self._layer.fullmatch(name)
         return None if match is None else (int(match[1]), match[2])
 
@@ -180,11 +146,15 @@ class RouteMap:
         if (expert is not None and int(expert[0]) >= experts) or (slices.experts_axis is not None and not experts):
             raise ValueError(f"tensor {name}: expected an expert of {experts} in layer {layer}")
         for kind in slices.kinds:
-            routes = np.arange(*self._starts[kind][layer : layer + 2])
+            routes = self._routes(kind, layer)
+            if slices.blocks is not None and routes.size:
+                routes = routes[slices.blocks(self.config)]
             if expert is not None or slices.experts_axis is not None:
                 routes = routes.reshape(experts, -1)
             parts.append(routes if expert is None else routes[int(expert[0])])
         owners = np.concatenate(parts, axis=-1)
+        if not owners.size:
+            return None
         if slices.interleaved:
             if len({part.shape for part in parts}) > 1:
                 raise ValueError(
@@ -195,12 +165,97 @@ class RouteMap:
         axes = (slices.axis,) if slices.experts_axis is None else (slices.experts_axis, slices.axis)
         return Cut(axes, owners, slices.writes)
 
-    def sum_by_route(self, tensors: dict[str, torch.Tensor]) -> tuple[np.ndarray, float]:
+    def check(self, names: Iterable[str], where: str, all_known: bool = True) -> None:
+        """
+        Check that the description covers a set of tensors.
+
+        Args:
+            names (`Iterable[str]`):
+                Names of all tensors of a model, in memory or in its files.
+            where (`str`):
+                Where they are, for the error.
+            all_known (`bool`, *optional*, defaults to `True`):
+                Whether both the names in memory and those in the files are among them, so that every name of a
+                description that was passed in has to be found.
+
+        Raises:
+            `ValueError`: If a route has no tensor to read with or none to write with, a bias of a tensor that routes
+                read with is not described, or a name of a description that was passed in is not found.
+        """
+        names, found = list(names), set()
+        touched = {part: np.zeros(self.num_routes, dtype=bool) for part in ("read", "write")}
+        for name in names:
+            cut = self.cut(name)
+            if cut is not None:
+                found.add(_NUMBER.sub("*", self.place(name)[1]))
+                touched["write" if cut.writes else "read"][cut.owners.ravel()] = True
+        touched["write"][self.of_kind("key_value")] = True
+        for part, mask in touched.items():
+            if not mask.all():
+                kind, layer, _ = self.locate(int(mask.argmin()))
+                raise ValueError(
+                    f"{where}: expected tensors through which the {kind} routes of layer {layer} {part}, one of "
+                    f"{self._described(kind, part == 'write')}, found none"
+                )
+        for name in names:
+            place = self.place(name)
+            weight = (
+                None if place is None else self.description.tensors.get(f"{place[1].removesuffix('.bias')}.weight")
+            )
+            if weight is not None and name.endswith(".bias") and not weight.writes and self.cut(name) is None:
+                raise ValueError(f"{where}: tensor {name}: expected in the description, as its weight is, found none")
+        if self.described:
+            lost = [
+                name
+                for name in self.description.tensors
+                if name not in found and (all_known or "*" not in name) and not name.endswith(".bias")
+            ]
+            if lost:
+                raise ValueError(f"{where}: expected the tensor {lost[0]} of the description in a layer, found none")
+
+    def modules(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """
+        Module that each tensor is counted with.
+
+        In a layer it follows from the routes that own the tensor or others of the same parent; a parent without routes
+        is a norm if all its tensors are vectors, else it is called other. Outside layers it is the first part of the
+        name.
+
+        Args:
+            shapes (`Mapping[str, tuple[int, ...]]`):
+                Shapes of all tensors, by name.
+
+        Returns:
+            `dict[str, str]`: E.g. `"layers.3.attention"`, `"layers.3.mlp"`, `"layers.3.linear_attention"`,
+            `"layers.3.norm"`, `"layers.3.other"`, `"embed_tokens"`, `"vision_tower"`.
+        """
+        owner = {}
+        for name, slices in self.description.tensors.items():
+            kind = slices.kinds[0]
+            label = {"linear": "linear_attention", "mlp": "mlp", "shared": "mlp"}.get(kind, "attention")
+            owner[name.split(".")[0]] = label
+        places = {name: self.place(name) for name in shapes}
+        vectors: dict[tuple[int, str], bool] = {}
+        for name, place in places.items():
+            if place is not None:
+                parent = (place[0], place[1].split(".")[0])
+                vectors[parent] = vectors.get(parent, True) and "." in place[1] and len(shapes[name]) < 2
+        modules = {}
+        for name, place in places.items():
+            if place is None:
+                modules[name] = _PARENTS.sub("", name).split(".")[0]
+            else:
+                parent = (place[0], place[1].split(".")[0])
+                label = owner.get(parent[1]) or ("norm" if vectors[parent] else "other")
+                modules[name] = f"layers.{place[0]}.{label}"
+        return modules
+
+    def sum_by_route(self, tensors: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, float]:
         """
         Sum the elements of tensors over the slices of each route.
 
         Args:
-            tensors (`dict[str, torch.Tensor]`):
+            tensors (`Mapping[str, torch.Tensor]`):
                 Tensors with the names and shapes of the parameters.
 
         Returns:
@@ -240,16 +295,7 @@ class RouteMap:
         return blocks.reshape([tensor.shape[axis] if axis in cut.axes else 1 for axis in range(tensor.ndim)])
 
     def scope(self, name: str) -> np.ndarray:
-        """
-        Routes of a scope.
-
-        Args:
-            name (`str`):
-                `"mlp"`, `"attention"` or `"joint"`.
-
-        Returns:
-            `numpy.ndarray` of shape `(num_routes,)`: Whether each route belongs to it.
-        """
+        """Mask of shape `(num_routes,)` of the routes of a scope: `"mlp"`, `"attention"` or `"joint"`."""
         if name not in SCOPES:
             raise ValueError(f"scope: expected one of {sorted(SCOPES)}, found {name!r}")
         mask = np.zeros(self.num_routes, dtype=bool)
@@ -258,44 +304,35 @@ class RouteMap:
         return mask
 
     def of_kind(self, kind: str) -> slice:
-        """Routes of a kind: `"mlp"`, `"query"` or `"key_value"`."""
+        """Routes of a kind: `"mlp"`, `"query"`, `"key_value"` or `"linear"`."""
         return slice(int(self._starts[kind][0]), int(self._starts[kind][-1]))
 
     def of_layer(self, kind: str, layer: int) -> np.ndarray:
-        """
-        Routes of a kind in one layer.
-
-        Args:
-            kind (`str`):
-                `"mlp"`, `"query"` or `"key_value"`.
-            layer (`int`):
-                Index of the layer.
-
-        Returns:
-            `numpy.ndarray` of shape `(num_routes,)`: Whether each route belongs to them.
-        """
+        """Mask of shape `(num_routes,)` of the routes of a kind in one layer."""
         mask = np.zeros(self.num_routes, dtype=bool)
         mask[slice(*self._starts[kind][layer : layer + 2])] = True
         return mask
 
     def locate(self, route: int) -> tuple[str, int, int]:
         """
-        Where a route lies.
+        Kind, layer and position of a route in its layer.
 
-        Args:
-            route (`int`):
-                Index of the route.
-
-        Returns:
-            `tuple[str, int, int]`: Kind, layer, and position in the layer. In a layer of experts the channels of the
-            first expert come first, then those of the second, and so on.
+        In a layer of experts the channels of the first expert come first, then those of the second, and so on.
         """
         kind = next(kind for kind in KINDS if route < self._starts[kind][-1])
         layer = int(np.searchsorted(self._starts[kind], route, side="right")) - 1
         return kind, layer, int(route - self._starts[kind][layer])
 
+    def _routes(self, kind: str, layer: int) -> np.ndarray:
+        start, stop = self._starts["mlp" if kind == "shared" else kind][layer : layer + 2]
+        if kind == "shared":
+            return np.arange(stop - self.shared[layer], stop)
+        return np.arange(start, stop - self.shared[layer] if kind == "mlp" else stop)
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+    def _described(self, kind: str, writes: bool) -> list[str]:
+        kinds = {kind, "shared"} if kind == "mlp" else {kind}
+        tensors = self.description.tensors.items()
+        return sorted(name for name, slices in tensors if slices.writes == writes and kinds & set(slices.kinds))
 
 
 def _setting(config: PretrainedConfig, setting: Count | None, layer: int) -> int | None:
@@ -314,35 +351,3 @@ def _count(config: PretrainedConfig, description: Architecture, kind: str, layer
             f"found {description.counts.get(kind)!r}"
         )
     return int(count)
-
-
-# Where a layer's tensors stand in its name, whatever the architecture; and what is not the language model.
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(\w+)")
-_TOWER = re.compile(r"(?:^|\.)((?:vision|audio)_(?:tower|model)|visual)\.")
-_PARENTS = re.compile(rf"^(?:(?:{'|'.join(WRAPPERS)}|model|language_model|transformer)\.)+")
-_MODULES = {
-    "self_attn": "attention",
-    "attn": "attention",
-    "attention": "attention",
-    "crossattention": "attention",
-    "mlp": "mlp",
-}
-
-
-def module_of(name: str) -> str:
-    """
-    Module that a parameter is counted with: attention, MLP or norms of a layer, or what lies outside layers.
-
-    Args:
-        name (`str`):
-            Name of a parameter, e.g. `"model.layers.3.self_attn.q_proj.weight"` or `"transformer.h.3.ln_1.bias"`.
-
-    Returns:
-        `str`: E.g. `"layers.3.attention"`, `"layers.3.mlp"`, `"layers.3.norm"`, `"embed_tokens"`, `"vision_tower"`.
-    """
-    tower, layer = _TOWER.search(name), _LAYER.search(name)
-    if tower is not None:
-        return tower[1]
-    if layer is None:
-        return _PARENTS.sub("", name).removesuffix(".weight").removesuffix(".bias")
-    return f"layers.{layer[1]}.{_MODULES.get(layer[2], 'norm')}"

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..analysis.report import InterferenceReport
-from ..analysis.routes import KINDS, RouteMap
+from ..analysis.routes import RouteMap
 
 
 CRITERIA = {
@@ -62,7 +62,7 @@ def route_scores(
             raise ValueError("route_conflict: expected a report that was made with `base`, found one without")
         active = np.ones(route_map.num_routes, dtype=bool)
         for name in ("activity_earlier", "activity_later"):
-            for kind in map(route_map.of_kind, KINDS):
+            for kind in (route_map.of_kind(kind) for kind, counts in route_map.counts.items() if sum(counts)):
                 active[kind] &= routes[name][kind] >= np.quantile(
                     routes[name][kind], 1 - report.config["active_share"]
                 )
