@@ -50,10 +50,7 @@ def app_folder(folder: str) -> Path:
 
 def main() -> None:
     args = arguments()
-    from huggingface_hub import hf_hub_download
-
-    from trl_interfere.hub.push import add_to_collection
-    from trl_interfere.hub.upload import PlannedRevision, Uploader
+    from huggingface_hub import HfApi, hf_hub_download
 
     folder = app_folder(args.folder)
     files = {
@@ -64,17 +61,23 @@ def main() -> None:
     for name in ("README.md", *(["app.py"] if args.sdk == "gradio" else [])):
         if name not in files:
             raise ValueError(f"{folder}: expected {name}, found {sorted(files)}")
-    uploader = Uploader(args.repo, "space", command=" ".join(["uv run", *sys.argv]))
-    url = uploader.create(args.private or None, space_sdk=args.sdk, space_hardware=args.hardware)
-    uploader.upload(PlannedRevision("main", files, managed=["[!.]*"]), "App")
+    api, space = HfApi(), {"repo_id": args.repo, "repo_type": "space"}
+    url = api.create_repo(
+        **space, space_sdk=args.sdk, space_hardware=args.hardware, private=args.private or None, exist_ok=True
+    )
+    api.upload_folder(
+        **space, folder_path=folder, allow_patterns=list(files), delete_patterns="*", commit_message="App"
+    )
     print(f"published: {url}")
     if args.collection is not None:
-        print(f"collection: {add_to_collection(uploader, args.collection)}")
+        slug = api.create_collection(args.collection, namespace=url.repo_id.split("/")[0], exists_ok=True).slug
+        api.add_collection_item(slug, url.repo_id, item_type="space", exists_ok=True)
+        print(f"collection: {slug}")
     for name, path in files.items():
-        pulled = Path(hf_hub_download(uploader.repo_id, name, repo_type="space"))
+        pulled = Path(hf_hub_download(args.repo, name, repo_type="space"))
         if hashlib.sha256(pulled.read_bytes()).digest() != hashlib.sha256(path.read_bytes()).digest():
-            raise ValueError(f"{uploader.repo_id}, {name}: expected what was pushed, found another file")
-    print(f"verified: {len(files)} files of {uploader.repo_id}")
+            raise ValueError(f"{url.repo_id}, {name}: expected what was pushed, found another file")
+    print(f"verified: {len(files)} files of {url.repo_id}")
 
 
 if __name__ == "__main__":

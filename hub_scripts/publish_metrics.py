@@ -47,10 +47,9 @@ def modules_folder(folder: str) -> Path:
 def main() -> None:
     args = arguments()
     import evaluate
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-    from trl_interfere.hub.upload import PlannedRevision, Uploader
-
+    api = HfApi()
     folder = modules_folder(args.folder)
     known = sorted(path.parent.name for path in folder.glob("*/*.py") if path.stem == path.parent.name)
     names = args.metrics.split(",") if args.metrics else known
@@ -58,18 +57,17 @@ def main() -> None:
         if name not in known:
             raise ValueError(f"{folder}: expected some of {known}, found {name!r}")
     for name in names:
-        files = {path.name: path for path in sorted((folder / name).iterdir()) if path.is_file()}
-        uploader = Uploader(f"{args.namespace}/{name}", "space", command=" ".join(["uv run", *sys.argv]))
-        url = uploader.create(args.private or None, space_sdk="gradio")
-        uploader.upload(PlannedRevision("main", files, managed=["[!.]*"]), f"Metric {name}")
+        space = {"repo_id": f"{args.namespace}/{name}", "repo_type": "space"}
+        url = api.create_repo(**space, space_sdk="gradio", private=args.private or None, exist_ok=True)
+        api.upload_folder(**space, folder_path=folder / name, commit_message=f"Metric {name}", delete_patterns="*")
         print(f"published: {url}")
         with tempfile.TemporaryDirectory() as scratch:
             # From its files, not by its id: evaluate asks huggingface.co alone for an id.
-            pulled = shutil.copytree(snapshot_download(uploader.repo_id, repo_type="space"), Path(scratch) / name)
+            pulled = shutil.copytree(snapshot_download(**space), Path(scratch) / name)
             metric = evaluate.load(str(pulled / f"{name}.py"), cache_dir=scratch)
             if metric.name != name:
-                raise ValueError(f"{uploader.repo_id}: expected the metric {name!r}, found {metric.name!r}")
-        print(f"verified: {uploader.repo_id}")
+                raise ValueError(f"{url.repo_id}: expected the metric {name!r}, found {metric.name!r}")
+        print(f"verified: {url.repo_id}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
+from finished_run import make as make_finished_run
 from hub_server.server import TOKEN, Hub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.func import functional_call
@@ -155,6 +156,12 @@ def _datasets_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, _datasets_cache):
+    """Folder of a trained run that has lost math; not to be changed."""
+    return make_finished_run(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture(scope="session")

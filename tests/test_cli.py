@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from finished_run import settings, write
 from safetensors.torch import load_file
-from tiny_runs import DEVICE
 
 from trl_interfere import InterferenceReport, Run
 from trl_interfere.cli import COMMANDS, main
@@ -40,65 +40,15 @@ def run(capsys):
     return run
 
 
-def settings(folder: Path, **training) -> dict:
-    """Settings of a small run, with its data beside the file."""
-    for name in ("math", "writing"):
-        for split, count in (("train", 24), ("test", 24), ("selection", 16)):
-            lines = (json.dumps(row) for row in lab_rows(name, split, count))
-            (folder / f"{name}_{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return {
-        "model": str(MODEL_FOLDER),
-        "training": {
-            "output_dir": str(folder / "out"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 8,
-            "num_generations": 4,
-            "max_completion_length": 12,
-            "bf16": False,
-            **DEVICE,
-            "gradient_checkpointing": False,
-            "report_to": [],
-            "disable_tqdm": True,
-            **training,
-        },
-        "analysis": {"reference": "dataset", "reference_column": "answer", "max_prompts": 8},
-        "domains": [
-            {
-                "name": name,
-                "train": f"{name}_train.jsonl",
-                "eval": f"{name}_test.jsonl",
-                "selection": f"{name}_selection.jsonl",
-                "rewards": f"trl_interfere.lab.{name}.{name}_reward",
-            }
-            for name in ("math", "writing")
-        ],
-    }
-
-
 @pytest.fixture
 def content(tmp_path) -> dict:
     return settings(tmp_path)
 
 
-def write(folder: Path, content: dict) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """Folder of a run that has lost math; not to be changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    content = settings(folder, learning_rate=2e-3, max_steps=4)
-    main(["train", str(write(folder, content)), "--threads", "1"])
-    return folder / "out"
-
-
 @pytest.fixture
-def damaged(finished, tmp_path) -> Path:
+def damaged(finished_run, tmp_path) -> Path:
     """A copy that a test may change."""
-    return shutil.copytree(finished, tmp_path / "out")
+    return shutil.copytree(finished_run, tmp_path / "out")
 
 
 def test_help_begins_with_an_example(run):
@@ -166,11 +116,11 @@ def test_the_lab_leaves_other_files_alone(tmp_path, run):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_the_recipe_stays_in_the_run(finished):
-    run = Run(finished)
+def test_the_recipe_stays_in_the_run(finished_run):
+    run = Run(finished_run)
     kept = yaml.safe_load(run.recipe.read_text())
     assert kept["training"]["learning_rate"] == 2e-3 and kept["model"] == str(MODEL_FOLDER)
-    assert run.recipe_folder == finished.parent and run.base_model == str(MODEL_FOLDER)
+    assert run.recipe_folder == finished_run.parent and run.base_model == str(MODEL_FOLDER)
 
 
 def test_analyze(damaged, run):
@@ -188,20 +138,20 @@ def test_analyze(damaged, run):
     assert [path.name for path in (damaged / "analysis").iterdir()] == ["math"]
 
 
-def test_analyze_checkpoints_from_elsewhere(finished, run, tmp_path):
+def test_analyze_checkpoints_from_elsewhere(finished_run, run, tmp_path):
     checkpoints = (
         "--final",
-        finished / "stages" / "2-writing",
+        finished_run / "stages" / "2-writing",
         "--peak",
         f"math={MODEL_FOLDER}",
         "--later",
         "writing",
     )
-    recipe = ("--recipe", finished.parent / "recipe.yaml")
+    recipe = ("--recipe", finished_run.parent / "recipe.yaml")
     code, out, err = run("analyze", *checkpoints, *recipe, "--output_dir", tmp_path / "report", "--threads", 1)
     assert code == 0 and "nats" in out, err
     assert InterferenceReport.from_pretrained(tmp_path / "report").before == str(MODEL_FOLDER)
-    for arguments in (checkpoints, (*checkpoints, *recipe), ("x", "--final", "y"), (finished, *checkpoints)):
+    for arguments in (checkpoints, (*checkpoints, *recipe), ("x", "--final", "y"), (finished_run, *checkpoints)):
         assert run("analyze", *arguments)[0] == 2
 
 
@@ -258,14 +208,15 @@ def test_rollback(damaged, run):
     assert run(*rollback)[0] == 2  # the folder is not empty
 
 
-def test_evaluate_gives_the_scores_of_the_run(finished, run, tmp_path):
-    code, _, err = run("evaluate", finished / "stages" / "1-math", "--output_dir", tmp_path / "scores", "--threads", 1)
+def test_evaluate_gives_the_scores_of_the_run(finished_run, run, tmp_path):
+    stage = finished_run / "stages" / "1-math"
+    code, _, err = run("evaluate", stage, "--output_dir", tmp_path / "scores", "--threads", 1)
     assert code == 0, err
     (entry,) = json.loads((tmp_path / "scores" / "scores.json").read_text())["models"]
-    record = Run(finished).stage("1-math")
+    record = Run(finished_run).stage("1-math")
     for domain, found in entry["scores"].items():
         assert (tmp_path / "scores" / found["file"]).read_bytes() == (
-            finished / record.scores[domain]["file"]
+            finished_run / record.scores[domain]["file"]
         ).read_bytes()
     sampled = (
         "--split",
@@ -279,7 +230,7 @@ def test_evaluate_gives_the_scores_of_the_run(finished, run, tmp_path):
         "--domain",
         "math",
     )
-    models = (finished / "stages" / "1-math", finished)
+    models = (finished_run / "stages" / "1-math", finished_run)
     code, out, err = run("evaluate", *models, *sampled, "--max_new_tokens", 4, "--output_dir", tmp_path / "sampled")
     assert code == 0 and "by chance" in out, err
     content = json.loads((tmp_path / "sampled" / "scores.json").read_text())
@@ -301,12 +252,13 @@ def test_evaluate_gives_the_scores_of_the_run(finished, run, tmp_path):
         (["--temperature", "nan"], "temperature"),
     ],
 )
-def test_bad_arguments_of_evaluate(finished, run, tmp_path, arguments, message):
-    code, _, err = run("evaluate", finished, "--output-dir", tmp_path / "scores", *arguments)
+def test_bad_arguments_of_evaluate(finished_run, run, tmp_path, arguments, message):
+    code, _, err = run("evaluate", finished_run, "--output-dir", tmp_path / "scores", *arguments)
     assert code == 2 and re.search(message, err), err
     assert not (tmp_path / "scores").exists()
     assert (
-        run("evaluate", "nowhere", "--recipe", finished / "recipe.yaml", "--output_dir", tmp_path / "scores")[0] == 2
+        run("evaluate", "nowhere", "--recipe", finished_run / "recipe.yaml", "--output_dir", tmp_path / "scores")[0]
+        == 2
     )
 
 

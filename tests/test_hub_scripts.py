@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from finished_run import settings, write
 from hub_server.server import TOKEN
 
 
@@ -87,28 +88,30 @@ def check(result, *parts):
 
 
 def run_all(hub, folder, python):
-    """Train, analyse, roll back, publish the metrics and an app."""
-    lab = ("--lab", "--steps", 2, "--prompts", 8, "--order", "math,qa", "--seed", 3)
+    """Train, heal, analyse, roll back, publish the metrics and an app."""
+    recipe = write(folder, settings(folder, learning_rate=2e-3, max_steps=4))
+    arguments = ("--recipe", recipe, "--output-dir", folder / "out", "--repo", REPO)
     check(
-        start(python("train_sequential.py"), "train_sequential.py", *lab, "--repo", REPO, hub=hub, folder=folder),
-        "verified: tester/model@stage-1-math", "verified: tester/model@stage-2-qa", "verified: tester/model@main",
-    )  # fmt: skip
+        start(python("train_sequential.py"), "train_sequential.py", *arguments, hub=hub, folder=folder),
+        *(
+            f"verified: tester/model@{branch}"
+            for branch in ("stage-1-math", "stage-2-writing", "stage-3-heal", "main")
+        ),
+    )
     weights = hub.files(REPO, "stage-1-math")["model.safetensors"]
     assert weights == (folder / "out/stages/1-math/model.safetensors").read_bytes()
 
-    arguments = ("--before", f"{REPO}@stage-1-math", "--after", f"{REPO}@stage-2-qa", "--earlier", "math")
-    arguments += ("--later", "qa", "--lab", "--repo", "tester/report")
+    arguments = ("--peak", f"math={REPO}@stage-1-math", "--final", f"{REPO}@stage-2-writing", "--later", "writing")
+    arguments += ("--recipe", recipe, "--repo", "tester/report")
     result = start(python("analyze_checkpoints.py"), "analyze_checkpoints.py", *arguments, hub=hub, folder=folder)
-    check(result, "verified: tester/report", "gradient cosine, whole model")
+    check(result, "verified: tester/report", "nats")
     content = json.loads(hub.files("tester/report")["interference/report.json"])
-    assert (content["before"], content["after"]) == (f"{REPO}@stage-1-math", f"{REPO}@stage-2-qa")
+    assert (content["before"], content["after"]) == (f"{REPO}@stage-1-math", f"{REPO}@stage-2-writing")
 
-    arguments = ("--report", "tester/report", "--repo", REPO, "--budget", 0.1, "--branch", "rollback-math")
+    arguments = ("--report", "tester/report", "--repo", "tester/rollback", "--budget", 0.1)
     result = start(python("rollback_and_push.py"), "rollback_and_push.py", *arguments, hub=hub, folder=folder)
-    check(result, "verified: tester/model@rollback-math")
-    repaired = hub.files(REPO, "rollback-math")
-    assert "adapter_model.safetensors" in repaired and json.loads(repaired["repair.json"])["budget"] == 0.1
-    assert b"`damage`" in repaired["README.md"] and "tokenizer.json" in repaired
+    check(result, "verified: tester/rollback")
+    assert {"adapter_config.json", "adapter_model.safetensors", "repair.json"} <= hub.files("tester/rollback").keys()
 
     arguments = ("--folder", ROOT / "metrics", "--namespace", "tester")
     result = start(python("publish_metrics.py"), "publish_metrics.py", *arguments, hub=hub, folder=folder)

@@ -6,7 +6,7 @@ import pytest
 from tiny_runs import AskOnce, build, math_domain, writing_domain
 
 from trl_interfere import HubCallback, SequentialGRPOTrainer
-from trl_interfere.hub.upload import PushError
+from trl_interfere.hub.push import PushError
 
 
 REPO = "tester/run"
@@ -32,7 +32,7 @@ def test_the_card_is_filled_during_training(tmp_path):
     assert "| 0-base |" in watch.seen[0] and "| 1-math |" not in watch.seen[0]
     for stage in ("0-base", "1-math", "2-writing", "3-refresh-math"):
         assert f"| {stage} |" in text
-    assert "Refresh: short RL passes" in text and "math (n=16)" in text
+    assert "math (n=16)" in text
     assert not list(tmp_path.glob("checkpoints/**/README.md"))
     trainer.create_model_card(model_name="other", tags=["x"])  # what TRL calls
     assert (tmp_path / "README.md").read_text() == text
@@ -53,6 +53,8 @@ def test_push_to_hub(hub, tmp_path):
         trainer.push_to_hub()
     trainer.train()
     assert hub.repos == {}
+    plan = trainer.push_to_hub(dry_run=True)
+    assert set(plan.branches) == {"main", "stage-1-math", "stage-2-writing"} and hub.repos == {}
     result = trainer.push_to_hub(private=True, collection="A study")
     assert set(result.commits) == {"main", "stage-1-math", "stage-2-writing"}
     assert hub.repo(REPO).private and hub.files(REPO)["model.safetensors"] == weights(tmp_path, "2-writing")
@@ -81,7 +83,7 @@ def test_strategies(hub, tmp_path, strategy):
         while commit is not None:
             titles.append(commit.title)
             commit = commit.parent
-        assert titles == ["Stage 1-math", "Stage 1-math, step 2", "Stage 1-math, step 1", "initial commit"]
+        assert titles == ["Branch stage-1-math", "Stage 1-math, step 2", "Stage 1-math, step 1", "initial commit"]
     for stage in ("1-math", "2-writing"):
         assert hub.files(REPO, f"stage-{stage}")["model.safetensors"] == weights(tmp_path, stage)
     assert hub.files(REPO)["model.safetensors"] == weights(tmp_path, "2-writing")

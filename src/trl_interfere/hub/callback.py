@@ -12,8 +12,8 @@ from ..reporting.card import analysis_card
 from ..run import Run, StageRecord, write_atomically
 from ..training.callbacks import StageCallback
 from ..training.config import SequentialGRPOConfig
-from .push import PushResult, push_checkpoint, push_run
-from .upload import PushError, Uploader
+from .plan import PushPlan
+from .push import PushError, PushResult, push_checkpoint, push_folder
 
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,7 @@ class HubCallback(StageCallback):
         if PartialState().is_main_process and self.run is not None and self._every_save:
             checkpoint, stage = Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir).name
             with _warned():
-                name = self._name(args.hub_token)
-                Uploader(name, token=args.hub_token).create(args.hub_private_repo)
-                message = f"Stage {stage}, step {state.global_step}"
-                push_checkpoint(checkpoint, name, stage, message, token=args.hub_token)
+                push_checkpoint(checkpoint, self._name, stage, f"Stage {stage}, step {state.global_step}", args)
 
     def on_run_end(self, args: SequentialGRPOConfig, run: Run) -> None:
         if args.push_to_hub and PartialState().is_main_process:
@@ -67,9 +64,13 @@ class HubCallback(StageCallback):
     def _every_save(self) -> bool:
         return self.args.push_to_hub and self.args.hub_strategy == "every_save"
 
-    def push(self, token: str | None = None, private: bool | None = None, **kwargs) -> PushResult:
+    @property
+    def _name(self) -> str:
+        return self.args.hub_model_id or self.run.folder.absolute().name
+
+    def push(self, token: str | None = None, private: bool | None = None, **kwargs) -> PushResult | PushPlan:
         """
-        Publish the finished stages: each as a revision, the last one on `main`, and the analysis.
+        Publish the finished stages: each as a branch, the last one on `main`, and the analysis.
 
         Args:
             token (`str`, *optional*):
@@ -77,25 +78,18 @@ class HubCallback(StageCallback):
             private (`bool`, *optional*):
                 Whether a new repository is private. Defaults to `args.hub_private_repo`.
             **kwargs:
-                Further arguments of [`~trl_interfere.hub.push.push_run`].
+                Further arguments of [`~trl_interfere.hub.push.push_folder`], e.g. `dry_run=True`.
 
         Returns:
-            [`~trl_interfere.hub.push.PushResult`]: Where it has gone.
+            [`~trl_interfere.hub.push.PushResult`] or [`~trl_interfere.hub.plan.PushPlan`]: Where it has gone; with
+            `dry_run` what would go where.
 
         Raises:
             `FileNotFoundError`: If no stage has finished.
-            [`~trl_interfere.hub.upload.PushError`]: If the Hub fails.
+            [`~trl_interfere.hub.push.PushError`]: If the Hub fails.
         """
-        token = token or self.args.hub_token
         private = self.args.hub_private_repo if private is None else private
-        return push_run(self.run.folder, self._name(token), token=token, private=private, **{"stages": True, **kwargs})
-
-    def _name(self, token: str | None) -> str:
-        name = self.args.hub_model_id or self.run.folder.absolute().name
-        if "/" in name:
-            return name
-        uploader = Uploader(name, token=token)
-        return f"{uploader.step('asking for the name of the account', uploader.api.whoami)['name']}/{name}"
+        return push_folder(self.run.folder, self._name, token=token or self.args.hub_token, private=private, **kwargs)
 
 
 @contextmanager

@@ -1,0 +1,58 @@
+"""A small run on the lab's model that loses math, made by the command line."""
+
+import json
+from pathlib import Path
+
+import yaml
+from tiny_runs import DEVICE
+
+from trl_interfere.cli import main
+from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab.domains import lab_rows
+
+
+def settings(folder: Path, **training) -> dict:
+    """Settings of a small run, with its data beside the file."""
+    for name in ("math", "writing"):
+        for split, count in (("train", 24), ("test", 24), ("selection", 16)):
+            lines = (json.dumps(row) for row in lab_rows(name, split, count))
+            (folder / f"{name}_{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return {
+        "model": str(MODEL_FOLDER),
+        "training": {
+            "output_dir": str(folder / "out"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": 12,
+            "bf16": False,
+            **DEVICE,
+            "gradient_checkpointing": False,
+            "report_to": [],
+            "disable_tqdm": True,
+            **training,
+        },
+        "analysis": {"reference": "dataset", "reference_column": "answer", "max_prompts": 8},
+        "domains": [
+            {
+                "name": name,
+                "train": f"{name}_train.jsonl",
+                "eval": f"{name}_test.jsonl",
+                "selection": f"{name}_selection.jsonl",
+                "rewards": f"trl_interfere.lab.{name}.{name}_reward",
+            }
+            for name in ("math", "writing")
+        ],
+    }
+
+
+def write(folder: Path, content: dict) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def make(folder: Path) -> Path:
+    """Train the run, and return its folder."""
+    main(["train", str(write(folder, settings(folder, learning_rate=2e-3, max_steps=4))), "--threads", "1"])
+    return folder / "out"
