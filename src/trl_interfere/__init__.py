@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Domain": "domain",
+    "HealCallback": "training.callbacks",
     "HubCallback": "hub.callback",
     "InterferenceAnalyzer": "analysis.analyzer",
     "InterferenceConfig": "analysis.config",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .repair.route_rollback import RouteRollback as RouteRollback
     from .repair.subspace_rollback import SubspaceRollback as SubspaceRollback
     from .run import Run as Run
+    from .training.callbacks import HealCallback as HealCallback
     from .training.callbacks import StageCallback as StageCallback
     from .training.config import SequentialGRPOConfig as SequentialGRPOConfig
     from .training.refresh import RefreshCallback as RefreshCallback

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ DOMAIN_COLUMN = "domain"
 
 # What TRL hands to a reward function besides columns of the dataset, and the columns that it keeps to itself.
 _ARGUMENTS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+_RESERVED = _ARGUMENTS - {"completion_ids"} | {"environments"}
 _NOT_HANDED = {"prompt", "completion", "completion_ids"}
 
 
@@ -70,7 +71,8 @@ class Domain:
             self.reward_funcs = []
         elif not isinstance(self.reward_funcs, list):
             self.reward_funcs = [self.reward_funcs]
-        if not self.reward_funcs and self.metric is None:
+        scored = self.eval_dataset is not None or self.selection_dataset is not None
+        if scored and not self.reward_funcs and self.metric is None:  # else an environment may own the reward
             raise ValueError(f"domain {self.name!r}: expected at least one reward function or a metric, found neither")
         if self.benchmark is not None:
             try:
@@ -97,8 +99,10 @@ class Domain:
         if not isinstance(dataset, (Dataset, IterableDataset)):
             raise ValueError(f"domain {self.name!r}, {field}: expected a Dataset, found {type(dataset).__name__}")
         columns = dataset.column_names
-        if columns is not None and "prompt" not in columns:
+        routed = field == "train_dataset" and columns is not None and "environment" in columns
+        if columns is not None and "prompt" not in columns and not routed:
             raise ValueError(f"domain {self.name!r}, {field}: expected a column 'prompt', found {sorted(columns)}")
+        _check_reserved(columns or [], f"domain {self.name!r}, {field}")
         if isinstance(dataset, IterableDataset):
             if columns is not None and DOMAIN_COLUMN in columns:
                 raise ValueError(
@@ -156,8 +160,14 @@ def check_columns(domain: Domain) -> None:
                 )
 
 
+def _check_reserved(columns: Iterable[str], where: str) -> None:
+    for name in sorted(_RESERVED & {*columns}):
+        raise ValueError(f"{where}: the column {name!r} has the name of what rewards are called with; rename it")
+
+
 def _mark(row: dict[str, Any], name: str, field: str) -> dict[str, str]:
     # The columns of a stream may be unknown until its rows are read.
+    _check_reserved(row, f"domain {name!r}, {field}")
     if row.get(DOMAIN_COLUMN, name) != name:
         raise ValueError(
             f"domain {name!r}, {field}: the column '{DOMAIN_COLUMN}' is used to route rewards and holds "

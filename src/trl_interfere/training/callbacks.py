@@ -1,8 +1,11 @@
 """Callbacks that are told about stages and may ask for more of them."""
 
+import math
+
 from transformers import TrainerCallback
 
 from ..evaluation.score_matrix import ScoreMatrix
+from ..repair.heal import damaged_domains
 from ..run import Run, StageRecord
 from .config import SequentialGRPOConfig
 from .schedule import Stage
@@ -78,3 +81,64 @@ class StageCallback(TrainerCallback):
             [`Stage`] or `None`: The stage to run next, or `None` to go on with the schedule.
         """
         return None
+
+
+class HealCallback(StageCallback):
+    """
+    Ask [`SequentialGRPOTrainer`] to heal the model where stages have damaged domains: a repair in closed form, without
+    training. It becomes a stage of the run, and training goes on from the healed weights.
+
+    A domain is damaged when it is below its highest score of the run so far by more than the 95% interval of the
+    difference. With LoRA, `at="stage"` is refused: the repair of an adapter has another rank than the adapter.
+
+    Example:
+
+    ```python
+    >>> from trl_interfere import HealCallback, SequentialGRPOTrainer
+
+    >>> trainer = SequentialGRPOTrainer("model", args, domains, callbacks=[HealCallback(max_drop=1.0)])
+    ```
+
+    Args:
+        at (`str`, *optional*, defaults to `"end"`):
+            `"end"`: once all stages of the schedule have finished. `"stage"`: after each of them.
+        max_drop (`float`, *optional*, defaults to `1.0`):
+            Points of 100 on the selection split that a domain may lose to the repair.
+        rank (`int`, *optional*, defaults to `64`):
+            Rank of the change of each layer; `None` keeps all of it.
+        domains (`list[str]`, *optional*):
+            Domains to heal. Defaults to all that are damaged.
+
+    Raises:
+        `ValueError`: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        at: str = "end",
+        max_drop: float = 1.0,
+        rank: int | None = 64,
+        domains: list[str] | None = None,
+    ):
+        if at not in ("end", "stage"):
+            raise ValueError(f"at: expected 'end' or 'stage', found {at!r}")
+        if isinstance(max_drop, bool) or not isinstance(max_drop, (int, float)) or not 0 <= max_drop < math.inf:
+            raise ValueError(f"max_drop: expected points of 100, 0 or more, found {max_drop!r}")
+        if rank is not None and (type(rank) is not int or rank < 1):
+            raise ValueError(f"rank: expected a whole number, at least 1, or None, found {rank!r}")
+        self.at, self.max_drop, self.rank, self.domains = at, max_drop, rank, domains
+
+    def request_stage(
+        self, stages: list[StageRecord], score_matrix: ScoreMatrix, schedule_finished: bool
+    ) -> Stage | None:
+        for name in self.domains or []:
+            if name not in score_matrix.domains:
+                raise ValueError(f"HealCallback, domains: expected some of {score_matrix.domains}, found {name!r}")
+        if stages[-1].kind not in ("train", "refresh") or (self.at == "end" and not schedule_finished):
+            return None
+        final = score_matrix.values[-1]
+        peaks = {name: score_matrix.values[score_matrix.peak(name)][name] for name in final}
+        names = [name for name in damaged_domains(peaks, final) if self.domains is None or name in self.domains]
+        if not names:
+            return None
+        return Stage(None, "heal", {"rank": self.rank, "max_drop": self.max_drop, "names": names})

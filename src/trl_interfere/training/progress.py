@@ -77,7 +77,9 @@ class StageProgress(StageCallback):
         if stage.kind == "train":
             self.label = f"stage {self.trained + 1} of {len(self.steps)}: {stage.domain}"
         else:
-            self.label = f"{stage.kind}: {stage.domain}"
+            self.label = f"{stage.kind}: {stage.domain}" if stage.domain else stage.kind
+        if stage.kind == "heal":
+            self.console.print(self.label)
         self.ahead = sum(self.steps[self.trained + (stage.kind == "train") :])
 
     def on_train_begin(self, args, state, control, **kwargs):

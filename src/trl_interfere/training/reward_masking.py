@@ -43,13 +43,16 @@ def mask_reward(reward: Any, domain: str, several: bool) -> Any:
             key: [value[row] for row in rows] if isinstance(value, list) and len(value) == len(prompts) else value
             for key, value in kwargs.items()
         }
+        log_extra = kwargs.get("log_extra")
+        if log_extra is not None:  # a column of the table of all completions
+            selected["log_extra"] = lambda column, values: log_extra(column, scatter(rows, values, len(prompts)))
         return rows, selected
 
-    def scatter(rows: list[int], values: Any, n: int) -> list[float | None]:
-        rewards: list[float | None] = [None] * n
-        for row, value in zip(rows, _numbers(values, len(rows), label), strict=True):
-            rewards[row] = value
-        return rewards
+    def scatter(rows: list[int], values: list, n: int) -> list:
+        if len(values) != len(rows):
+            raise ValueError(f"log_extra: expected {len(rows)} values, one per completion, found {len(values)}")
+        scattered = dict(zip(rows, values, strict=True))
+        return [scattered.get(row) for row in range(n)]
 
     def failed(error: Exception) -> RewardError:
         return RewardError(f"{label} raised {type(error).__name__}: {error}")
@@ -62,7 +65,7 @@ def mask_reward(reward: Any, domain: str, several: bool) -> Any:
                 values = await reward(**selected) if rows else []
             except Exception as error:
                 raise failed(error) from error
-            return scatter(rows, values, len(prompts))
+            return scatter(rows, _numbers(values, len(rows), label), len(prompts))
     else:
 
         def masked(prompts, **kwargs):
@@ -71,23 +74,14 @@ def mask_reward(reward: Any, domain: str, several: bool) -> Any:
                 values = reward(**selected) if rows else []
             except Exception as error:
                 raise failed(error) from error
-            return scatter(rows, values, len(prompts))
+            return scatter(rows, _numbers(values, len(rows), label), len(prompts))
 
     masked.__name__ = f"{domain}/{name}" if several else name
     return masked
 
 
 def reward_name(reward: Callable | nn.Module | str) -> str:
-    """
-    Name of a reward function or reward model, for messages and metrics.
-
-    Args:
-        reward (`RewardFunc`):
-            The reward.
-
-    Returns:
-        `str`: The name.
-    """
+    """Name of a reward function or reward model, for messages and metrics."""
     return reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
 
 

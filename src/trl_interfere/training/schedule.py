@@ -9,20 +9,21 @@ from typing import Any
 @dataclass(frozen=True)
 class Stage:
     """
-    One RL pass over one domain.
+    One RL pass over one domain, or a heal.
 
     Args:
-        domain (`str`):
-            Name of the domain.
+        domain (`str`, *optional*):
+            Name of the domain; `None` for a heal.
         kind (`str`, *optional*, defaults to `"train"`):
-            `"train"` or `"refresh"`.
+            `"train"`, `"refresh"` or `"heal"`.
         overrides (`dict`, *optional*):
-            Settings of this stage that differ from the configuration of the trainer.
+            Settings of this stage that differ from the configuration of the trainer; of a heal, arguments of
+            [`~trl_interfere.repair.heal.heal_run`].
         reason (`dict`, *optional*):
             Why a callback asked for this stage, as JSON values; it is kept in the manifest.
     """
 
-    domain: str
+    domain: str | None
     kind: str = "train"
     overrides: dict[str, Any] = field(default_factory=dict)
     reason: dict[str, Any] = field(default_factory=dict)

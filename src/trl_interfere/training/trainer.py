@@ -8,22 +8,17 @@ import os
 import platform
 import shutil
 import time
-from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, is_peft_model, set_seed
+from accelerate.utils import broadcast_object_list, is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
-from safetensors import SafetensorError
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
-from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.import_utils import is_vllm_available
 from trl.models import unwrap_model_for_generation
@@ -35,22 +30,16 @@ from ..evaluation.bootstrap import score
 from ..evaluation.score_matrix import ScoreMatrix
 from ..evaluation.scorer import Scorer
 from ..models import local_folder
-from ..run import Run, StageRecord, stage_name
+from ..repair.heal import heal_run
+from ..run import Run, StageRecord, lock_folder, stage_name
 from .callbacks import StageCallback
 from .config import STAGE_OPTIONS, SequentialGRPOConfig
-from .merged_parameters import merged_parameters
-from .resume import epochs_done, last_whole_checkpoint, load_resume_state, save_resume_state
-from .reward_masking import RewardError, mask_reward, reward_name
+from .resume import last_whole_checkpoint
+from .reward_masking import reward_name
 from .schedule import Stage, build_schedule
-from .stage_adapters import (
-    activate_stage_adapters,
-    add_stage_adapter,
-    check_stage_adapters,
-    freeze_earlier_adapters,
-    load_stage_adapters,
-    save_stage_adapters,
-    set_reference_adapter,
-)
+from .stage_adapters import add_stage_adapter, check_stage_adapters, set_reference_adapter
+from .stage_state import StageTrainer
+from .stage_weights import load_stage, save_stage, writing
 
 
 # Settings that cannot change the weights; a resumed run may differ in them.
@@ -68,17 +57,10 @@ _HARMLESS_OPTIONS = {
     "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
 }  # fmt: skip
 
-_HOLDS_A_RUN = (
-    "this folder holds a run. Pass resume_from_checkpoint=True (on the command line --resume) to continue it, or "
-    "choose another output_dir"
-)
-# Generation batches in a row without a single reward, after which a run stops: one prompt that no reward applies to
-# may fill a batch.
-_UNREWARDED_BATCHES = 3
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
-class SequentialGRPOTrainer(GRPOTrainer):
+class SequentialGRPOTrainer(StageTrainer):
     """
     Trainer that runs Group Relative Policy Optimization (GRPO) on one domain after the other.
 
@@ -149,74 +131,21 @@ class SequentialGRPOTrainer(GRPOTrainer):
             raise ValueError("optimizers: each stage builds its own, set `args.optim` and `args.lr_scheduler_type`")
         if args.reward_weights is not None:
             raise ValueError("reward_weights: belong to the domains, set `Domain(..., reward_weights=...)`")
-        if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
-            raise ValueError(f"output_dir: expected a folder, found the file {args.output_dir}")
-        if not domains:
-            raise ValueError("domains: expected at least one Domain, found none")
-        self._base_model = str(model) if isinstance(model, str) and "@" in model else None  # a revision of the Hub
-        model = str(local_folder(model)) if self._base_model else model
+        domains = _with_prompts(domains or [], args, kwargs.get("environment_factory"))
         self.domains = {domain.name: domain for domain in domains}
-        if len(self.domains) != len(domains):
-            raise ValueError(f"domains: expected unique names, found {[domain.name for domain in domains]}")
-
-        trainable = [name for name, domain in self.domains.items() if domain.train_dataset is not None]
-        for name in args.order or []:
-            if name in self.domains and name not in trainable:
-                raise ValueError(f"order: domain {name!r} has no train_dataset")
-        self.schedule = build_schedule(trainable, args.order, args.stage_overrides, STAGE_OPTIONS)
-        for stage in self.schedule:
-            if not self.domains[stage.domain].reward_funcs:
-                raise ValueError(f"domain {stage.domain!r}: expected reward functions to train on, found none")
-
-        if kwargs.get("rollout_func") is None:  # it may hand more to the rewards than the columns
-            for domain in domains:
-                check_columns(domain)
-        for domain in domains:
-            models = domain.metric is None and any(isinstance(r, (str, nn.Module)) for r in domain.reward_funcs)
-            if models and domain.eval_dataset is not None:
-                raise ValueError(
-                    f"domain {domain.name!r}: a reward model cannot score completions outside training, set `metric`"
-                )
-
-        # The union of all rewards is registered once: TRL prepares reward models and its event loop at construction,
-        # and a batch may then mix domains. Rows are matched to rewards by their `domain` column.
-        rewards = [(domain.name, reward) for domain in domains for reward in domain.reward_funcs]
-        args.reward_weights = [weight for domain in domains for weight in domain.reward_weights]
-        self._reward_domains = [name for name, _ in rewards]
-        for stage in self.schedule:
-            settings = args.stage_settings(stage.overrides, f"stage_overrides[{stage.domain!r}]")
-            domain = self.domains[stage.domain]
-            evaluated = settings.get("eval_strategy", args.eval_strategy) != "no"
-            if (evaluated or args.eval_on_start) and domain.eval_dataset is None:
-                option = "eval_strategy" if evaluated else "eval_on_start"
-                raise ValueError(f"{option}: expected an eval_dataset of domain {domain.name!r}, found none")
-            prompts = settings.get("generation_batch_size", args.generation_batch_size) // settings.get(
-                "num_generations", args.num_generations
-            )
-            if isinstance(domain.train_dataset, Dataset) and len(domain.train_dataset) < prompts:
-                raise ValueError(
-                    f"domain {domain.name!r}, train_dataset: expected at least {prompts} prompts, the number in one "
-                    f"generation batch, found {len(domain.train_dataset)}"
-                )
-        if args.kl_reference == "stage" and args.adapter_per_stage:
-            raise ValueError(
-                "kl_reference: 'stage' is not supported with adapter_per_stage, TRL measures from a single adapter or "
-                "from none"
-            )
-        if args.use_vllm and not is_vllm_available():
-            raise ValueError(
-                "use_vllm: expected vLLM, which is not installed: pip install 'trl-interfere[vllm]', or leave it out"
-            )
-        first = self.domains[self.schedule[0].domain]
-        self._stage: tuple[int, Stage] | None = None  # position and stage that is being trained
-        self._unfinished = False  # whether a stage was left with weights that no record stands for
-        self._epochs_done = 0
-        self._rewarded, self._unrewarded = False, 0
+        self.schedule = check_run(domains, args)
+        _check_turns(domains, self.schedule, kwargs)
+        self._base_model = str(model) if isinstance(model, str) and "@" in model else None  # a revision of the Hub
+        if args.process_index == 0:
+            with lock_folder(args.output_dir):
+                pass  # a folder that cannot be written to, or is written to, is named before the model is loaded
+        model = str(local_folder(model)) if isinstance(model, str) else model
         if peft_config is not None:
             set_seed(args.seed)  # for the adapter's initial values
+        first = self.domains[self.schedule[0].domain]
         super().__init__(
+            domains=domains,
             model=model,
-            reward_funcs=[mask_reward(reward, name, len(domains) > 1) for name, reward in rewards],
             args=args,
             train_dataset=first.train_dataset,
             eval_dataset=first.eval_dataset,
@@ -225,15 +154,6 @@ class SequentialGRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        args.reward_weights = None
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self.use_vllm and is_peft_model(self.model) and not sharded:
-            # TRL adds the adapter to the weights and takes it away again, which rounds them a little each time.
-            self.vllm_generation._iter_named_params = partial(merged_parameters, self.model)
-        if any(isinstance(self.domains[stage.domain].train_dataset, IterableDataset) for stage in self.schedule):
-            self.accelerator.dataloader_config.dispatch_batches = False  # TRL looks at the first dataset only
-        scaler = self.accelerator.scaler
-        self._scaler_state = None if scaler is None else copy.deepcopy(scaler.state_dict())
         if getattr(self.processing_class, "chat_template", None) is None:
             self._check_plain_prompts()
         if args.adapter_per_stage:
@@ -255,7 +175,7 @@ class SequentialGRPOTrainer(GRPOTrainer):
         for domain in self.domains.values():
             for field in ("train_dataset", "eval_dataset"):
                 dataset = getattr(domain, field)
-                if isinstance(dataset, Dataset) and is_conversational({"prompt": dataset[0]["prompt"]}):
+                if isinstance(dataset, Dataset) and is_conversational({"prompt": dataset[0].get("prompt", "")}):
                     raise ValueError(
                         f"domain {domain.name!r}, {field}: expected plain prompts, since the tokenizer has no chat "
                         "template, found conversational ones; set `processing_class` to a tokenizer with a template"
@@ -271,8 +191,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
         """Everything that was logged, over all stages: entries as in `state.log_history`, and the scores."""
         entries = []
         for record in self.run.stages:
-            if record.folder is not None:
-                path = self.run.folder / record.folder / "log_history.json"
+            path = self.run.folder / (record.folder or "") / "log_history.json"
+            if record.kind in ("train", "refresh"):
                 entries += json.loads(path.read_text(encoding="utf-8"))
             entries.append({"step": record.steps, **_score_logs(record)})
         return entries + (self.state.log_history if self._stage is not None else [])
@@ -282,6 +202,9 @@ class SequentialGRPOTrainer(GRPOTrainer):
     ) -> TrainOutput:
         """
         Run all stages that are not finished.
+
+        A callback that sets `control.should_training_stop` before the last step of a stage, such as one with a budget
+        of time, ends the run there. The stage counts as unfinished, and a resumed run goes on with it.
 
         Args:
             resume_from_checkpoint (`bool`, *optional*):
@@ -301,17 +224,24 @@ class SequentialGRPOTrainer(GRPOTrainer):
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
             raise ValueError(
                 f"resume_from_checkpoint: expected True or False, found {str(resume_from_checkpoint)!r}; "
-                "the manifest in output_dir decides where a run continues"
+                "the stages in output_dir decide where a run continues"
             )
-        with self.run.lock() if self.accelerator.is_main_process else contextlib.nullcontext():
-            return self._train_stages(bool(resume_from_checkpoint), max_stages, **kwargs)
-
-    def _train_stages(self, resume: bool, max_stages: int | None, **kwargs) -> TrainOutput:
         if self.args.push_to_hub:
             self._pusher()  # refuses a run that nothing would publish
-        self._open_run(resume)
-        for callback in self._stage_callbacks():
-            callback.on_run_begin(self.args, self.run)
+        with self.run.lock() if self.accelerator.is_main_process else contextlib.nullcontext():
+            self._open_run(bool(resume_from_checkpoint))
+            self._join_trackers()
+            for callback in self._stage_callbacks():
+                callback.on_run_begin(self.args, self.run)
+            output, stopped = self._run_stages(max_stages, **kwargs)
+            self._end_trackers()
+            if self.run.stages and not stopped and self.next_stage() is None:
+                for callback in self._stage_callbacks():
+                    callback.on_run_end(self.args, self.run)
+                self.accelerator.wait_for_everyone()
+        return output
+
+    def _run_stages(self, max_stages: int | None, **kwargs) -> tuple[TrainOutput, bool]:
         output = TrainOutput(0, 0.0, {})
         if self.run.current is not None:
             self._score_stage()
@@ -319,13 +249,16 @@ class SequentialGRPOTrainer(GRPOTrainer):
             self._finish_stage(Stage(domain=None, kind="base"), steps=0, seconds=0.0)
         ran = 0
         while ran != max_stages and (stage := self.next_stage()) is not None:
-            output = self._run_stage(stage, **kwargs)
-            ran += 1
-        if self.run.stages and self.next_stage() is None:
             for callback in self._stage_callbacks():
-                callback.on_run_end(self.args, self.run)
-            self.accelerator.wait_for_everyone()
-        return output
+                callback.on_stage_begin(len(self.run.stages), stage)
+            if stage.kind == "heal":
+                self._heal(stage)
+            else:
+                output = self._run_stage(stage, **kwargs)
+            if self._unfinished:
+                return output, True
+            ran += 1
+        return output, False
 
     def evaluate(self, eval_dataset=None, **kwargs) -> dict[str, float]:
         """
@@ -333,8 +266,8 @@ class SequentialGRPOTrainer(GRPOTrainer):
 
         Args:
             eval_dataset (`str` or [`~datasets.Dataset`], *optional*):
-                Name of a domain, or a dataset with the column `domain`. Defaults to the domain that is being trained,
-                or was trained last.
+                Name of a domain, or a dataset. Defaults to the domain that is being trained, or was trained last; a
+                dataset without the column `domain` is taken to be of that domain too.
             **kwargs:
                 Further arguments of [`~transformers.Trainer.evaluate`].
 
@@ -348,17 +281,24 @@ class SequentialGRPOTrainer(GRPOTrainer):
                     f"eval_dataset: expected a domain with an eval_dataset {names}, found {eval_dataset!r}"
                 )
             eval_dataset = self.domains[eval_dataset].eval_dataset
-        return super().evaluate(eval_dataset, **kwargs)
+        if isinstance(eval_dataset, dict):
+            return super().evaluate(eval_dataset, **kwargs)
+        eval_dataset = self.eval_dataset if eval_dataset is None else self._marked(eval_dataset)
+        with self._rewarded_by(eval_dataset):
+            return super().evaluate(eval_dataset, **kwargs)
 
-    def sync_weights(self) -> None:
-        """
-        Hand the present weights to the vLLM engine with the next generation.
+    def predict(self, test_dataset: Dataset, *args, **kwargs):
+        """As [`~transformers.Trainer.predict`]; the dataset as for [`~SequentialGRPOTrainer.evaluate`]."""
+        test_dataset = self._marked(test_dataset)
+        with self._rewarded_by(test_dataset):
+            return super().predict(test_dataset, *args, **kwargs)
 
-        Optimizer steps, stages and resumes do so by themselves. Call it after changing `trainer.model` in any other
-        way, such as by a [`RouteRollback`], and before [`~SequentialGRPOTrainer.evaluate`]: TRL takes weights for the
-        same while the step is the same. Without vLLM there is nothing to do.
-        """
-        self._last_loaded_step = -1
+    def _marked(self, dataset: Any) -> Any:
+        if not isinstance(dataset, Dataset) or DOMAIN_COLUMN in dataset.column_names:
+            return dataset
+        trained = [record.domain for record in self.run.stages if record.kind in ("train", "refresh")]
+        name = self._stage[1].domain if self._stage is not None else [self.schedule[0].domain, *trained][-1]
+        return dataset.add_column(DOMAIN_COLUMN, [name] * len(dataset))
 
     def next_stage(self) -> Stage | None:
         """
@@ -370,8 +310,10 @@ class SequentialGRPOTrainer(GRPOTrainer):
         """
         trained = sum(record.kind == "train" for record in self.run.stages)
         for callback in self._stage_callbacks():
-            matrix, last = self.score_matrix, trained == len(self.schedule)
-            stage = callback.request_stage(self.run.stages, matrix, schedule_finished=last)
+            last = trained == len(self.schedule)
+            stage = callback.request_stage(self.run.stages, self.score_matrix, schedule_finished=last)
+            if stage is not None and stage.kind == "heal":
+                return stage
             if stage is not None:
                 build_schedule(self.domains, [stage.domain], {stage.domain: stage.overrides}, STAGE_OPTIONS)
                 own = (self.args.stage_overrides or {}).get(stage.domain, {})
@@ -380,9 +322,9 @@ class SequentialGRPOTrainer(GRPOTrainer):
 
     def _run_stage(self, stage: Stage, **kwargs) -> TrainOutput:
         index = len(self.run.stages)
-        for callback in self._stage_callbacks():
-            callback.on_stage_begin(index, stage)
-        name = stage_name(index, stage.kind, stage.domain)
+        name = self._stage_name = stage_name(index, stage.kind, stage.domain)
+        if is_peft_model(self.model) and self.run.stages[-1].kind == "heal":
+            raise ValueError(f"stage {name}: a healed adapter has another rank, and cannot be trained on")
         folder = self.run.folder / "checkpoints" / name
         with self._stage_args(stage, folder, self._stage_seed(index)):
             self._reset()
@@ -394,26 +336,49 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 self._restore_stage_start()
             self._unfinished = True
             self._begin_adapter(index, name)
-            self._epochs_done = 0 if checkpoint is None else epochs_done(checkpoint)
             # As TRL does at construction: processes that share a group of completions must not sample the same ones.
             set_seed(self.args.seed, device_specific=True)
-            self._rewarded, self._unrewarded = checkpoint is not None, 0
             self._stage = index, stage
             start = time.perf_counter()
             try:
-                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-                if self._unrewarded and not self._rewarded:
-                    self._raise_unrewarded()
+                output = self._train_stage(checkpoint, **kwargs)
             finally:
                 self._stage = None
+            seconds = time.perf_counter() - start
+            if self._stopped_early():
+                return output
             if output.global_step == 0:
                 raise ValueError(
                     f"stage {name}: no step could be made, since domain {stage.domain!r} has too few prompts for one "
                     f"generation batch ({self.args.generation_batch_size // self.num_generations})"
                 )
-            seconds = time.perf_counter() - start
         self._finish_stage(stage, steps=output.global_step, seconds=seconds)
         return output
+
+    def _heal(self, stage: Stage) -> None:
+        """Repair what the stages before have damaged, and go on with the repaired weights."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("heal: not supported with FSDP or DeepSpeed; heal the finished run instead")
+        if is_peft_model(self.model) and len([r for r in self.run.stages if r.kind == "train"]) < len(self.schedule):
+            raise ValueError(
+                "heal: with an adapter expected at='end', since the stages after a heal would have to go on training "
+                "an adapter of another rank"
+            )
+        scorer = copy.copy(self.scorer)
+
+        def scored(*args, **kwargs):  # in the precision of the stages
+            with self.accelerator.autocast():
+                return self.scorer.score(*args, **kwargs)
+
+        scorer.score = scored
+        if self.accelerator.is_main_process:
+            heal_run(self.run, list(self.domains.values()), scorer=scorer, **stage.overrides)
+        self.run.stages = self._from_main(self.run.stages)
+        record = self.run.stages[-1]
+        if record.kind != "heal":
+            raise ValueError("heal: expected a domain that has lost points, found none")
+        load_stage(self, record)
+        self._announce(record)
 
     def _begin_adapter(self, index: int, name: str) -> None:
         """What a stage starts from besides the weights: its adapter and the KL reference."""
@@ -430,33 +395,20 @@ class SequentialGRPOTrainer(GRPOTrainer):
 
     def _restore_stage_start(self) -> None:
         """Go back to the weights that a stage starts from, after one was left in its middle."""
-        folders = [record.folder for record in self.run.stages if record.folder is not None]
-        if not folders or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        records = [record for record in self.run.stages if record.folder is not None]
+        if not records or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 f"{self.run.folder}: a stage was left in its middle and its start is not in memory; "
                 "build a new trainer and call train(resume_from_checkpoint=True)"
             )
-        self._load_stage(self.run.folder / folders[-1])
-
-    def _load_stage(self, folder: Path) -> None:
-        # A stage folder holds plain weights and no FSDP checkpoint; nothing is sharded before the first stage.
-        sharded = self.is_fsdp_enabled
-        try:
-            if self.args.adapter_per_stage:
-                load_stage_adapters(self.accelerator.unwrap_model(self.model), folder)
-            else:
-                self.is_fsdp_enabled = False
-                self._load_from_checkpoint(str(folder))
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder}: the weights of this stage cannot be read ({error})") from error
-        finally:
-            self.is_fsdp_enabled = sharded
+        load_stage(self, records[-1])
 
     def _finish_stage(self, stage: Stage, steps: int, seconds: float) -> None:
         index = len(self.run.stages)
         folder = None if stage.kind == "base" else Path("stages") / stage_name(index, stage.kind, stage.domain)
         if folder is not None:
-            self._save_stage(self.run.folder / folder)
+            with writing(self.run.folder / folder):
+                save_stage(self, self.run.folder / folder)
         self._unfinished = False
         self.run.current = StageRecord(
             index=index,
@@ -471,10 +423,13 @@ class SequentialGRPOTrainer(GRPOTrainer):
             reason=stage.reason,
             versions={"trl-interfere": __version__, **{package: version(package) for package in _PACKAGES}},
         )
-        if self.accelerator.is_main_process:
-            with _writing(self.run.path):
-                self.run.save()
+        self._save_run()
         self._score_stage()
+
+    def _save_run(self) -> None:
+        if self.accelerator.is_main_process:
+            with writing(self.run.path):
+                self.run.save()
 
     def _score_stage(self) -> None:
         """Score the domains that the current stage lacks, and record it as finished."""
@@ -488,70 +443,43 @@ class SequentialGRPOTrainer(GRPOTrainer):
                 if domain.eval_dataset is None or domain.name in record.scores:
                     continue
                 try:
-                    result = self.scorer.score(model, domain, domain.eval_dataset, self.accelerator)
+                    result = self.scorer.score(model, domain, domain.eval_dataset, accelerator=self.accelerator)
                 except ValueError as error:
                     raise ValueError(f"stage {record.name}, scores after step {record.steps}, {error}") from error
                 entry = None
                 if self.accelerator.is_main_process:
-                    with _writing(self.run.folder / "scores" / record.name):
-                        file = self.run.write_scores(
-                            record.name,
-                            domain.name,
-                            result.values,
-                            result.completions,
-                            domain.eval_dataset["prompt"][:],
-                        )
-                        entry = {**score(result.values).to_dict(), "file": file}
+                    with writing(self.run.folder / "scores" / record.name):
+                        kept = result.values, result.completions, result.prompts
+                        file = self.run.write_scores(record.name, domain.name, *kept)
+                    entry = {**score(result.values).to_dict(), "file": file}
                 record.scores[domain.name] = self._from_main(entry)  # callbacks must decide alike in every process
-                if self.accelerator.is_main_process:
-                    with _writing(self.run.path):
-                        self.run.save()
-        if self.accelerator.is_main_process:
-            with _writing(self.run.path):
-                self.run.append(record)
-        else:
-            self.run.stages.append(record)
-            self.run.current = None
+                self._save_run()
+        self.run.stages.append(record)
+        self.run.current = None
+        self._save_run()
+        self._announce(record)
+
+    def _announce(self, record: StageRecord) -> None:
+        """Tell trackers and callbacks that a stage has finished."""
         self.accelerator.wait_for_everyone()
-        logs = {**_score_logs(record), "run_step": self._steps_before()}
+        logs = {**_score_logs(record), "run_step": self._run_step()}
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
         for callback in self._stage_callbacks():
             callback.on_stage_end(record, self.score_matrix)
         self._remove_checkpoints(record)
 
     def _remove_checkpoints(self, record: StageRecord) -> None:
-        """Remove what a finished stage no longer needs; its completions move to its folder."""
+        """Remove what a finished stage no longer needs. Completions move to its folder; what callbacks wrote stays."""
         if self.args.keep_checkpoints or not self.accelerator.is_main_process:
             return
-        checkpoints = self.run.folder / "checkpoints" / record.name
-        if record.folder is not None and (checkpoints / "completions").exists():
-            os.replace(checkpoints / "completions", self.run.folder / record.folder / "completions")
-        shutil.rmtree(checkpoints, ignore_errors=True)
-
-    def _save_stage(self, folder: Path) -> None:
-        with _writing(folder):
-            self._write_stage(folder)
-
-    def _write_stage(self, folder: Path) -> None:
-        partial = folder.with_name(f".{folder.name}.partial")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.save_model(str(partial), _internal_call=True)  # it is pushed once it is finished
-        if self.args.adapter_per_stage and self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            for path in [path for path in partial.iterdir() if path.name in model.peft_config]:
-                shutil.rmtree(path)  # as PEFT lays out several adapters
-            save_stage_adapters(model, partial)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle
-            shutil.rmtree(partial / "ref", ignore_errors=True)  # the adapter of the KL reference
-            log = json.dumps(self.state.log_history, indent=1)
-            (partial / "log_history.json").write_text(log + "\n", encoding="utf-8")
-            os.replace(partial, folder)
-        self.accelerator.wait_for_everyone()
+        folder = self.run.folder / "checkpoints" / record.name
+        if record.folder is not None and (folder / "completions").exists():
+            os.replace(folder / "completions", self.run.folder / record.folder / "completions")
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        for empty in (folder, folder.parent):
+            with contextlib.suppress(OSError):
+                empty.rmdir()
 
     def _from_main(self, value: Any) -> Any:
         # Processes that look at the disk while another one writes may see different things.
@@ -559,36 +487,40 @@ class SequentialGRPOTrainer(GRPOTrainer):
 
     def _open_run(self, resume: bool) -> None:
         exists = self._from_main(self.run.exists())
-        if self.run.stages:  # a second train() of this object: the weights are live
-            if not resume:
-                raise ValueError(f"{self.run.path}: {_HOLDS_A_RUN}")
-        elif exists:
-            if not resume:
-                raise ValueError(f"{self.run.path}: {_HOLDS_A_RUN}")
+        if (exists or self.run.stages) and not resume:
+            raise ValueError(
+                f"{self.run.path}: this folder holds a run. Pass resume_from_checkpoint=True (on the command line "
+                "--resume) to continue it, or choose another output_dir"
+            )
+        if exists and not self.run.stages:  # else it is a second train() of this object, and the weights are live
             self.run.resume()
             self._check_records()
-            folders = [record.folder for record in self.run.records if record.folder is not None]
-            if folders:
-                self._load_stage(self.run.folder / folders[-1])
+            records = [record for record in self.run.records if record.folder is not None]
+            if records:
+                load_stage(self, records[-1])
             for record in self.run.stages:  # a process may have been killed just before it did
                 self._remove_checkpoints(record)
-        elif self.accelerator.is_main_process:
+        elif not exists and self.accelerator.is_main_process:
             self.run.save()
+            model = get_config_model_id(self.model.config)
+            if os.path.isdir(model):
+                self.run.keep_local(base_model=os.path.abspath(model))
         # transformers ends the run of trackio with each `train()`, and finds it again by its name alone.
         self.args.run_name = self.run.run_name
         self.accelerator.wait_for_everyone()
 
     def _check_records(self) -> None:
-        """Refuse a manifest whose stages are not those of its schedule, which only an edit can bring about."""
+        """Refuse stages that are not those of the schedule, which only an edit can bring about."""
         schedule = iter(self.schedule)
         for index, record in enumerate(self.run.records):
             expected = StageRecord(**{**vars(record), "index": index})
             if index == 0:
                 expected.kind, expected.domain = "base", None
-            elif record.kind != "refresh":
+            elif record.kind not in ("refresh", "heal"):
                 stage = next(schedule, None)
                 expected.kind, expected.domain = "train", stage and stage.domain
-            expected.folder = f"stages/{expected.name}" if index else None
+            if record.kind != "heal":
+                expected.folder = f"stages/{expected.name}" if index else None
             for field in ("index", "kind", "domain", "folder"):
                 if getattr(record, field) != getattr(expected, field):
                     raise ValueError(
@@ -636,9 +568,6 @@ class SequentialGRPOTrainer(GRPOTrainer):
             **({"benchmarks": benchmarks} if benchmarks else {}),
         }
 
-    def _steps_before(self) -> int:
-        return sum(record.steps for record in self.run.stages)
-
     def _stage_seed(self, index: int) -> int:
         return self.args.seed + max(index - 1, 0)
 
@@ -653,142 +582,12 @@ class SequentialGRPOTrainer(GRPOTrainer):
         settings["eval_on_start"] = self.args.eval_on_start
         before = {name: getattr(self.args, name) for name in settings}
         self._set_args(settings)
-        if self.log_completions and self.accelerator.is_main_process:
-            os.makedirs(folder / "completions", exist_ok=True)
+        if self.accelerator.is_main_process:  # callbacks write to it
+            os.makedirs(folder / "completions" if self.log_completions else folder, exist_ok=True)
         try:
             yield
         finally:
             self._set_args(before)
-
-    def _set_args(self, settings: dict[str, Any]) -> None:
-        for name, value in settings.items():
-            setattr(self.args, name, value)
-        # What TRL copied out of its configuration when it was built.
-        self._train_batch_size = self.args.train_batch_size
-        self.num_generations = self.args.num_generations
-        self.num_generations_eval = self.args.num_generations_eval or self.args.num_generations
-        self.num_iterations = self.args.num_iterations
-        self.epsilon_low = self.args.epsilon
-        self.epsilon_high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
-        self.loss_type = self.args.loss_type
-        self.scale_rewards = self.args.scale_rewards
-        if "max_completion_length" in settings:
-            self.max_completion_length = self.args.max_completion_length
-            if self.use_vllm:
-                self.vllm_generation.max_completion_length = self.max_completion_length
-            else:
-                self.generation_kwargs["max_new_tokens"] = self.max_completion_length
-                self.generation_config.max_new_tokens = self.max_completion_length
-
-    def _reset(self) -> None:
-        # What TRL and transformers carry from one `train()` to the next.
-        self.optimizer = self.callback_handler.optimizer = None
-        self.lr_scheduler = self.callback_handler.lr_scheduler = None
-        if self.accelerator.is_fsdp2:
-            # Scoring leaves the weights of the root gathered: an optimizer built on those would not train them.
-            for module in self.model.modules():
-                if hasattr(module, "reshard"):
-                    module.reshard()
-        self._step = 0
-        self._buffered_inputs = None
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        size = self.args.generation_batch_size
-        for name, values in self._logs.items():
-            self._logs[name] = (
-                deque(maxlen=size) if isinstance(values, deque) else defaultdict(lambda: deque(maxlen=size))
-            )
-        self._pending_metrics.clear()
-        self._pending_extra_logs.clear()
-        self._eval_dataloaders = {}
-        self.sync_weights()
-        if self._scaler_state is not None:
-            self.accelerator.scaler.load_state_dict(self._scaler_state)
-        self._current_train_step_time = 0.0
-        self.entropy_coef = self.args.entropy_coef
-        self._last_world_entropy = float("inf")
-        self._entropy_window_stats = None
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        try:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        except RewardError as error:
-            raise ValueError(f"{self._where()}, {error}") from error
-        if any(isinstance(reward, nn.Module) for reward in self.reward_funcs):  # these cannot be masked by wrapping
-            rows = gather_object([row[DOMAIN_COLUMN] for row in inputs])
-            for column, name in enumerate(self._reward_domains):
-                rewards[[row != name for row in rows], column] = torch.nan
-                own = rewards[[row == name for row in rows], column]
-                if isinstance(self.reward_funcs[column], nn.Module) and not own.isfinite().all():
-                    raise ValueError(
-                        f"{self._where()}, domain {name!r}: reward model {self.reward_func_names[column]!r} returned "
-                        f"{own[~own.isfinite()][0].item()}, expected finite numbers"
-                    )
-        if self._stage is not None and self.model.training:
-            self._unrewarded = self._unrewarded + 1 if rewards.isnan().all() else 0
-            self._rewarded = self._rewarded or self._unrewarded == 0
-            if self._unrewarded == _UNREWARDED_BATCHES:
-                self._raise_unrewarded()
-        return rewards
-
-    def _where(self) -> str:
-        if self._stage is None:
-            return "evaluation"
-        index, stage = self._stage
-        name = f"stage {stage_name(index, stage.kind, stage.domain)}"
-        if self.model.training:
-            return f"{name}, step {self.state.global_step + 1}"
-        return f"{name}, evaluation after step {self.state.global_step}"
-
-    def _raise_unrewarded(self) -> None:
-        domain = self.domains[self._stage[1].domain]
-        raise ValueError(
-            f"{self._where()}, domain {domain.name!r}: expected a reward for some completions, found None from all "
-            f"reward functions {[reward_name(reward) for reward in domain.reward_funcs]} for all completions of "
-            f"{self._unrewarded} generation batches in a row"
-        )
-
-    def _generate_and_score_completions(self, inputs):
-        outputs = super()._generate_and_score_completions(inputs)
-        if self.args.adapter_per_stage:
-            freeze_earlier_adapters(self.accelerator.unwrap_model(self.model))
-        return outputs
-
-    def _get_train_sampler(self, dataset=None):
-        sampler = super()._get_train_sampler(dataset)
-        if sampler.shuffle:
-            # TRL's sampler draws a new order for each pass from one generator, which a resume begins anew.
-            for _ in range(self._epochs_done):
-                torch.randperm(sampler.num_samples, generator=sampler.generator)
-        return sampler
-
-    def _run_epoch(self, **kwargs):
-        checkpoint = kwargs["resume_from_checkpoint"]
-        control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
-        ended = self.state.global_step >= self.state.max_steps or control.get("should_training_stop")
-        if checkpoint is not None and ended:
-            # transformers would make one more step from the checkpoint at the end of a stage.
-            self._load_rng_state(checkpoint)
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(**kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.adapter_per_stage:
-            activate_stage_adapters(self.accelerator.unwrap_model(self.model))
-
-    def _save_checkpoint(self, model, trial):
-        with _writing(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
-            super()._save_checkpoint(model, trial)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Nothing is made on the Hub before there is something to push."""
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """TRL's card knows one data set and one checkpoint; [`HubCallback`] writes that of the run."""
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """[`HubCallback`] does this: transformers would push the state of the optimizer, which is a pickle."""
 
     def push_to_hub(
         self,
@@ -841,51 +640,75 @@ class SequentialGRPOTrainer(GRPOTrainer):
     def _stage_callbacks(self) -> list[StageCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, StageCallback)]
 
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        if DOMAIN_COLUMN not in self._signature_columns:
-            self._signature_columns.append(DOMAIN_COLUMN)
 
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        save_resume_state(self, output_dir)
-        # The main process writes trainer_state.json next, which must stand for the files of every process.
-        self.accelerator.wait_for_everyone()
+def check_run(domains: list[Domain], args: SequentialGRPOConfig) -> list[Stage]:
+    """The schedule of a run that can be trained; `--dry-run` refuses what training would."""
+    if not domains:
+        raise ValueError("domains: expected at least one Domain, found none")
+    by_name = {domain.name: domain for domain in domains}
+    if len(by_name) != len(domains):
+        raise ValueError(f"domains: expected unique names, found {[domain.name for domain in domains]}")
+    trainable = [name for name, domain in by_name.items() if domain.train_dataset is not None]
+    for name in args.order or []:
+        if name in by_name and name not in trainable:
+            raise ValueError(f"order: domain {name!r} has no train_dataset")
+    schedule = build_schedule(trainable, args.order, args.stage_overrides, STAGE_OPTIONS)
+    for stage in schedule:
+        settings = args.stage_settings(stage.overrides, f"stage_overrides[{stage.domain!r}]")
+        domain = by_name[stage.domain]
+        evaluated = settings.get("eval_strategy", args.eval_strategy) != "no"
+        if (evaluated or args.eval_on_start) and domain.eval_dataset is None:
+            option = "eval_strategy" if evaluated else "eval_on_start"
+            raise ValueError(f"{option}: expected an eval_dataset of domain {domain.name!r}, found none")
+        prompts = settings.get("generation_batch_size", args.generation_batch_size) // settings.get(
+            "num_generations", args.num_generations
+        )
+        if isinstance(domain.train_dataset, Dataset) and len(domain.train_dataset) < prompts:
+            raise ValueError(
+                f"domain {domain.name!r}, train_dataset: expected at least {prompts} prompts, the number in one "
+                f"generation batch, found {len(domain.train_dataset)}"
+            )
+    if args.kl_reference == "stage" and args.adapter_per_stage:
+        raise ValueError(
+            "kl_reference: 'stage' is not supported with adapter_per_stage, TRL measures from a single adapter or "
+            "from none"
+        )
+    if args.use_vllm and not is_vllm_available():
+        raise ImportError("use_vllm: expected vLLM, which is not installed: pip install 'trl-interfere[vllm]'")
+    return schedule
 
-    def _load_rng_state(self, checkpoint):
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None:
-            load_resume_state(self, checkpoint)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # Rewards of other domains have no value in this stage.
-        for metrics in self._metrics.values():
-            for name in [name for name in metrics if name.startswith("rewards/")]:
-                metrics[name] = [value for value in metrics[name] if value == value]
-                if not metrics[name]:
-                    del metrics[name]
-        metrics = self._metrics["train"]
-        if self._stage is not None and "reward" in metrics:
-            metrics[f"{self._stage[1].domain}/reward"] = list(metrics["reward"])
-        if self._stage is not None:
-            logs["stage"] = self._stage[0]
-            logs["run_step"] = self._steps_before() + self.state.global_step
-        super().log(logs, start_time)
+def _check_turns(domains: list[Domain], schedule: list[Stage], kwargs: dict[str, Any]) -> None:
+    """Refuse domains that would be trained on one task and scored on another, or could not be called."""
+    turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
+    for domain in domains:
+        trained = domain.name in [stage.domain for stage in schedule]
+        if trained and not domain.reward_funcs and "environment_factory" not in turns:
+            raise ValueError(f"domain {domain.name!r}: expected reward functions to train on, found none")
+        if domain.eval_dataset is not None and domain.metric is None:
+            if turns:
+                raise ValueError(
+                    f"domain {domain.name!r}: expected a `metric`, since {turns[0]} is used in training and not in "
+                    "scoring, where a prompt gets one completion; or leave out its eval_dataset"
+                )
+            if any(not callable(reward) or isinstance(reward, torch.nn.Module) for reward in domain.reward_funcs):
+                raise ValueError(
+                    f"domain {domain.name!r}: a reward model cannot score completions outside training, set `metric`"
+                )
+        if "rollout_func" not in turns:  # it may hand more to the rewards than the columns
+            check_columns(domain)
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """A failure to write, whatever library met it, as one message that names the place."""
-    try:
-        yield
-    except Exception as error:
-        signs = ("No space left", "os error", "PytorchStreamWriter", "inline_container")
-        if not isinstance(error, (OSError, SafetensorError)) and not any(sign in str(error) for sign in signs):
-            raise
-        raise OSError(
-            f"{path}: cannot be written ({error}). What had finished before is untouched; mend it (is the disk full?) "
-            "and resume the run"
-        ) from error
+def _with_prompts(domains: list[Domain], args: SequentialGRPOConfig, environment: Any) -> list[Domain]:
+    """Domains with TRL's empty prompts where an environment owns the data."""
+    if environment is None or isinstance(environment, dict):
+        return domains
+    owned = [d for d in domains if d.train_dataset is None and (len(domains) == 1 or d.name in (args.order or []))]
+    for domain in owned:
+        if args.max_steps <= 0:
+            raise ValueError(f"max_steps: expected a number, as domain {domain.name!r} has no train_dataset")
+    rows = [{"prompt": [{"role": "user", "content": ""}]}] * (args.generation_batch_size // args.num_generations)
+    return [replace(d, train_dataset=Dataset.from_list(rows)) if d in owned else d for d in domains]
 
 
 def _score_logs(record: StageRecord) -> dict[str, float]:
@@ -896,5 +719,6 @@ def _score_logs(record: StageRecord) -> dict[str, float]:
 def _digest(dataset: Any) -> dict[str, Any] | None:
     if not isinstance(dataset, Dataset):
         return None
-    content = hashlib.sha256(json.dumps(dataset["prompt"][:], ensure_ascii=False).encode()).hexdigest()
+    column = "prompt" if "prompt" in dataset.column_names else "environment"
+    content = hashlib.sha256(json.dumps(dataset[column][:], ensure_ascii=False).encode()).hexdigest()
     return {"rows": len(dataset), "prompts_sha256": content}

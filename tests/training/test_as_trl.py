@@ -1,0 +1,289 @@
+"""What a user of TRL expects of a GRPOTrainer, over several domains."""
+
+import ast
+import inspect
+import textwrap
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset
+from tiny_runs import SETTINGS, assert_same, build, config, math_domain, text_reward, weights, writing_domain
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_interfere import Domain, SequentialGRPOTrainer
+from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab.math import math_reward
+from trl_interfere.training.rehearsal import rehearse
+from trl_interfere.training.stage_state import KEPT_BY_TRL, StageTrainer
+from trl_interfere.training.trainer import _check_turns, _with_prompts, check_run
+
+
+def plain(folder, domain, **settings):
+    return GRPOTrainer(
+        model=str(MODEL_FOLDER),
+        reward_funcs=domain.reward_funcs,
+        args=GRPOConfig(output_dir=str(folder), **{**SETTINGS, **settings}),
+        train_dataset=domain.train_dataset,
+    )
+
+
+def test_every_attribute_that_trl_changes_is_reset_or_known():
+    """A new version of TRL that keeps something else from step to step fails here."""
+
+    def assigned(function):
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            for target in targets if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)) else []:
+                for part in getattr(target, "elts", [target]):
+                    part = part.value if isinstance(part, ast.Subscript) else part
+                    if isinstance(part, ast.Attribute) and getattr(part.value, "id", "") == "self":
+                        yield part.attr
+
+    changed = set()
+    for name, function in vars(GRPOTrainer).items():
+        if inspect.isfunction(function) and name != "__init__":
+            changed |= set(assigned(function))
+    reset = set(assigned(StageTrainer._reset)) | set(assigned(StageTrainer.sync_weights))
+    assert {"_step", "_buffered_inputs", "_last_loaded_step"} <= changed & reset
+    assert changed - reset == changed & set(KEPT_BY_TRL)
+
+
+def test_three_rewards_beside_another_domain_are_plain_grpo_to_the_bit(tmp_path):
+    def third(completions, **kwargs):
+        return [len(completion) / 7 for completion in completions]
+
+    rewards, reward_weights = [math_reward, text_reward, third], [0.3, 0.7, 0.1]
+    settings = {"domains": None, "order": ["math"]}
+    math = math_domain(reward_funcs=rewards, reward_weights=reward_weights)
+    settings["domains"] = [writing_domain(reward_funcs=[text_reward] * 6), math]
+    trainer = build(tmp_path / "ours", **settings)
+    trainer.train()
+    expected = plain(tmp_path / "plain", math, reward_weights=reward_weights)
+    expected.train()
+    assert_same(weights(trainer), weights(expected))
+
+
+class Tracker(TrainerCallback):
+    """Writes down what TensorBoard's callback would: where, at which step, and when it ends."""
+
+    def __init__(self):
+        self.logging_dir, self.seen, self.ended = None, [], 0
+        type(self).made = self
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.logging_dir = self.logging_dir or args.output_dir
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append((self.logging_dir, state.global_step, sorted(name for name in logs if "score" in name)))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.ended += 1
+
+
+def test_a_tracker_has_one_folder_and_one_axis(tmp_path, monkeypatch):
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    monkeypatch.setattr(
+        "transformers.integrations.integration_utils.get_available_reporting_integrations", lambda: ["tensorboard"]
+    )
+
+    class Writes(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with open(f"{args.output_dir}/mine.txt", "a") as file:
+                file.write("x")
+
+    trainer = build(tmp_path, report_to=["tensorboard"], max_steps=2, callbacks=[Writes()])
+    trainer.train()
+    tracker = Tracker.made
+    assert {folder for folder, _, _ in tracker.seen} == {str(tmp_path / "runs")}
+    steps = [step for _, step, _ in tracker.seen]
+    assert steps == sorted(steps) and [step for _, step, scores in tracker.seen if scores] == [0, 2, 4]
+    assert tracker.ended == 1
+    assert [entry["step"] for entry in trainer.state.log_history] == [1, 2, 2]  # transformers' own are of the stage
+    assert sorted(path.parent.name for path in tmp_path.glob("checkpoints/*/mine.txt")) == ["1-math", "2-writing"]
+    assert not list(tmp_path.glob("checkpoints/*/checkpoint-*"))
+
+
+class Budget(TrainerCallback):
+    """Stops the run, not only the stage, after a number of steps."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.left -= 1
+        control.should_training_stop |= self.left <= 0
+
+
+@pytest.mark.parametrize("steps, save", [(4, {"save_steps": 100}), (2, {"save_strategy": "no"})])
+def test_a_callback_that_stops_the_training_ends_the_run(tmp_path, steps, save):
+    whole = build(tmp_path / "whole", **save)
+    whole.train()
+    trainer = build(tmp_path / "run", callbacks=[Budget(steps)], **save)
+    trainer.train()
+    assert [record.name for record in trainer.run.stages] == ["0-base", "1-math"][: 1 + (steps > 3)]
+    resumed = build(tmp_path / "run", **save)
+    resumed.train(resume_from_checkpoint=True)
+    assert [record.steps for record in resumed.run.stages] == [0, 3, 3]
+    assert_same(weights(resumed), weights(whole))
+
+
+def ask(question: str) -> str:
+    """
+    Answers.
+
+    Args:
+        question: What is asked.
+    """
+    return question
+
+
+def rollout(prompts, trainer):
+    ids = [[5, 6, 7]] * len(prompts)
+    return {"prompt_ids": ids, "completion_ids": ids, "logprobs": [[0.0] * 3] * len(prompts), "extra": prompts}
+
+
+class Game:
+    def reset(self, **kwargs):
+        return None
+
+    def get_reward(self) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("turns", [{"tools": [ask]}, {"rollout_func": rollout}, {"environment_factory": Game}])
+def test_a_task_that_scoring_does_not_play_needs_a_metric(tmp_path, turns):
+
+    with pytest.raises(ValueError, match=f"math.*metric.*{next(iter(turns))}"):
+        SequentialGRPOTrainer(str(MODEL_FOLDER), config(tmp_path), [math_domain()], **turns)
+
+
+def test_a_rollout_function_with_a_metric(tmp_path):
+
+    def reward(completions, extra, **kwargs):
+        assert len(extra) == len(completions)
+        return [float(index) for index, _ in enumerate(completions)]
+
+    domain = math_domain(reward_funcs=reward, metric=text_reward)
+    trainer = SequentialGRPOTrainer(str(MODEL_FOLDER), config(tmp_path, max_steps=1), [domain], rollout_func=rollout)
+    trainer.train()
+    assert [record.steps for record in trainer.run.stages] == [0, 1]
+
+
+@pytest.mark.parametrize("rows", [None, [{"environment": "game"}] * 8])
+def test_an_environment_may_own_prompts_and_reward(tmp_path, rows):
+    """As far as construction: to play, an environment needs a chat template with tools."""
+
+    domain = Domain("game", None if rows is None else Dataset.from_list(rows))
+    factory = Game if rows is None else {"game": Game}
+    args = config(tmp_path)
+    (domain,) = _with_prompts([domain], args, factory)
+    schedule = check_run([domain], args)
+    _check_turns([domain], schedule, {"environment_factory": factory})
+    assert [stage.domain for stage in schedule] == ["game"] and set(domain.train_dataset["domain"]) == {"game"}
+    with pytest.raises(ValueError, match="game.*reward functions"):
+        _check_turns([domain], schedule, {})
+
+
+def test_extra_columns_of_rehearsed_domains(tmp_path):
+    def logs(column, at_times=False):
+        def reward(completions, log_extra, **kwargs):
+            if not at_times or len(completions) % 8 == 0:
+                log_extra(column, [f"{column} {completion}" for completion in completions])
+            log_extra("both", completions)
+            return text_reward(completions)
+
+        return reward
+
+    math, writing = math_domain(reward_funcs=logs("a")), writing_domain(reward_funcs=logs("b", at_times=True))
+    mixed = rehearse(writing, [math], share=0.5)
+    build(tmp_path, domains=[math, mixed], order=["writing"], log_completions=True, num_generations=8).train()
+    (*_, last) = sorted(tmp_path.rglob("*.parquet"))
+    table = pd.concat([pd.read_parquet(path) for path in sorted(tmp_path.rglob("*.parquet"))])
+    assert len(pd.read_parquet(last)) == 8 and list(table["both"]) == list(table["completion"])
+    for column, rewarded in (("a", "math/reward"), ("b", "writing/reward")):
+        own = table[table[rewarded].notna()]
+        assert len(own) and list(own[column].dropna()) == [
+            f"{column} {text}" for text in own["completion"][own[column].notna()]
+        ]
+
+
+def test_evaluation_of_any_dataset(tmp_path):
+    seen = []
+
+    def counted(name):
+        def reward(completions, **kwargs):
+            seen.append(name)
+            return [1.0 if name == "math" else 0.5] * len(completions)
+
+        return reward
+
+    domains = [math_domain(reward_funcs=counted("math")), writing_domain(reward_funcs=counted("writing"))]
+    trainer = build(tmp_path, domains=domains, max_steps=1, per_device_eval_batch_size=16)
+    foreign = Dataset.from_list([{"prompt": "1+1=", "words": "a b"}] * 4)
+    assert trainer.evaluate(foreign)["eval_reward"] == 1.0  # of the domain that is trained first
+    trainer.train()
+    for call, value, names in (
+        (lambda: trainer.evaluate(foreign), 0.5, {"writing"}),
+        (lambda: trainer.evaluate("math"), 1.0, {"math"}),
+        (lambda: trainer.evaluate({"one": foreign, "two": domains[0].eval_dataset}), None, {"math", "writing"}),
+        (lambda: trainer.predict(foreign).metrics, None, {"writing"}),
+    ):
+        seen.clear()
+        metrics = call()
+        assert set(seen) == names
+        if value is not None:
+            assert metrics["eval_reward"] == value
+
+
+def test_reward_models_of_other_domains_do_not_run(tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForSequenceClassification(
+        LlamaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=0, **sizes)
+    )
+    model.config._name_or_path = str(MODEL_FOLDER)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    domains = [math_domain(), writing_domain(reward_funcs=[model], metric=text_reward)]
+    trainer = build(tmp_path, domains=domains, max_steps=1)
+    trainer.train(max_stages=1)
+    assert not calls
+    trainer.train(resume_from_checkpoint=True)
+    assert calls and np.isfinite(trainer.log_history[-2].get("train_loss", 0.0))
+
+
+@pytest.mark.parametrize(
+    "column", ["prompts", "completions", "trainer_state", "log_extra", "log_metric", "environments"]
+)
+def test_columns_with_the_names_of_arguments(column):
+    rows = Dataset.from_dict({"prompt": ["a"] * 8, column: ["x"] * 8})
+    with pytest.raises(ValueError, match=f"'a', train_dataset.*'{column}'"):
+        Domain("a", rows, text_reward)
+    stream = rows.to_iterable_dataset().map(dict, features=None)  # the columns are unknown until rows are read
+    with pytest.raises(ValueError, match=f"'a', train_dataset.*'{column}'"):
+        next(iter(Domain("a", stream, text_reward).train_dataset))
+
+
+def test_an_output_folder_that_cannot_be_written_is_named_before_the_model_is_loaded(tmp_path):
+
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(OSError, match="file"):
+            SequentialGRPOTrainer("no/such-model", config(folder), [math_domain()])
+
+
+def test_weights_of_a_stage_begin_where_the_one_before_ended(tmp_path):
+    """Stage by stage as GRPOTrainer trains from the checkpoint of the stage before."""
+    trainer = build(tmp_path / "ours")
+    trainer.train()
+    second = GRPOTrainer(
+        model=str(trainer.run.weights(1)),
+        reward_funcs=writing_domain().reward_funcs,
+        args=GRPOConfig(output_dir=str(tmp_path / "plain"), **{**SETTINGS, "seed": trainer.run.stages[2].seed}),
+        train_dataset=writing_domain().train_dataset,
+    )
+    second.train()
+    assert_same(weights(trainer), weights(second))

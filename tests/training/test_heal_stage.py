@@ -1,0 +1,114 @@
+"""Heals as stages of a run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny_runs import assert_same, build, math_domain, weights, writing_domain
+
+from trl_interfere import HealCallback, Repair, Run
+from trl_interfere.evaluation.score_matrix import ScoreMatrix
+from trl_interfere.run import StageRecord
+
+
+def records(*kinds):
+    return [StageRecord(i, kind, None, None, 1, 1.0, {}, 0, {}, {}) for i, kind in enumerate(kinds)]
+
+
+def matrix(*rows):
+    values = [{"math": np.repeat([1.0, 0.0], [n, 20 - n]), "qa": np.ones(20)} for n in rows]
+    return ScoreMatrix(["math", "qa"], [str(index) for index in range(len(rows))], values)
+
+
+@pytest.mark.parametrize(
+    "at, finished, kinds, scores, asks",
+    [
+        ("end", True, ("base", "train", "train"), (5, 18, 4), True),
+        ("end", False, ("base", "train", "train"), (5, 18, 4), False),
+        ("stage", False, ("base", "train", "train"), (5, 18, 4), True),
+        ("end", True, ("base", "train", "refresh"), (5, 18, 4), True),
+        ("end", True, ("base", "train", "train", "heal"), (5, 18, 4, 6), False),  # once is enough
+        ("end", True, ("base", "train", "train"), (5, 18, 17), False),  # noise
+        ("stage", False, ("base",), (5,), False),
+    ],
+)
+def test_when_it_asks(at, finished, kinds, scores, asks):
+    stage = HealCallback(at=at, max_drop=0.5, rank=8).request_stage(records(*kinds), matrix(*scores), finished)
+    assert (stage is not None) == asks
+    if asks:
+        assert (stage.kind, stage.domain) == ("heal", None)
+        assert stage.overrides == {"rank": 8, "max_drop": 0.5, "names": ["math"]}
+        other = HealCallback(at=at, domains=["qa"]).request_stage(records(*kinds), matrix(*scores), finished)
+        assert other is None
+
+
+@pytest.mark.parametrize(
+    "setting", [{"at": "now"}, {"max_drop": -1}, {"max_drop": float("nan")}, {"rank": 0}, {"rank": True}]
+)
+def test_settings_out_of_range(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        HealCallback(**setting)
+
+
+def damaged_run(folder, callbacks, **settings):
+    """Math is at its best after its own stage and lost after the next one, whatever the weights say."""
+    stages = folder / "stages.json"
+
+    def metric(prompts, **kwargs):
+        finished = len(json.loads(stages.read_text())["stages"])
+        return [float(index % 10 < (2, 9, 3)[min(finished, 2)]) for index, _ in enumerate(prompts)]
+
+    rows = math_domain().train_dataset.select(range(10))
+    domains = [
+        math_domain(metric=metric, selection_dataset=rows),
+        writing_domain(metric=lambda completions, **kwargs: [0.5] * len(completions)),
+    ]
+    return build(folder, domains=domains, callbacks=callbacks, max_steps=1, **settings)
+
+
+@pytest.mark.parametrize("at", ["end", "stage"])
+def test_a_heal_is_a_stage_of_the_run(tmp_path, at):
+    order = ["math", "writing", "math"][: 2 + (at == "stage")]
+    trainer = damaged_run(tmp_path, [HealCallback(at=at)], order=order)
+    trainer.train(max_stages=3)
+    names = ["0-base", "1-math", "2-writing", "3-heal"]
+    run = Run(tmp_path)
+    assert [record.name for record in run.stages] == trainer.score_matrix.stages == names
+    assert run.final.name == "2-writing" and run.stages[3].folder == "repair"
+    healed, final = weights(trainer), load_file(tmp_path / "stages" / "2-writing" / "model.safetensors")
+    assert any(not torch.equal(tensor, final[name]) for name, tensor in healed.items() if name in final)
+    assert_same(healed, Repair.from_pretrained(tmp_path / "repair").merge().state_dict())
+    # a process that goes on has the healed weights
+    resumed = damaged_run(tmp_path, [HealCallback(at=at)], order=order)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(resumed.run.stages) == 4 + (at == "stage")
+    if at == "end":
+        assert_same(weights(resumed), healed)
+
+
+def test_a_heal_in_the_middle_resumes_to_the_same_bits(tmp_path):
+    order = ["math", "writing", "writing"]
+    whole = damaged_run(tmp_path / "whole", [HealCallback(at="stage")], order=order)
+    whole.train()
+    damaged_run(tmp_path / "run", [HealCallback(at="stage")], order=order).train(max_stages=3)
+    resumed = damaged_run(tmp_path / "run", [HealCallback(at="stage")], order=order)
+    resumed.train(resume_from_checkpoint=True)
+    assert [r.name for r in resumed.run.stages] == [r.name for r in whole.run.stages]
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_with_lora_at_the_end_alone(tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights="gaussian")
+    trainer = damaged_run(tmp_path / "end", [HealCallback()], peft_config=lora)
+    trainer.train()
+    assert trainer.run.stages[-1].name == "3-heal" and trainer.model.active_adapter == "healed"
+    resumed = damaged_run(tmp_path / "end", [HealCallback()], peft_config=lora)
+    resumed.train(resume_from_checkpoint=True)
+    names = [name for name in weights(trainer) if ".healed." in name]
+    assert names and all(torch.equal(weights(trainer)[name], weights(resumed)[name]) for name in names)
+    with pytest.raises(ValueError, match="at='end'"):
+        order = ["math", "writing", "math"]
+        damaged_run(tmp_path / "s", [HealCallback(at="stage")], peft_config=lora, order=order).train()
