@@ -15,7 +15,9 @@ from trl_interfere.run import StageRecord
 
 
 def records(*kinds):
-    return [StageRecord(i, kind, None, None, 1, 1.0, {}, 0, {}, {}) for i, kind in enumerate(kinds)]
+    domains = iter(["math", "qa"])
+    named = [(kind, next(domains) if kind == "train" else None) for kind in kinds]
+    return [StageRecord(i, kind, domain, None, 1, 1.0, {}, 0, {}, {}) for i, (kind, domain) in enumerate(named)]
 
 
 def matrix(*rows):
@@ -40,7 +42,7 @@ def test_when_it_asks(at, finished, kinds, scores, asks):
     assert (stage is not None) == asks
     if asks:
         assert (stage.kind, stage.domain) == ("heal", None)
-        assert stage.overrides == {"rank": 8, "max_drop": 0.5, "names": ["math"]}
+        assert stage.overrides == {"rank": 8, "max_drop": 0.5, "names": None}
         other = HealCallback(at=at, domains=["qa"]).request_stage(records(*kinds), matrix(*scores), finished)
         assert other is None
 

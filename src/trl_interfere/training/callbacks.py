@@ -5,7 +5,7 @@ import math
 from transformers import TrainerCallback
 
 from ..evaluation.score_matrix import ScoreMatrix
-from ..repair.heal import damaged_domains
+from ..repair.heal import lost_beyond_interval
 from ..run import Run, StageRecord
 from .config import SequentialGRPOConfig
 from .schedule import Stage
@@ -88,7 +88,7 @@ class HealCallback(StageCallback):
     Ask [`SequentialGRPOTrainer`] to heal the model where stages have damaged domains: a repair in closed form, without
     training. It becomes a stage of the run, and training goes on from the healed weights.
 
-    A domain is damaged when it is below its highest score of the run so far by more than the 95% interval of the
+    A domain is damaged when it is below its score after its own training by more than the 95% interval of the
     difference. With LoRA, `at="stage"` is refused: the repair of an adapter has another rank than the adapter.
 
     Example:
@@ -137,8 +137,10 @@ class HealCallback(StageCallback):
         if stages[-1].kind not in ("train", "refresh") or (self.at == "end" and not schedule_finished):
             return None
         final = score_matrix.values[-1]
-        peaks = {name: score_matrix.values[score_matrix.peak(name)][name] for name in final}
-        names = [name for name in damaged_domains(peaks, final) if self.domains is None or name in self.domains]
-        if not names:
+        own = {record.domain: row for row, record in enumerate(stages) if record.kind == "train"}
+        before = {name: score_matrix.values[row] for name, row in own.items()}
+        lost = lost_beyond_interval({name: row[name] for name, row in before.items() if name in row}, final)
+        if not (set(lost) if self.domains is None else set(lost) & {*self.domains}):
             return None
+        names = self.domains and [name for name in lost if name in self.domains]
         return Stage(None, "heal", {"rank": self.rank, "max_drop": self.max_drop, "names": names})
