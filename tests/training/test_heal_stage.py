@@ -63,9 +63,8 @@ def damaged_run(folder, callbacks, **settings):
         finished = len(json.loads(stages.read_text())["stages"])
         return [float(index % 10 < (2, 9, 3)[min(finished, 2)]) for index, _ in enumerate(prompts)]
 
-    rows = math_domain().train_dataset.select(range(10))
     domains = [
-        math_domain(metric=metric, selection_dataset=rows),
+        math_domain(metric=metric),
         writing_domain(metric=lambda completions, **kwargs: [0.5] * len(completions)),
     ]
     return build(folder, domains=domains, callbacks=callbacks, max_steps=1, **settings)
@@ -114,3 +113,12 @@ def test_with_lora_at_the_end_alone(tmp_path):
     with pytest.raises(ValueError, match="at='end'"):
         order = ["math", "writing", "math"]
         damaged_run(tmp_path / "s", [HealCallback(at="stage")], peft_config=lora, order=order).train()
+
+
+def test_a_loss_that_the_selection_split_does_not_show_is_left_alone(tmp_path, caplog):
+    trainer = damaged_run(tmp_path, [HealCallback()])
+    math = trainer.domains["math"]
+    math.selection_dataset = math.eval_dataset  # where the scripted metric is the same for both models
+    trainer.train()
+    assert [record.kind for record in trainer.run.stages] == ["base", "train", "train"]
+    assert "selection split" in caplog.text and trainer.next_stage() is None

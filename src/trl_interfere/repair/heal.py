@@ -223,7 +223,8 @@ def heal_run(
             Whether to show progress bars.
 
     Returns:
-        [`Repair`] or `None`: The repair; `None` where no domain lost more than the interval of its loss.
+        [`Repair`] or `None`: The repair; `None` where no domain lost more than the interval of its loss, or
+        none lost anything on its selection split.
 
     Raises:
         `ValueError`: If a domain was not trained before the last stage.
@@ -244,6 +245,8 @@ def heal_run(
     if not damaged and not names:
         return None
     peaks = {name: own[name] for name in names} if names else run_peaks(run, scored, scorer)
+    if not peaks:
+        return None
     method = SubspaceRollback(rank=rank, max_new_tokens=scorer.max_new_tokens, batch_size=min(scorer.batch_size, 64))
     at_peak = {name: at_peak[name] if name in peaks else at_end[name] for name in at_end}
     repair, tests = heal(

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -57,6 +58,7 @@ _HARMLESS_OPTIONS = {
     "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
 }  # fmt: skip
 
+logger = logging.getLogger(__name__)
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -160,6 +162,7 @@ class SequentialGRPOTrainer(StageTrainer):
             check_stage_adapters(self.model)
         if args.kl_reference == "stage" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("kl_reference: 'stage' is not supported with FSDP or DeepSpeed")
+        self._nothing_to_heal: int | None = None  # number of stages after which a heal found nothing
         self.run = Run.new(args.output_dir, self._identity(), args.run_name, self._about())
         self.scorer = Scorer(
             self._tokenizer,
@@ -313,8 +316,9 @@ class SequentialGRPOTrainer(StageTrainer):
             last = trained == len(self.schedule)
             stage = callback.request_stage(self.run.stages, self.score_matrix, schedule_finished=last)
             if stage is not None and stage.kind == "heal":
-                return stage
-            if stage is not None:
+                if self._nothing_to_heal != len(self.run.stages):
+                    return stage
+            elif stage is not None:
                 build_schedule(self.domains, [stage.domain], {stage.domain: stage.overrides}, STAGE_OPTIONS)
                 own = (self.args.stage_overrides or {}).get(stage.domain, {})
                 return replace(stage, overrides={**own, **stage.overrides})
@@ -376,7 +380,9 @@ class SequentialGRPOTrainer(StageTrainer):
         self.run.stages = self._from_main(self.run.stages)
         record = self.run.stages[-1]
         if record.kind != "heal":
-            raise ValueError("heal: expected a domain that has lost points, found none")
+            logger.warning("heal: nothing that was lost on the test split was lost on the selection split too")
+            self._nothing_to_heal = len(self.run.stages)
+            return
         load_stage(self, record)
         self._announce(record)
 
