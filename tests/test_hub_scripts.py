@@ -144,7 +144,7 @@ def test_the_space_of_this_repository(hub, tmp_path):
     arguments = ("--folder", ROOT / "space", "--repo", "tester/interference")
     check(start(sys.executable, "deploy_space.py", *arguments, hub=hub, folder=tmp_path), "of tester/interference")
     files = set(hub.files("tester/interference", kind="space"))
-    assert {"app.py", "requirements.txt", "README.md", "data/lab/results.json"} <= files
+    assert {"app.py", "requirements.txt", "README.md", "data/lab/stages.json"} <= files
     assert not any("__pycache__" in name for name in files)
 
 

@@ -16,17 +16,15 @@ def test_a_published_run_is_found_by_its_tag_and_read(hub, healed_run):
 
     published, local = catalog.open("tester/lab-run"), Catalog([healed_run])
     own = local.open(local.names[0])
-    assert published.domains == own.domains and published.stage_names == own.stage_names
-    assert published.read_card().count("trl-interfere") > 0
+    assert published.models == own.models and published.verdict == own.verdict
+    assert published.arms() == own.arms() and len(published.reports) == len(own.reports)
 
 
 def test_repositories_that_cannot_be_shown(hub):
     HfApi().create_repo("tester/empty")
-    with pytest.raises(
-        ValueError, match="tester/empty: expected a repository with interference/report.json, found none"
-    ):
+    with pytest.raises(ValueError, match="tester/empty"):
         Catalog().open("tester/empty")
-    with pytest.raises(ValueError, match="tester/absent: not readable from the Hub"):
+    with pytest.raises(ValueError, match="tester/absent"):
         Catalog().open("tester/absent")
     hub.fail("GET", "/api/models", status=500, times=20)
     with pytest.raises(ValueError, match="the Hub cannot be reached"):

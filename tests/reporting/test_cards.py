@@ -26,8 +26,8 @@ REPAIR = {
         name: {"peak": peak, "final": final, "healed": healed, "recovered": share, "low": low, "high": high}
         | {"n": 512, "lost": 7, "regained": 5, "newly_lost": 3}
         for name, peak, final, healed, share, low, high in (
-            ("math", 63.5, 53.3, 62.9, 0.94, 0.81, 1.06),
-            ("qa", 70.1, 65.6, 65.1, None, None, None),
+            ("math", 63.5, 38.5, 62.9, 0.94, 0.81, 1.06),
+            ("qa", 70.1, 68.9, 68.4, None, None, None),
         )
     },
     "recovered_all": {"value": 0.91, "low": 0.77, "high": 1.04},
@@ -39,7 +39,11 @@ REPAIR = {
 @pytest.fixture
 def folder(tmp_path):
     folder = tmp_path / "lab"
-    shutil.copytree(DATA, folder, ignore=shutil.ignore_patterns("delta.safetensors", "repair"))
+    shutil.copytree(DATA, folder, ignore=shutil.ignore_patterns("delta.safetensors", "repair", "5-heal"))
+    (folder / "results.json").write_text("{}")  # what tells a run of the lab
+    content = json.loads((folder / "stages.json").read_text())
+    content["stages"] = content["stages"][:5]
+    (folder / "stages.json").write_text(json.dumps(content))
     return folder
 
 
@@ -53,13 +57,12 @@ def healed(folder):
     heal |= {"index": len(content["stages"]), "kind": "heal", "domain": None, "folder": None}
     for name, entry in heal["scores"].items():
         rows = [json.loads(line) for line in (folder / entry["file"]).read_text().splitlines()]
-        entry["file"] = f"scores/6-heal/{name}.jsonl"
+        entry["file"] = f"scores/5-heal/{name}.jsonl"
         (folder / entry["file"]).parent.mkdir(exist_ok=True)
-        rows = [{**row, "prompt": f"{name} {number}?"} for number, row in enumerate(rows)]
         (folder / entry["file"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     content["stages"].append(heal)
     (folder / "stages.json").write_text(json.dumps(content))
-    for stage, score in (("2-math", 1.0), ("5-refresh-math", 0.0), ("6-heal", 1.0)):
+    for stage, score in (("2-math", 1.0), ("4-writing", 0.0), ("5-heal", 1.0)):
         path = folder / "scores" / stage / "math.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for number in range(3):
@@ -75,12 +78,12 @@ def lines_of(card) -> list[str]:
 def test_verdict(healed):
     matrix = ScoreMatrix.from_run(healed)
     lost = losses(healed, matrix)
-    assert list(lost) == ["math", "qa"] and healed.final.name == "5-refresh-math"
+    assert list(lost) == ["math"] and healed.final.name == "4-writing"
     text = verdict(healed, matrix, read_repair(healed))
     math = lost["math"]
     peak = matrix.interval(2, "math").value
     expected = (
-        f"math lost {math.value:.1f} of {peak:.1f} points [{math.low:.1f}, {math.high:.1f}], and is healed to 62.9;"
+        f"math lost {math.value:.1f} of {peak:.1f} points [{math.low:.1f}, {math.high:.1f}], and is healed to 62.9."
     )
     assert text.startswith(expected)
     assert text.endswith(
@@ -99,10 +102,10 @@ def test_nothing_was_lost(folder):
 
 def test_prompts_that_came_back(healed):
     examples, regained = flipped(healed, "math")
-    assert regained and [example["prompt"] for example in examples] == ["math 0?", "math 1?", "math 2?"]
+    assert regained and [example["prompt"] for example in examples] == ["Q: 26-23 A:", "Q: 45+2+41 A:", "Q: 23+62 A:"]
     stages = [name for name, _ in examples[0]["answers"]]
     assert stages == ["at its peak", "at the end", "healed"] and examples[0]["answers"][2][1].startswith(
-        "6-heal says 0"
+        "5-heal says 0"
     )
 
 
@@ -139,7 +142,7 @@ def test_card_of_a_healed_run(healed):
     ]
     places = [text.index(part) for part in [*order, "## How it was made", "## Limits", "## Citation"]]
     assert places == sorted(places)
-    assert "| math (n=512) | 63.5 | 53.3 | 62.9 | 94% [81, 106] |" in text and "(figures/scores.png)" in text
+    assert "| math (n=512) | 63.5 | 38.5 | 62.9 | 94% [81, 106] |" in text and "(figures/scores.png)" in text
     assert "512 sequences forward, 0 backward, and 9 seconds" in text
     assert "trl-interfere lab --seed 0 --order code,math,qa,writing --steps 100" in text
     assert "[2-math](https://huggingface.co/u/r/tree/stage-2-math)" in text
@@ -213,7 +216,7 @@ def test_no_number_comes_from_elsewhere(healed):
         collect(json.loads(path.read_text()))
     matrix = ScoreMatrix.from_run(healed)
     collect([vars(interval) for interval in losses(healed, matrix).values()])
-    collect([matrix.interval(2, "math").value, matrix.interval(2, "qa").value, matrix.interval(3, "qa").value])
+    collect([matrix.interval(2, "math").value])
     collect([[100 * one.mean() for one in row.values()] for row in matrix.values])
     for folder in healed.reports.values():
         report = InterferenceReport.from_pretrained(folder)
@@ -254,4 +257,4 @@ def test_a_run_without_analysis_and_repair(folder):
     shutil.rmtree(folder / "analysis")
     text = str(analysis_card(Run(folder)))
     assert "## Measurements" not in text and "## How it was healed" not in text
-    assert "| math (n=512) | 63.5 | 53.3 |" in text
+    assert "| math (n=512) | 63.5 | 38.5 |" in text

@@ -94,40 +94,41 @@ def test_shares_of_no_damage_are_undefined(report):
     assert [row.control for row in rows[-3:-1]] == ["random update of equal norm undefined"] * 2
 
 
-def row(criterion, budget=0.02, scope="mlp", rule="fixed", share=0.5):
-    fields = {"criterion": criterion, "budget": budget, "scope": scope, "step_rule": rule, "step": 1.0}
+def row(arm, share=0.5, **labels):
     low, high = (None, None) if share is None else (share - 0.125, share + 0.25)
-    return {**fields, "recovered": share, "low": low, "high": high, "collateral": {"qa": -0.25, "code": 1.0}}
+    math = {"recovered": share, "low": low, "high": high, "n": 512, "change": {"value": 12.5}}
+    return {"arm": arm, "domains": {"math": math, "qa": {"change": {"value": -0.25}}}, **labels}
+
+
+def routes(criterion, share, budget=0.02, scope="mlp"):
+    return row("routes", share, criterion=criterion, budget=budget, scope=scope, chosen=1.5)
 
 
 def test_rollback_stands_beside_its_controls():
-    rows = [
-        row("damage"),
-        row("random", share=0.01),
-        row("random_matched", share=-0.02),
-        row("random", rule="optimal", share=0.9),
-        row("damage", 0.32, "joint", "optimal", 0.75),
-        row("damage", 0.08, rule="optimal", share=None),
+    rivals = [
+        routes("damage", 0.5),
+        routes("random", 0.01),
+        routes("route_conflict", -0.02),
+        routes("damage", None, 0.32, "joint"),
+        row("refresh", steps=10),
     ]
-    first, second = rollback_claims(rows)
-    assert first.value == "50% [38, 75]; qa -0.2, code +1.0"
-    assert first.control == "random 1% [-12, 26]; random_matched -2% [-14, 23]"
-    assert first.paper == "20.4% of the loss; QA -0.06" and first.figure.startswith(
-        "share of the lost score: damage, 2%"
-    )
+    first, second = rollback_claims(rivals, "math")
+    assert first.value == "50% [38, 75]; math +12.5, qa -0.2"
+    assert first.control.startswith("random 1% [-12, 26]") and "route_conflict -2% [-14, 23]" in first.control
+    assert first.paper == "20.4% of the loss; QA -0.06" and "damage, 2% of mlp, best step 1.5" in first.figure
     assert second.control == "none at this budget" and second.paper == "73.6% of the loss"
-    assert "(best)" in second.figure and "(best)" not in first.figure
+    assert second.value.startswith("nothing was lost")
 
 
 def test_refresh_stands_beside_interpolation_and_random_directions():
-    assert refresh_claims(None, []) == []
-    refresh = {**row("refresh", share=0.75), "domain": "math", "steps": 10, "n": 512}
-    (only,) = refresh_claims(refresh, [])
+    assert refresh_claims([], "math") == []
+    refresh = row("refresh", 0.75, steps=10)
+    (only,) = refresh_claims([refresh], "math")
     assert only.control == "no interpolation was measured" and "after 10 steps (n=512)" in only.figure
     refresh["contraction"] = {"directions": 6, "subspace": 0.5, "random": 0.98, "routes": 0.99}
-    heals, contracts = refresh_claims(refresh, [row("interpolation", 1.0, "all", "optimal", 0.5)])
-    assert heals.value == "75% [62, 100]; qa -0.2, code +1.0"
-    assert heals.control == "interpolation of all weights, no training: 50% [38, 75]; qa -0.2, code +1.0"
+    heals, contracts = refresh_claims([refresh, row("interpolation")], "math")
+    assert heals.value == "75% [62, 100]; math +12.5, qa -0.2"
+    assert heals.control == "interpolation of all weights, no training: 50% [38, 75]; math +12.5, qa -0.2"
     assert (contracts.value, contracts.control) == (
         "0.500",
         "6 random directions of route space 0.980; all routes 0.990",

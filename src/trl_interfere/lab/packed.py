@@ -1,131 +1,102 @@
 """A finished run of the lab, packed to be shown: small enough to lie in a repository."""
 
+import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..analysis.report import REPORT_NAME, ROUTES_NAME
-from ..run import STAGES_NAME, read_json
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-
-# Pages list the stages of a packed run: torch is loaded where weights are.
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ..run import REPORT_NAME, STAGES_NAME, Run, write_atomically
+from .build import MODEL_FOLDER
+from .domains import lab_rows
 
 
 DELTA_NAME = "delta.safetensors"
-FILES = ("results.json", "report.md", STAGES_NAME)
+KEPT = ("repair.json", REPORT_NAME, "routes.safetensors")
 
 
-def pack(run: Path, folder: Path, stages: list[str] | None = None, scores: bool = True) -> int:
+def pack(folder: Path, target: Path) -> int:
     """
-    Copy what the pages need: results, reports, scores by prompt, and the weights of some stages as bfloat16
-    differences from the model that ships with the package.
+    Copy what the page needs of a run: scores by prompt, reports, the record of the repair, and the weights of the
+    final stage and of every domain's own, as bfloat16 differences from the model that ships with the package.
 
     The differences are small beside the weights, so that their rounding is 2⁻⁹ of what a stage has changed and not of
     the weights themselves.
 
     Args:
-        run (`pathlib.Path`):
-            Folder of the run.
         folder (`pathlib.Path`):
+            Folder of the run.
+        target (`pathlib.Path`):
             Where to put it; what is there is replaced.
-        stages (`list[str]`, *optional*):
-            Names of the stages whose weights are kept. Defaults to the two that its first report compares.
-        scores (`bool`, *optional*, defaults to `True`):
-            Whether to keep the score and the completion of each prompt.
 
     Returns:
         `int`: Bytes written.
-
-    Raises:
-        `ValueError`: If the run has not finished.
     """
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    from .build import MODEL_FOLDER
-
-    for name in FILES:
-        if not (run / name).is_file():
-            raise ValueError(f"{run}: expected a finished run of the lab with {name}, found none")
-    reports = sorted(path.parent for path in run.glob(f"analysis/*/{REPORT_NAME}"))
-    if not reports:
-        raise ValueError(f"{run}: expected a report in analysis/, found none")
-    if stages is None:
-        content = read_json(reports[0] / REPORT_NAME, 3)
-        stages = [Path(content[name]).name for name in ("before", "after")]
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name in FILES:
-        shutil.copyfile(run / name, folder / name)
-    for report in reports:
-        target = folder / report.relative_to(run)
-        target.mkdir(parents=True)
-        for name in (REPORT_NAME, ROUTES_NAME, "report.md"):
-            shutil.copyfile(report / name, target / name)
-    if scores:
-        shutil.copytree(run / "scores", folder / "scores")
-    origin = MODEL_FOLDER / "model.safetensors"
-    for name in stages:
-        source = run / "stages" / name / "model.safetensors"
-        if not source.is_file():
-            raise ValueError(f"{source}: expected the weights of stage {name!r}, found none")
-        with safe_open(source, framework="pt") as after, safe_open(origin, framework="pt") as before:
-            delta = {
-                key: (after.get_tensor(key).double() - before.get_tensor(key).double()).to(torch.bfloat16)
-                for key in after.keys()
-            }
-        target = folder / "stages" / name
-        target.mkdir(parents=True)
-        save_file(delta, target / DELTA_NAME)
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    run = Run(folder)
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name in (STAGES_NAME, "results.json", "rivals.json"):
+        if (run.folder / name).is_file():
+            shutil.copyfile(run.folder / name, part / name)
+    own = [run.trained(domain) for domain in run.final.scores]
+    healed = {run.final.name, *(record.name for record in own if record is not None)}
+    for record in run.stages:
+        for domain, entry in record.scores.items():
+            rows, prompts = run.rows(record, domain), lab_rows(domain, "test", entry["n"])
+            rows = [{**row, "prompt": source["prompt"]} for row, source in zip(rows, prompts, strict=True)]
+            write_atomically(part / entry["file"], "".join(json.dumps(row) + "\n" for row in rows))
+        if record.name in healed and record.folder is not None:
+            _write_delta(Path(run.weights(record)), part / record.folder)
+    for place in (run.repair, *run.reports.values()):
+        for path in (place / name for name in KEPT):
+            if path.is_file():
+                copy = part / path.relative_to(run.folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
+    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
 
 
-def packed_stages(folder: Path) -> list[str]:
-    """
-    Names of the stages whose weights were packed.
+def _write_delta(weights: Path, target: Path) -> None:
+    with (
+        safe_open(weights / "model.safetensors", framework="pt") as after,
+        safe_open(MODEL_FOLDER / "model.safetensors", framework="pt") as before,
+    ):
+        delta = {
+            key: (after.get_tensor(key).double() - before.get_tensor(key).double()).to(torch.bfloat16)
+            for key in after.keys()
+        }
+    target.mkdir(parents=True)
+    save_file(delta, target / DELTA_NAME)
 
-    Args:
-        folder (`pathlib.Path`):
-            Folder of the packed run.
 
-    Returns:
-        `list[str]`: Names, in order.
-    """
-    return sorted(path.parent.name for path in folder.glob(f"stages/*/{DELTA_NAME}"))
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds a packed run of the lab."""
+    return (folder / STAGES_NAME).is_file() and any(folder.glob(f"stages/*/{DELTA_NAME}"))
 
 
-def load_packed(folder: Path, stage: str | None = None) -> "PreTrainedModel":
-    """
-    The model after a stage.
-
-    Args:
-        folder (`pathlib.Path`):
-            Folder of the packed run.
-        stage (`str`, *optional*):
-            One of `packed_stages`. Defaults to the model before any training.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: The model, in float32.
-
-    Raises:
-        `ValueError`: If the weights of the stage were not packed.
-    """
-    import torch
-    from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
-
-    from .build import MODEL_FOLDER
-
-    if stage is not None and stage not in packed_stages(folder):
-        raise ValueError(f"{folder}: expected one of the stages {packed_stages(folder)}, found {stage!r}")
+def load_packed(folder: Path, stage: str) -> PreTrainedModel:
+    """The model after a stage of a packed run, `0-base` or one with weights, in float32."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
-    if stage is None:
+    if stage == "0-base":
         return model
+    names = [path.parent.name for path in sorted(folder.glob(f"stages/*/{DELTA_NAME}"))]
+    if stage not in names:
+        raise ValueError(f"stage: expected 0-base or one of {names}, found {stage!r}")
     parameters = dict(model.named_parameters())
     with safe_open(folder / "stages" / stage / DELTA_NAME, framework="pt") as file, torch.no_grad():
         for name in file.keys():
             parameters[name].add_(file.get_tensor(name).float())
     return model
+
+
+def unpack(folder: Path, stage: str, target: Path) -> Path:
+    """Write the model after a stage as a whole checkpoint."""
+    load_packed(folder, stage).save_pretrained(target)
+    AutoTokenizer.from_pretrained(MODEL_FOLDER).save_pretrained(target)
+    return target

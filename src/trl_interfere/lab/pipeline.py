@@ -22,6 +22,7 @@ from ..repair.comparison import Comparison
 from ..repair.heal import heal_run
 from ..reporting.claims import edit_claims, forgetting_claims, refresh_claims, report_claims, rollback_claims
 from ..reporting.plots import (
+    arm_of,
     plot_changed_overlaps,
     plot_damage_concentration,
     plot_module_cosines,
@@ -163,7 +164,7 @@ class Lab:
             ("scores", plot_scores(matrix)),
             ("module_cosines", plot_module_cosines(reports[-1])),
             ("damage_concentration", plot_damage_concentration(reports)),
-            ("pareto", plot_pareto([_arm(row) for row in ([] if healed is None else [healed]) + rivals])),
+            ("pareto", plot_pareto([arm_of(row) for row in ([] if healed is None else [healed]) + rivals])),
         ):
             figure.savefig(figures / f"{name}.png", dpi=150)
         write_json(self.folder / "results.json", results)
@@ -368,16 +369,6 @@ def _stage_row(record: StageRecord) -> dict[str, Any]:
     }
     shown = {key: getattr(record, key) for key in ("index", "kind", "domain", "steps", "seconds")}
     return {**shown, "scores": scores}
-
-
-def _arm(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as the figure of all arms takes it."""
-    name = row["arm"]
-    if name == "routes":
-        name = f"{100 * row['budget']:g}% of {row['scope']} by {row['criterion']}"
-    share, cost = row["recovered_all"], row["cost"] or {}
-    sequences = cost.get("sequences_forward", 0) + 2 * cost.get("sequences_backward", 0)
-    return {"name": name, "recovered": share["value"], **share, "worst": row["worst"], "sequences": sequences}
 
 
 def _pair_row(report: InterferenceReport) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Figures: each function takes data and returns a matplotlib figure, which the caller saves or shows."""
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from html import escape
@@ -110,6 +111,33 @@ def cosine_map(report: InterferenceReport) -> np.ndarray:
     for place, value in found.items():
         table[place] = value
     return table
+
+
+def damage_map(report: InterferenceReport) -> tuple[list[str], np.ndarray]:
+    """Kinds of routes, and the damage of each in each layer, in nats per token."""
+    sums = {KINDS.get(kind, kind): values for kind, values in report.by_layer("damage").items() if values.size}
+    return list(sums), np.array(list(sums.values())).T
+
+
+def correction_maps(layers: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], np.ndarray]]:
+    """
+    What a repair changed, from the rows of its record: of each layer the part of its output, and the effective
+    dimension of the change, beside that of a random change through the same moments. Experts of a layer are averaged.
+    """
+    parts = list(dict.fromkeys(row["name"].rsplit(".", 1)[-1] for row in layers))
+    blocks, maps = 1 + max((row["block"] for row in layers), default=0), {}
+    for field, factor, title in (
+        ("output_change", 100, "output that the correction changes (%)"),
+        ("effective_dimension", 1, "effective dimension of the correction (directions)"),
+        ("effective_dimension_random", 1, "the same of a random change (directions)"),
+    ):
+        table = np.full((blocks, len(parts)), np.nan)
+        for block, (column, part) in itertools.product(range(blocks), enumerate(parts)):
+            found = [row.get(field) for row in layers if row["block"] == block and row["name"].endswith(f".{part}")]
+            found = [value for value in found if value is not None]
+            table[block, column] = factor * np.mean(found) if found else np.nan
+        maps[title] = [part.removesuffix("_proj") for part in parts], table
+    return maps
 
 
 def plot_layer_maps(maps: dict[str, tuple[list[str], np.ndarray]]) -> Figure:
@@ -290,6 +318,19 @@ def plot_eigenvalues(report: InterferenceReport) -> Figure:
     return figure
 
 
+def arm_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A repair as [`plot_pareto`] takes it, from its record or from a row of [`~repair.comparison.Comparison`]."""
+    name, cost, share = row["arm"], row.get("cost") or {}, row["recovered_all"]
+    if name == "heal":
+        name = f"heal, {row.get('method', 'subspace')}" + (f" of rank {row['rank']}" if row.get("rank") else "")
+    elif name == "routes":
+        name = f"{100 * row['budget']:g}% of {row['scope']} by {row['criterion']}"
+    passes = cost.get("sequences_forward", 0) + 2 * cost.get("sequences_backward", 0)
+    figures = {"recovered": share.get("value"), "low": share.get("low"), "high": share.get("high")}
+    figures = {key: value if value is not None and np.isfinite(value) else None for key, value in figures.items()}
+    return {"name": name, **figures, "worst": row["worst"], "sequences": passes or None}
+
+
 def plot_pareto(arms: Sequence[dict[str, Any]]) -> Figure:
     """
     What each repair brought back, against what the worst-hit other domain paid and against what it cost.
@@ -322,7 +363,7 @@ def plot_pareto(arms: Sequence[dict[str, Any]]) -> Figure:
     left.set_ylabel("recovered share of all that was lost (%)")
     _reference(left.axvline(0))
     right.set_xscale("symlog", linthresh=10)
-    right.set_xlim(left=0)
+    right.set_xlim(0, 3 * max([10, *(arm["sequences"] for arm in arms if arm.get("sequences"))]))
     left.set_xlabel("worst change of another domain (points)")
     right.set_xlabel("cost (passes of a sequence; backward counts twice)")
     if arms:

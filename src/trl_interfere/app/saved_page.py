@@ -1,0 +1,87 @@
+"""One page without a server: verdicts, figures, tables and flips in a file that opens anywhere."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from ..reporting import plots
+from . import html
+from .scored import Scored
+from .views import ARM_HEADER, FLIP_HEADER, FLIP_NOTE, arm_rows, arms_of, flip_rows, where_figure
+
+
+MAX_OPEN = 40  # prompts of each domain that can be read
+# Nothing is fetched, and nothing but the script below runs.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+_BODY = "body { font-family: system-ui, sans-serif; max-width: 1100px; margin: 0 auto; padding: 16px; }\n"
+_SCRIPT = """
+for (const table of document.querySelectorAll("table.ti-sort")) {
+  const field = Object.assign(document.createElement("input"), {placeholder: "filter", ariaLabel: "filter the table"});
+  table.parentElement.before(field);
+  field.oninput = () => {
+    for (const row of table.tBodies[0].rows) {
+      row.hidden = !row.innerText.toLowerCase().includes(field.value.toLowerCase());
+    }
+  };
+  [...table.tHead.rows[0].cells].forEach((cell, column) => {
+    const button = Object.assign(document.createElement("button"), {textContent: cell.textContent});
+    let up = false;
+    cell.replaceChildren(button);
+    button.onclick = () => {
+      up = !up;
+      cell.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const rows = [...table.tBodies[0].rows].sort((a, b) =>
+        a.cells[column].innerText.localeCompare(b.cells[column].innerText, undefined, {numeric: true}));
+      table.tBodies[0].append(...(up ? rows : rows.reverse()));
+    };
+  });
+}
+"""
+
+
+def save_page(found: Sequence[Scored], before: str | None = None, after: str | None = None) -> str:
+    """The page of some runs as one file of HTML."""
+    parts = ["<h1>What did later training break, and did it come back?</h1>"]
+    parts.append(html.verdicts((one.name, one.verdict) for one in found))
+    arms = arms_of(found)
+    if arms:
+        svg = plots.to_svg(plots.plot_pareto(arms), "Recovered share of each repair, against its price and its cost")
+        parts += ["<h2>Repairs</h2>", html.figure(svg), html.table(ARM_HEADER, arm_rows(arms), mark="ti-sort")]
+    for one in found:
+        parts.append(f"<h2>{escape(one.name)}</h2>")
+        parts.append(html.figure(plots.to_svg(plots.plot_scores(one.matrix), "Score of every domain over the stages")))
+        parts.append(html.figure(plots.to_svg(plots.plot_score_matrix(one.matrix), "Scores of all stages")))
+        pair = (before, after) if before in one.models and after in one.models else one.pair()
+        parts.append(_flips(one, *pair))
+        maps = where_figure(one, next(iter(one.reports), None))
+        if maps is not None:
+            parts += ["<h3>Where</h3>", html.figure(plots.to_svg(maps, "Measures of layers and modules"))]
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Interference</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_BODY}{style}"
+        f"</style></head><body><main>{''.join(parts)}</main><script>{_SCRIPT}</script></body></html>"
+    )
+
+
+def _flips(one: Scored, before: str, after: str) -> str:
+    parts = [
+        html.table(
+            FLIP_HEADER, flip_rows(one, before, after), f"Prompts from {before} to {after}. {FLIP_NOTE}", "ti-sort"
+        )
+    ]
+    for domain in one.matrix.domains:
+        rows = one.prompts(domain, before, after)
+        turned = [row for row in rows if row[1] in ("regained", "newly lost", "lost")]
+        turned.sort(key=lambda row: ("regained", "newly lost", "lost").index(row[1]))
+        opened = "".join(
+            f"<details><summary>{escape(kind)}: prompt {number}, {escape(text[:80])}</summary>"
+            f"{html.answers(domain, number, *one.answers(domain, number))}</details>"
+            for number, kind, _, _, text in turned[:MAX_OPEN]
+        )
+        if opened:
+            title = f"{domain}: {min(len(turned), MAX_OPEN)} of {len(turned)} prompts that flipped"
+            parts.append(f"<details><summary>{escape(title)}</summary>{opened}</details>")
+    return "".join(parts)

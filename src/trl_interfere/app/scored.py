@@ -1,0 +1,150 @@
+"""Models that were scored on the same prompts: the stages of a run, or the checkpoints of an evaluation."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..analysis.report import InterferenceReport
+from ..evaluation.bootstrap import difference
+from ..evaluation.flips import Flips, flips
+from ..evaluation.metrics import recovered_all
+from ..evaluation.score_matrix import ScoreMatrix
+from ..reporting import plots
+from ..reporting.verdict import answer_text, prompt_text, read_repair, verdict
+from ..run import Run, StageRecord, read_json
+
+
+SCORES_NAME = "scores.json"
+RIVALS_NAME = "rivals.json"
+KINDS = ("kept", "lost", "regained", "newly_lost")
+
+
+class Scored:
+    """
+    What the page asks of a run or of an evaluation.
+
+    Args:
+        name (`str`):
+            Name on the page.
+        folder (`pathlib.Path`):
+            Folder of the run or of the evaluation.
+    """
+
+    def __init__(self, name: str, folder: Path):
+        self.name, self.is_run = name, not (folder / SCORES_NAME).is_file()
+        self.run = Run(folder) if self.is_run else _evaluation(folder)
+        self.models = [record.name for record in self.run.stages]
+        self.matrix = ScoreMatrix(self.run.domains)
+        for record in self.run.stages:
+            self.matrix.append(record.name, {name: self.run.scores(record, name) for name in record.scores})
+        self.repair = read_repair(self.run) if self.is_run else None
+        self._rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+
+    @cached_property
+    def verdict(self) -> str:
+        """The sentence that comes first."""
+        if self.is_run:
+            return verdict(self.run, self.matrix, self.repair)
+        counts = [self.flips(domain, self.models[0], self.models[-1]).counts() for domain in self.matrix.domains]
+        parts = [
+            f"{domain}: {count['newly_lost']} prompts lost and {count['regained']} gained"
+            for domain, count in zip(self.matrix.domains, counts, strict=True)
+        ]
+        return f"From {self.models[0]} to {self.models[-1]}: {'; '.join(parts)}."
+
+    def pair(self) -> tuple[str, str]:
+        """The two models that are compared first: the end of the training, and what healed it."""
+        if not self.is_run:
+            return self.models[0], self.models[-1]
+        heal = next((record.name for record in reversed(self.run.stages) if record.kind == "heal"), None)
+        return (self.run.final.name, heal) if heal else (self.models[0], self.run.final.name)
+
+    def rows(self, model: str, domain: str) -> list[dict[str, Any]]:
+        """`score`, `prompt` and `completions` of each prompt."""
+        if (model, domain) not in self._rows:
+            self._rows[model, domain] = self.run.rows(model, domain)
+        return self._rows[model, domain]
+
+    def flips(self, domain: str, before: str, after: str) -> Flips:
+        """Prompts kept, lost, regained and newly lost between two models; of a run beside the peak of the domain."""
+        peak = self.run.peak(domain).name if self.is_run else self.run.about["peak"]
+        samples = [None if model is None else self.samples(model, domain) for model in (before, after, peak)]
+        return flips(*samples)
+
+    def samples(self, model: str, domain: str) -> np.ndarray:
+        """Scores of the samples of each prompt where they were kept, else their mean."""
+        rows = self.rows(model, domain)
+        kept = [row.get("samples") for row in rows]
+        return np.array(kept if all(kept) else [row["score"] for row in rows], dtype=np.float64)
+
+    def prompts(self, domain: str, before: str, after: str) -> list[list[Any]]:
+        """A row for each prompt: number, what became of it, both scores, and its text."""
+        kinds, first, second = self.flips(domain, before, after), self.rows(before, domain), self.rows(after, domain)
+        became = {number: "gained" if row["score"] >= 0.5 else "wrong in both" for number, row in enumerate(second)}
+        for kind in ("kept", "lost", "newly_lost", "regained"):  # the last one says most
+            became |= dict.fromkeys(getattr(kinds, kind).tolist(), kind.replace("_", " "))
+        return [
+            [number, became[number], one["score"], two["score"], prompt_text(one["prompt"] or two["prompt"])]
+            for number, (one, two) in enumerate(zip(first, second, strict=True))
+        ]
+
+    def answers(self, domain: str, number: int) -> tuple[str, list[dict[str, Any]]]:
+        """A prompt, and what every model wrote, with its score and the verifier's reason where there is one."""
+        found, prompt = [], ""
+        for record in self.run.stages:
+            if domain in record.scores:
+                row = self.rows(record.name, domain)[number]
+                prompt = prompt or prompt_text(row["prompt"])
+                found.append({"model": record.name, "text": answer_text(row), "score": row["score"]})
+                found[-1]["reason"] = str(row.get("reason") or "")
+        return prompt, found
+
+    def arms(self) -> list[dict[str, Any]]:
+        """Every repair that the run has: its heal, its refreshes, and what the lab compared them with."""
+        if not self.is_run:
+            return []
+        arms = [] if self.repair is None else [plots.arm_of({"arm": "heal", **self.repair})]
+        arms += [self._refresh(row) for row, record in enumerate(self.run.stages) if record.kind == "refresh"]
+        path = self.run.folder / RIVALS_NAME
+        return arms + [plots.arm_of(row) for row in (read_json(path, 2)["rows"] if path.is_file() else [])]
+
+    def _refresh(self, row: int) -> dict[str, Any]:
+        record, before, after = self.run.stages[row], self.matrix.values[row - 1], self.matrix.values[row]
+        peaks = {name: self.matrix.values[self.matrix.peak(name, row - 1)][name] for name in before}
+        lost = [name for name in before if name in after and difference(peaks[name], before[name]).low > 0]
+        share = recovered_all(*({name: values[name] for name in lost} for values in (after, before, peaks)))
+        changes = [100 * float((after[name] - before[name]).mean()) for name in before if name in after]
+        config = self.run.identity.get("config", {})
+        batch = config.get("per_device_train_batch_size", 0) * config.get("gradient_accumulation_steps", 1)
+        return plots.arm_of(
+            {
+                "arm": f"refresh of {record.domain}, {record.steps} steps",
+                "recovered_all": share.to_dict() if lost else {},
+                "worst": min(changes, default=None),
+                # Sampled and through the model forward: two passes each, and one backward.
+                "cost": {"sequences_forward": 2 * batch * record.steps, "sequences_backward": batch * record.steps},
+            }
+        )
+
+    @property
+    def reports(self) -> dict[str, Path]:
+        return self.run.reports if self.is_run else {}
+
+    def report(self, name: str) -> InterferenceReport:
+        if name not in self.reports:
+            raise ValueError(f"{self.name}: expected one of the reports {list(self.reports)}, found {name[:80]!r}")
+        return InterferenceReport.from_pretrained(self.reports[name])
+
+
+def _evaluation(folder: Path) -> Run:
+    """The checkpoints of an evaluation as the stages of a run."""
+    content = read_json(folder / SCORES_NAME, 2)
+    run = Run.new(folder, {})
+    for index, entry in enumerate(content["models"]):
+        record = StageRecord(index, "train", Path(entry["model"]).name, None, 0, 0.0, entry["scores"], 0, {}, {})
+        run.stages.append(record)
+    names = {entry["model"]: record.name for entry, record in zip(content["models"], run.stages, strict=True)}
+    run.about["peak"] = names.get(content["peak"])
+    return run

@@ -1,0 +1,117 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from page_data import DATA, HOSTILE
+
+from trl_interfere.app import html
+from trl_interfere.app.scored import Scored
+from trl_interfere.app.views import arm_rows, arms_of, flip_rows, where_figure
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return Scored("lab", DATA)
+
+
+def test_a_healed_run(lab):
+    repair = json.loads((DATA / "repair" / "repair.json").read_text())
+    assert lab.verdict.startswith("math lost 25.0 of 63.5 points") and lab.pair() == ("4-writing", "5-heal")
+    rows = lab.prompts("math", "4-writing", "5-heal")
+    scores = {model: np.array([row["score"] for row in lab.rows(model, "math")]) for model in lab.models}
+    peak, before, after = (scores[name] >= 0.5 for name in ("2-math", "4-writing", "5-heal"))
+    expected = {
+        "regained": (peak & ~before & after).sum(),
+        "newly lost": (before & ~after).sum(),
+        "lost": (peak & ~before & ~after).sum(),
+        "kept": (before & after).sum(),
+        "gained": (~peak & ~before & after).sum(),
+        "wrong in both": (~peak & ~before & ~after).sum(),
+    }
+    became = [row[1] for row in rows]
+    assert {kind: became.count(kind) for kind in expected} == expected and len(rows) == 512
+    math = next(row for row in flip_rows(lab, "4-writing", "5-heal") if row[0] == "math")
+    figures = repair["domains"]["math"]
+    assert math[2:] == [str(figures[kind]) for kind in ("lost", "regained", "newly_lost")]
+
+
+def test_answers_of_every_stage(lab):
+    prompt, found = lab.answers("math", 5)
+    assert [one["model"] for one in found] == lab.models and prompt.startswith("Q: ")
+    line = (DATA / "scores" / "2-math" / "math.jsonl").read_text().splitlines()[5]
+    assert found[2]["text"] == json.loads(line)["completions"][0] and found[2]["score"] == json.loads(line)["score"]
+
+
+def test_chance_stands_in_brackets_where_samples_tell_it(lab, monkeypatch):
+    samples = np.random.default_rng(0).integers(0, 2, size=(8, 4)).astype(float)
+    monkeypatch.setattr(lab, "samples", lambda model, domain: samples)
+    (row, *_) = flip_rows(lab, "4-writing", "5-heal")
+    chance = lab.flips("code", "4-writing", "5-heal").expected["newly_lost"]
+    assert row[4] == f"0 ({chance:.0f})" and chance > 0
+
+
+def test_arms(lab, tmp_path):
+    (heal,) = lab.arms()
+    repair = json.loads((DATA / "repair" / "repair.json").read_text())
+    assert heal["recovered"] == repair["recovered_all"]["value"] and heal["worst"] == repair["worst"]
+    assert heal["sequences"] == repair["cost"]["sequences_forward"]
+    folder = shutil.copytree(DATA, tmp_path / "refreshed", ignore=shutil.ignore_patterns("stages", "analysis"))
+    content = json.loads((folder / "stages.json").read_text())
+    content["stages"][-1].update(kind="refresh", domain="math", steps=10)
+    (folder / "stages.json").write_text(json.dumps(content))
+    routes = {"arm": "routes", "budget": 0.02, "scope": "mlp", "criterion": "damage", "cost": None, "worst": -1.0}
+    routes["recovered_all"] = {"value": None, "low": None, "high": None}
+    (folder / "rivals.json").write_text(json.dumps({"schema_version": 2, "rows": [routes]}))
+    refreshed = Scored("other", folder)
+    _, refresh, routes = refreshed.arms()
+    assert refresh["recovered"] == pytest.approx(heal["recovered"]) and refresh["worst"] == pytest.approx(
+        heal["worst"]
+    )
+    assert refresh["sequences"] == 4 * 128 * 10 and routes["name"] == "2% of mlp by damage"
+    names = [arm["name"] for arm in arms_of([lab, refreshed])]
+    assert names[0] == "lab: heal, subspace of rank 64" and names[2] == "other: refresh of math, 10 steps"
+    assert arm_rows([routes]) == [["2% of mlp by damage", "—", "— to —", "-1.0", "—"]]
+
+
+def test_where(lab):
+    axes = [axes for axes in where_figure(lab, next(iter(lab.reports))).axes if axes.get_title()]
+    assert [one.get_title().split(" (")[0] for one in axes] == [
+        "gradient cosine",
+        "damage",
+        "output that the correction changes",
+        "effective dimension of the correction",
+        "the same of a random change",
+    ]
+    report = lab.report(next(iter(lab.reports)))
+    assert axes[1].images[0].get_array().sum() == pytest.approx(report.routes["damage"].sum())
+    first = lab.repair["layers"][0]
+    assert axes[3].images[0].get_array()[first["block"], 0] == first["effective_dimension"]
+    with pytest.raises(ValueError, match="reports"):
+        where_figure(lab, "../x")
+
+
+def test_checkpoints_from_elsewhere(evaluation):
+    scored = Scored("strangers", evaluation)
+    assert scored.models == ["0-m0", "1-m1"] and scored.pair() == ("0-m0", "1-m1")
+    assert scored.verdict == "From 0-m0 to 1-m1: sums: 1 prompts lost and 1 gained."
+    assert [row[1] for row in scored.prompts("sums", *scored.pair())] == [
+        "newly lost",
+        "regained",
+        "kept",
+        "wrong in both",
+    ]
+    assert scored.answers("sums", 0)[1][1] == {"model": "1-m1", "text": "1: 0", "score": 0, "reason": "not a number"}
+    assert scored.arms() == [] and where_figure(scored, None) is None
+
+
+def test_text_of_a_run_is_escaped(hostile):
+    scored = Scored(HOSTILE, hostile)
+    parts = [
+        html.verdicts([(HOSTILE, scored.verdict)]),
+        html.answers(HOSTILE, 0, *scored.answers(HOSTILE, 0)),
+        html.table([HOSTILE], flip_rows(scored, "4-writing", "5-heal"), HOSTILE),
+        html.notice(HOSTILE),
+    ]
+    for part in parts:
+        assert "<script" not in part and "<img" not in part and "&lt;script&gt;" in part
