@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -82,23 +83,20 @@ def dense(before, after, routes, step, owned_slices):
     return expected
 
 
-@pytest.mark.parametrize("step", [1.0, 1.7])
-def test_the_adapter_is_the_edit_of_the_weights(architecture, step, checkpoints, report_on, owned_slices, tmp_path):
+def test_the_adapter_is_the_edit_of_the_weights(architecture, checkpoints, report_on, owned_slices, tmp_path):
     before, after = checkpoints(architecture)
-    report, rollback = report_on(before, after), RouteRollback(budget=0.4, scope="joint", step=step)
-    rollback.fit(report).save_pretrained(tmp_path / "repair")
-    start, end = load_model(before), load_model(after)
-    routes = rollback.select(report, RouteMap(end.config))
-    expected = dense(start, end, routes, step, owned_slices)
-    merged = PeftModel.from_pretrained(end, tmp_path / "repair").merge_and_unload()  # plain PEFT
-    changed = 0
-    for name, parameter in merged.named_parameters():
-        torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=0, atol=3e-7, msg=name)
-        changed += bool((expected[name] != load_model(after).get_parameter(name).double()).any())
-    assert changed > 4
-    if step == 1.0:
-        for route in routes:
-            for name, index in owned_slices(start)[route][3]:
+    report, start, end = report_on(before, after), load_model(before), load_model(after)
+    routes = RouteRollback(budget=0.4, scope="joint").select(report, RouteMap(end.config))
+    for step in (1.0, 1.7):
+        RouteRollback(budget=0.4, scope="joint", step=step).fit(report).save_pretrained(tmp_path / f"{step}")
+        merged = PeftModel.from_pretrained(copy.deepcopy(end), tmp_path / f"{step}").merge_and_unload()  # plain PEFT
+        expected = dense(start, end, routes, step, owned_slices)
+        for name, parameter in merged.named_parameters():
+            torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=0, atol=3e-7, msg=name)
+        assert sum(bool((value != end.get_parameter(name)).any()) for name, value in expected.items()) > 4
+        if step == 1.0:
+            slices = owned_slices(start)
+            for name, index in (entry for route in routes for entry in slices[route][3]):
                 if start.get_parameter(name).ndim > 1:
                     peak = start.get_parameter(name)[index]
                     torch.testing.assert_close(merged.get_parameter(name)[index], peak, rtol=0, atol=3e-7)
@@ -251,15 +249,18 @@ def test_a_report_of_other_checkpoints_is_refused(checkpoints, report_on, make_r
         RouteRollback().fit(report_on(before, tmp_path / "wide"))
 
 
-@pytest.mark.parametrize("step", [1.0, 1.7])
+@pytest.mark.parametrize(
+    "architecture, step", [("llama-biases", 1.0), ("llama", 1.7), ("qwen3-moe", 1.0), ("gpt2", 1.7)]
+)
 def test_rolled_back_in_memory(architecture, step, make_model, moved, owned_slices):
     before = make_model(architecture)
     after = moved(before)
     start, routes = dict(before.named_parameters()), np.arange(0, RouteMap(after.config).num_routes, 3)
     kept = {name: parameter.detach().clone() for name, parameter in after.named_parameters()}
     expected = {name: value.clone() for name, value in kept.items()}
+    slices = owned_slices(after)
     for route in routes:
-        for name, index in owned_slices(after)[route][3]:
+        for name, index in slices[route][3]:
             change = kept[name][index] - start[name][index].detach()
             expected[name][index] = kept[name][index] - step * change if step != 1 else start[name][index].detach()
     with rolled_back(after, start, RouteMap(after.config), routes, step) as model:
