@@ -4,117 +4,12 @@ import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_checkpoints import FAMILIES, ROWS, STREAMED, WIDTH, fit, load, references, save
+from transformers import AutoModelForCausalLM
 
-from trl_interfere import Domain
-from trl_interfere.analysis.references import References
 from trl_interfere.checkpoint import Checkpoint
+from trl_interfere.repair.activation_moments import ActivationMoments, Solution, effective_dimension, gram
 from trl_interfere.repair.block_stream import BlockStream, skeleton
-from trl_interfere.repair.subspace_rollback import SubspaceRollback
-
-
-WIDTH, VOCABULARY = 16, 40
-SETTINGS = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 4}
-ATTENTION = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
-MLP = [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
-OLD = [["attention.query_key_value"], ["attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]]
-# Model type, settings, and the layers of a block in the order of a forward pass; those of a list get the same input.
-FAMILIES = {
-    "qwen3": ("qwen3", {"head_dim": 6, "tie_word_embeddings": True}, ATTENTION + MLP),
-    "llama-wide": ("llama", {"num_key_value_heads": 1, "intermediate_size": 8}, ATTENTION + MLP),
-    "qwen2": ("qwen2", {}, ATTENTION + MLP),
-    "phi3": ("phi3", {}, [["self_attn.qkv_proj"], ["self_attn.o_proj"], ["mlp.gate_up_proj"], ["mlp.down_proj"]]),
-    "gpt2": ("gpt2", {"n_inner": 24}, [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]),
-    # Of these the package has no route map.
-    "gpt_neox": ("gpt_neox", {}, OLD),
-    "bloom": ("bloom", {}, [[name.replace("attention.", "self_attention.") for name in names] for names in OLD]),
-    "olmo2": ("olmo2", {}, ATTENTION + MLP),
-    "qwen3-moe": ("qwen3_moe", EXPERTS, [*ATTENTION, ["mlp.experts"]]),
-    "gpt_oss": (
-        "gpt_oss",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4, "intermediate_size": 12},
-        [*ATTENTION, ["mlp.experts"]],
-    ),
-}
-# More of what a block gets: windows, rope and masks of their own for each type of layer, a kind of layer each.
-STREAMED = {
-    **{name: family[:2] for name, family in FAMILIES.items()},
-    "mistral-window": ("mistral", {"sliding_window": 3, "head_dim": 6}),
-    "gemma3": (
-        "gemma3_text",
-        {"head_dim": 6, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-    "qwen3-moe-mixed": ("qwen3_moe", EXPERTS | {"mlp_only_layers": [1]}),
-    "falcon": ("falcon", {}),
-}
-# Sequences of unequal lengths by domain; the last domain lost nothing.
-TOKENS = torch.Generator().manual_seed(0)
-ROWS = {
-    name: [torch.randint(2, VOCABULARY, (length,), generator=TOKENS).tolist() for length in (9, 4, 7, 12, 5)]
-    for name in ("math", "code", "qa")
-}
-
-
-@pytest.fixture
-def save(tmp_path):
-    """Function that saves a random model of a family and moved copies of it; their folders by name."""
-
-    def write(
-        family, names=("final", "math", "code"), dtype=torch.float32, scale=0.1, shards="5GB", original=True, **more
-    ):
-        kind, settings = STREAMED[family]
-        config = AutoConfig.for_model(kind, **(SETTINGS | settings | more))
-        generator = torch.Generator().manual_seed(1)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        folders = {}
-        for name in names:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-            folders[name] = tmp_path / name
-            model.to(dtype).save_pretrained(folders[name], max_shard_size=shards, save_original_format=original)
-            model.float()
-        return folders
-
-    return write
-
-
-def load(folder, dtype=torch.float64):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
-    return model.eval()
-
-
-def domains(names=ROWS):
-    return [Domain(name, metric=lambda completions, **_: [1.0] * len(completions)) for name in names]
-
-
-def references(rows=ROWS):
-    return {
-        name: References(name, [row[:2] for row in found], [row[2:] for row in found], len(found))
-        for name, found in rows.items()
-    }
-
-
-def fit(folders, rows=ROWS, base=None, **settings):
-    rollback = SubspaceRollback(**({"rank": None, "batch_size": 3, "dtype": "float64"} | settings))
-    peaks = {name: folder for name, folder in folders.items() if name in rows}
-    return rollback.fit(folders["final"], peaks, domains(rows), references(rows), base=base)
 
 
 def matrix(module):
@@ -235,8 +130,8 @@ def assert_equal_weights(found, expected, tolerance=2e-6):
 
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_equal_least_squares_on_stacked_activations(save, family, rank):
-    folders = save(family)
+def test_layers_equal_least_squares_on_stacked_activations(tmp_path, family, rank):
+    folders = save(tmp_path, family)
     experts = "experts" in str(FAMILIES[family][2])
     repair = fit(folders, rank=rank, dtype="float32" if experts else "float64")
     expected, switched = heal_densely(folders, FAMILIES[family][2], rank=rank)
@@ -247,15 +142,15 @@ def test_layers_equal_least_squares_on_stacked_activations(save, family, rank):
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 @pytest.mark.parametrize("rank", [None, 3])
-def test_one_shot_and_weights_of_domains(save, family, rank):
-    folders, weights = save(family), {"math": 2.5, "qa": 0.5}
+def test_one_shot_and_weights_of_domains(tmp_path, family, rank):
+    folders, weights = save(tmp_path, family), {"math": 2.5, "qa": 0.5}
     repair = fit(folders, sequential=False, weights=weights, ridge=1e-3, rank=rank)
     expected, _ = heal_densely(folders, FAMILIES[family][2], sequential=False, weights=weights, ridge=1e-3, rank=rank)
     assert_equal_weights(repair.merge(load(folders["final"])), expected)
 
 
-def test_an_update_is_undone_where_only_its_domain_reads_and_kept_where_only_others_do(save):
-    folders = save("qwen3", names=("final", "math"))
+def test_an_update_is_undone_where_only_its_domain_reads_and_kept_where_only_others_do(tmp_path):
+    folders = save(tmp_path, "qwen3", names=("final", "math"))
     rows = {name: [torch.arange(start, start + 18).tolist()] * 3 for name, start in (("math", 2), ("qa", 21))}
     half = WIDTH // 2
     for folder in folders.values():  # the embeddings of one domain use the first half of the width, the rest the other
@@ -282,8 +177,8 @@ def test_an_update_is_undone_where_only_its_domain_reads_and_kept_where_only_oth
         (["1.mlp.c_fc"], {"h.1.mlp.c_fc"}),
     ],
 )
-def test_modules_that_are_healed_and_what_stays(save, modules, expected):
-    folders = save("gpt2")
+def test_modules_that_are_healed_and_what_stays(tmp_path, modules, expected):
+    folders = save(tmp_path, "gpt2")
     repair = fit(folders, modules=modules)
     assert {end for name in repair.factors for end in expected if name.endswith(end)} == expected
     assert all(any(name.endswith(end) for end in expected) for name in repair.factors)
@@ -293,8 +188,8 @@ def test_modules_that_are_healed_and_what_stays(save, modules, expected):
     assert repair.record["left_as_it_is"]["math"] == pytest.approx(left / sum(sizes.values()), rel=1e-5)
 
 
-def test_an_expert_that_no_token_reaches_stays(save):
-    folders = save("qwen3-moe", num_experts=16, num_experts_per_tok=1)
+def test_an_expert_that_no_token_reaches_stays(tmp_path):
+    folders = save(tmp_path, "qwen3-moe", num_experts=16, num_experts_per_tok=1)
     rows = {name: found[:1] for name, found in ROWS.items()}
     repair = fit(folders, rows, dtype="float32", rank=4)
     healed, final = repair.merge(load(folders["final"])), load(folders["final"])
@@ -313,8 +208,8 @@ def test_an_expert_that_no_token_reaches_stays(save):
 
 
 @pytest.mark.parametrize("family", STREAMED)
-def test_blocks_one_at_a_time_compute_what_the_whole_model_does(save, family):
-    folder = save(family, names=("final",), shards="10KB", original=family != "qwen3-moe-mixed")["final"]
+def test_blocks_one_at_a_time_compute_what_the_whole_model_does(tmp_path, family):
+    folder = save(tmp_path, family, names=("final",), shards="5KB", original=family != "qwen3-moe-mixed")["final"]
     model, checkpoint = AutoModelForCausalLM.from_pretrained(folder).eval(), Checkpoint(folder)
     # One of them is stored in another form than transformers holds it in.
     assert any("experts.0." in name for name in checkpoint.tensors) == (family == "qwen3-moe")
@@ -329,3 +224,44 @@ def test_blocks_one_at_a_time_compute_what_the_whole_model_does(save, family):
         last = expected[0] if isinstance(expected, tuple) else expected
         torch.testing.assert_close(entry.tokens(entry.hidden), entry.tokens(last), rtol=1e-5, atol=1e-5)
     assert all(parameter.is_meta for parameter in stream.model.parameters())
+
+
+def test_sums_in_float64_are_needed():
+    # Spectra of activations reach 1e-8 of their mean; with a small ridge, such directions are solved for too.
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=generator))[0]
+    scales = torch.logspace(0, -4, WIDTH, dtype=torch.float64)
+    inputs = (torch.randn(300, WIDTH, dtype=torch.float64, generator=generator) * scales @ turn).float()
+    weight, target = torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=generator)
+    outputs = inputs.double() @ target.T
+    expected = solve(weight, 0, [(1.0, inputs.double(), outputs)], 1e-9, None)
+    sums = ActivationMoments(WIDTH, 5)
+    sums.add(inputs, outputs)
+    errors = []
+    for moments, cross in (
+        (sums.moments, sums.cross),
+        ((inputs.T @ inputs).double(), (outputs.float().T @ inputs).double()),
+    ):
+        moments, cross = moments / 300, cross / 300
+        # Float32 leaves moments that are not even positive: what is solved with is the inverse, not the root.
+        ridge = 1e-9 * moments.diagonal().mean() * torch.eye(WIDTH)
+        found = weight + torch.linalg.solve(moments + ridge, (cross - weight @ moments).T).T
+        errors.append(float((found - expected).norm() / expected.norm()))
+    solution = Solution(sums.moments / 300, 1e-9)
+    change = solution.change((sums.cross - weight @ sums.moments) / 300)
+    torch.testing.assert_close(weight + solution.weights(change), expected, rtol=1e-5, atol=1e-5)
+    assert errors[0] < 1e-5 and errors[1] > 0.1
+
+
+def test_effective_dimension_of_a_random_update():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 12, dtype=torch.float64, generator=generator) * torch.logspace(0, -1, 12)
+    solution = Solution(inputs.T @ inputs / 200, 0.01)
+    moments = inputs.T @ inputs / 200
+    draws = torch.randn(2000, 8, 12, dtype=torch.float64, generator=generator)
+    spectra = [torch.linalg.svdvals(solution.change(draw @ moments)) for draw in draws]
+    assert effective_dimension(gram(solution.change(draws[0] @ moments))) == pytest.approx(
+        float(spectra[0].square().sum() ** 2 / (spectra[0] ** 4).sum())
+    )
+    squares, fourths = (torch.stack([(s**power).sum() for s in spectra]) for power in (2, 4))
+    assert solution.random_dimension(8) == pytest.approx(float(squares.square().mean() / fourths.mean()), rel=0.02)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, published_name
 from ..models import adapter_base, load_model, local_folder
 from ..revision import split_revision
 from ..run import read_json, write_atomically
@@ -25,6 +25,20 @@ from .layers import is_experts
 
 REPAIR_NAME = "repair.json"
 SCHEMA_VERSION = 1
+
+
+CARD = """# Repair of `{base}`
+
+A LoRA adapter that gives `{base}` back what later stages of its training took, without training. How it was
+made, and what it did, stands in `repair.json`.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repo}")
+```
+"""
 
 
 class Repair:
@@ -141,6 +155,7 @@ class Repair:
             model = skeleton(self.checkpoint)
             model.name_or_path = self.base
             self._adapted(model).save_pretrained(str(folder), save_embedding_layers=False)
+            (folder / "README.md").unlink()  # PEFT's, of which all is still to be filled in
         elif self.folder.resolve() != folder.resolve():
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 (folder / name).write_bytes((self.folder / name).read_bytes())
@@ -179,10 +194,26 @@ class Repair:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            config = Path(folder) / "adapter_config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": self._shown}))
+            self._card(repo_id).save(Path(folder) / "README.md")
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
             )
         return commit.commit_url
+
+    @property
+    def _shown(self) -> str:
+        """What the base model is called on the Hub, where no folder is known."""
+        return published_name(self.base)
+
+    def _card(self, repo_id: str) -> ModelCard:
+        place = {} if Path(self.base).is_dir() else {"base_model": self.base}
+        data = ModelCardData(library_name="peft", tags=["trl-interfere", "repair"], **place)
+        domains = ", ".join(self.record.get("checkpoints", {}).get("peaks", {}))
+        return ModelCard(
+            f"---\n{data.to_yaml()}\n---\n\n" + CARD.format(repo=repo_id, base=self._shown, domains=domains)
+        )
 
     def _adapted(self, model: PreTrainedModel) -> PeftModel:
         # PEFT takes a dense MLP beside experts for experts in their older form, unless it is named by its weights.

@@ -228,7 +228,7 @@ class SubspaceRollback:
                 pair.run_healed(healed, index, finished(healed, paths, []))
             left.add(final, peaks, {layer.tensor for step in steps for group in step for layer in group.layers})
         routed = torch.tensor([sum(pair.switched for pair in pairs), sum(pair.routed for pair in pairs)]).to(device)
-        if self.data_parallel and torch.distributed.is_initialized():
+        if self._processes() > 1:
             torch.distributed.all_reduce(routed)
         switched = float(routed[0] / routed[1]) if routed[1] else None
         if not factors:
@@ -238,17 +238,20 @@ class SubspaceRollback:
 
     def _passes(self, streams: dict[str | None, BlockStream], references: dict[str, References]):
         """The batches of each domain, before the first block."""
-        state, passes = PartialState(), {}
+        passes = {}
         for name, found in references.items():
             batches = found.batches(self.batch_size, 0, torch.device("cpu"))
             if self.data_parallel:
-                batches = batches[state.process_index :: state.num_processes]
+                batches = batches[PartialState().process_index :: self._processes()]
             if not batches:
                 raise ValueError(f"batch_size: expected a batch of domain {name!r} for each process, lower it")
             peak = list(streams.get(name, streams[None]).entries(batches))
             healed = list(streams[None].entries(batches)) if self.sequential else [None] * len(peak)
             passes[name] = [Pass(*pair) for pair in zip(peak, healed, strict=True)]
         return passes
+
+    def _processes(self) -> int:
+        return PartialState().num_processes if self.data_parallel else 1
 
     def _chosen(self, block: nn.Module, name: str, path: str) -> bool:
         """Whether the layers of a module are to be solved for."""
@@ -275,7 +278,7 @@ class SubspaceRollback:
                 moments.add(*pair.tokens(group, number, peaks[name], healed))
                 if group is step[-1]:
                     pair.forget(number)
-            if self.data_parallel and torch.distributed.is_initialized():
+            if self._processes() > 1:
                 moments.reduce()
             if not (torch.isfinite(moments.moments).all() and torch.isfinite(moments.cross).all()):
                 where = f"domain {name!r}, {group.path} of block {index}"
