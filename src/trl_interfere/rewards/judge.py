@@ -1,4 +1,4 @@
-"""A language model that compares texts, behind an OpenAI-compatible endpoint."""
+"""A language model that compares texts, behind an endpoint with OpenAI's protocol."""
 
 import hashlib
 import json
@@ -7,13 +7,14 @@ import os
 import re
 import sqlite3
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ..extras import require
+import httpx
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
 
 
 logger = logging.getLogger(__name__)
@@ -53,10 +54,10 @@ class Judge:
         cache (`str` or `pathlib.Path`, *optional*, defaults to `"judge.sqlite"`):
             File of the replies.
         max_requests (`int`, *optional*):
-            Most requests.
+            Most requests that were answered.
         max_tokens (`int`, *optional*):
             Most tokens of prompts and replies, as the endpoint counts them. A request is made while there are any
-            left; near the end, one at a time.
+            left, so those in flight at the end may take more.
         rubric (`str`, *optional*):
             What to grade by.
         temperature (`float`, *optional*, defaults to `0.0`):
@@ -71,7 +72,7 @@ class Judge:
             Attempts after a failed one, at growing intervals.
 
     Raises:
-        `ValueError`: If the package openai is missing or the cache is no file of replies.
+        [`JudgeError`]: If the cache is no file of replies.
     """
 
     def __init__(
@@ -89,31 +90,25 @@ class Judge:
         timeout: float = 120.0,
         retries: int = 5,
     ):
-        openai = require("openai", "writing", "judge")
         self.base_url, self.model, self.rubric = base_url, model, rubric
         self.max_requests, self.max_tokens = max_requests, max_tokens
         self.temperature, self.reply_tokens, self.max_characters = temperature, reply_tokens, max_characters
-        self.cache = Path(cache)
-        self._errors = openai.OpenAIError
-        self._client = openai.OpenAI(
-            base_url=base_url, api_key=os.environ.get(api_key_env) or "none", timeout=timeout, max_retries=retries
-        )
-        # What requests in flight will give, by key, and the tokens that they may take.
-        self._changed, self._flying, self._pledged = threading.Condition(), {}, 0
+        self.retries, self.cache = retries, Path(cache)
+        # Without a key, none is sent: by default this client would send the token of the Hub.
+        key = os.environ.get(api_key_env) or False
+        self._client = InferenceClient(base_url=base_url, token=key, timeout=timeout)
+        self._lock, self._asking = threading.Lock(), defaultdict(threading.Lock)
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             self._replies = sqlite3.connect(self.cache, check_same_thread=False, isolation_level=None, timeout=60)
             self._replies.execute("PRAGMA journal_mode=WAL")
             self._replies.execute(
-                "CREATE TABLE IF NOT EXISTS replies "
-                "(key TEXT PRIMARY KEY, reply TEXT NOT NULL, tokens INTEGER NOT NULL)"
+                "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL, tokens INTEGER NOT NULL)"
             )
             # A row for each request: several processes can make the same. `tokens` is 0 while it is in flight.
-            with _transaction(self._replies):
-                known = self._replies.execute("SELECT 1 FROM sqlite_master WHERE name = 'requests'").fetchone()
-                if known is None:
-                    self._replies.execute("CREATE TABLE requests (id INTEGER PRIMARY KEY, tokens INTEGER NOT NULL)")
-                    self._replies.execute("INSERT INTO requests (tokens) SELECT tokens FROM replies")
+            self._replies.execute(
+                "CREATE TABLE IF NOT EXISTS requests (id INTEGER PRIMARY KEY, tokens INTEGER NOT NULL)"
+            )
         except (sqlite3.Error, OSError) as error:
             raise JudgeError(f"judge, cache: {self.cache} cannot be used as a file of replies ({error})") from error
 
@@ -154,11 +149,8 @@ class Judge:
         Returns:
             `tuple[int, int]`: Requests and tokens.
         """
-        with self._changed:
-            return self._spent()
-
-    def _spent(self) -> tuple[int, int]:
-        return self._replies.execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM requests").fetchone()
+        with self._lock:
+            return self._replies.execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM requests").fetchone()
 
     def _grade(self, assignment: str, first: str, second: str) -> tuple[float, float] | None:
         for attempt in range(_ATTEMPTS):
@@ -179,90 +171,75 @@ class Judge:
         ]
 
     def _ask(self, messages: list[dict[str, str]], attempt: int) -> str:
-        request: dict[str, Any] = {
-            "model": self.model,
-            "messages": messages,
-            "temperature": self.temperature,
-            "max_tokens": self.reply_tokens,
-        }
+        request = {"temperature": self.temperature, "max_tokens": self.reply_tokens, "messages": messages}
+        request["model"] = self.model
         key = hashlib.sha256(json.dumps([self.base_url, request, attempt], sort_keys=True).encode()).hexdigest()
-        with self._changed:
-            row = self._replies.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-            if row is not None:
-                return row[0]
-            future, first = self._flying.get(key), key not in self._flying
-            if first:
-                future = self._flying[key] = Future()
-        if first:
-            try:
-                future.set_result(self._request(key, request))
-            except BaseException as error:
-                future.set_exception(error)
-            finally:
-                with self._changed:
-                    del self._flying[key]
-        return future.result()
+        with self._asking[key]:  # equal texts are asked about once
+            with self._lock:
+                row = self._replies.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+            return self._request(key, request) if row is None else row[0]
 
     def _request(self, key: str, request: dict[str, Any]) -> str:
-        # No token is shorter than a byte; what the template of a chat adds is taken to be no more than this.
-        pledge = sum(len(message["content"].encode("utf-8", "replace")) + 64 for message in request["messages"])
-        pledge += self.reply_tokens
-        number = self._reserve(pledge)
-        reply, tokens, answered = None, 0, False
+        number = self._reserve()
         try:
-            completion = self._client.chat.completions.create(**request)
-            answered = True
-            tokens = completion.usage.total_tokens if completion.usage is not None else 0
-            reply = completion.choices[0].message.content or ""
-        except (self._errors, AttributeError, IndexError, TypeError) as error:
-            raise JudgeError(
-                f"judge: expected a reply of {self.model!r} from {self.base_url}, found "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        finally:
-            with self._changed:
-                self._pledged -= pledge
-                with _transaction(self._replies):
-                    if answered:
-                        self._replies.execute("UPDATE requests SET tokens = ? WHERE id = ?", (tokens, number))
-                    else:
-                        self._replies.execute("DELETE FROM requests WHERE id = ?", (number,))
-                    if reply is not None:
-                        self._replies.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (key, reply, tokens))
-                self._changed.notify_all()
-        return reply
+            completion = self._send(request)
+        except (HfHubHTTPError, httpx.HTTPError, InferenceTimeoutError) as error:
+            self._execute("DELETE FROM requests WHERE id = ?", number)  # not answered, not paid for
+            raise self._error(f"{type(error).__name__}: {error}") from error
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise self._error(f"no JSON of that protocol ({type(error).__name__}: {error})") from error
+        usage = getattr(getattr(completion, "usage", None), "total_tokens", None)
+        if (
+            usage is not None
+            and (type(usage) is not int or usage < 0)
+            or (usage is None and self.max_tokens is not None)
+        ):
+            raise self._error(f"a usage of {usage!r} tokens, so that max_tokens cannot be kept")
+        self._execute("UPDATE requests SET tokens = ? WHERE id = ?", usage or 0, number)
+        try:
+            reply = completion.choices[0].message.content
+        except (AttributeError, IndexError, TypeError) as error:
+            raise self._error(f"no choices: {str(completion)[:200]}") from error
+        if isinstance(reply, list):  # parts of a message
+            reply = "".join(str(part.get("text", "")) for part in reply if isinstance(part, dict))
+        if not isinstance(reply, str | None):
+            raise self._error(f"a message of type {type(reply).__name__}")
+        self._execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", key, reply or "", usage or 0)
+        return reply or ""
 
-    def _reserve(self, pledge: int) -> int:
+    def _send(self, request: dict[str, Any]) -> Any:
+        for attempt in range(self.retries + 1):
+            try:
+                return self._client.chat_completion(**request)
+            except (HfHubHTTPError, httpx.HTTPError, InferenceTimeoutError) as error:
+                status = getattr(getattr(error, "response", None), "status_code", 500)
+                if attempt == self.retries or (status < 500 and status not in (408, 409, 429)):
+                    raise
+                time.sleep(min(0.5 * 2**attempt, 8))
+
+    def _error(self, found: str) -> JudgeError:
+        return JudgeError(f"judge: expected a reply of {self.model!r} from {self.base_url}, found {found[:500]}")
+
+    def _execute(self, statement: str, *values: Any) -> None:
+        with self._lock:
+            self._replies.execute(statement, values)
+
+    def _reserve(self) -> int:
         """Count a request that is about to be made, or refuse it. Returns its number."""
-        with self._changed:
-            while True:
-                with _transaction(self._replies):
-                    requests, tokens = self._spent()
-                    for name, limit, spent in (
-                        ("max_requests", self.max_requests, requests),
-                        ("max_tokens", self.max_tokens, tokens),
-                    ):
-                        if limit is not None and spent >= limit:
-                            raise JudgeError(
-                                f"judge, {name}: the budget of {limit:,} is used up ({spent:,} in {self.cache}). "
-                                "Raise it and go on with --resume"
-                            )
-                    if self._pledged == 0 or self.max_tokens is None or tokens + self._pledged < self.max_tokens:
-                        self._pledged += pledge
-                        return self._replies.execute("INSERT INTO requests (tokens) VALUES (0)").lastrowid
-                self._changed.wait()
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """What other processes see as a whole or not at all."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
-    connection.execute("COMMIT")
+        with self._lock:
+            self._replies.execute("BEGIN IMMEDIATE")  # other processes see it as a whole or not at all
+            try:
+                spent = self._replies.execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM requests").fetchone()
+                for name, found in zip(("max_requests", "max_tokens"), spent, strict=True):
+                    limit = getattr(self, name)
+                    if limit is not None and found >= limit:
+                        raise JudgeError(
+                            f"judge, {name}: the budget of {limit:,} is used up ({found:,} in {self.cache}). "
+                            "Raise it and go on with --resume"
+                        )
+                return self._replies.execute("INSERT INTO requests (tokens) VALUES (0)").lastrowid
+            finally:
+                self._replies.execute("COMMIT")
 
 
 def _read(reply: str) -> tuple[float, float] | None:

@@ -1,172 +1,59 @@
-"""The system calls that a program in the sandbox may not make."""
+"""The system calls that a program in the sandbox may make; all others are refused."""
 
 import errno
 import platform
 import struct
 
 
-# Numbers from the kernel's tables, x86_64 first, aarch64 second (None: the call does not exist there).
-_CALLS = {
-    # processes: a program is one process, and starts no other program
-    "fork": (57, None),
-    "vfork": (58, None),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    # other processes
-    "kill": (62, 129),
-    "tkill": (200, 130),
-    "tgkill": (234, 131),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_open": (434, 434),
-    "pidfd_send_signal": (424, 424),
-    "pidfd_getfd": (438, 438),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "process_madvise": (440, 440),
-    "kcmp": (312, 272),
-    "setpriority": (141, 140),
-    "ioprio_set": (251, 30),
-    "sched_setaffinity": (203, 122),
-    "sched_setparam": (142, 118),
-    "sched_setscheduler": (144, 119),
-    "sched_setattr": (314, 274),
-    "migrate_pages": (256, 238),
-    "move_pages": (279, 239),
-    # network
-    "socket": (41, 198),
-    "connect": (42, 203),
-    "bind": (49, 200),
-    "listen": (50, 201),
-    "accept": (43, 202),
-    "accept4": (288, 242),
-    # memory and messages that outlive a process, or that no limit counts
-    "shmget": (29, 194),
-    "shmat": (30, 196),
-    "shmctl": (31, 195),
-    "shmdt": (67, 197),
-    "semget": (64, 190),
-    "semop": (65, 193),
-    "semctl": (66, 191),
-    "semtimedop": (220, 192),
-    "msgget": (68, 186),
-    "msgsnd": (69, 189),
-    "msgrcv": (70, 188),
-    "msgctl": (71, 187),
-    "mq_open": (240, 180),
-    "mq_unlink": (241, 181),
-    "mq_timedsend": (242, 182),
-    "mq_timedreceive": (243, 183),
-    "mq_notify": (244, 184),
-    "mq_getsetattr": (245, 185),
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    # namespaces and mounts
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "fsconfig": (431, 431),
-    "fsmount": (432, 432),
-    "fspick": (433, 433),
-    "mount_setattr": (442, 442),
-    "name_to_handle_at": (303, 264),
-    "open_by_handle_at": (304, 265),
-    # parts of the kernel with a long history of holes
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427),
-    "io_setup": (206, 0),
-    "fanotify_init": (300, 262),
-    "personality": (135, 92),
-    "modify_ldt": (154, None),
-    "iopl": (172, None),
-    "ioperm": (173, None),
-    "mbind": (237, 235),
-    "set_mempolicy": (238, 237),
-    # the machine
-    "init_module": (175, 105),
-    "finit_module": (313, 273),
-    "delete_module": (176, 106),
-    "kexec_load": (246, 104),
-    "kexec_file_load": (320, 294),
-    "reboot": (169, 142),
-    "swapon": (167, 224),
-    "swapoff": (168, 225),
-    "acct": (163, 89),
-    "settimeofday": (164, 170),
-    "clock_settime": (227, 112),
-    "clock_adjtime": (305, 266),
-    "adjtimex": (159, 171),
-    "sethostname": (170, 161),
-    "setdomainname": (171, 162),
-    "syslog": (103, 116),
-    "quotactl": (179, 60),
-    "quotactl_fd": (443, 443),
-}
-_CLONE, _PRLIMIT, _CLONE3 = (56, 220), (302, 261), (435, 435)
+# Name and number in the kernel's tables of x86_64 and aarch64 ("-": the call does not exist there).
+_CALLS = """
+read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, lseek 8 62, close 3 57, fstat 5 80,
+newfstatat 262 79, stat 4 -, lstat 6 -, statx 332 291, access 21 -, faccessat 269 48, faccessat2 439 439, open 2 -,
+openat 257 56, readlink 89 -, readlinkat 267 78, getdents64 217 61, getcwd 79 17, fcntl 72 25, ioctl 16 29,
+dup 32 23, dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72,
+epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22, eventfd2 290 19, sendto 44 206,
+recvfrom 45 207, shutdown 48 210, getsockname 51 204, getsockopt 55 209, setsockopt 54 208, ftruncate 77 46,
+fsync 74 82, fdatasync 75 83, umask 95 166, mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216,
+madvise 28 233, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigpending 127 136,
+rt_sigtimedwait 128 137, rt_sigsuspend 130 133, sigaltstack 131 132, restart_syscall 219 128, pause 34 -, alarm 37 -,
+getitimer 36 102, setitimer 38 103, futex 202 98, get_robust_list 274 100, set_robust_list 273 99, rseq 334 293,
+set_tid_address 218 96, arch_prctl 158 -, membarrier 324 283, sched_yield 24 124, sched_getaffinity 204 123,
+getcpu 309 168, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101,
+gettimeofday 96 169, time 201 -, times 100 153, getrusage 98 165, getpid 39 172, getppid 110 173, gettid 186 178,
+getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177, getgroups 115 158, getresuid 118 148,
+getresgid 120 150, getpgrp 111 -, getpgid 121 155, getsid 124 156, setgroups 116 159, setresgid 119 149,
+setresuid 117 147, getrlimit 97 163, setrlimit 160 164, uname 63 160, sysinfo 99 179, getrandom 318 278,
+execve 59 221, wait4 61 260, waitid 247 95, exit 60 93, exit_group 231 94
+"""
+_CLONE, _CLONE3, _PRLIMIT, _SOCKETPAIR = (56, 220), (435, 435), (302, 261), (53, 199)
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the tables, AUDIT_ARCH_*
-_CLONE_THREAD = 0x10000
-_X32 = 0x40000000  # bit of the calls of the x32 ABI, which would go round the numbers above
-
+_CLONE_THREAD, _AF_UNIX = 0x10000, 1
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
 _NUMBER, _ARCH, _ARGUMENT = 0, 4, 16  # offsets in `struct seccomp_data`
 
 
 def seccomp_filter(machine: str | None = None) -> bytes:
-    """
-    Filter that a program installs before it runs generated code, as instructions of classic BPF.
-
-    Threads may be made, processes may not. Everything that is not named is left to the namespaces and limits.
-
-    Args:
-        machine (`str`, *optional*):
-            `"x86_64"` or `"aarch64"`. Defaults to that of this machine.
-
-    Returns:
-        `bytes`: An array of `struct sock_filter`.
-
-    Raises:
-        `ValueError`: If the numbers of the system calls are not known for the machine.
-    """
+    """The filter as instructions of classic BPF. Threads may be made, processes may not."""
     machine = machine or platform.machine()
     if machine not in _ARCHITECTURES:
         raise ValueError(f"sandbox: expected a machine of type {sorted(_ARCHITECTURES)}, found {machine!r}")
     column, architecture = _ARCHITECTURES[machine]
-    denied = _ERRNO | errno.EPERM
+    allow, deny = (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERRNO | errno.EPERM)
+    program = [(_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NUMBER)]
 
-    def check(number: int, *body: tuple[int, int, int, int]) -> list[tuple[int, int, int, int]]:
-        return [(_EQUAL, 0, len(body), number), *body]
+    def case(numbers: tuple[int, int], *body: tuple[int, int, int, int]) -> None:
+        program.extend([(_EQUAL, 0, len(body), numbers[column]), *body])
 
-    instructions = [
-        (_LOAD, 0, 0, _ARCH),
-        (_EQUAL, 1, 0, architecture),
-        (_RETURN, 0, 0, _KILL),
-        (_LOAD, 0, 0, _NUMBER),
-    ]
-    if machine == "x86_64":
-        instructions += [(_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, denied)]
-    for numbers in _CALLS.values():
-        if numbers[column] is not None:
-            instructions += check(numbers[column], (_RETURN, 0, 0, denied))
+    for entry in _CALLS.replace("\n", " ").split(","):
+        number = entry.split()[1 + column]
+        if number != "-":
+            program.extend([(_EQUAL, 0, 1, int(number)), allow])
     # The C library falls back to `clone`, whose flags can be looked at.
-    instructions += check(_CLONE3[column], (_RETURN, 0, 0, _ERRNO | errno.ENOSYS))
-    thread = ((_LOAD, 0, 0, _ARGUMENT), (_ANY_BIT, 0, 1, _CLONE_THREAD), (_RETURN, 0, 0, _ALLOW))
-    instructions += check(_CLONE[column], *thread, (_RETURN, 0, 0, denied))
-    own = ((_LOAD, 0, 0, _ARGUMENT), (_EQUAL, 0, 1, 0), (_RETURN, 0, 0, _ALLOW))  # limits of process 0: one's own
-    instructions += check(_PRLIMIT[column], *own, (_RETURN, 0, 0, denied))
-    instructions.append((_RETURN, 0, 0, _ALLOW))
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
+    case(_CLONE3, (_RETURN, 0, 0, _ERRNO | errno.ENOSYS))
+    argument = (_LOAD, 0, 0, _ARGUMENT)
+    case(_CLONE, argument, (_ANY_BIT, 0, 1, _CLONE_THREAD), allow, deny)
+    case(_PRLIMIT, argument, (_EQUAL, 0, 1, 0), allow, deny)  # limits of process 0: one's own
+    case(_SOCKETPAIR, argument, (_EQUAL, 0, 1, _AF_UNIX), allow, deny)
+    program.append(deny)
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)

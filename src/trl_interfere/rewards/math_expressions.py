@@ -1,0 +1,129 @@
+"""
+Whether two formulas have the same value, by the parser of math-verify, in a process of its own.
+
+A formula can keep a computer algebra system busy for hours. The process counts the processor time of each question,
+so that an answer does not depend on how busy the machine is, and it serves any thread.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from threading import Lock
+
+
+_SECONDS = 3  # of processor time for one question; ten times that of wall clock
+_MEMORY = 4 * 2**30
+_DIGITS = 30
+# Numerators over 100 of the variables at the points where formulas are compared: positive, and of both signs.
+_POINTS = (
+    (37, 171, 293, 529),
+    (211, 83, 137, 59),
+    (500, 700, 300, 200),
+    (-61, 229, -173, 47),
+    (-300, -200, -500, 100),
+)
+_POSITIVE = 3
+
+
+class Expressions:
+    """Asks the process, which starts with the first question and again after one that took too long."""
+
+    def __init__(self):
+        self._lock, self._process, self._owner, self._known = Lock(), None, 0, {}
+
+    def same(self, first: str, second: str, equations: bool = False) -> bool:
+        """Whether two formulas have the same value; with `equations`, whether one is a multiple of the other."""
+        question = json.dumps([first, second, equations])
+        with self._lock:
+            if question not in self._known:
+                if len(self._known) > 10_000:
+                    self._known.clear()
+                self._known[question] = self._ask(question)
+            return self._known[question]
+
+    def _ask(self, question: str) -> bool:
+        if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
+            self._owner = os.getpid()
+            command = [sys.executable, "-P", __file__]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+            )
+            if self._process.stdout.readline() != "ready\n":
+                raise RuntimeError(f"math: expected the process that compares formulas to start, it ended ({command})")
+        process = self._process
+        try:
+            process.stdin.write(f"{question}\n")
+            process.stdin.flush()
+            reply = process.stdout.readline()
+        except BrokenPipeError:
+            reply = ""
+        if not reply:  # it took too long
+            process.wait()
+        return reply == "yes\n"
+
+
+def _main() -> None:
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+
+    config = ConversionConfig(lowercase_symbols=False)
+    unevaluated = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
+
+    def values(formulas: list, names: list, point: tuple[int, ...]) -> list | None:
+        """Values at a point, exact where they are rational; `None` where there is none."""
+        at = {name: sympy.Rational(point[i % 4] + 11 * i, 100) for i, name in enumerate(names)}
+        found = [formula.subs(at).doit() for formula in formulas]
+        found = [value if value.is_Rational else value.evalf(_DIGITS) for value in found]
+        return found if all(value.is_number and value.is_finite for value in found) else None
+
+    def equal(a, b) -> bool:
+        if a.is_Rational and b.is_Rational:
+            return a == b
+        return bool(abs(a - b) <= 1e-20 * max(abs(a), abs(b)))
+
+    def same(first: str, second: str, equations: bool) -> bool:
+        formulas = [latex2sympy(text, conversion_config=config) for text in (first, second)]
+        # Integrals and the like of the problem are no answers; written as the expected one they have been accepted.
+        if any(isinstance(formula, unevaluated) or formula.has(*unevaluated) for formula in formulas):
+            return False
+        formulas = [formula.subs(sympy.Symbol("i"), sympy.I) for formula in formulas]
+        if formulas[0] == formulas[1]:
+            return formulas[0] not in (sympy.zoo, sympy.nan)
+        names = sorted(formulas[0].free_symbols | formulas[1].free_symbols, key=str)
+        ratios = []
+        for place, point in enumerate(_POINTS if names else _POINTS[:1]):
+            found = values(formulas, names, point)
+            if found is None:
+                continue
+            if equations:
+                if found[1] != 0:
+                    ratios.append(found[0] / found[1])
+                continue
+            # Where a root or logarithm of a negative number leaves the reals, two forms of one formula may differ.
+            real = all(abs(sympy.im(value)) <= 1e-20 * abs(value) for value in found)
+            if not equal(*found):
+                if place < _POSITIVE or real:
+                    return False
+            ratios.append(sympy.Integer(1))
+        return bool(ratios) and ratios[0] != 0 and all(equal(ratio, ratios[0]) for ratio in ratios)
+
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends this process, also within a function of C
+    print("ready", flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, _SECONDS)
+        signal.alarm(10 * _SECONDS)
+        try:
+            answer = "yes" if same(*json.loads(line)) else "no"
+        except Exception:  # what is no formula has no value
+            answer = "no"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.alarm(0)
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    _main()
