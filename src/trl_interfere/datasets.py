@@ -20,7 +20,7 @@ from .domain import Domain
 from .extras import package_file, require
 from .recipe import check_names, read_dataset
 from .rewards.code import CodeReward
-from .rewards.functions import tested_function
+from .rewards.functions import called_function
 from .rewards.judge import Judge
 from .rewards.math import MathReward, number
 from .rewards.qa import QAReward
@@ -628,7 +628,7 @@ def _klear_tests(truth: str | dict | None, max_tests: int) -> str:
     if functional:
         calls = [functional] if isinstance(functional, str) else list(functional)[:max_tests]
         try:
-            functions = {tested_function(call, _IMPORTS) for call in calls}
+            functions = {called_function(call, _IMPORTS) for call in calls}
         except (TypeError, ValueError):
             return ""
         function = functions.pop() if len(functions) == 1 else None

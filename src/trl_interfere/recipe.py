@@ -26,10 +26,10 @@ _DOMAIN = ("name", "train", "eval", "selection", "rewards", "reward_weights", "m
 _SHIPPED = ("name", "domain", "options", "settings")
 # Name in YAML to the dotted path of a function that makes the domain.
 SHIPPED_DOMAINS = {
-    "math": "trl_interfere.rewards.math.math_domain",
-    "code": "trl_interfere.rewards.code.code_domain",
-    "qa": "trl_interfere.rewards.qa.qa_domain",
-    "writing": "trl_interfere.rewards.writing.writing_domain",
+    "math": "trl_interfere.datasets.math_domain",
+    "code": "trl_interfere.datasets.code_domain",
+    "qa": "trl_interfere.datasets.qa_domain",
+    "writing": "trl_interfere.datasets.writing_domain",
 }
 # Name in YAML to the dotted path of a reward function.
 BUILT_IN_REWARDS = {

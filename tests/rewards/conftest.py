@@ -13,8 +13,7 @@ def sandbox():
     """A real sandbox with two workers."""
     if shutil.which("bwrap") is None:
         pytest.skip(NO_BUBBLEWRAP)
-    with Sandbox(workers=2) as opened:
-        yield opened
+    return Sandbox(workers=2)
 
 
 @pytest.fixture(scope="session")

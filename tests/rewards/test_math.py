@@ -1,15 +1,15 @@
-import json
 import random
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
-from datasets import Dataset
 
-from trl_interfere.rewards.math import MathReward, math_domain, math_reward, number
+from trl_interfere.rewards.math import MathReward, math_reward, number
 
 
 pytest.importorskip("math_verify")
-reasoning_gym = pytest.importorskip("reasoning_gym")
 
 THIRD = r"\frac{1}{3}"
 # Completion, expected answer, and the reward that a person would give.
@@ -158,7 +158,200 @@ TABLE = [
     ("{" * 100_000, "42", 0),
     (" ".join(map(str, range(1000))), "42", 0),
     (r"\boxed{__import__('os').system('true')}", "42", 0),
+    # a clause behind the number, other ways to conclude, several boxes
+    (r"x = \boxed{1} and y = \boxed{2}", "1, 2", 1),
+    (r"The solutions are \boxed{1}, \boxed{2}.", "1, 2", 1),
+    (r"The final answer is $\frac{1}{2}$, as required.", r"\frac{1}{2}", 1),
+    ("The answer is 72, since there are 72 clips.", "72", 1),
+    ("The answer is 72 - she sold 72 clips.", "72", 1),
+    ("Therefore, she sold 72 clips.", "72", 1),
+    ("So the total is 72 clips.", "72", 1),
+    ("Answer: 72 (which is the total)", "72", 1),
+    ("#### 72 clips", "72", 1),
+    ("#### $72", "72", 1),
+    ("The answer is 72, which is the total.", "72", 1),
+    ("The answer is 72. She sold them in two months.", "72", 1),
+    ("The answer is 72 because 48+24=72.", "72", 1),
+    ("The answer is 72 (48 in April and 24 in May).", "72", 1),
+    ("The answer is 72 clips altogether.", "72", 1),
+    ("Hence 72.", "72", 1),
+    ("Total: 72", "72", 1),
+    ("48+24 = 72\n#### 72", "72", 1),
+    ("#### 72", "72", 1),
+    ("The answer is 72, or maybe 73.", "72", 0),
+    ("The answer is 72. No wait, 73.", "72", 0),
+    ("The answer is 72 (or 73).", "72", 0),
+    ("The answer is not 72.", "72", 0),
+    ("The answer is 72 or 73", "72", 0),
+    ("#### 71", "72", 0),
+    ("#### 1,234", "1234", 1),
+    (r"\boxed{1} and \boxed{2}", "2", 0),
 ]
+
+
+# Expected answer, what says the same, and what does not, each in a box.
+FORMS = [
+    ("x^2+y^2=1", ["x^2+y^2-1=0", "y^2+x^2=1", "x^2+y^2=1"], ["x^2+y^2=2", "x^2-y^2=1"]),
+    ("2x+1", ["y=2x+1"], []),
+    ("y=2x+1", ["2x+1", "2x-y+1=0"], ["2x+y+1=0"]),
+    ("y = 3", [], ["x = 3"]),
+    ("a^2-b^2", ["(a-b)(a+b)", "a^2-b^2"], ["(a-b)(a-b)"]),
+    (r"5 \text{ million}", ["5,000,000", "5000000", "5 million"], ["5"]),
+    ("5 million", ["5{,}000{,}000"], ["6 million"]),
+    (r"10\text{ PM}", [r"10\text{ p.m.}", "10 PM"], ["10", "11 PM", r"10\text{ AM}"]),
+    (r"5\text{ metres south}", [], ["5", r"5\text{ metres north}"]),
+    (r"24\text{ cm}^2", ["24", r"24\text{ square centimeters}", "24 cm^2"], ["24 m^2", "24 cm^3", "24 cm"]),
+    (r"60 \text{ km/h}", [r"60 \text{ kilometers per hour}", "60"], ["60 mph"]),
+    (r"30^\circ", ["30", "30 degrees", "30°"], ["31°"]),
+    ("42", [r"\$42"], []),
+    (r"\$42", ["42 dollars", "42", "42.00"], ["€42"]),
+    (r"42\%", ["0.42", "42 percent", r"42\%"], [r"43\%"]),
+    (
+        r"3\text{ hours }20\text{ minutes}",
+        ["20 minutes 3 hours", r"3 \text{ hours and } 20 \text{ minutes}"],
+        ["3 hours 21 minutes"],
+    ),
+    ("x=1, y=2", ["y=2, x=1", r"x=1 \text{ and } y=2", "1, 2", "(x,y)=(1,2)", "(1,2)"], ["y=1, x=2", "(2,1)", "2, 1"]),
+    ("(1,2)", ["(x, y) = (1, 2)", "x=1, y=2"], ["x=2, y=1", "(2,1)", "[1,2]"]),
+    ("1, 2", ["x_1=1, x_2=2", r"x = 1 \text{ or } x = 2", "2, 1", "1 and 2"], ["1, 3", "1", "1, 2, 2"]),
+    (r"\{1, 2\}", [r"x = 2 \text{ or } x = 1"], []),
+    ("1 < x < 2", ["(1, 2)", r"x \in (1, 2)", "2 > x > 1"], [r"1 \le x < 2", "[1, 2]", "1<x<3"]),
+    ("(1, 2)", ["1 < x < 2"], []),
+    (r"(1, \infty)", ["x > 1"], [r"x \geq 1", "x < 1"]),
+    ("x > 1", [r"(1, +\infty)", "1 < x", r"\{x | x > 1\}"], []),
+    (r"x \le 3", [r"(-\infty, 3]"], []),
+    (
+        r"(-\infty,-1)\cup(3,\infty)",
+        [r"x < -1 \text{ or } x > 3", r"(3,\infty) \cup (-\infty,-1)"],
+        [r"(-\infty,-1]\cup(3,\infty)"],
+    ),
+    (r"\{1,2\}", [r"x \in \{1, 2\}"], ["(2,1)"]),
+    ("1000", ["1 000", r"1\,000", "1{,}000"], []),
+    ("100", [], ["1 00"]),
+    ("12345678", ["12 345 678"], []),
+    ("12 345", ["12345"], []),
+    (r"\frac{\sqrt{2}}{2}", ["√2/2"], []),
+    ("0.75", ["¾", r"\tfrac34 "], []),
+    ("1.5", ["1½"], []),
+    ("x^3-1", ["x³ − 1"], []),
+    (r"2\pi", ["2π"], []),
+    (r"(-\infty, 3]", ["x ≤ 3"], []),
+    (r"-\infty", ["−∞"], ["∞"]),
+    ("300000", ["3 × 10⁵"], []),
+    ("a_1+a_2", ["a₁ + a₂"], []),
+    ("30", ["θ = 30°"], []),
+    (r"2\sqrt{3}", ["2·√3", r"2\sqrt{3} cm", "2√3"], []),
+    (r"\sqrt{x+1}", ["√(x+1)"], []),
+    (r"\frac{1}{2^{99}}", ["2^{-99}"], ["2^{-98}", "0", r"\frac{1}{2^{98}}", r"\frac{1}{3^{40}}"]),
+    ("2^{100}-1", [], ["2^{100}+1"]),
+    (r"1, 2, \dots, n", [r"1, 2, \ldots, n"], []),
+    (r"1, 2, \ldots, n", ["1, 2, ..., n"], [r"2, 1, \ldots, n", r"1, 3, 5, \ldots, 2n-1"]),
+    (r"n \equiv 3 \pmod 7", [r"3 \pmod{7}"], []),
+    (r"3 \pmod{7}", [r"n \equiv 3 (mod 7)", r"10 \pmod 7"], [r"3 \pmod{8}", r"4 \pmod{7}", "3"]),
+    (r"\pm 2", ["-2, 2"], [r"\pm 3", "2"]),
+    ("-2, 2", [r"x = \pm 2"], []),
+    (r"2 \pm \sqrt{3}", [r"\sqrt{3}+2, 2-\sqrt{3}", r"x=2\pm\sqrt3"], []),
+    ("3+4i", ["4i+3"], ["3-4i"]),
+    ("2i", ["(1+i)^2"], []),
+    (
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+        [r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"],
+        [r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}"],
+    ),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", ["(1, 2)"], [r"\langle 2, 1 \rangle"]),
+    ("f(x)=x^2+1", ["f(x) = 1 + x^2", "x^2+1"], ["f(x) = x^2-1"]),
+    (r"\binom{n}{2}", [r"\frac{n(n-1)}{2}"], [r"\frac{n(n+1)}{2}"]),
+    (r"\log_2 3", [r"\frac{\ln 3}{\ln 2}"], []),
+    (r"\text{Yes}", ["yes"], ["no"]),
+    ("Yes", [r"\textbf{Yes}"], []),
+    (r"\text{no solution}", [r"\text{No solution}"], []),
+    (r"\text{(B)}", ["B"], ["C"]),
+    ("B", ["(B)"], []),
+    ("3:2", ["3 : 2"], ["2:3"]),
+    ("ABCD", [], ["DCBA"]),
+    ("x", [], ["|x|", r"\sqrt{x^2}"]),
+    (r"\frac{5!}{2!3!}", ["(5!)/(2!3!)", "10"], []),
+    (r"\frac{1}{2}", [r"\frac 12", ".5", "½"], []),
+    (r"\frac{-1}{2}", [r"-\frac{1}{2}"], []),
+    (r"-\frac{1}{2}", [r"\frac{1}{-2}"], []),
+    ("1500000", [r"1.5 \cdot 10^6", "1.5e6"], []),
+    ("144", ["57+87=144"], ["57+88=144"]),
+    (r"x \ne 2", [r"x\neq 2"], [r"x\neq 3"]),
+    (r"2\sqrt{3}\text{ cm}", [r"2\sqrt{3}"], [r"2\sqrt{3} m"]),
+    (r"90-\alpha", [r"90^\circ - \alpha"], []),
+    ("(3,5)", ["p=3, q=5"], []),
+    ("3!", ["6"], []),
+    ("10^2", ["100"], []),
+    (r"\pi", [], ["3.14", r"\frac{22}{7}"]),
+    (r"\sqrt{2}", [], ["1.41421356"]),
+    ("C", ["C"], []),
+    ("a+2b", [], ["2a+b"]),
+    ("2a", [], ["2A"]),
+    ("e^2", [r"\mathrm{e}^2"], []),
+    (r"\frac34", [r"\dfrac{3}{4}"], []),
+    ("56", [], [r"7\times 8"]),
+    (r"\text{no real solutions}", ["no real solutions"], []),
+    ("all real numbers", [r"\text{all real numbers}"], []),
+    ("(2,-1)", ["x=2, y=-1", r"\left( 2, -1 \right)"], ["-1, 2", "(2,-1,0)"]),
+    ("100, 200", ["100,200"], []),
+    ("(100,200)", ["(100, 200)"], []),
+    (r"7\text{th}", ["7^{th}"], []),
+    (r"2^{10}\cdot 3^5", [r"2^{10}\cdot 3^5"], []),
+    ("e^x+e^{-x}", ["e^x+e^{-x}"], []),
+    (r"30^\circ, 60^\circ", [r"30^\circ, 60^\circ"], []),
+    (r"\frac{x^2}{4}+\frac{y^2}{3}=1", [r"\frac{x^2}{4}+\frac{y^2}{3}=1"], []),
+    ("2^{1009}", ["2^{1009}"], []),
+    ("1000!", ["1000!"], []),
+    (
+        r"(45^{\circ}, 60^{\circ}),(135^{\circ}, 60^{\circ})",
+        [r"(45^{\circ}, 60^{\circ}),(135^{\circ}, 60^{\circ})"],
+        [],
+    ),
+    (r"5\text{ million}", [], [r"5\text{ billion}"]),
+    (r"2\text{ boys}, 4\text{ girls}", [], [r"2\text{ boys}, 3\text{ girls}"]),
+    (r"3\text{ hours }40\text{ minutes}", [], [r"3\text{ hours }20\text{ minutes}"]),
+    (r"3\text{ hours and }20\text{ minutes}", [], ["3"]),
+    ("a=3, b=5", [], ["(5,3)"]),
+    ("1<x<2", ["(1,2)"], [r"\{1,2\}", "x=1, y=2", "1, 2"]),
+    ("10 000", ["10000"], ["0"]),
+    ("1 000 000", [], ["0"]),
+    ("33 333", ["33333"], []),
+    ("1000000", ["1 000 000", r"1\ 000\ 000"], []),
+    (r"\sqrt{3}", ["√3"], []),
+    ("x^2+1", ["x²+1"], []),
+    (r"-\sqrt{2}", ["−√2"], []),
+    (r"\infty", ["∞"], []),
+    (r"4\pi", ["4π"], []),
+    (r"\frac{1}{901!}", [], [r"\frac{1}{900!}"]),
+]
+
+# Answers of every kind that public sets of problems expect.
+GOLDS = r"""
+42 | -7 | 0.5 | \frac{1}{2} | 1\frac{1}{2} | 10 000 | 1,042 | 42\% | \$42 | 30^\circ | x^2+y^2=1 | a^2-b^2 |
+2^{10}\cdot 3^5 | e^x+e^{-x} | 30^\circ, 60^\circ | \frac{x^2}{4}+\frac{y^2}{3}=1 | 2^{1009} | 1000! |
+(45^{\circ}, 60^{\circ}),(135^{\circ}, 60^{\circ}) | 5 \text{ million} | 5\text{ metres south} | 10\text{ PM} |
+2\text{ boys}, 4\text{ girls} | 3\text{ hours }40\text{ minutes} | x=1, y=2 | 1<x<2 | (1,2) | [1,2) | (-\infty, 3] |
+(-\infty,1)\cup(2,\infty) | x \le 3 | x \neq 2 | \{1, 2, 3\} | 1, 2, 3 | \frac{1}{2^{99}} | 1, 2, \ldots, n |
+3 \pmod{7} | n \equiv 3 \pmod 7 | 101_2 | 2\sqrt{3} | \frac{\sqrt{3}}{2} | 2 \pm \sqrt{3} | \pm 2 | 3+4i |
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 \\ 2 \end{pmatrix} | f(x)=x^2+1 | y=2x+1 | n! |
+\binom{n}{2} | \ln 2 | \log_2 3 | \sin x | \frac{\pi}{4} | 4\pi | \infty | -\infty | \text{B} | \text{(B)} |
+\text{Yes} | \text{no solution} | \mathbb{R} | \emptyset | \frac{n(n+1)}{2} | 2^n-1 | (-1)^n | \sqrt[3]{2} |
+0.\overline{3} | \lfloor \frac{n}{2}\rfloor | x^{2k+1} | (x+1)(x-2) | \frac{a+b}{c} | ABCD | \angle ABC |
+\triangle ABC | 3:2 | 12:30 | 24\text{ cm}^2 | 24 \text{ m/s} | 60 \text{ km/h} | k \in \mathbb{Z} |
+x=k\pi, k\in\mathbb{Z} | \frac{3}{4}\text{ hours} | 2\sqrt{3}\text{ cm} | 1+2+\cdots+n | p=3,q=5 | (3,-4,5) |
+\langle 1,2,3\rangle | \left(\frac{1}{2},\frac{3}{4}\right) | \sum_{k=1}^{n} k^2 | \int_0^1 x^2 dx | x'=2x |
+\frac{dy}{dx}=2x | \overline{AB} | \vec{a}+\vec{b} | \sqrt{2}+\sqrt{3} | \frac{2}{3}\sqrt{6} | -\frac{1}{2} |
+-\sqrt{2} | 10^{-3} | 1.5\times 10^{6} | 6.02\times10^{23} | 2:3:4 | 1/2 | 7 \text{ and } 8 | 1 \text{ or } 2 |
+0<a\leq 1 | a>0 | m\geq -2 | \left[-\frac{1}{2},+\infty\right) | \{2,4\} | C_n^2 | \frac{1}{1-x} |
+x=\frac{-1\pm\sqrt{5}}{2} | \tan^{-1}(2) | \arctan 2 | \frac{5!}{2!3!} | 2^{2^{5}} | 10! | 99^{100} | \text{Monday} |
+\text{June 5} | 3\text{ dozen} | 7\text{th} | 42^{nd} | \alpha+\beta | \frac{\alpha}{2} | 90^\circ-\alpha |
+e^{i\pi/3} | 1-\frac{1}{e} | \cos\theta | \theta=\frac{\pi}{6} | r=2\cos\theta | \rho^2 | n=4k+1 | 4k+1 | 6n\pm1 |
+(a,b)=(2,3) | (x,y)=(1,2),(3,4) | A\cap B | A \cup B | \{(1,2),(3,4)\} | \text{even} | x<-1 \text{ or } x>3 | (2,1) |
+\left\{1,2\right\} | 1:1 | \frac{7}{11} | 100 \text{ square meters} | 5:00 | \text{9:30 a.m.} | \text{East} |
+\text{A and C} | A, C | AC | M=\{1,2\} | \max(a,b) | \gcd(m,n) | \lvert x\rvert | u_n=2^n+3^n | a_n=2n-1 |
+f(x)=2x, g(x)=x^2
+"""
+GOLDS = [gold for gold in (part.strip() for part in GOLDS.replace("\n", " ").split(" | ")) if gold]
 
 
 @pytest.mark.parametrize("completion, answer, reward", TABLE)
@@ -168,8 +361,20 @@ def test_hand_checked_table(completion, answer, reward):
     assert math_reward([messages], [answer], domain=["math"]) == [reward]
 
 
-def test_size_of_the_table():
-    assert len(TABLE) >= 40 and sum(reward for *_, reward in TABLE) >= 20
+@pytest.mark.parametrize("answer, right, wrong", FORMS)
+def test_forms_of_an_answer(answer, right, wrong):
+    assert [given for given in right if math_reward([f"\\boxed{{{given}}}"], [answer]) != [1]] == []
+    assert [given for given in wrong if math_reward([f"\\boxed{{{given}}}"], [answer]) != [0]] == []
+
+
+@pytest.mark.parametrize("gold", GOLDS)
+def test_an_answer_is_right_and_with_another_number_or_sign_wrong(gold):
+    for form in (r"So \boxed{%s}.", r"\boxed{ %s }", "The answer is $%s$.", "#### %s"):
+        assert math_reward([form % gold], [gold]) == [1], form
+    changed = {gold[: m.start()] + str(int(m[0]) + 1) + gold[m.end() :] for m in re.finditer(r"\d+", gold)}
+    if re.match(r"\d|\\(?:frac|sqrt)", gold) and not re.search(r",|;|\\(?:pm|text|le)|<|or|and", gold):
+        changed.add(f"-{gold}")
+    assert [given for given in changed if math_reward([f"\\boxed{{{given}}}"], [gold]) != [0]] == []
 
 
 def test_thoughts_that_do_not_end():
@@ -177,11 +382,31 @@ def test_thoughts_that_do_not_end():
     assert thinking([r"so \boxed{42}", r"so \boxed{41}</think>\boxed{42}"], ["42", "42"]) == [0, 1]
 
 
-def test_in_another_thread():
-    from concurrent.futures import ThreadPoolExecutor
+def test_many_threads():
+    completions = [rf"\boxed{{\sqrt{{{n * n * 3}}}}}" for n in range(2, 10)]
+    answers = [rf"{n + n % 2}\sqrt{{3}}" for n in range(2, 10)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda pair: math_reward([pair[0]], [pair[1]])[0], zip(completions, answers, strict=True))
+        )
+    assert found == [float(n % 2 == 0) for n in range(2, 10)]
 
+
+def test_a_formula_without_end_is_given_up():
+    """In any thread, and what is asked next is answered."""
+    hostile = r"\boxed{(9+9)^{(9+9)^{(9+9)}}+x}"
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(math_reward, [r"\boxed{\sqrt{12}}"], [r"2\sqrt{3}"]).result() == [1]
+        assert pool.submit(math_reward, [hostile], ["x+1"]).result() == [0]
+    assert math_reward([r"\boxed{1+x}"], ["x+1"]) == [1]
+
+
+@pytest.mark.parametrize(
+    "part", ["a ", r"\boxed{", "{", "* ", "1 2 ", "-", "1,", "1 000 ", "$", "(1,", "is ", "answer: 1. "]
+)
+def test_long_texts_are_read_at_once(part):
+    text, begin = part * (20_000 // len(part)), time.process_time()
+    math_reward([text, f"The answer is {text}", f"{text}\n#### {text}"], ["42"] * 3)
+    assert time.process_time() - begin < 1
 
 
 def test_numbers_against_python():
@@ -189,138 +414,16 @@ def test_numbers_against_python():
     for _ in range(300):
         top, bottom = rng.randint(-(10**6), 10**6), rng.randint(1, 999)
         sign = "-" if top < 0 else ""
-        assert number(str(top)) == top
-        assert number(f"{top:,}") == top
-        assert number(f"{top}/{bottom}") == Fraction(top, bottom)
-        assert number(f"{sign}\\frac{{{abs(top)}}}{{{bottom}}}") == Fraction(top, bottom)
-        assert number(f"{top / 1000:.3f}") == Fraction(top, 1000)
-        assert number(f"{top}e-3") == Fraction(top, 1000)
+        assert number(str(top)) == number(f"{top:,}") == number(f"{top:,}".replace(",", " ")) == top
+        assert number(f"{top}/{bottom}") == number(f"{sign}\\frac{{{abs(top)}}}{{{bottom}}}") == Fraction(top, bottom)
+        assert number(f"{top / 1000:.3f}") == number(f"{top}e-3") == Fraction(top, 1000)
 
 
 @pytest.mark.parametrize("task", ["chain_sum", "basic_arithmetic", "gsm_symbolic", "simple_equations", "gcd", "lcm"])
 def test_agrees_with_the_verifier_of_reasoning_gym(task):
     """Its own verifier gives 1 to the answer and less to its neighbours."""
-    dataset = reasoning_gym.create_dataset(task, size=20, seed=3)
+    dataset = pytest.importorskip("reasoning_gym").create_dataset(task, size=20, seed=3)
     for entry in dataset:
         for answer in (entry["answer"], str(int(entry["answer"]) + 1)):
             expected = float(dataset.score_answer(answer, entry) == 1)
             assert math_reward([f"\\boxed{{{answer}}}"], [entry["answer"]]) == [expected]
-
-
-def keys(dataset):
-    return {" ".join(row[-1]["content"].split()).casefold() for row in dataset["prompt"]}
-
-
-def test_offline_domain():
-    domain = math_domain(sizes={"train": 60, "selection": 20, "test": 30})
-    parts = [domain.train_dataset, domain.selection_dataset, domain.eval_dataset]
-    assert [len(part) for part in parts] == [60, 20, 30]
-    assert len(set.union(*map(keys, parts))) == 110  # no prompt twice, in one part or in two
-    assert domain.train_dataset.column_names == ["answer", "prompt", "domain"]
-    assert domain.reward_funcs[0](domain.eval_dataset["answer"], domain.eval_dataset["answer"]) == [1] * 30
-    again = math_domain(sizes={"train": 60, "selection": 20, "test": 30})
-    assert again.eval_dataset["prompt"] == domain.eval_dataset["prompt"]
-    other = math_domain(sizes={"train": 60, "selection": 20, "test": 30}, seed=1)
-    assert other.eval_dataset["prompt"] != domain.eval_dataset["prompt"]
-
-
-def test_tasks_with_settings():
-    tasks = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
-    domain = math_domain(tasks=tasks, sizes={"train": 10, "test": 5}, instruction="")
-    assert all(len(prompt[0]["content"].split(":")[1].split()) == 4 for prompt in domain.train_dataset["prompt"])
-    assert domain.selection_dataset is None
-
-
-# Rows of the shape of the data sets on the Hub: names of columns as their cards give them.
-OPENR1 = [
-    {
-        "problem": f"What is {index} + 1?",
-        "solution": "...",
-        "answer": str(index + 1),
-        "problem_type": "Algebra",
-        "question_type": "proof" if index % 5 == 4 else "math-word-problem",
-        "source": "olympiads",
-        "uuid": str(index),
-        "is_reasoning_complete": [True],
-        "generations": ["<think>"],
-        "correctness_math_verify": [True],
-        "correctness_llama": None,
-        "finish_reasons": None,
-        "correctness_count": 1,
-        "messages": [{"content": "...", "role": "user"}],
-    }
-    for index in range(40)
-]
-AIME25 = [
-    {"problem": f"What is {index} + 1?" if index < 2 else f"AIME {index}", "answer": str(index), "id": str(index)}
-    for index in range(6)
-]
-
-
-@pytest.fixture
-def copies(tmp_path):
-    for name, rows in (("openr1", OPENR1), ("aime25", AIME25)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"openr1-math": "openr1.jsonl", "aime25": "aime25.jsonl"}
-
-
-def test_sets_of_the_hub(copies, tmp_path):
-    domain = math_domain(
-        source="openr1-math",
-        test_source="aime25",
-        sizes={"train": 20, "selection": 5},
-        paths=copies,
-        folder=tmp_path,
-        thinking=True,
-    )
-    assert len(domain.train_dataset) == 20 and len(domain.selection_dataset) == 5 and len(domain.eval_dataset) == 6
-    assert not keys(domain.train_dataset) & keys(domain.eval_dataset)
-    assert not keys(domain.train_dataset) & keys(domain.selection_dataset)
-    prompt = domain.train_dataset["prompt"][0]
-    assert prompt[0]["role"] == "user" and prompt[0]["content"].endswith("\\boxed{}.")
-    # Proofs have no answer, and problems of the test are not trained on: 40 - 8 - 2 are left.
-    with pytest.raises(ValueError, match=r"sizes: expected at least 31 different prompts .*found 30"):
-        math_domain(source="openr1-math", test_source="aime25", sizes={"train": 31}, paths=copies, folder=tmp_path)
-
-
-def test_a_test_source_is_the_test_as_a_whole(copies, tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_interfere.rewards.math._SIZES", {"train": 20, "selection": 5, "test": 128})
-    domain = math_domain(source="openr1-math", test_source="aime25", paths=copies, folder=tmp_path)
-    assert len(domain.train_dataset) == 20 and len(domain.selection_dataset) == 5 and len(domain.eval_dataset) == 6
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"source": "gsm8k"}, r"domain 'math', source: expected one of \['aime25', 'openr1-math', 'reasoning-gym'\]"),
-        ({"source": "openr1-math", "paths": {"openr1-math": "none.jsonl"}}, "'none.jsonl' is neither a local file"),
-        ({"tasks": {"no_such_task": {}}}, "reasoning-gym refuses 'no_such_task'"),
-        ({"tasks": {"chain_sum": {"min_terms": -1}}}, "reasoning-gym refuses 'chain_sum'"),
-        ({"tasks": ["calendar_arithmetic"]}, "expected a task whose answers are numbers, found 'calendar_arithmetic'"),
-        ({"sizes": {"validation": 5}}, r"sizes: expected sizes of \['selection', 'test', 'train'\]"),
-        ({"sizes": {"train": -1, "test": 5}}, "sizes, train: expected a number of rows, found -1"),
-    ],
-)
-def test_what_cannot_be(options, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        math_domain(folder=tmp_path, **options)
-
-
-def test_columns_that_are_not_there(tmp_path):
-    Dataset.from_list([{"question": "1+1?", "gold": "2", "kind": "x"}] * 3).to_json(tmp_path / "rows.jsonl")
-    paths = {"openr1-math": "rows.jsonl"}
-    with pytest.raises(
-        ValueError, match=r"expected the columns \['answer', 'problem', 'question_type'\] in 'rows.jsonl'"
-    ):
-        math_domain(source="openr1-math", paths=paths, folder=tmp_path)
-    columns = {"question": "question", "answer": "gold", "question_type": "kind"}
-    domain = math_domain(source="openr1-math", paths=paths, columns=columns, folder=tmp_path, sizes={"test": 1})
-    assert domain.eval_dataset["answer"] == ["2"]
-
-
-def test_missing_package(monkeypatch):
-    monkeypatch.setattr("trl_interfere.extras.find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"'math_verify', which is not installed: pip install 'trl-interfere\[math\]'"
-    ):
-        math_domain()

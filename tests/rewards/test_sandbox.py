@@ -1,5 +1,6 @@
 # ruff: noqa: E501
 import os
+import platform
 import shutil
 import socket
 import struct
@@ -12,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trl_interfere.rewards.sandbox import Limits, Sandbox, SandboxError, _Worker
+from trl_interfere.rewards.sandbox import Limits, Sandbox, SandboxError
 from trl_interfere.rewards.seccomp import seccomp_filter
 
 
 SOURCES = Path(__file__).parents[2] / "src" / "trl_interfere" / "rewards"
-SHORT = Limits(seconds=1.0)
+SHORT = Limits(seconds=0.5)
 # What every attempt begins with: a system call by its number, which no wrapper of Python stands before.
 CALL = """
 import ctypes, errno, os, sys
@@ -63,8 +64,8 @@ ESCAPES = {
     ),
     "start a shell": "import os\nprint('refused' if os.system('true') != 0 else 'SUCCEEDED')",
     "replace the program": (
-        "import os, sys\ntry: os.execv(sys.executable, [sys.executable, '-c', 'print(1)'])\n"
-        "except OSError: print('refused')"
+        "import os, sys\nchild = 'import os\\ntry: os.fork()\\nexcept OSError: print(\\'refused\\')'\n"
+        "os.execv(sys.executable, [sys.executable, '-c', child])"
     ),
     "end the worker": (
         "import os, signal\ntry: os.kill(os.getppid(), signal.SIGKILL)\nexcept OSError: print('refused')"
@@ -106,15 +107,9 @@ ESCAPES = {
         "import resource\ntry: resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)\n"
         "except (OSError, ValueError): print('refused')\nelse: print('SUCCEEDED')"
     ),
-    "the worker's channel": (
-        "import os\nopen_ = []\nfor fd in range(4, 64):\n    try: os.fstat(fd)\n    except OSError: continue\n"
+    "descriptors that are open": (
+        "import os\nopen_ = []\nfor fd in range(3, 64):\n    try: os.fstat(fd)\n    except OSError: continue\n"
         "    open_.append(fd)\nprint('refused' if not open_ else open_)"
-    ),
-    "forge the worker's report": (
-        "import os\nfor fd in range(0, 64):\n"
-        "    if fd in (1, 2): continue\n"
-        '    try: os.write(fd, b\'{{"ended": null, "code": 0, "memory": 0, "cpu_seconds": 0}}\\n\')\n'
-        "    except OSError: continue\n    print('SUCCEEDED', fd)\nprint('refused')"
     ),
 }
 
@@ -155,53 +150,73 @@ EXHAUSTIONS = {
     "a crash": ("import ctypes\nctypes.string_at(0)", {"error"}),
 }
 
-
-def processes(sandbox) -> list[psutil.Process]:
-    """All processes of a sandbox: those of bubblewrap, and what runs in them."""
-    found = []
-    for worker in sandbox._open:
-        process = psutil.Process(worker.process.pid)
-        found += [process, *process.children(recursive=True)]
-    return found
+# System calls that are not on the list, by their number on x86_64: files, processes, networks, namespaces, the kernel.
+CALLS = {
+    "mkdir": (83, b"/x", 0o777), "mknod": (133, b"/x", 0o20666, 0x103), "symlink": (88, b"/usr", b"/x"), "link": (86, b"/worker.py", b"/x"),
+    "rename": (82, b"/program.py", b"/x"), "unlink": (87, b"/program.py"), "chmod": (90, b"/program.py", 0o4777), "chown": (92, b"/program.py", 0, 0),
+    "truncate": (76, b"/program.py", 0), "openat2": (437, -100, b"/x", 0, 24), "fallocate": (285, 1, 0, 0, 1 << 40), "chdir": (80, b"/usr"),
+    "execveat": (322, -100, b"/usr", 0, 0, 0), "setpgid": (109, 0, 0), "setsid": (112,), "prctl": (157, 15, b"x"), "seccomp": (317, 1, 0, 0),
+    "ptrace traceme": (101, 0, 0, 0, 0), "process_vm_writev": (311, 1, 0, 0, 0, 0, 0), "pidfd_getfd": (438, 0, 0, 0), "pidfd_send_signal": (424, 0, 9, 0, 0),
+    "tkill": (200, 1, 9), "rt_sigqueueinfo": (129, 1, 9, 0), "kcmp": (312, 1, 1, 0, 0, 0), "sched_setscheduler": (144, 0, 1, 0), "setpriority": (141, 0, 0, -20),
+    "sched_setaffinity": (203, 0, 8, b"x" * 8), "ioprio_set": (251, 1, 0, 0), "a namespace by clone": (56, 0x10000011, 0, 0, 0, 0), "clone with shared memory": (56, 0x111, 0, 0, 0, 0),
+    "setns": (308, 0, 0), "pivot_root": (155, b"/usr", b"/usr"), "umount": (166, b"/usr", 2), "open_tree": (428, -100, b"/", 0), "fsopen": (430, b"tmpfs", 0),
+    "mount_setattr": (442, -100, b"/", 0, 0, 0), "netlink": (41, 16, 3, 0), "abstract socket": (41, 1, 1, 0), "socketpair of the network": (53, 2, 1, 0, b"x" * 8),
+    "bind": (49, 0, b"x" * 16, 16), "connect": (42, 0, b"x" * 16, 16), "sendmsg": (46, 1, b"x" * 64, 0), "recvmsg": (47, 0, b"x" * 64, 0), "semget": (64, 7, 1, 0o1666),
+    "shmat": (30, 0, 0, 0), "mq_open": (240, b"/x", 0o102, 0o666, 0), "keyctl": (250, 0, -3, 1), "memfd_secret": (447, 0), "userfaultfd": (323, 0), "perf_event_open": (298, 0, 0, -1, -1, 0),
+    "io_setup": (206, 1, b"x" * 8), "io_uring_enter": (426, 0, 1, 0, 0, 0), "inotify_init": (294, 0), "fanotify_init": (300, 0, 0), "personality": (135, 0x0040000), "modify_ldt": (154, 1, 0, 0),
+    "iopl": (172, 3), "init_module": (175, 0, 0, b""), "kexec_load": (246, 0, 0, 0, 0), "reboot": (169, 0, 0, 0, 0), "clock_settime": (227, 0, b"x" * 16), "sethostname": (170, b"x", 1),
+    "syslog": (103, 3, b"x" * 99, 99), "swapoff": (168, b"/x"), "splice": (275, 0, 0, 1, 0, 1, 0), "name_to_handle_at": (303, -100, b"/usr", b"x" * 99, b"x" * 8, 0),
+    "open_by_handle_at": (304, -100, b"x" * 99, 0), "the x32 table": (0x40000000 + 39,), "prlimit of another": (302, 1, 7, b"x" * 16, 0),
+}  # fmt: skip
 
 
 @pytest.fixture
 def left_nothing(sandbox):
-    """After a test there is what there was before it: a bubblewrap and an interpreter for each of two workers."""
-    sandbox.map(lambda _: sandbox.run("import time; time.sleep(0.05)"), range(4))  # every worker is there
-    before = sorted(process.pid for process in processes(sandbox))
+    """After a test there is no process of a sandbox."""
     yield
     deadline = time.monotonic() + 10
-    while (after := sorted(process.pid for process in processes(sandbox))) != before and time.monotonic() < deadline:
+    while psutil.Process().children(recursive=True) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert after == before
-    assert len(sandbox._open) == 2 and len(after) <= 3 * len(sandbox._open)
+    assert psutil.Process().children(recursive=True) == []
 
 
 @pytest.mark.parametrize("attempt", ESCAPES)
 def test_escapes(attempt, sandbox, left_nothing, monkeypatch, tmp_path):
     monkeypatch.setenv("SECRET_OF_THE_USER", "1")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        program = (
-            ESCAPES[attempt].replace("{port}", str(server.getsockname()[1])).replace("{here!r}", repr(str(tmp_path)))
-        )
-        execution = sandbox.run(program.replace("{{", "{").replace("}}", "}"))
+        program = ESCAPES[attempt].replace("{port}", str(server.getsockname()[1]))
+        program = program.replace("{here!r}", repr(str(tmp_path))).replace("{{", "{").replace("}}", "}")
+        execution = sandbox.run(program)
         server.settimeout(0.01)
         with pytest.raises(TimeoutError):
             server.accept()
     assert execution.stdout == "refused\n", execution
-    assert sandbox.run("print(2)").stdout == "2\n"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86_64")
+@pytest.mark.parametrize("attempt", CALLS)
+def test_system_calls(attempt, sandbox):
+    number, *arguments = CALLS[attempt]
+    execution = sandbox.run(f"{CALL}refused(call({', '.join(map(repr, (number, *arguments)))}))")
+    assert execution.stdout == "refused\n", execution
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="machine code of x86_64")
+def test_the_table_of_32_bits_is_closed(sandbox):
+    """`int 0x80` asks by other numbers: the kernel ends the program."""
+    code = (
+        "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\nm.write(bytes.fromhex('b814000000cd80c3'))\n"
+        "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()\nprint('SUCCEEDED')"
+    )
+    assert (sandbox.run(code).status, sandbox.run(code).stdout) == ("error", "")
 
 
 @pytest.mark.parametrize("attempt", EXHAUSTIONS)
 def test_exhaustion(attempt, sandbox, left_nothing):
     program, expected = EXHAUSTIONS[attempt]
     execution = sandbox.run(program, limits=SHORT)
-    # On a machine with much else to do, the time may be over before the memory or the output is.
     assert execution.status in expected | {"timeout"}, execution
-    assert len(execution.stdout) <= SHORT.output and len(execution.stderr) <= SHORT.output
-    assert execution.memory <= SHORT.memory
-    assert sandbox.run("print(2)").stdout == "2\n"
+    assert len(execution.stdout) <= SHORT.output + 1 and len(execution.stderr) <= SHORT.output + 1
 
 
 def test_the_attempts_are_attempts():
@@ -213,36 +228,25 @@ def test_the_attempts_are_attempts():
     Path("/tmp/escape").unlink(missing_ok=True)
 
 
-def test_memory_is_limited(sandbox):
-    execution = sandbox.run("x = bytearray(200 * 2**20)\nprint('fine')", limits=Limits(seconds=30))
-    assert execution.stdout == "fine\n" and execution.memory >= 200 * 2**20
+def test_limits(sandbox):
+    roomy = Limits(seconds=30, output=1000)
+    assert sandbox.run("x = bytearray(200 * 2**20)\nprint('fine')", limits=roomy).stdout == "fine\n"
     execution = sandbox.run("x = bytearray(200 * 2**20)", limits=Limits(seconds=30, memory=150 * 2**20))
     assert execution.status == "error" and "MemoryError" in execution.stderr
-
-
-def test_output_is_limited(sandbox):
-    limits = Limits(seconds=30, output=1000)
-    assert sandbox.run("print('x' * 999)", limits=limits).status == "ok"
-    execution = sandbox.run("print('x' * 1000)\nwhile True: print('x')", limits=limits)
-    assert (execution.status, len(execution.stdout)) == ("output", 1000)
-
-
-def test_threads_are_limited(sandbox):
+    assert sandbox.run("print('x' * 998)", limits=roomy).status == "ok"
+    execution = sandbox.run("import os\nos.write(1, b'x' * 5000)\nos.pwrite(1, b'y', 10**9)", limits=roomy)
+    assert (execution.status, execution.stdout) == ("output", "x" * 1000)
     program = EXHAUSTIONS["threads"][0] + "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)"
-    execution = sandbox.run(program, limits=Limits(seconds=10, threads=20))
-    assert int(execution.stdout.split()[0]) <= 20
+    assert int(sandbox.run(program, limits=Limits(threads=20)).stdout.split()[0]) <= 20
 
 
-def test_what_programs_may_do(sandbox):
+def test_processor_time_is_limited(sandbox):
+    """Threads that compute outside the interpreter use more of it than there is wall clock."""
     program = (
-        "import asyncio, atexit, encodings.idna, sqlite3, threading, unicodedata\n"
-        "async def double(x):\n    await asyncio.sleep(0)\n    return 2 * x\n"
-        "print(asyncio.run(double(int(input()))))\n"
-        "threading.Thread(target=print, args=('thread',)).start()\n"
-        "atexit.register(print, 'end')\n"
+        "import hashlib, threading\ndef f(): hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)\n"
+        "for _ in range(8): threading.Thread(target=f).start()"
     )
-    execution = sandbox.run(program, "21\n")
-    assert (execution.status, execution.stdout) == ("ok", "42\nthread\nend\n"), execution
+    assert sandbox.run(program, limits=Limits(seconds=1)).status == "timeout"
 
 
 # What a program prints that is given the line "in", by the ways that programs have to read, print and end.
@@ -269,7 +273,6 @@ WAYS = {
     "another input": ("import io, sys\nsys.stdin = io.TextIOWrapper(sys.stdin.buffer)\nprint(input())", "in\n"),
     "/dev/stdin": ("print(open('/dev/stdin').read(), end='')", "in\n"),
     "a path": ("import pathlib\nprint(pathlib.Path('/dev/stdin').read_text(), end='')", "in\n"),
-    "/dev/stdout": ("with open('/dev/stdout', 'w') as f:\n    f.write('x')\nprint('y')", "xy\n"),
     "the descriptor": ("print(open(0).read(), end='')", "in\n"),
     "an output that is closed": ("import sys\nprint('x')\nsys.stdout.close()", "x\n"),
     "an import from the future": ("from __future__ import annotations\nprint('x')", "x\n"),
@@ -287,30 +290,38 @@ def test_ways_to_read_and_print(way, sandbox):
 
 
 @pytest.mark.parametrize(
-    "program, status, code",
+    "program, status",
     [
-        ("pass", "ok", 0),
-        ("exit()", "ok", 0),
-        ("exit(3)", "error", 3),
-        ("quit('text')", "error", 1),
-        ("import atexit; atexit.register(print, 'x'); 1 / 0", "error", 1),
-        ("import sys; sys.stdout = None; sys.exit()", "ok", 0),
-        ("import sys; sys.exit()", "ok", 0),
-        ("import sys; sys.exit(3)", "error", 3),
-        ("import sys; sys.exit('text')", "error", 1),
-        ("1 / 0", "error", 1),
-        ("import os; os._exit(7)", "error", 7),
-        ("import os; os._exit(0)", "ok", 0),
-        ("x =", "error", 1),
+        ("pass", "ok"),
+        ("exit()", "ok"),
+        ("exit(3)", "error"),
+        ("quit('text')", "error"),
+        ("import atexit; atexit.register(print, 'x'); 1 / 0", "error"),
+        ("import sys; sys.stdout = None; sys.exit()", "ok"),
+        ("import sys; sys.exit()", "ok"),
+        ("import sys; sys.exit(3)", "error"),
+        ("import sys; sys.exit('text')", "error"),
+        ("1 / 0", "error"),
+        ("import os; os._exit(7)", "error"),
+        ("import os; os._exit(0)", "ok"),
+        ("x =", "error"),
     ],
 )
-def test_exit_codes(program, status, code, sandbox):
+def test_ends(program, status, sandbox):
     execution = sandbox.run(program)
-    assert (execution.status, execution.code) == (status, code), execution
+    assert execution.status == status, execution
 
 
-def test_errors_are_told(sandbox):
-    assert "ZeroDivisionError" in sandbox.run("1 / 0").stderr
+def test_what_programs_may_do(sandbox):
+    program = (
+        "import asyncio, atexit, encodings.idna, sqlite3, threading, unicodedata\n"
+        "async def double(x):\n    await asyncio.sleep(0)\n    return 2 * x\n"
+        "print(asyncio.run(double(int(input()))))\n"
+        "threading.Thread(target=print, args=('thread',)).start()\n"
+        "atexit.register(print, 'end')\n"
+    )
+    execution = sandbox.run(program, "21\n")
+    assert (execution.status, execution.stdout) == ("ok", "42\nthread\nend\n"), execution
 
 
 def test_large_input_and_output(sandbox):
@@ -325,134 +336,45 @@ def test_runs_repeat(sandbox):
     assert len({sandbox.run(program).stdout for _ in range(6)}) == 1
 
 
-def test_programs_know_nothing_of_each_other(sandbox):
-    """What one leaves in the interpreter, no other finds, and the memory of the worker holds none of its text."""
-    mark = "".join(chr(code) for code in range(97, 117))
-    for _ in range(4):
-        sandbox.run(f"import builtins, sys\nbuiltins.{mark} = sys.{mark} = '{mark}'\nprint('{mark}')", mark)
-    search = (
-        "import builtins, gc, sys\n"
-        "mark = ''.join(chr(code) for code in range(97, 117))\n"
-        "print(hasattr(builtins, mark), hasattr(sys, mark))\n"
-        "found = [x for x in gc.get_objects() if isinstance(x, dict) and mark in x and x is not globals()]\n"
-        "print(len(found))"
-    )
-    for _ in range(4):
-        assert sandbox.run(search).stdout == "False False\n0\n"
-
-
 def test_many_at_once(sandbox):
-    outputs = sandbox.map(lambda number: sandbox.run("print(int(input()) ** 2)", str(number)).stdout, range(100))
-    assert outputs == [f"{number**2}\n" for number in range(100)]
+    outputs = sandbox.map(lambda number: sandbox.run("print(int(input()) ** 2)", str(number)).stdout, range(30))
+    assert outputs == [f"{number**2}\n" for number in range(30)]
+    assert len(os.listdir("/proc/self/fd")) < 60  # descriptors are closed
 
 
-def test_a_worker_that_is_lost_is_replaced(bubblewrap):
-    with Sandbox(workers=1) as sandbox:
-        (worker,) = sandbox._open
-        worker.process.kill()
-        worker.process.wait()
-        assert sandbox.run("print(1)").stdout == "1\n"
-        assert len(sandbox._open) == 1 and worker not in sandbox._open
+def ends(bubble):
+    """End the program in a sandbox as the kernel does for want of memory."""
+    time.sleep(0.7)
+    family = psutil.Process().children(recursive=True)
+    [process for process in family if "/worker.py" in process.cmdline() and process.name() != "bwrap"][-1].kill()
 
 
-def test_a_worker_that_is_lost_while_it_runs(bubblewrap):
-    with Sandbox(workers=1) as sandbox:
-        (worker,) = sandbox._open
-        timer = threading.Timer(0.2, worker.process.kill)
-        timer.start()
-        # The second attempt, on a fresh worker, finds a program that takes too long.
-        assert sandbox.run("import time; time.sleep(60)", limits=SHORT).status == "timeout"
-
-
-def test_a_program_that_ends_every_worker_counts_as_failed(bubblewrap, monkeypatch, caplog):
-    """No program can. If one could, it would not end a training."""
-    run, ended = _Worker.run, []
-
-    def end(worker, program, *arguments):
-        if "end" in program:
-            ended.append(worker)
-            worker.process.kill()
-        return run(worker, program, *arguments)
-
-    with Sandbox(workers=1) as sandbox:
-        monkeypatch.setattr(_Worker, "run", end)
-        assert sandbox.run("print('end')").status == "lost"
-        assert len(set(ended)) == 3 and "it ended 3 times with one program (" in caplog.text
-        assert sandbox.run("print(1)").stdout == "1\n"
-
-
-def test_a_sandbox_that_ends_with_any_program_is_an_error(bubblewrap, monkeypatch):
-    def end(worker, *arguments):
-        raise OSError("the worker ended")
-
-    monkeypatch.setattr("trl_interfere.rewards.sandbox._PAUSES", (0, 0, 0))
-    with Sandbox(workers=1) as sandbox:
-        monkeypatch.setattr(_Worker, "run", end)
-        with pytest.raises(SandboxError, match=r"it ends with any program \(the worker ended\)"):
-            sandbox.run("print(1)")
-        monkeypatch.undo()
-        assert sandbox.run("print(1)").stdout == "1\n"
-
-
-def test_a_program_that_the_system_ends_is_run_again(bubblewrap):
-    """As where the machine is out of memory, which says nothing of the program."""
-
-    def end():
-        time.sleep(0.5)
-        (bubble,) = sandbox._open
-        programs = [child for child in psutil.Process(bubble.process.pid).children(True) if not child.children()]
-        programs[-1].kill()
-
-    with Sandbox(workers=1) as sandbox:
-        threading.Thread(target=end).start()
-        execution = sandbox.run("import time\ntime.sleep(1.5)\nprint(1)")
+def test_a_program_that_the_system_ends_is_run_again(sandbox, caplog):
+    thread = threading.Thread(target=ends, args=(sandbox,))
+    thread.start()
+    execution = sandbox.run("import time\ntime.sleep(1.5)\nprint(1)")
+    thread.join()
     assert (execution.status, execution.stdout) == ("ok", "1\n")
-
-
-def test_processor_time_is_limited(sandbox):
-    """Threads that compute outside the interpreter use more of it than there is wall clock."""
-    program = (
-        "import hashlib, threading\n"
-        "def f(): hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)\n"
-        "for _ in range(8): threading.Thread(target=f).start()"
-    )
-    assert sandbox.run(program, limits=Limits(seconds=3)).status == "timeout"
-
-
-def test_closing_leaves_no_process(bubblewrap):
-    before = {process.pid for process in psutil.Process().children(recursive=True)}
-    sandbox = Sandbox(workers=2)
-    sandbox.map(lambda _: sandbox.run("pass"), range(8))
-    ended = []
-    running = threading.Thread(
-        target=lambda: ended.append(sandbox.run("while True: pass", limits=Limits(seconds=600)).status)
-    )
-    running.start()
-    time.sleep(0.2)
-    assert {process.pid for process in psutil.Process().children(recursive=True)} - before
-    sandbox.close()
-    running.join(60)
-    assert ended == ["lost"]
-    assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
+    assert sandbox.run("import os, signal\nos._exit(137)").status == "killed"  # three times
+    assert "ended a program 3 times" in caplog.text
 
 
 KILLED = """
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
+import sys
 from trl_interfere.rewards.sandbox import Sandbox, Limits
 sandbox = Sandbox(workers=1)
-print(" ".join(str(worker.process.pid) for worker in sandbox._open), flush=True)
+print("ready", flush=True)
 sandbox.run("while True: pass", limits=Limits(seconds=60))
 """
 
 
 def test_a_killed_run_leaves_no_process(bubblewrap):
-    command = [sys.executable, "-c", KILLED, str(SOURCES.parents[1])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-        worker = psutil.Process(int(run.stdout.readline()))
-        time.sleep(0.3)
-        family = [worker, *worker.children(recursive=True)]
-        assert len(family) >= 3  # bubblewrap, worker, program
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES.parents[1])}
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, env=environment) as run:
+        assert run.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        family = psutil.Process(run.pid).children(recursive=True)
+        assert len(family) >= 2  # bubblewrap and the program
         run.kill()
     _, alive = psutil.wait_procs(family, timeout=10)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
@@ -476,12 +398,9 @@ def test_as_another_user(bubblewrap, tmp_path):
         script = (
             "import sys\nsys.path.insert(0, sys.argv[1])\n"
             "from trl_interfere.rewards.sandbox import Sandbox, Limits\n"
-            "with Sandbox(workers=1) as sandbox:\n"
-            f"    for name, program in zip({names!r}, {programs!r}):\n"
-            "        print(name, '|', sandbox.run(program).stdout.strip())\n"
-            f"    for program, _ in {list(EXHAUSTIONS.values())!r}:\n"
-            "        status = sandbox.run(program, limits=Limits(seconds=0.5)).status\n"
-            "        print(status in _ | {'timeout'}, status, repr(program[:80]), '|', 'refused')\n"
+            "sandbox = Sandbox(workers=1)\n"
+            f"for name, program in zip({names!r}, {programs!r}):\n"
+            "    print(name, '|', sandbox.run(program).stdout.strip())\n"
         )
         (folder / "script.py").write_text(script)
         for path in (folder, *folder.rglob("*")):
@@ -496,13 +415,13 @@ def test_as_another_user(bubblewrap, tmp_path):
         pytest.skip(f"users may not make namespaces here: {run.stderr[-200:]}")
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    assert len(lines) == len(names) + len(EXHAUSTIONS)
-    assert [line for line in lines if not line.endswith("| refused") or line.startswith("False")] == []
+    assert len(lines) == len(names)
+    assert [line for line in lines if not line.endswith("| refused")] == []
 
 
 def test_without_bubblewrap(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SandboxError, match=r"expected bubblewrap .*apt-get install bubblewrap.*http://.*unsafe"):
+    with pytest.raises(SandboxError, match="bubblewrap"):
         Sandbox()
 
 
@@ -511,13 +430,13 @@ def test_bubblewrap_that_may_not(monkeypatch, tmp_path):
     script.write_text("#!/bin/sh\necho 'Creating new namespace failed: Operation not permitted' >&2\nexit 1\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(SandboxError, match="cannot make a sandbox here .*Creating new namespace failed"):
+    with pytest.raises(SandboxError, match="Creating new namespace failed"):
         Sandbox()
 
 
 @pytest.mark.parametrize("name", ["seconds", "memory", "output", "threads"])
 def test_limits_that_cannot_be(name):
-    with pytest.raises(ValueError, match=f"sandbox, {name}: expected a number above 0, found 0"):
+    with pytest.raises(ValueError, match=name):
         Limits(**{name: 0})
 
 
@@ -530,25 +449,5 @@ def test_filter_is_well_formed(machine):
         if code & 7 == 5:
             assert position + 1 + max(true, false) < len(instructions)
     assert instructions[-1][0] & 7 == 6
-    with pytest.raises(ValueError, match="expected a machine of type .*found 'riscv64'"):
+    with pytest.raises(ValueError, match="riscv64"):
         seccomp_filter("riscv64")
-
-
-def test_a_late_word_to_end_harms_no_program(bubblewrap):
-    with Sandbox(workers=1) as sandbox:
-        (worker,) = sandbox._open
-        worker.channel.sendall(b"x")
-        assert [sandbox.run(f"print({number})").stdout for number in range(3)] == ["0\n", "1\n", "2\n"]
-        assert sandbox._open == {worker}
-
-
-def test_a_worker_that_hangs_while_a_program_floods_is_ended(bubblewrap, monkeypatch):
-    """The time limit holds even if the worker does not enforce it."""
-    monkeypatch.setattr("trl_interfere.rewards.sandbox._GRACE", 0.5)
-    with Sandbox(workers=1) as sandbox:
-        (worker,) = sandbox._open
-        for process in psutil.Process(worker.process.pid).children(recursive=True):
-            process.suspend()
-        # Suspended, it never answers; the program then runs on a fresh worker.
-        assert sandbox.run("print(1)", limits=Limits(seconds=0.5)).stdout == "1\n"
-        assert worker not in sandbox._open

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from trl_interfere.rewards.judge import Judge, JudgeError
-from trl_interfere.rewards.writing import JudgeReward, RubricReward, writing_domain, writing_reward
+from trl_interfere.rewards.writing import JudgeReward, RubricReward, writing_reward
 
 
 ASSIGNMENT = (
@@ -104,39 +104,6 @@ def test_hand_checked_table(completion, items):
     assert score == [float(items == ITEMS)]
 
 
-def test_size_of_the_table():
-    assert len(TABLE) >= 40 and sum(items == ITEMS for _, items in TABLE) >= 10
-
-
-def keys(dataset):
-    return {row[-1]["content"] for row in dataset["prompt"]}
-
-
-def test_offline_domain():
-    domain = writing_domain(sizes={"train": 100, "selection": 20, "test": 30})
-    parts = [domain.train_dataset, domain.selection_dataset, domain.eval_dataset]
-    assert [len(part) for part in parts] == [100, 20, 30]
-    assert len(set.union(*map(keys, parts))) == 150
-    rubric = json.loads(domain.train_dataset["rubric"][0])
-    text = domain.train_dataset["prompt"][0][0]["content"]
-    assert all(f'"{word}"' in text for word in (*rubric["words"], rubric["without"]))
-    assert (
-        writing_domain(sizes={"test": 3}).eval_dataset["prompt"]
-        == writing_domain(sizes={"test": 3}).eval_dataset["prompt"]
-    )
-
-
-@pytest.mark.parametrize("partial, expected", [(False, 0.0), (True, 0.75)])
-def test_score_of_a_part_of_the_rubric(partial, expected):
-    domain = writing_domain(sizes={"train": 4, "test": 4}, partial_score=partial)
-    rubric = {"words": [], "without": "never", "sentences": [2, 3], "length": [3, 50], "ending": "!"}
-    text = [{"role": "assistant", "content": "The rain stopped. A boy went home."}]  # with the wrong sign at its end
-    prompt = [{"role": "user", "content": "Write."}]
-    (found,) = domain.metric([text], [prompt], [json.dumps(rubric)])
-    assert found == expected
-    assert domain.reward_funcs[0]([text], [prompt], [json.dumps(rubric)]) == [0.75]
-
-
 class Endpoint(BaseHTTPRequestHandler):
     """An OpenAI-compatible endpoint whose model prefers longer texts, and the first of two by a point."""
 
@@ -153,6 +120,9 @@ class Endpoint(BaseHTTPRequestHandler):
             self.send_response(500)
             self.end_headers()
             return
+        if server.body is not None:
+            self.answer(server.body)
+            return
         user = body["messages"][-1]["content"]
         texts = []
         for name in ("first", "second"):
@@ -168,7 +138,10 @@ class Endpoint(BaseHTTPRequestHandler):
             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}],
             "usage": {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100},
         }
-        content = json.dumps(answer).encode()
+        self.answer(json.dumps(answer))
+
+    def answer(self, body):
+        content = body.encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -178,9 +151,8 @@ class Endpoint(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint():
-    pytest.importorskip("openai")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    server.requests, server.failures, server.reply, server.delay = [], 0, None, 0
+    server.requests, server.failures, server.reply, server.body, server.delay = [], 0, None, None, 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     yield server
@@ -219,17 +191,15 @@ def test_replies_are_kept(endpoint, tmp_path):
 def test_budget(endpoint, tmp_path):
     asked = judge(endpoint, tmp_path, max_requests=3)
     asked.compare("Write.", "one", "a")
-    with pytest.raises(
-        JudgeError, match=r"max_requests: the budget of 3 is used up \(3 in .*judge.sqlite\). Raise it"
-    ):
+    with pytest.raises(JudgeError, match="max_requests: the budget of 3 "):
         asked.compare("Write.", "two", "a")
     assert len(endpoint.requests) == 3
-    with pytest.raises(JudgeError, match="max_tokens: the budget of 300"):
+    with pytest.raises(JudgeError, match="max_tokens: the budget of 300 "):
         judge(endpoint, tmp_path, max_tokens=300).compare("Write.", "three", "a")
     many = JudgeReward(judge(endpoint, tmp_path, max_requests=10))
-    with pytest.raises(JudgeError, match="max_requests: the budget of 10"):
+    with pytest.raises(JudgeError, match="max_requests"):
         many(["Write."] * 20, [f"text {index}" for index in range(20)], ["a"] * 20)
-    assert len(endpoint.requests) == 10
+    assert len(endpoint.requests) == 10  # also with eight at a time
 
 
 def test_equal_texts_are_asked_once(endpoint, tmp_path):
@@ -240,53 +210,51 @@ def test_equal_texts_are_asked_once(endpoint, tmp_path):
     assert len(set(rewards)) == 1 and len(endpoint.requests) == 2 and asked.spent() == (2, 200)
 
 
-def test_a_request_that_fails_fails_for_all_who_wait(endpoint, tmp_path):
-    endpoint.delay, endpoint.failures = 0.2, 1
-    asked = judge(endpoint, tmp_path, retries=0)
-    with pytest.raises(JudgeError, match="InternalServerError"):
-        JudgeReward(asked)(["Write."] * 8, ["one two"] * 8, ["a"] * 8)
-    assert asked.spent()[0] <= len(endpoint.requests) - 1
-    assert asked.compare("Write.", "one two", "a") and asked._flying == {} and asked._pledged == 0
+def answered(**changes):
+    message = {"role": "assistant", "content": '{"first": 5, "second": 4}'}
+    answer = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "usage": {"total_tokens": 100}}
+    return json.dumps({**answer, "choices": [{"index": 0, "finish_reason": "stop", "message": message}], **changes})
 
 
-def test_tokens_in_flight_count(endpoint, tmp_path):
-    """Eight at a time would take 800 tokens before the first is counted."""
-    endpoint.delay = 0.05
-    asked = judge(endpoint, tmp_path, max_tokens=250)
-    with pytest.raises(JudgeError, match="max_tokens: the budget of 250"):
-        JudgeReward(asked)(["Write."] * 20, [f"text {index}" for index in range(20)], ["a"] * 20)
-    assert asked.spent() == (3, 300) and len(endpoint.requests) == 3
+@pytest.mark.parametrize(
+    "body, settings",
+    [
+        ("<html><body>Please log in</body></html>", {}),
+        ("[]", {}),
+        ("null", {}),
+        (answered(choices=[]), {}),
+        (answered(choices=None), {}),
+        (answered(choices=[{"message": None}]), {}),
+        (answered(choices=[{"message": {"content": {"text": "x"}}}]), {}),
+        (answered(usage={"total_tokens": -5}), {}),
+        (answered(usage={"total_tokens": "many"}), {}),
+        (answered(usage=None), {"max_tokens": 1000}),
+        (answered(usage={"total_tokens": None}), {"max_tokens": 1000}),
+    ],
+)
+def test_answers_that_are_none(body, settings, endpoint, tmp_path):
+    """One message that names the judge; the request is paid for, and the budget never grows."""
+    asked = judge(endpoint, tmp_path, max_requests=2, **settings)
+    endpoint.body = body
+    for _ in range(2):
+        with pytest.raises(JudgeError, match="judge: expected a reply of 'judge-model' from http://127.0.0.1"):
+            asked.compare("Write.", "one", "a")
+    assert asked.spent()[0] == 2 and asked.spent()[1] >= 0
+    with pytest.raises(JudgeError, match="max_requests"):
+        asked.compare("Write.", "one", "a")
 
 
-def test_requests_of_two_processes_count(endpoint, tmp_path):
-    """They may ask the same at the same time: one reply is kept, and both are paid for."""
-    first, second = judge(endpoint, tmp_path), judge(endpoint, tmp_path)
-    endpoint.delay = 0.5
-    thread = threading.Thread(target=first.compare, args=("Write.", "one", "a"))
-    thread.start()
-    second.compare("Write.", "one", "a")
-    thread.join()
-    n = len(endpoint.requests)
-    assert first.spent() == second.spent() == (n, 100 * n) and n > 2
-    with pytest.raises(JudgeError, match=f"max_requests: the budget of {n}"):
-        judge(endpoint, tmp_path, max_requests=n).compare("Write.", "two", "a")
-
-
-def test_a_file_of_replies_of_before(endpoint, tmp_path):
-    """The requests that led to its replies count."""
-    asked = judge(endpoint, tmp_path)
-    asked.compare("Write.", "one", "a")
-    asked._replies.execute("DROP TABLE requests")
-    assert judge(endpoint, tmp_path).spent() == (2, 200)
+def test_answers_in_parts_and_without_usage(endpoint, tmp_path):
+    part = {"type": "text", "text": '{"first": 5, "second": 4}'}
+    endpoint.body = answered(choices=[{"index": 0, "message": {"role": "assistant", "content": [part]}}], usage=None)
+    assert judge(endpoint, tmp_path).compare("Write.", "one", "a") == [(5, 4), (4, 5)]
 
 
 def test_retries(endpoint, tmp_path):
     endpoint.failures = 1
     assert judge(endpoint, tmp_path, retries=1).compare("Write.", "one", "a")
     endpoint.failures = 3
-    with pytest.raises(
-        JudgeError, match="expected a reply of 'judge-model' from http://127.0.0.1.*InternalServerError"
-    ):
+    with pytest.raises(JudgeError, match="judge-model.*500"):
         judge(endpoint, tmp_path, retries=0).compare("Write.", "two", "a")
 
 
@@ -327,87 +295,26 @@ def test_key(endpoint, tmp_path, monkeypatch):
     assert b"secret" not in (tmp_path / "cache" / "judge.sqlite").read_bytes()
 
 
+def test_no_key_of_the_hub_is_sent(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    judge(endpoint, tmp_path).compare("Write.", "one", "a")
+    assert endpoint.requests[0][1] is None
+
+
 def test_endpoint_that_is_not_there(tmp_path):
-    pytest.importorskip("openai")
-    with pytest.raises(
-        JudgeError, match="expected a reply of 'm' from http://127.0.0.1:9/v1, found APIConnectionError"
-    ):
+    with pytest.raises(JudgeError, match="'m' from http://127.0.0.1:9/v1"):
         Judge("http://127.0.0.1:9/v1", "m", cache=tmp_path / "x", retries=0).compare("a", "b", "c")
 
 
 def test_cache_that_is_none(tmp_path):
-    pytest.importorskip("openai")
     (tmp_path / "text").write_text("not a database, but a text that is long enough to be taken for one" * 50)
     with pytest.raises(JudgeError, match="text cannot be used as a file of replies"):
         Judge("http://127.0.0.1:9/v1", "m", cache=tmp_path / "text")
 
 
-def test_sets_of_the_hub(endpoint, tmp_path):
-    gemini = [{"prompt": f"Story {i}", "response": f"Once {i}", "metadata": {"source": "x"}} for i in range(10)]
-    kimi = [{"instruction": f"Poem {i}", "thought": "hm", "response": f"Rose {i}"} for i in range(6)]
-    qwen = [{"messages": [{"role": "user", "content": f"Letter {i}"}], "text": f"Dear {i}"} for i in range(4)]
-    for name, rows in (("gemini", gemini), ("kimi", kimi)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"base_url": endpoint.url, "model": "m"}
-    domain = writing_domain(
-        source=["creative-gemini", "creative-kimi"],
-        judge=settings,
-        sizes={"train": 10, "selection": 3, "test": 3},
-        paths={"creative-gemini": "gemini.jsonl", "creative-kimi": "kimi.jsonl"},
-        folder=tmp_path,
-    )
-    texts = [
-        key for part in (domain.train_dataset, domain.selection_dataset, domain.eval_dataset) for key in keys(part)
-    ]
-    assert sorted(texts) == sorted([row["prompt"] for row in gemini] + [row["instruction"] for row in kimi])
-    assert (tmp_path / "judge.sqlite").exists()
-    (reward,) = domain.reward_funcs
-    rows = domain.eval_dataset
-    assert reward(rows["prompt"], rows["reference"], rows["reference"], domain=rows["domain"]) == pytest.approx(
-        [0.5] * 3
-    )
-    (tmp_path / "qwen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in qwen))
-    options = {
-        "source": "creative-qwen",
-        "judge": settings,
-        "paths": {"creative-qwen": "qwen.jsonl"},
-        "folder": tmp_path,
-    }
-    with pytest.raises(
-        ValueError, match=r"expected the columns \['prompt', 'response'\].*give other names by `columns`"
-    ):
-        writing_domain(sizes={"test": 4}, **options)
-    columns = {"creative-qwen": {"question": "messages", "reference": "text"}}
-    assert keys(writing_domain(sizes={"test": 4}, columns=columns, **options).eval_dataset) == {
-        f"Letter {i}" for i in range(4)
-    }
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"source": "novels"}, "source: expected one of"),
-        ({"source": []}, "source: expected one or several of"),
-        ({"source": ["creative-kimi", "constraints"]}, r"source: expected one of \['creative-gemini'"),
-        ({"source": "creative-kimi"}, "judge: expected the settings of a judge"),
-        (
-            {"source": "creative-kimi", "judge": {"model": "m"}},
-            "judge: .*missing 1 required positional argument: 'base_url'",
-        ),
-        ({"judge": {"base_url": "x", "model": "m"}}, "judge: expected none for the source 'constraints'"),
-        (
-            {"source": "creative-kimi", "partial_score": True, "judge": {"base_url": "x", "model": "m"}},
-            "partial_score: expected it with the source 'constraints' only",
-        ),
-    ],
-)
-def test_what_cannot_be(options, message, tmp_path):
-    pytest.importorskip("openai")
-    with pytest.raises(ValueError, match=message):
-        writing_domain(folder=tmp_path, **options)
-
-
-def test_missing_package(monkeypatch, tmp_path):
-    monkeypatch.setattr("trl_interfere.extras.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"'openai', which is not installed: pip install 'trl-interfere\[writing\]'"):
-        writing_domain(source="creative-kimi", judge={"base_url": "x", "model": "m"}, folder=tmp_path)
+def test_long_texts_are_read_at_once():
+    begin = time.process_time()
+    for part in ("a ", "a", "a. ", ".", "a' "):
+        writing_reward([part * (20_000 // len(part))], ["Write."], [json.dumps(RUBRIC)])
+    assert time.process_time() - begin < 1

