@@ -36,10 +36,10 @@ def settings(folder: Path, **training) -> dict:
         "domains": [
             {
                 "name": name,
-                "train": f"{name}_train.jsonl",
-                "eval": f"{name}_test.jsonl",
-                "selection": f"{name}_selection.jsonl",
-                "rewards": f"trl_interfere.lab.{name}.{name}_reward",
+                "train_dataset": f"{name}_train.jsonl",
+                "eval_dataset": f"{name}_test.jsonl",
+                "selection_dataset": f"{name}_selection.jsonl",
+                "reward_funcs": f"trl_interfere.lab.{name}.{name}_reward",
             }
             for name in ("math", "writing")
         ],

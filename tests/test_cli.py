@@ -343,8 +343,8 @@ def test_a_process_per_stage_gives_the_same_run(tmp_path, content, run, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     content["training"]["learning_rate"] = 1e-3
-    metric = content["domains"][1]["rewards"]
-    content["domains"][1] |= {"rewards": "frail.frail_reward", "metric": metric}
+    metric = content["domains"][1]["reward_funcs"]
+    content["domains"][1] |= {"reward_funcs": "frail.frail_reward", "metric": metric}
     recipe = write(tmp_path, content)
     assert run("train", recipe, "--threads", 1)[0] == 0
     arguments = ("train", recipe, "--threads", 1, "--process_per_stage", "--output-dir", tmp_path / "each")

@@ -1,6 +1,6 @@
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import yaml
@@ -15,7 +15,7 @@ from trl_interfere.recipe import (
     load_function,
     load_prompts,
     load_run_file,
-    numbers,
+    typed,
 )
 from trl_interfere.rewards.text import contains_words, exact_match
 from trl_interfere.training.config import SequentialGRPOConfig
@@ -197,15 +197,15 @@ def test_run_file(folder):
     domains = [
         {
             "name": "math",
-            "train": {**DATA, "limit": 4},
-            "eval": {**DATA, "skip": 4},
-            "selection": {**DATA, "skip": 3, "limit": 1},
-            "rewards": ["exact_match", "trl_interfere.rewards.text.contains_words"],
+            "train_dataset": {**DATA, "limit": 4},
+            "eval_dataset": {**DATA, "skip": 4},
+            "selection_dataset": {**DATA, "skip": 3, "limit": 1},
+            "reward_funcs": ["exact_match", "trl_interfere.rewards.text.contains_words"],
             "reward_weights": [1.0, 0.25],
             "metric": "lab_math",
             "settings": {"max_steps": 5},
         },
-        {"name": "qa", "eval": "prompts.jsonl", "rewards": "exact_match"},
+        {"name": "qa", "eval_dataset": "prompts.jsonl", "reward_funcs": "exact_match"},
     ]
     Dataset.from_dict({"prompt": ["?"], "answer": ["!"]}).to_json(folder / "prompts.jsonl")
     content = {
@@ -214,6 +214,7 @@ def test_run_file(folder):
         "domains": domains,
         "peft": {"r": 8},
         "refresh": {"max_drop": 3.0},
+        "heal": {"rank": 8},
         "analysis": {"max_prompts": 16},
     }
     run = load_run_file(write(folder, content))
@@ -222,7 +223,8 @@ def test_run_file(folder):
         "learning_rate": 1e-5,
         "stage_overrides": {"qa": {"max_steps": 2}, "math": {"max_steps": 5}},
     }
-    assert (run.peft, run.refresh, run.analysis) == ({"r": 8}, {"max_drop": 3.0}, {"max_prompts": 16})
+    assert (run.peft, run.refresh, run.heal) == ({"r": 8}, {"max_drop": 3.0}, {"rank": 8})
+    assert run.analysis == {"max_prompts": 16}
     math, qa = run.domains
     assert math.name == "math" and qa.name == "qa"
     assert math.train_dataset["level"] == [0, 1, 2, 3]
@@ -264,7 +266,7 @@ def test_shipped_domains(folder):
     "entry, message",
     [
         ({"domain": "maths"}, r"domains\[0\], domain: 'maths' is neither a shipped domain \(code, math, qa, "),
-        ({"domain": "writing", "train": "x"}, r"domains\[0\]: unknown option 'train'"),
+        ({"domain": "writing", "train_dataset": "x"}, r"domains\[0\]: unknown option 'train_dataset'"),
         ({"domain": "writing", "options": {"siezs": {}}}, "options: unknown option 'siezs', did you mean 'sizes'?"),
         ({"domain": "writing", "options": {"folder": "x"}}, "options: unknown option 'folder'"),
         ({"domain": "writing", "options": [1]}, "options: expected settings by name"),
@@ -282,14 +284,14 @@ def test_shipped_domains_that_cannot_be(entry, message, folder):
 
 
 def test_least_run_file(folder):
-    content = {"model": "some/model", "domains": [{"name": "qa", "eval": DATA, "rewards": "exact_match"}]}
+    content = {"model": "some/model", "domains": [{"name": "qa", "eval_dataset": DATA, "reward_funcs": "exact_match"}]}
     run = load_run_file(write(folder, content))
     assert run.model == "some/model"
     assert (run.training, run.peft, run.refresh, run.analysis) == ({}, None, None, {})
 
 
 def test_settings_of_a_domain_with_a_number_for_a_name(folder):
-    entry = {"name": 1, "eval": DATA, "rewards": "exact_match", "settings": {"max_steps": 5}}
+    entry = {"name": 1, "eval_dataset": DATA, "reward_funcs": "exact_match", "settings": {"max_steps": 5}}
     run = load_run_file(write(folder, {"model": "some/model", "domains": [entry]}))
     assert list(run.training["stage_overrides"]) == [domain.name for domain in run.domains] == ["1"]
 
@@ -298,7 +300,7 @@ def test_model_init_kwargs_are_not_dropped(folder):
     content = {
         "model": "some/model",
         "model_init_kwargs": {"dtype": "bfloat16"},
-        "domains": [{"name": "qa", "eval": DATA, "rewards": "exact_match"}],
+        "domains": [{"name": "qa", "eval_dataset": DATA, "reward_funcs": "exact_match"}],
     }
     try:
         run = load_run_file(write(folder, content))
@@ -309,7 +311,7 @@ def test_model_init_kwargs_are_not_dropped(folder):
 
 
 def domain(**settings):
-    return {"name": "qa", "eval": DATA, "rewards": "exact_match", **settings}
+    return {"name": "qa", "eval_dataset": DATA, "reward_funcs": "exact_match", **settings}
 
 
 @pytest.mark.parametrize(
@@ -325,30 +327,36 @@ def domain(**settings):
         ({"model": "m", "domian": []}, "run.yaml: unknown option 'domian', did you mean 'domains'?"),
         ({"model": "m", "zzz": 1}, r"run.yaml: unknown option 'zzz', expected some of \['analysis', 'domains'"),
         ({"model": "m", "domains": ["qa"]}, r"run.yaml, domains\[0\]: expected settings by name, found 'qa'"),
-        ({"model": "m", "domains": [{"eval": DATA}]}, r"domains\[0\]: expected the option 'name', found \['eval'\]"),
+        (
+            {"model": "m", "domains": [{"eval_dataset": DATA}]},
+            r"domains\[0\]: expected the option 'name', found \['eval_dataset'\]",
+        ),
         (
             {"model": "m", "domains": [domain(), domain(reward="exact_match")]},
-            r"domains\[1\]: unknown option 'reward', did you mean 'rewards'?",
+            r"domains\[1\]: unknown option 'reward', did you mean 'reward_funcs'?",
         ),
         (
-            {"model": "m", "domains": [domain(eval={**DATA, "lmit": 2})]},
-            r"domains\[0\], eval: unknown option 'lmit', did you mean 'limit'?",
+            {"model": "m", "domains": [domain(eval_dataset={**DATA, "lmit": 2})]},
+            r"domains\[0\], eval_dataset: unknown option 'lmit', did you mean 'limit'?",
         ),
-        ({"model": "m", "domains": [domain(eval="absent.jsonl")]}, r"domains\[0\], eval: 'absent.jsonl' is neither"),
         (
-            {"model": "m", "domains": [domain(eval={**DATA, "skip": 6})]},
-            r"domains\[0\], eval: expected at least one row, found 6 of which skip and limit leave none",
+            {"model": "m", "domains": [domain(eval_dataset="absent.jsonl")]},
+            r"domains\[0\], eval_dataset: 'absent.jsonl' is neither",
         ),
-        ({"model": "m", "domains": [domain(name="q/a")]}, "domain name 'q/a': expected letters"),
-        ({"model": "m", "domains": [domain(rewards=[])]}, "domain 'qa': expected at least one reward function"),
+        (
+            {"model": "m", "domains": [domain(eval_dataset={**DATA, "skip": 6})]},
+            r"domains\[0\], eval_dataset: expected at least one row, found 6 of which skip and limit leave none",
+        ),
+        ({"model": "m", "domains": [domain(name="q/a")]}, r"domains\[0\], domain name 'q/a': expected letters"),
+        ({"model": "m", "domains": [domain(reward_funcs=[])]}, "domain 'qa': expected at least one reward function"),
         ({"model": "m", "domains": [domain(reward_weights=[1, 2])]}, "domain 'qa': expected 1 reward weights"),
         (
-            {"model": "m", "domains": [domain(rewards="exact_mach")]},
-            r"domains\[0\], rewards: 'exact_mach' is neither a built-in reward \(.*exact_match.*\) nor a dotted path",
+            {"model": "m", "domains": [domain(reward_funcs="exact_mach")]},
+            r"domains\[0\], reward_funcs: 'exact_mach' is neither a built-in reward \(.*exact_match.*\) nor",
         ),
         (
-            {"model": "m", "domains": [domain(rewards="no_such_package.reward")]},
-            r"domains\[0\], rewards: cannot import 'no_such_package.reward' \(No module named",
+            {"model": "m", "domains": [domain(reward_funcs="no_such_package.reward")]},
+            r"domains\[0\], reward_funcs: cannot import 'no_such_package.reward' \(ModuleNotFoundError: ",
         ),
         (
             {"model": "m", "domains": [domain(metric="trl_interfere.rewards.text.no_such")]},
@@ -358,7 +366,7 @@ def domain(**settings):
             {"model": "m", "domains": [domain(metric="trl_interfere.recipe.BUILT_IN_REWARDS")]},
             r"domains\[0\], metric: expected a function, found .* of type dict",
         ),
-        ({"model": "m", "domains": [domain(rewards={"exact_match": 1.0})]}, r"domains\[0\], rewards: "),
+        ({"model": "m", "domains": [domain(reward_funcs={"exact_match": 1.0})]}, r"domains\[0\], reward_funcs: "),
         ({"model": "m", "domains": [domain(settings=[1])]}, r"domains\[0\], settings: expected settings by name"),
         (
             {"model": "m", "domains": [domain()], "training": 5},
@@ -409,13 +417,114 @@ def test_build_dataclass():
         build_dataclass(Settings, {"step": 3}, "here")
     with pytest.raises(ValueError, match="here: steps: expected at least 1, found 0"):
         build_dataclass(Settings, {"steps": 0}, "here")
-    with pytest.raises(ValueError, match="here, steps: expected a number, found 'many'"):
+    with pytest.raises(ValueError, match="here, steps: expected int, found 'many'"):
         build_dataclass(Settings, {"steps": "many"}, "here")
     assert build_dataclass(Settings, {"steps": "3"}, "here") == Settings(steps=3)
 
 
 def test_numbers_that_yaml_reads_as_text():
-    found = numbers(SequentialGRPOConfig, {"learning_rate": "5e-3", "output_dir": "1", "max_steps": "2"}, "here")
+    found = typed(SequentialGRPOConfig, {"learning_rate": "5e-3", "output_dir": "1", "max_steps": "2"}, "here")
     assert found == {"learning_rate": 5e-3, "output_dir": "1", "max_steps": 2}
-    with pytest.raises(ValueError, match="here, learning_rate: expected a number, found 'fast'"):
-        numbers(SequentialGRPOConfig, {"learning_rate": "fast"}, "here")
+    with pytest.raises(ValueError, match="here, learning_rate: expected float, found 'fast'"):
+        typed(SequentialGRPOConfig, {"learning_rate": "fast"}, "here")
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("train", "train_dataset"),
+        ("eval", "eval_dataset"),
+        ("selection", "selection_dataset"),
+        ("rewards", "reward_funcs"),
+    ],
+)
+def test_names_of_earlier_versions(old, new, folder):
+    with pytest.raises(ValueError, match=rf"domains\[0\].*'{old}'.*'{new}'"):
+        load_run_file(write(folder, {"model": "m", "domains": [domain(**{old: DATA})]}))
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("model: a\nmodel: b\ndomains: []", "model"),
+        ("model: a\ndomains: [{name: x, name: y}]", "name"),
+        ("model: a\ntraining: {max_steps: 1, 'max_steps': 2}\ndomains: []", "max_steps"),
+    ],
+)
+def test_a_name_that_stands_twice(text, name, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"'{name}' stands twice"):
+        load_run_file(tmp_path / "run.yaml")
+
+
+def test_merged_names_may_be_given_again(folder):
+    text = "model: m\nx: &x {path: table, columns: {prompt: question}}\n".replace("x: &x", "analysis: &x")
+    text += "domains: [{name: a, reward_funcs: exact_match, eval_dataset: {<<: *x, limit: 2, path: table}}]"
+    (folder / "run.yaml").write_text(text.replace("table", DATA["path"]))
+    (found,) = load_run_file(folder / "run.yaml").domains
+    assert len(found.eval_dataset) == 2
+
+
+def test_a_dry_run_imports_nothing_from_elsewhere(folder, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "spy_of_a_stranger.py").write_text("raise SystemExit('imported')")
+    (folder / "beside_the_recipe.py").write_text(
+        "def reward(completions, **kwargs):\n    return [0] * len(completions)"
+    )
+    monkeypatch.syspath_prepend(elsewhere)
+    names = ["spy_of_a_stranger.reward", "beside_the_recipe.reward", "math_verify", "exact_match"]
+    path = write(folder, {"model": "m", "domains": [domain(reward_funcs=names)]})
+    (found,) = load_run_file(path, dry=True).domains
+    assert [reward.__name__ for reward in found.reward_funcs][1:] == ["reward", "accuracy_reward", "exact_match"]
+    with pytest.raises(SystemExit):
+        load_run_file(path)
+    with pytest.raises(ValueError, match="dry run"):
+        load_run_file(write(folder, {"model": "m", "domains": [{"domain": "spy_of_a_stranger.make"}]}), dry=True)
+
+
+VALUES = [None, [1], {"a": 1}, "text", -1, 0, True, float("nan"), float("inf"), 2**70, ""]
+FIELDS = [field.name for field in fields(SequentialGRPOConfig) if field.init]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_any_value_of_a_setting_is_taken_or_refused_by_name(name, tmp_path):
+    """No other error than ValueError or, for an extra that is not installed, ImportError."""
+    for value in VALUES:
+        settings = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "bf16": False, name: value}
+        try:
+            build_dataclass(SequentialGRPOConfig, settings, "training")
+        except ValueError as error:
+            assert str(error).startswith("training"), (value, error)
+        except ImportError as error:
+            assert name in str(error), (value, error)
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("learning_rate", [-1, float("nan"), float("inf"), "fast"]),
+        ("per_device_train_batch_size", [0, -1, 2.5]),
+        ("temperature", [0, -1, float("nan")]),
+        ("seed", [2**70, -1]),
+        ("beta", [-1, float("nan")]),
+        ("max_steps", [0, -2]),
+        ("score_temperature", [-1]),
+        ("num_generations", [1, 0]),
+    ],
+)
+def test_settings_that_nothing_can_be_trained_with(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=name):
+            build_dataclass(SequentialGRPOConfig, {"output_dir": "out", "use_cpu": True, name: value}, "training")
+
+
+ENTRIES = ["name", "train_dataset", "eval_dataset", "selection_dataset", "reward_funcs", "reward_weights", "metric"]
+
+
+@pytest.mark.parametrize("name", [*ENTRIES, "benchmark", "settings"])
+def test_any_value_of_a_domain_is_taken_or_refused(name, folder):
+    for value in VALUES:
+        try:
+            load_run_file(write(folder, {"model": "m", "domains": [domain(**{name: value})]}))
+        except ValueError as error:
+            assert "domains[0]" in str(error), (value, error)

@@ -1,6 +1,7 @@
 """A domain: what a stage trains on and what it is scored with."""
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class Domain:
                 parse_benchmark(self.benchmark)
             except ValueError as error:
                 raise ValueError(f"domain {self.name!r}, {error}") from error
+        if not isinstance(self.reward_weights, (list, tuple, type(None))):
+            raise ValueError(f"domain {self.name!r}, reward_weights: expected a list, found {self.reward_weights!r}")
         if self.reward_weights is None:
             self.reward_weights = [1.0] * len(self.reward_funcs)
         if len(self.reward_weights) != len(self.reward_funcs):
@@ -86,6 +89,9 @@ class Domain:
                 f"domain {self.name!r}: expected {len(self.reward_funcs)} reward weights (one per reward function), "
                 f"found {len(self.reward_weights)}"
             )
+        for weight in self.reward_weights:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise ValueError(f"domain {self.name!r}, reward_weights: expected finite numbers, found {weight!r}")
         for field in ("train_dataset", "eval_dataset", "selection_dataset"):
             if getattr(self, field) is not None:
                 setattr(self, field, self._checked(getattr(self, field), field))

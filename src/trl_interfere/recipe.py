@@ -5,10 +5,13 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pandas
 import yaml
@@ -21,8 +24,12 @@ from .domain import Domain
 
 
 _FILE_TYPES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-_TOP = ("model", "training", "domains", "peft", "refresh", "analysis")
-_DOMAIN = ("name", "train", "eval", "selection", "rewards", "reward_weights", "metric", "benchmark", "settings")
+_TOP = ("model", "training", "domains", "peft", "heal", "refresh", "analysis")
+_DATASETS = ("train_dataset", "eval_dataset", "selection_dataset")
+_DOMAIN = ("name", *_DATASETS, "reward_funcs", "reward_weights", "metric", "benchmark", "settings")
+_OLD_NAMES = {"rewards": "reward_funcs", **{name.removesuffix("_dataset"): name for name in _DATASETS}}
+# Packages that a dry run imports functions from, besides the folder of the recipe.
+_TRUSTED = ("trl", "trl_interfere")
 _SHIPPED = ("name", "domain", "options", "settings")
 # Name in YAML to the dotted path of a function that makes the domain.
 SHIPPED_DOMAINS = {
@@ -63,6 +70,8 @@ class RunFile:
             Settings of [`SequentialGRPOConfig`].
         peft (`dict`, *optional*):
             Settings of [`~peft.LoraConfig`].
+        heal (`dict`, *optional*):
+            Settings of [`HealCallback`].
         refresh (`dict`, *optional*):
             Settings of [`RefreshCallback`].
         analysis (`dict`, *optional*):
@@ -73,19 +82,23 @@ class RunFile:
     domains: list[Domain]
     training: dict[str, Any] = field(default_factory=dict)
     peft: dict[str, Any] | None = None
+    heal: dict[str, Any] | None = None
     refresh: dict[str, Any] | None = None
     analysis: dict[str, Any] = field(default_factory=dict)
 
 
-def load_run_file(path: str | Path, folder: str | Path | None = None) -> RunFile:
+def load_run_file(path: str | Path, folder: str | Path | None = None, dry: bool = False) -> RunFile:
     """
-    Read a YAML file with a model, domains and settings.
+    Read a YAML file with a model, domains and settings. A file that names functions is code: they are imported, from
+    its folder and from what is installed.
 
     Args:
         path (`str` or `pathlib.Path`):
             The file.
         folder (`str` or `pathlib.Path`, *optional*):
             Folder that the paths in it start from. Defaults to its own.
+        dry (`bool`, *optional*, defaults to `False`):
+            Whether to import functions of this package, of TRL and of the folder alone; others stay unknown.
 
     Returns:
         [`RunFile`]: Its content, with the datasets loaded.
@@ -94,68 +107,72 @@ def load_run_file(path: str | Path, folder: str | Path | None = None) -> RunFile
         `ValueError`: If the file cannot be read, or anything in it is unknown, missing or malformed.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected YAML, found something else ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected settings by name, found {type(content).__name__}")
+    content = read_yaml(path)
     check_names(content, _TOP, str(path), required=("model", "domains"))
     if not isinstance(content["domains"], list) or not content["domains"]:
         raise ValueError(f"{path}, domains: expected a list of domains, found {content['domains']!r}")
+    if not isinstance(content["model"], str) or not content["model"]:
+        raise ValueError(f"{path}, model: expected a folder or a Hub id, found {content['model']!r}")
 
     # Functions of the file are looked for beside it: a console script has no folder of the user on its path.
     folder = path.parent if folder is None else Path(folder)
     if str(folder.resolve()) not in sys.path:
         sys.path.append(str(folder.resolve()))
-    training = _mapping(content.get("training"), f"{path}, training")
+    parts = {
+        part: None if content.get(part) is None else _mapping(content[part], f"{path}, {part}")
+        for part in ("training", "peft", "heal", "refresh", "analysis")
+    }
+    training = parts.pop("training") or {}
     overrides = _mapping(training.get("stage_overrides"), f"{path}, training.stage_overrides")
     domains = []
     for position, entry in enumerate(content["domains"]):
         where = f"{path}, domains[{position}]"
-        if "domain" in _mapping(entry, where):
-            check_names(entry, _SHIPPED, where)
-            domains.append(_shipped_domain(entry, where, folder))
-        else:
-            check_names(entry, _DOMAIN, where, required=("name",))
-            domains.append(_domain(entry, where, folder))
+        make, names = (_shipped_domain, _SHIPPED) if "domain" in _mapping(entry, where) else (_domain, _DOMAIN)
+        check_names(entry, names, where, required=("name",) if make is _domain else ())
+        domains.append(make(entry, where, folder, folder if dry else None))
         if entry.get("settings"):
             overrides[domains[-1].name] = _mapping(entry["settings"], f"{where}, settings")
     if overrides:
         training["stage_overrides"] = overrides
-    model = str(content["model"])
-    local = folder / model
+    local = folder / content["model"]
     return RunFile(
-        model=str(local) if local.is_dir() else model,
+        model=str(local) if local.is_dir() else content["model"],
         domains=domains,
         training=training,
-        peft=None if content.get("peft") is None else _mapping(content["peft"], f"{path}, peft"),
-        refresh=None if content.get("refresh") is None else _mapping(content["refresh"], f"{path}, refresh"),
-        analysis=_mapping(content.get("analysis"), f"{path}, analysis"),
+        **{**parts, "analysis": parts["analysis"] or {}},
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without two values for one name, of which the last one would count."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands twice", node.start_mark)
+        super().flatten_mapping(node)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings by name; what is no YAML, or names a setting twice, is refused."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected YAML, found something else ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected settings by name, found {type(content).__name__}")
+    return content
+
+
 def check_names(settings: dict[str, Any], known: Iterable[str], where: str, required: Iterable[str] = ()) -> None:
-    """
-    Refuse unknown and missing names, naming the nearest known one.
-
-    Args:
-        settings (`dict`):
-            Settings by name.
-        known (`Iterable[str]`):
-            Names that exist.
-        where (`str`):
-            Where the settings stand, for the message.
-        required (`Iterable[str]`, *optional*):
-            Names that must be there.
-
-    Raises:
-        `ValueError`: If a name is unknown or missing.
-    """
+    """Refuse unknown and missing names, naming the nearest known one."""
     known = list(known)
     for name in settings:
+        if name not in known and _OLD_NAMES.get(name) in known:
+            raise ValueError(f"{where}: {name!r} is called {_OLD_NAMES[name]!r}")
         if name not in known:
             nearest = difflib.get_close_matches(str(name), known, n=1)
             hint = f", did you mean {nearest[0]!r}?" if nearest else f", expected some of {sorted(known)}"
@@ -166,59 +183,54 @@ def check_names(settings: dict[str, Any], known: Iterable[str], where: str, requ
 
 
 def build_dataclass(cls: type, settings: dict[str, Any], where: str) -> Any:
-    """
-    Build a configuration object from settings by name.
-
-    Args:
-        cls (`type`):
-            A dataclass.
-        settings (`dict`):
-            Settings by name.
-        where (`str`):
-            Where the settings stand, for the message.
-
-    Returns:
-        The object.
-
-    Raises:
-        `ValueError`: If a name is unknown or a value does not fit.
-    """
+    """A configuration object from settings by name; unknown names and values that do not fit are refused."""
     check_names(settings, [entry.name for entry in fields(cls) if entry.init], where)
     try:
-        return cls(**numbers(cls, settings, where))
-    except (TypeError, ValueError) as error:
+        return cls(**typed(cls, settings, where))
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def numbers(cls: type, settings: dict[str, Any], where: str) -> dict[str, Any]:
+def typed(cls: type, settings: dict[str, Any], where: str) -> dict[str, Any]:
     """
-    Settings with numbers where numbers belong: YAML 1.1 reads `5e-3`, without a point, as a text.
-
-    Args:
-        cls (`type`):
-            A dataclass.
-        settings (`dict`):
-            Settings by name.
-        where (`str`):
-            Where they stand, for the message.
-
-    Returns:
-        `dict`: The settings.
-
-    Raises:
-        `ValueError`: If a number was expected and a text is there.
+    Settings with values of the types that a dataclass expects. YAML 1.1 reads `5e-3`, without a point, as a text, and
+    a bare `no` as false.
     """
     types, found = get_type_hints(cls), dict(settings)
     for name, value in settings.items():
-        allowed = set(get_args(types.get(name))) or {types.get(name)}
-        if isinstance(value, str) and str not in allowed and allowed <= {int, float, bool, type(None)}:
-            try:
-                found[name] = yaml.safe_load(value) if float not in allowed else float(value)
-            except ValueError:
-                raise ValueError(f"{where}, {name}: expected a number, found {value!r}") from None
-            if isinstance(found[name], str):
-                raise ValueError(f"{where}, {name}: expected a number, found {value!r}")
+        hint = types.get(name, Any)
+        if not _fits(value, hint):
+            found[name] = _converted(value, hint)
+            if not _fits(found[name], hint):
+                expected = hint.__name__ if isinstance(hint, type) else str(hint)
+                raise ValueError(f"{where}, {name}: expected {expected.replace('typing.', '')}, found {value!r}")
     return found
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    if value is False and _fits("no", hint):
+        return "no"
+    if isinstance(value, str) and _fits(0.5, hint):
+        with suppress(ValueError):
+            return float(value)
+    if isinstance(value, str) and _fits(0, hint):
+        with suppress(ValueError):
+            return int(value) if value.lstrip("+-").isdecimal() else int(float(value))
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    kind = origin or hint
+    if not isinstance(kind, type):
+        return True  # Any
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind) or (issubclass(kind, Enum) and isinstance(value, str))
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -229,27 +241,30 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _domain(entry: dict[str, Any], where: str, folder: Path) -> Domain:
-    rewards = entry.get("rewards") or []
+def _domain(entry: dict[str, Any], where: str, folder: Path, only: Path | None) -> Domain:
+    rewards = entry.get("reward_funcs") or []
     rewards = rewards if isinstance(rewards, list) else [rewards]
-    datasets = {
-        part: None if entry.get(part) is None else load_prompts(entry[part], f"{where}, {part}", folder)
-        for part in ("train", "eval", "selection")
-    }
-    return Domain(
-        name=str(entry["name"]),
-        train_dataset=datasets["train"],
-        eval_dataset=datasets["eval"],
-        selection_dataset=datasets["selection"],
-        reward_funcs=[load_function(reward, f"{where}, rewards") for reward in rewards],
-        metric=None if entry.get("metric") is None else load_function(entry["metric"], f"{where}, metric"),
-        reward_weights=entry.get("reward_weights"),
-        benchmark=None if entry.get("benchmark") is None else str(entry["benchmark"]),
-    )
+    for name, kinds in (("name", (str, int)), ("benchmark", (str, type(None)))):
+        if not isinstance(entry.get(name, ""), kinds) or isinstance(entry.get(name), bool):
+            raise ValueError(f"{where}, {name}: expected a text, found {entry[name]!r}")
+    try:
+        return Domain(
+            name=str(entry["name"]),
+            **{
+                part: None if entry.get(part) is None else load_prompts(entry[part], f"{where}, {part}", folder)
+                for part in _DATASETS
+            },
+            reward_funcs=[load_function(reward, f"{where}, reward_funcs", only=only) for reward in rewards],
+            metric=entry.get("metric") and load_function(entry["metric"], f"{where}, metric", only=only),
+            reward_weights=entry.get("reward_weights"),
+            benchmark=entry.get("benchmark"),
+        )
+    except ValueError as error:
+        raise error if str(error).startswith(where) else ValueError(f"{where}, {error}") from error
 
 
-def _shipped_domain(entry: dict[str, Any], where: str, folder: Path) -> Domain:
-    function = load_function(entry["domain"], f"{where}, domain", SHIPPED_DOMAINS, "shipped domain")
+def _shipped_domain(entry: dict[str, Any], where: str, folder: Path, only: Path | None) -> Domain:
+    function = load_function(entry["domain"], f"{where}, domain", SHIPPED_DOMAINS, "shipped domain", only)
     options = _mapping(entry.get("options"), f"{where}, options")
     parameters = inspect.signature(function).parameters
     if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -268,40 +283,38 @@ def _shipped_domain(entry: dict[str, Any], where: str, folder: Path) -> Domain:
 
 
 def load_function(
-    name: str, where: str, known: Mapping[str, str] = BUILT_IN_REWARDS, kind: str = "built-in reward"
+    name: str,
+    where: str,
+    known: Mapping[str, str] = BUILT_IN_REWARDS,
+    kind: str = "built-in reward",
+    only: Path | None = None,
 ) -> Callable:
     """
-    A function by its built-in name or its dotted path.
-
-    Args:
-        name (`str`):
-            A built-in name, or e.g. `"my_package.rewards.my_reward"`.
-        where (`str`):
-            Where the name stands, for the message.
-        known (`Mapping[str, str]`, *optional*):
-            Dotted paths by built-in name. Defaults to those of rewards.
-        kind (`str`, *optional*, defaults to `"built-in reward"`):
-            What the names are of, for the message.
-
-    Returns:
-        `Callable`: The function.
-
-    Raises:
-        `ValueError`: If there is no such function.
+    A function by its built-in name or its dotted path, such as `"my_package.rewards.my_reward"`. With `only`, modules
+    that are neither trusted nor in that folder are not imported, and a function that cannot be called stands for them.
     """
     if not isinstance(name, str):
         raise ValueError(f"{where}: expected the name of a function, found {name!r}")
     name = known.get(name, name)
-    module, _, attribute = str(name).rpartition(".")
+    module, _, attribute = name.rpartition(".")
     if not module:
         raise ValueError(f"{where}: {name!r} is neither a {kind} ({', '.join(sorted(known))}) nor a dotted path")
+    package = module.partition(".")[0]
+    if only is not None and package not in _TRUSTED and not any(only.glob(f"{package}*")):
+        if known is SHIPPED_DOMAINS:
+            raise ValueError(f"{where}: {name!r} is not imported in a dry run, expected a function of {only}")
+        return _not_imported
     try:
         function = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{where}: cannot import {name!r} ({error})") from error
+    except Exception as error:  # whatever a module of the user does as it is imported
+        raise ValueError(f"{where}: cannot import {name!r} ({type(error).__name__}: {error})") from error
     if not callable(function):
         raise ValueError(f"{where}: expected a function, found {name!r} of type {type(function).__name__}")
     return function
+
+
+def _not_imported(**kwargs):
+    raise RuntimeError("a function that was not imported in a dry run was called")
 
 
 def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
@@ -310,23 +323,9 @@ def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
 
     Values of a file stay as they are written: what stands in a csv is text (`007`, `2.50`, `NA`), a text in json is
     never made a date, and a json column of integers and decimals is text too.
-
-    Args:
-        source (`dict`):
-            A mapping with `path`, and optionally `name` (Hub configuration) and `split`.
-        where (`str`):
-            Where the source stands, for the message.
-        folder (`pathlib.Path`):
-            Folder that relative paths start from.
-
-    Returns:
-        [`~datasets.Dataset`]: The rows.
-
-    Raises:
-        `ValueError`: If the source cannot be read.
     """
     split = source.get("split", "train")
-    local = folder / str(source["path"])
+    local = folder / source["path"]
     if local.suffix in _FILE_TYPES and not local.exists():
         raise ValueError(
             f"{where}: {source['path']!r} is neither a local file or folder nor readable from the Hub (no {local})"
@@ -343,7 +342,7 @@ def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
                     raise ValueError(f"{where}: expected the split {split!r}, found {sorted(dataset)}")
                 dataset = dataset[split]
         else:
-            path = str(local) if local.is_dir() else str(source["path"])
+            path = str(local) if local.is_dir() else source["path"]
             dataset = load_dataset(path, source.get("name"), split=split)
     except (DatasetGenerationError, ArrowException, EmptyDataError, ParserError, json.JSONDecodeError) as error:
         cause = error.__cause__ or error
@@ -406,6 +405,9 @@ def load_prompts(source: str | dict[str, Any], where: str, folder: Path) -> Data
     """
     source = {"path": source} if isinstance(source, str) else _mapping(source, where)
     check_names(source, _DATA, where, required=("path",))
+    for name in ("path", "name", "split", "prompt", "system"):
+        if not isinstance(source.get(name, ""), str if name == "path" else (str, type(None))):
+            raise ValueError(f"{where}, {name}: expected a text, found {source[name]!r}")
     dataset = read_dataset(source, where, folder)
     for new, old in _mapping(source.get("columns"), f"{where}, columns").items():
         if old not in dataset.column_names:

@@ -155,7 +155,7 @@ def from_yaml(folder, **changes):
     content = {
         "model": str(MODEL_FOLDER),
         "training": {**SETTINGS, "output_dir": str(folder / "new")},
-        "domains": [{"name": "math", "train": "math.jsonl", "rewards": "exact_match"}],
+        "domains": [{"name": "math", "train_dataset": "math.jsonl", "reward_funcs": "exact_match"}],
         **changes,
     }
     (folder / "math.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 8)

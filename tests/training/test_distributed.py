@@ -174,10 +174,10 @@ def test_a_process_per_stage_trains_the_same(tmp_path, runs, way, processes):
     for domain in make_domains():
         entry = {
             "name": domain.name,
-            "rewards": "distributed_run.text_reward",
+            "reward_funcs": "distributed_run.text_reward",
             "metric": "distributed_run.text_reward",
         }
-        for part, dataset in (("train", domain.train_dataset), ("eval", domain.eval_dataset)):
+        for part, dataset in (("train_dataset", domain.train_dataset), ("eval_dataset", domain.eval_dataset)):
             entry[part] = f"{domain.name}-{part}.jsonl"
             dataset.select_columns("prompt").to_json(tmp_path / entry[part])
         content["domains"].append(entry)

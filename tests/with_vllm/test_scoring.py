@@ -112,7 +112,7 @@ def test_the_command_gives_the_same_scores(tmp_path, adapter):
         "model": str(MODEL_FOLDER),
         "training": {"output_dir": str(tmp_path / "out"), "max_completion_length": 16, "bf16": False, "use_cpu": True},
         "domains": [
-            {"name": name, "eval": f"{name}.jsonl", "metric": f"trl_interfere.lab.{name}.{name}_reward"}
+            {"name": name, "eval_dataset": f"{name}.jsonl", "metric": f"trl_interfere.lab.{name}.{name}_reward"}
             for name in ("math", "writing")
         ],
     }

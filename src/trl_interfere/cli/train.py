@@ -61,7 +61,8 @@ def main(arguments: list[str]) -> int | None:
         from ..training.dry_run import plan_run
         from ..training.recipe_trainer import load_run
 
-        plan = plan_run(*load_run(options.recipe, settings, options.model, kept_recipe(options.recipe)))
+        kept = kept_recipe(options.recipe)
+        plan = plan_run(*load_run(options.recipe, settings, options.model, kept, dry=True))
         if os.environ.get("RANK", "0") == "0":
             show(plan.render(), f"Next: trl-interfere train {options.recipe}")
         return None

@@ -1,5 +1,6 @@
 """Configuration of [`SequentialGRPOTrainer`]."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -81,7 +82,16 @@ class SequentialGRPOConfig(GRPOConfig):
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["stage_overrides"]
 
     def __post_init__(self):
-        super().__post_init__()
+        for name, (least, most, whole) in RANGES.items():
+            _check_range(name, getattr(self, name), least, most, whole)
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps: expected a number of steps, or -1 to count passes, found {self.max_steps}")
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError):
+            raise
+        except Exception as error:  # transformers and TRL compute with what they have not looked at
+            raise ValueError(f"{type(error).__name__}: {error}") from error
         for name, (neutral, reason) in REFUSED_OPTIONS.items():
             if getattr(self, name) != neutral:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not supported, {reason}")
@@ -118,6 +128,8 @@ class SequentialGRPOConfig(GRPOConfig):
             `ValueError`: If a value has the wrong type, or the batch settings do not fit together.
         """
         settings = {name: self._stage_value(name, value, where) for name, value in overrides.items()}
+        for name in RANGES.keys() & settings.keys():
+            _check_range(f"{where}, {name}", settings[name], *RANGES[name])
 
         def get(name: str) -> Any:
             return settings.get(name, getattr(self, name))
@@ -171,6 +183,42 @@ class SequentialGRPOConfig(GRPOConfig):
                 else ("a whole number" if isinstance(current, int) else "a number")
             )
             raise ValueError(f"{where}, {name}: expected {kind}, found {value!r}") from error
+
+
+# The least and the most that a number may be, and whether it must be whole. transformers and TRL take any.
+_AT_LEAST_1 = (1, 2**31, True)
+RANGES = {
+    "beta": (0.0, math.inf, False),
+    "eval_steps": (0.0, math.inf, False),
+    "gradient_accumulation_steps": _AT_LEAST_1,
+    "learning_rate": (0.0, math.inf, False),
+    "logging_steps": (0.0, math.inf, False),
+    "max_completion_length": _AT_LEAST_1,
+    "max_grad_norm": (0.0, math.inf, False),
+    "max_steps": (-1, 2**31, True),
+    "num_generations": (2, 2**31, True),
+    "num_iterations": _AT_LEAST_1,
+    "num_train_epochs": (0.0, 1e6, False),
+    "per_device_eval_batch_size": _AT_LEAST_1,
+    "per_device_train_batch_size": _AT_LEAST_1,
+    "save_steps": (0.0, math.inf, False),
+    "score_batch_size": _AT_LEAST_1,
+    "score_max_new_tokens": _AT_LEAST_1,
+    "score_samples": _AT_LEAST_1,
+    "score_temperature": (0.0, 1e6, False),
+    "seed": (0, 2**32 - 1, True),
+    "temperature": (1e-6, 1e6, False),
+    "weight_decay": (0.0, math.inf, False),
+}
+
+
+def _check_range(name: str, value: Any, least: float, most: float, whole: bool) -> None:
+    if value is None and name.rpartition(" ")[2] in ("eval_steps", "max_completion_length", "score_max_new_tokens"):
+        return
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not number or not least <= value <= most or value == math.inf:
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"{name}: expected {kind}, at least {least:g}, found {value!r}")
 
 
 # Settings that may differ between stages. Everything else (beta, the reward weights, the vLLM engine, ...) is fixed

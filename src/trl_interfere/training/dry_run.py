@@ -19,9 +19,10 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..recipe import RunFile, build_dataclass
-from ..run import SCHEMA_VERSION, STAGES_NAME, StageRecord, read_json
-from .config import STAGE_OPTIONS, SequentialGRPOConfig
-from .schedule import Stage, build_schedule
+from ..run import STAGES_NAME, Run
+from .config import SequentialGRPOConfig
+from .schedule import Stage
+from .trainer import check_run
 
 
 _BYTES_PER_TOKEN = 4  # of text, in the files of scores
@@ -29,25 +30,7 @@ _BYTES_PER_TOKEN = 4  # of text, in the files of scores
 
 @dataclass
 class StagePlan:
-    """
-    A stage of the schedule, before it runs.
-
-    Args:
-        stage ([`Stage`]):
-            The stage.
-        steps (`int`):
-            Optimizer steps.
-        learning_rate (`float`):
-            Learning rate at its highest.
-        prompts (`int`):
-            Prompts that completions are generated for, repeated ones counted again.
-        generated_tokens (`int`):
-            Upper bound on the tokens that are generated.
-        trained_tokens (`int`):
-            Upper bound on the completion tokens that gradients are taken on.
-        done (`bool`):
-            Whether the run in the output folder has trained it.
-    """
+    """A stage of the schedule, before it runs. Tokens are upper bounds."""
 
     stage: Stage
     steps: int
@@ -61,29 +44,8 @@ class StagePlan:
 @dataclass
 class RunPlan:
     """
-    A run, before it starts. Stages that a refresh may add are not in it.
-
-    Args:
-        output_dir (`str`):
-            Folder of the run.
-        stages (`list[StagePlan]`):
-            The schedule.
-        finished (`list[str]`, *optional*):
-            Names of the stages that the run in `output_dir` has finished; `None` if there is no run.
-        refresh (`dict`, *optional*):
-            Settings of the refresh.
-        evaluated (`bool`):
-            Whether any stage is evaluated while it trains.
-        score_rounds (`int`):
-            How often all domains are scored: the base model, and after each stage.
-        score_prompts (`int`):
-            Prompts of all domains together.
-        score_tokens (`int`):
-            Upper bound on the tokens that are generated for all scoring.
-        disk (`dict[str, int]`):
-            Bytes of the whole run by what they hold, at their peak.
-        free (`int`):
-            Free bytes of the disk of `output_dir`.
+    A run, before it starts. Stages that callbacks may ask for are not in it. `finished` is `None` if there is no run
+    in `output_dir`; `disk` holds bytes at their peak, by what they hold.
     """
 
     output_dir: str
@@ -98,12 +60,7 @@ class RunPlan:
     free: int
 
     def render(self) -> Group:
-        """
-        The plan for the terminal.
-
-        Returns:
-            [`rich.console.Group`]: Tables and lines.
-        """
+        """The plan for the terminal."""
         todo = [plan for plan in self.stages if not plan.done]
         schedule = Table(
             title=f"{len(todo)} of {len(self.stages)} stages to do",
@@ -159,21 +116,7 @@ class RunPlan:
 
 
 def stage_steps(settings: Mapping[str, Any], dataset: Dataset | IterableDataset) -> int:
-    """
-    Optimizer steps of one stage, as transformers and TRL count them.
-
-    Args:
-        settings (`Mapping`):
-            Settings of the stage.
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Prompts of the domain.
-
-    Returns:
-        `int`: The steps.
-
-    Raises:
-        `ValueError`: If they follow from the number of epochs and the dataset has no length.
-    """
+    """Optimizer steps of one stage, as transformers and TRL count them."""
     if settings["max_steps"] > 0:
         return settings["max_steps"]
     if not hasattr(dataset, "__len__"):
@@ -201,26 +144,21 @@ def plan_run(run: RunFile, args: SequentialGRPOConfig) -> RunPlan:
     Raises:
         `ValueError`: If the run could not start.
     """
+    schedule = check_run(run.domains, args)
     datasets = {domain.name: domain.train_dataset for domain in run.domains if domain.train_dataset is not None}
-    schedule = build_schedule(datasets, args.order, args.stage_overrides, STAGE_OPTIONS)
-    rewards = {domain.name: domain.reward_funcs for domain in run.domains}
-    finished, current = _records(Path(args.output_dir) / STAGES_NAME)
+    _check_folder(Path(args.output_dir))
+    earlier = Run(args.output_dir) if (Path(args.output_dir) / STAGES_NAME).exists() else None
+    finished = None if earlier is None else earlier.stages
+    current = [] if earlier is None or earlier.current is None else [earlier.current]
     trained = sum(record.kind == "train" for record in [*(finished or []), *current])
     weights = model_bytes(run, args)
     moments = 0 if args.save_only_model else 2 * weights  # those of Adam
     stages, folders = [], 0
     kept = peak = (0, 0)  # bytes and number of checkpoints
     for position, stage in enumerate(schedule):
-        if not rewards[stage.domain]:
-            raise ValueError(f"domain {stage.domain!r}: expected reward functions to train on, found none")
         settings = ChainMap(args.stage_settings(stage.overrides), vars(args))
         group = settings["generation_batch_size"] // settings["num_generations"]
         dataset = datasets[stage.domain]
-        if hasattr(dataset, "__len__") and len(dataset) < group:
-            raise ValueError(
-                f"domain {stage.domain!r}: expected at least {group} prompts, as many as are generated for at once "
-                f"(generation_batch_size / num_generations), found {len(dataset)}"
-            )
         steps = stage_steps(settings, dataset)
         slices = steps * settings["gradient_accumulation_steps"]
         generations = math.ceil(slices / (settings["steps_per_generation"] * settings["num_iterations"]))
@@ -276,21 +214,7 @@ def plan_run(run: RunFile, args: SequentialGRPOConfig) -> RunPlan:
 
 
 def model_bytes(run: RunFile, args: SequentialGRPOConfig) -> int:
-    """
-    Bytes of the weights that are trained and saved. Of the model only the configuration is read.
-
-    Args:
-        run ([`RunFile`]):
-            Names the model, and the adapter if there is one.
-        args ([`SequentialGRPOConfig`]):
-            Settings of the training.
-
-    Returns:
-        `int`: Bytes of the whole weights, or of one adapter.
-
-    Raises:
-        `ValueError`: If there is no such model.
-    """
+    """Bytes of the weights that are trained and saved. Of the model only the configuration is read."""
     options = dict(args.model_init_kwargs or {})
     known = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
     try:
@@ -323,13 +247,7 @@ def _checkpoints(settings: Mapping[str, Any], steps: int, dataset: Dataset | Ite
     return math.ceil(steps / (math.ceil(steps * every) if every < 1 else every))
 
 
-def _records(path: Path) -> tuple[list[StageRecord] | None, list[StageRecord]]:
-    """Finished stages of the run in a folder, if there is one, and the stage that is trained but not yet scored."""
-    if not path.exists():
-        return None, []
-    content = read_json(path, SCHEMA_VERSION)
-    try:
-        current = [content["current"]] if content.get("current") else []
-        return tuple([StageRecord(**record) for record in records] for records in (content["stages"], current))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: a stage does not have the expected fields ({error})") from error
+def _check_folder(folder: Path) -> None:
+    found = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not found.is_dir() or not os.access(found, os.W_OK):
+        raise ValueError(f"output_dir: expected a folder that can be written to, found {found}")

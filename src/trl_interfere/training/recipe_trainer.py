@@ -1,5 +1,6 @@
 """A trainer from a YAML file."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import yaml
 from accelerate import PartialState
 from peft import LoraConfig
 
-from ..recipe import RunFile, build_dataclass, check_names, load_run_file
+from ..analysis.config import InterferenceConfig
+from ..recipe import RunFile, build_dataclass, check_names, load_run_file, read_yaml
 from ..run import Run, write_atomically
-from .callbacks import StageCallback
+from .callbacks import HealCallback, StageCallback
 from .config import SequentialGRPOConfig
 from .refresh import RefreshCallback
 from .trainer import SequentialGRPOTrainer
@@ -20,6 +22,7 @@ def load_run(
     options: dict[str, Any] | None = None,
     model: str | None = None,
     recipe: RunFile | None = None,
+    dry: bool = False,
 ) -> tuple[RunFile, SequentialGRPOConfig]:
     """
     Read a YAML file and put the settings of the command line over those under `training:`.
@@ -33,6 +36,8 @@ def load_run(
             Folder or Hub id of the model. Defaults to the one of the file.
         recipe ([`RunFile`], *optional*):
             Content of the file, if it is read already.
+        dry (`bool`, *optional*, defaults to `False`):
+            Whether to import no functions from outside the file's folder.
 
     Returns:
         `tuple`: The [`RunFile`] and the [`SequentialGRPOConfig`].
@@ -40,16 +45,29 @@ def load_run(
     Raises:
         `ValueError`: If anything is unknown, missing or does not fit.
     """
-    run = load_run_file(path) if recipe is None else recipe
+    run = load_run_file(path, dry=dry) if recipe is None else recipe
     run.model = run.model if model is None else model
     options = options or {}
     where = f"{path}, training" + "".join(f" --{name}" for name in options)
     args = build_dataclass(SequentialGRPOConfig, {**run.training, **options}, where)
     args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
-    if run.refresh is not None:
-        check_names(run.refresh, RefreshCallback.__init__.__annotations__, f"{path}, refresh")
-        RefreshCallback(**run.refresh)  # refuses values that do not fit
+    _callbacks(run, path)  # refuses settings that do not fit, as the two below
+    build_dataclass(InterferenceConfig, run.analysis, f"{path}, analysis")
+    if run.peft is not None:
+        build_dataclass(LoraConfig, run.peft, f"{path}, peft")
     return run, args
+
+
+def _callbacks(run: RunFile, path: str | Path) -> list[StageCallback]:
+    callbacks = []
+    for cls, settings, part in ((RefreshCallback, run.refresh, "refresh"), (HealCallback, run.heal, "heal")):
+        if settings is not None:
+            check_names(settings, list(inspect.signature(cls).parameters), f"{path}, {part}")
+            try:
+                callbacks.append(cls(**settings))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, {part}, {error}") from error
+    return callbacks
 
 
 def build_trainer(
@@ -79,7 +97,7 @@ def build_trainer(
     """
     run, args = load_run(path, options, model) if loaded is None else loaded
     peft_config = None if run.peft is None else build_dataclass(LoraConfig, run.peft, f"{path}, peft")
-    callbacks = [] if run.refresh is None else [RefreshCallback(**run.refresh)]
+    callbacks = _callbacks(run, path)
     try:
         return SequentialGRPOTrainer(
             model=run.model, args=args, domains=run.domains, callbacks=callbacks, peft_config=peft_config
@@ -95,7 +113,7 @@ class RecipeKeeper(StageCallback):
     """Keeps the recipe in the run, with the settings of the command line, so that later commands need not name it."""
 
     def __init__(self, path: str | Path, options: dict[str, Any], model: str | None = None):
-        self.path, content = Path(path), yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        self.path, content = Path(path), read_yaml(Path(path))
         content["training"] = {**(content.get("training") or {}), **options}
         if model is not None:
             content["model"] = str(Path(model).resolve()) if Path(model).is_dir() else model

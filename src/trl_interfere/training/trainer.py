@@ -135,8 +135,7 @@ class SequentialGRPOTrainer(StageTrainer):
             raise ValueError("reward_weights: belong to the domains, set `Domain(..., reward_weights=...)`")
         domains = _with_prompts(domains or [], args, kwargs.get("environment_factory"))
         self.domains = {domain.name: domain for domain in domains}
-        self.schedule = check_run(domains, args)
-        _check_turns(domains, self.schedule, kwargs)
+        self.schedule = check_run(domains, args, kwargs)
         self._base_model = str(model) if isinstance(model, str) and "@" in model else None  # a revision of the Hub
         if args.process_index == 0:
             with lock_folder(args.output_dir):
@@ -647,7 +646,7 @@ class SequentialGRPOTrainer(StageTrainer):
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, StageCallback)]
 
 
-def check_run(domains: list[Domain], args: SequentialGRPOConfig) -> list[Stage]:
+def check_run(domains: list[Domain], args: SequentialGRPOConfig, extras: dict[str, Any] | None = None) -> list[Stage]:
     """The schedule of a run that can be trained; `--dry-run` refuses what training would."""
     if not domains:
         raise ValueError("domains: expected at least one Domain, found none")
@@ -674,6 +673,12 @@ def check_run(domains: list[Domain], args: SequentialGRPOConfig) -> list[Stage]:
                 f"domain {domain.name!r}, train_dataset: expected at least {prompts} prompts, the number in one "
                 f"generation batch, found {len(domain.train_dataset)}"
             )
+    for domain in domains:
+        sets = [domain.train_dataset, domain.eval_dataset]
+        if all(isinstance(rows, Dataset) and "prompt" in rows.column_names for rows in sets):
+            if sets[0]["prompt"][:] == sets[1]["prompt"][:]:
+                logger.warning("domain %r: eval_dataset holds the prompts that are trained on", domain.name)
+    _check_turns(domains, schedule, extras or {})
     if args.kl_reference == "stage" and args.adapter_per_stage:
         raise ValueError(
             "kl_reference: 'stage' is not supported with adapter_per_stage, TRL measures from a single adapter or "
