@@ -65,9 +65,17 @@ def test_rewards_and_weights():
         ({"name": ""}, "domain name '': expected letters"),
         ({"name": "math\n"}, r"domain name 'math\\n': expected letters"),
         ({"name": ".."}, r"domain name '\.\.': expected letters"),
-        ({"reward_funcs": None}, "domain 'math': expected at least one reward function or a metric, found neither"),
-        ({"reward_funcs": []}, "domain 'math': expected at least one reward function or a metric, found neither"),
+        (
+            {"reward_funcs": None, "eval_dataset": ROWS},
+            "domain 'math': expected at least one reward function or a metric",
+        ),
+        (
+            {"reward_funcs": [], "eval_dataset": ROWS},
+            "domain 'math': expected at least one reward function or a metric",
+        ),
         ({"reward_weights": [1.0, 2.0]}, r"domain 'math': expected 1 reward weights .*, found 2"),
+        ({"reward_weights": [float("nan")]}, "domain 'math', reward_weights: expected finite"),
+        ({"reward_weights": 1.0}, "domain 'math', reward_weights: expected a list"),
         ({"reward_weights": []}, r"domain 'math': expected 1 reward weights .*, found 0"),
         (
             {"eval_dataset": Dataset.from_dict({"question": ["1"], "answer": ["2"]})},
