@@ -94,7 +94,7 @@ def heal_checkpoints(options: HealOptions) -> int | None:
             peaks,
             domains,
             scorer,
-            SubspaceRollback(rank=options.rank or None),
+            SubspaceRollback(rank=options.rank or None, max_new_tokens=scorer.max_new_tokens),
             options.max_drop,
             options.search,
             progress=sys.stderr.isatty(),
