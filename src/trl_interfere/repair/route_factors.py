@@ -42,13 +42,14 @@ def route_factors(
                 change += sign * mask * (torch.from_numpy(pair[0]).double() @ torch.from_numpy(pair[1]).double())
         size = float(change.square().sum())
         module = model.get_submodule(name.rpartition(".")[0])
-        if parameter.ndim == 1:
+        experts = parameter.ndim == 3 and len(route_map.cut(name).axes) == 2
+        if not experts and not (parameter.ndim == 2 and isinstance(module, (nn.Linear, Conv1D))):
             left += size
         elif size:
             taken += size
             if _is_transposed(module):
                 change, mask = change.mT, mask.mT
-            factors[name if parameter.ndim == 3 else name.removesuffix(".weight")] = _split(change.float(), mask != 0)
+            factors[name if experts else name.removesuffix(".weight")] = _split(change.float(), mask != 0)
     return factors, taken, left
 
 
