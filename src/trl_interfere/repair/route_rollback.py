@@ -167,10 +167,12 @@ class RouteRollback:
         }
         check_comparable(*checkpoints.values())
         digests = {name: digest(checkpoint) for name, checkpoint in checkpoints.items()}
-        for name, expected in (getattr(report, "digests", None) or {}).items():
-            if name in digests and digests[name] != expected:
+        for name, checkpoint in checkpoints.items():
+            expected = (report.digests or {}).get(name)
+            found = checkpoint.digests() if isinstance(expected, dict) else digests[name]  # by layer, or in one
+            if expected not in (None, found):
                 raise ValueError(
-                    f"report: expected one of {checkpoints[name].name}, found one of other weights: analyze again"
+                    f"report: expected one of {checkpoint.name}, found one of other weights: analyze again"
                 )
         route_map = RouteMap(checkpoints["after"].config, description)
         routes = self.select(report, route_map)
