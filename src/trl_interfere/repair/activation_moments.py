@@ -16,13 +16,7 @@ class ActivationMoments:
     ```
 
     All sums are in float64: spectra of activations reach 1e-8 of their mean, and float32 sums make a healed model that
-    is wrong in these directions.
-
-    Args:
-        width (`int`):
-            Number of inputs of the layers.
-        rows (`int`, *optional*):
-            Rows of K. By default X' = X, and K is C.
+    is wrong in these directions. Without a number of rows of K, X' is X and K is C.
     """
 
     def __init__(self, width: int, rows: int | None = None, device: torch.device | None = None):
@@ -65,12 +59,6 @@ class Solution:
     With X' = X this is [RegMean](https://huggingface.co/papers/2212.09849) between the stages of one run. GPTQ goes
     through the layers in order and regresses on outputs for quantisation, and
     [RegMean++](https://huggingface.co/papers/2508.03121) for merging.
-
-    Args:
-        moments (`torch.Tensor` of shape `(width, width)`):
-            S.
-        ridge (`float`):
-            ρ as a share of the mean eigenvalue of S.
     """
 
     def __init__(self, moments: torch.Tensor, ridge: float):

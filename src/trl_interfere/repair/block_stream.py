@@ -27,12 +27,7 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """
-    Full names of the blocks of a model: the items of the `ModuleList` with the most parameters.
-
-    Raises:
-        `ValueError`: If the model has no list of blocks.
-    """
+    """Full names of the blocks of a model: the items of the `ModuleList` with the most parameters."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if not lists:
         raise ValueError(f"{type(model).__name__}: expected a model with a list of blocks, found none")
@@ -57,17 +52,7 @@ class BlockStream:
     Blocks of one checkpoint, read from its files when they are asked for.
 
     A checkpoint with tensors that transformers converts on loading, such as those of single experts, is loaded whole
-    into host memory.
-
-    Args:
-        checkpoint ([`~trl_interfere.checkpoint.Checkpoint`]):
-            The checkpoint, whole weights or a LoRA adapter on its base.
-        model (`torch.nn.Module`):
-            Its [`skeleton`].
-        dtype (`torch.dtype`):
-            Data type to compute in.
-        device (`torch.device`):
-            Device to compute on.
+    into host memory. `model` is its [`skeleton`].
     """
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype, device: torch.device):
@@ -122,17 +107,7 @@ class BlockStream:
 
 
 class Entry:
-    """
-    A batch of references on its way through the blocks.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(batch, length, width)`):
-            Hidden states before the next block.
-        mask (`torch.Tensor` of shape `(batch, length)`):
-            Which positions hold tokens.
-        arguments (`list[tuple[tuple, dict]]`):
-            What each block gets besides.
-    """
+    """A batch of references before the next block: its hidden states, a mask of tokens, what else each block gets."""
 
     def __init__(self, hidden: torch.Tensor, mask: torch.Tensor, arguments: list[tuple[tuple, dict[str, Any]]]):
         self.hidden, self.mask, self.arguments = hidden.cpu(), mask, arguments

@@ -13,31 +13,20 @@ from .block_stream import Entry
 
 @dataclass(frozen=True)
 class Layer:
-    """
-    One matrix of a block.
-
-    Args:
-        path (`str`):
-            Module that holds it, relative to the block.
-        parameter (`str`):
-            Name of the parameter: `"weight"`, or that of a tensor of experts.
-        expert (`int`, *optional*):
-            Position in that tensor.
-    """
+    """One matrix of a block: the module and parameter that hold it, and its position in a tensor of experts."""
 
     path: str
     parameter: str = "weight"
     expert: int | None = None
 
     @property
+    def tensor(self) -> str:
+        return f"{self.path}.{self.parameter}"
+
+    @property
     def name(self) -> str:
         """Path of the module, or of the tensor of experts."""
         return self.path if self.expert is None else self.tensor
-
-    @property
-    def tensor(self) -> str:
-        """Name of the parameter."""
-        return f"{self.path}.{self.parameter}"
 
     def weight(self, block: nn.Module) -> torch.Tensor:
         """The matrix as a view of shape `(outputs, inputs)`."""
@@ -57,15 +46,7 @@ class Layer:
 
 @dataclass
 class Group:
-    """
-    Layers that get the same input.
-
-    Args:
-        layers (`list[Layer]`):
-            The layers, in the order in which a forward pass reaches them.
-        narrow (`bool`):
-            Whether they have fewer outputs than inputs together, so that sums over outputs are the smaller ones.
-    """
+    """Layers that get the same input; narrow ones have fewer outputs than inputs together."""
 
     layers: list[Layer]
     narrow: bool
@@ -91,13 +72,8 @@ class _Captured(Exception):
 
 class Pass:
     """
-    A batch of references of one domain on its way through the blocks of its peak and of the healed model.
-
-    Args:
-        peak ([`Entry`]):
-            The batch before the first block of the peak.
-        healed ([`Entry`], *optional*):
-            The same in the healed model. By default that gets what the peak gets.
+    A batch of references of one domain on its way through the blocks of its peak, and of the healed model unless that
+    is to get what the peak gets.
     """
 
     def __init__(self, peak: Entry, healed: Entry | None):
@@ -109,11 +85,8 @@ class Pass:
 
     def run_peak(self, block: nn.Module, index: int, chosen: Callable[[str], bool]) -> list[list[Group]]:
         """
-        Run a block of the peak, and keep what the layers got there, or gave where that is narrower.
-
-        Returns:
-            `list[list[Group]]`: The groups of layers to solve for, in order. Those of one step get what one module
-            gets: the layers after one tensor, or one of the matrices of every expert.
+        Run a block of the peak, keep what the layers got there, or gave where that is narrower, and return the groups
+        to solve for. Those of one step get what one module gets: layers of one tensor, or a matrix of every expert.
         """
         calls, handles = [], []
         for path, module in block.named_modules():

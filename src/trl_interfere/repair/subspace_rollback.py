@@ -157,17 +157,10 @@ class SubspaceRollback:
                 raise ValueError(f"peaks[{name!r}]: {peaks[name]} equals the final checkpoint {final}")
         sampled = references is None
         if references is None:
+            sampling = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "seed": self.seed}
+            places = {name: str(peak) for name, peak in peaks.items()}
             references = peak_samples(
-                str(final),
-                {name: str(peak) for name, peak in peaks.items()},
-                domains,
-                self.references,
-                base,
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                progress=progress,
+                str(final), places, domains, self.references, base, self.temperature, progress=progress, **sampling
             )
         for name in names:
             if name not in references or not references[name].completions:
