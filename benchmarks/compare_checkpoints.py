@@ -111,7 +111,7 @@ def read_slices(folder: Path, workers: int) -> dict:
     import torch
     from safetensors import safe_open
 
-    from trl_interfere.analysis.weight_diff import READ_BYTES
+    from trl_interfere.checkpoint import READ_BYTES
 
     torch.set_num_threads(1)
     memory = threading.local()
@@ -175,7 +175,7 @@ def statistics(folder: Path, workers: int) -> dict:
     from trl_interfere.checkpoint import Checkpoint
 
     checkpoints = [Checkpoint(folder / side) for side in ("before", "after")]
-    (update,) = update_statistics(checkpoints, RouteMap(checkpoints[0].config), workers=workers)
+    (update,) = update_statistics(checkpoints, RouteMap(checkpoints[0].config))
     whole = update.whole
     return {
         "bytes": sum(checkpoint.nbytes for checkpoint in checkpoints),

@@ -3,8 +3,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from trl_interfere.adapters import adapter_updates
+from trl_interfere.adapters import AdapterFactors
 from trl_interfere.lab.build import MODEL_FOLDER
+
+
+def updates_of(folder):
+    adapter = AdapterFactors(folder)
+    return {name: left @ right for name in adapter.names for left, right in [adapter.factors(name)]}
 
 
 @pytest.mark.parametrize(
@@ -23,7 +28,7 @@ def test_updates_equal_those_of_peft(tmp_path, options):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path)
-    updates = dict(adapter_updates(tmp_path))
+    updates = updates_of(tmp_path)
     modules = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -44,7 +49,7 @@ def test_an_update_below_the_precision_of_the_weights_is_kept(tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1e-4)
     model.save_pretrained(tmp_path)
-    update = dict(adapter_updates(tmp_path))["model.layers.0.mlp.down_proj.weight"]
+    update = updates_of(tmp_path)["model.layers.0.mlp.down_proj.weight"]
     merged = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.bfloat16), tmp_path
     ).merge_and_unload()
@@ -55,9 +60,9 @@ def test_an_update_below_the_precision_of_the_weights_is_kept(tmp_path):
 
 def test_bad_folders(tmp_path):
     with pytest.raises(ValueError, match="expected an adapter"):
-        next(adapter_updates(tmp_path))
+        AdapterFactors(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     model.save_pretrained(tmp_path / "more")
     with pytest.raises(ValueError, match="expected matrices lora_A and lora_B"):
-        next(adapter_updates(tmp_path / "more"))
+        AdapterFactors(tmp_path / "more")

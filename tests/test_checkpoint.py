@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from trl_interfere.analysis.weight_diff import update_statistics
 from trl_interfere.checkpoint import Checkpoint, check_comparable
+from trl_interfere.models import load_model
 
 
 WEIGHTS = "model.safetensors"
@@ -184,14 +185,21 @@ def test_an_adapter_of_another_model(folder, tmp_path):
     assert Checkpoint(tmp_path / "adapter").folder == tmp_path / "two"
 
 
-def test_rows_and_a_file_that_shrank(folder):
-    path = folder("model")
-    stored = Checkpoint(path)[DOWN]
-    expected = load_file(path / WEIGHTS)[DOWN]
-    rows = stored.read(3, 7, bytearray(1000)).view("float32")
-    assert (stored.rows, stored.columns, stored.dtype) == (16, 12, "float32")
-    assert torch.equal(torch.from_numpy(rows.copy()), expected[3:7])
-    with open(path / WEIGHTS, "r+b") as file:
-        file.truncate(stored.offset + 10)
-    with pytest.raises(ValueError, match=f"{WEIGHTS}: tensor {DOWN}: expected 768 bytes, found fewer"):
-        stored.read(0, 16, bytearray(1000))
+def test_an_output_layer_that_is_stored_beside_the_embeddings_that_it_is_tied_to(folder):
+    before, after = folder("before", "qwen3"), folder("after", "qwen3", seed=1)
+    embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
+    rewrite(after, lambda tensors: tensors.__setitem__(head, tensors[embeddings] + 1))
+    (update,) = update_statistics([Checkpoint(before), Checkpoint(after)])
+    expected = load_file(after / WEIGHTS)[head] - load_file(before / WEIGHTS)[embeddings]
+    assert update.tensors[head].squared_norm == pytest.approx((expected.double() ** 2).sum().item(), rel=1e-5)
+    loaded = load_model(after)
+    assert torch.equal(loaded.lm_head.weight, load_file(after / WEIGHTS)[head])  # as transformers has it
+
+
+def test_an_index_that_names_files_elsewhere(folder):
+    path = folder("model", shards="3KB")
+    content = json.loads((path / INDEX).read_text())
+    content["weight_map"] = dict.fromkeys(content["weight_map"], "../other.safetensors")
+    (path / INDEX).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="expected names of files beside it, found '../other.safetensors'"):
+        Checkpoint(path)

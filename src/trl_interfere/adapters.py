@@ -1,7 +1,6 @@
 """The update of a LoRA adapter, from its own tensors."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,6 +8,10 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
+
+
+class ExpertAdapterError(ValueError):
+    """An adapter of parameters that hold all experts, which the files of its model hold one by one."""
 
 
 class AdapterFactors:
@@ -36,6 +39,11 @@ class AdapterFactors:
         self.config = LoraConfig.from_pretrained(str(folder))
         if not isinstance(self.config, LoraConfig) or self.config.use_dora:
             raise ValueError(f"{folder}: expected a LoRA adapter without DoRA, found {self.config.peft_type}")
+        if self.config.target_parameters:
+            raise ExpertAdapterError(
+                f"{folder}: expected an adapter of linear layers, found target_parameters "
+                f"{self.config.target_parameters}: merge it first"
+            )
         try:
             with safe_open(self.path, framework="pt") as tensors:
                 keys = sorted(tensors.keys())
@@ -51,83 +59,15 @@ class AdapterFactors:
         }
         self.names = list(self._keys)
 
-    def keys(self, name: str) -> tuple[str, str]:
-        """
-        Names of the two matrices of a weight in the file of the adapter.
-
-        Args:
-            name (`str`):
-                Name of the weight in the base model.
-
-        Returns:
-            `tuple[str, str]`: Those of `lora_A` and of `lora_B`.
-        """
-        key = self._keys[name]
-        return key, key.replace(".lora_A.", ".lora_B.")
-
-    def scale(self, name: str, rank: int) -> float:
-        """
-        Scale s of the update of a weight.
-
-        Args:
-            name (`str`):
-                Name of the weight in the base model.
-            rank (`int`):
-                Number of rows of its `lora_A`.
-
-        Returns:
-            `float`: The scale.
-        """
-        patterns = self.config.alpha_pattern
-        alpha = patterns.get(get_pattern_key(patterns, name.removesuffix(".weight")), self.config.lora_alpha)
-        return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
-
     def factors(self, name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Two matrices whose product is the update of a weight.
-
-        Args:
-            name (`str`):
-                Name of the weight in the base model.
-            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-                Data type to compute in.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Of shapes `(rows, r)` and `(r, columns)` for a weight of shape
-            `(rows, columns)`; the scale is in the second.
-
-        Raises:
-            `ValueError`: If they hold NaN or infinity.
-        """
-        key, other = self.keys(name)
+        """Two matrices whose product is the update of a weight."""
+        key = self._keys[name]
         with safe_open(self.path, framework="pt") as tensors:
             a = tensors.get_tensor(key).to(dtype)
-            b = tensors.get_tensor(other).to(dtype)
+            b = tensors.get_tensor(key.replace(".lora_A.", ".lora_B.")).to(dtype)
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ValueError(f"{self.path}: tensor {key} or its lora_B: expected finite values, found NaN or infinity")
-        a *= self.scale(name, a.shape[0])
+        patterns, rank = self.config.alpha_pattern, a.shape[0]
+        alpha = patterns.get(get_pattern_key(patterns, name.removesuffix(".weight")), self.config.lora_alpha)
+        a *= alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
         return (a.T, b.T) if self.config.fan_in_fan_out else (b, a)
-
-
-def adapter_updates(folder: str | Path, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
-    """
-    Updates of the weight matrices that an adapter stands for, one matrix at a time.
-
-    Merging the adapter into weights of low precision and subtracting would round away most of an update of RL.
-
-    Args:
-        folder (`str` or `pathlib.Path`):
-            Folder of the adapter, such as a stage of a run.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Data type to compute in.
-
-    Yields:
-        `tuple[str, torch.Tensor]`: Name of the weight in the base model and its update, of the shape of the weight.
-
-    Raises:
-        `ValueError`: If the folder holds no LoRA adapter, or one whose update is not a product of two matrices.
-    """
-    adapter = AdapterFactors(folder)
-    for name in adapter.names:
-        left, right = adapter.factors(name, dtype)
-        yield name, left @ right

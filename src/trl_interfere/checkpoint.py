@@ -1,102 +1,67 @@
 """A checkpoint on disk, read a few rows at a time."""
 
+import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import AutoConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .adapters import AdapterFactors
-from .models import adapter_base, local_folder
+from .models import adapter_base, local_folder, model_class
 
 
 # Data types by their names in safetensors, and the integers that hold their bits.
-DTYPES = {
-    "BF16": ("bfloat16", np.dtype(np.int16)),
-    "F16": ("float16", np.dtype(np.int16)),
-    "F32": ("float32", np.dtype(np.int32)),
-    "F64": ("float64", np.dtype(np.int64)),
-}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Bytes that are read at once.
+READ_BYTES = 2**20
+
+Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """
-    Where a tensor lies.
-
-    Args:
-        name (`str`):
-            Its name in the file.
-        file (`pathlib.Path`):
-            The file.
-        dtype (`str`):
-            Data type that it is stored in, e.g. `"bfloat16"`.
-        shape (`tuple[int, ...]`):
-            Its shape.
-        offset (`int`):
-            Position of its first byte in the file.
-        bits (`numpy.dtype`):
-            Integers of the width of an element.
-    """
+    """Where a tensor lies: its name in a file, the data type that it is stored in, and its shape."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    offset: int
-    bits: np.dtype
-
-    @property
-    def rows(self) -> int:
-        """Number of rows: the product of all sizes but the last."""
-        return math.prod(self.shape[:-1])
-
-    @property
-    def columns(self) -> int:
-        """Size of the last axis, 1 for a scalar."""
-        return self.shape[-1] if self.shape else 1
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * self.bits.itemsize
+        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
 
-    def read(self, start: int, stop: int, buffer: bytearray) -> np.ndarray:
+    def parts(self, itemsize: int | None = None) -> Iterator[tuple[Index, torch.Tensor]]:
         """
-        Bits of some rows.
-
-        The bytes are read into the buffer, and not mapped: pages of a mapped file count as resident memory of the
-        process until the system takes them back.
-
-        Args:
-            start (`int`):
-                First row.
-            stop (`int`):
-                Row after the last.
-            buffer (`bytearray`):
-                Memory to read into, which a later call may overwrite.
-
-        Returns:
-            `numpy.ndarray` of shape `(stop - start, columns)`: The elements as integers of their width.
-
-        Raises:
-            `ValueError`: If the file has become shorter.
+        The tensor in parts of about `READ_BYTES`, in the order of its elements, each with its place; those of
+        checkpoints of several data types are the same with one `itemsize`.
         """
-        stride = self.columns * self.bits.itemsize
-        view = memoryview(buffer)[: (stop - start) * stride]
-        filled = 0
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.offset + start * stride)
-            while filled < len(view):
-                count = file.readinto(view[filled:])
-                if not count:
-                    raise ValueError(f"{self.file}: tensor {self.name}: expected {self.nbytes} bytes, found fewer")
-                filled += count
-        return np.frombuffer(view, self.bits).reshape(stop - start, self.columns)
+        # The bytes are read, and not mapped: pages of a mapped file count as resident memory of the process.
+        with safe_open(self.file, framework="pt", backend="pread") as file:
+            stored = file.get_slice(self.name)
+            for index in parts(self.shape, itemsize or getattr(torch, self.dtype).itemsize):
+                yield index, stored[index] if self.shape else file.get_tensor(self.name)
+
+
+def parts(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:
+    """Places of parts of about `READ_BYTES`, whole rows of the last axis each, in the order of the elements."""
+    if not shape:
+        yield ()
+        return
+    *leading, rows = shape[:-1] if len(shape) > 1 else shape
+    width = shape[-1] if len(shape) > 1 else 1
+    step = max(1, READ_BYTES // max(1, width * itemsize))
+    for place in np.ndindex(*leading):
+        for start in range(0, rows, step):
+            yield (*(slice(i, i + 1) for i in place), slice(start, min(start + step, rows)))
 
 
 class Checkpoint:
@@ -178,71 +143,75 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def factors(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """
-        What an adapter adds to a tensor.
-
-        Args:
-            name (`str`):
-                Name of the tensor.
-
-        Returns:
-            `tuple[numpy.ndarray, numpy.ndarray]` or `None`: Two matrices, of shapes `(rows, r)` and `(r, columns)`,
-            whose product is added; `None` if nothing is.
-        """
+        """What an adapter adds to a tensor."""
         if self.adapter is None or name not in self.adapter.names:
             return None
         left, right = self.adapter.factors(name)
         return left.numpy(), right.numpy()
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the tensors of each layer, by its index, and of all others, by `"outside"`."""
+        found = {}
+        for name, stored in self.tensors.items():
+            whole = hashlib.sha256()
+            for _, part in stored.parts():
+                whole.update(raw_bytes(part))
+            found[name] = self.finish_digest(name, whole)
+        return layer_digests(found)
+
+    def finish_digest(self, name: str, whole: "hashlib._Hash") -> str:
+        """Digest of a tensor from that of its stored bytes: what an adapter adds counts too."""
+        for factor in self.factors(name) or ():
+            whole.update(np.ascontiguousarray(factor).tobytes())
+        return whole.hexdigest()
+
     def _tie(self) -> dict[str, str]:
-        # Names of tensors that are another one, to the name of that one.
+        """Names of tensors that are another one, to the name of that one."""
         if not getattr(self.config.get_text_config(), "tie_word_embeddings", False):
             return {}
-        model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), None)
         aliases = {}
-        for target, source in (getattr(model, "_tied_weights_keys", None) or {}).items():
+        for target, source in (getattr(model_class(self.config), "_tied_weights_keys", None) or {}).items():
             # Old checkpoints lack the prefix of the model.
             stored = next((name for name in self.tensors if f".{source}".endswith(f".{name}")), None)
             if stored is None and target in self.tensors:
                 self.tensors[source] = self.tensors.pop(target)
                 stored = source
+            elif stored is not None and target in self.tensors and not self._same(target, stored):
+                continue  # transformers loads both
             if stored is not None:
                 self.tensors.pop(target, None)
                 aliases[target] = stored
         return aliases
 
+    def _same(self, first: str, second: str) -> bool:
+        first, second = self.tensors[first], self.tensors[second]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        pairs = zip(first.parts(), second.parts(), strict=True)
+        return all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor."""
+    return memoryview(tensor.contiguous().view(BITS[tensor.element_size()]).numpy()).cast("B")
+
+
+def layer_digests(tensors: dict[str, str]) -> dict[str, str]:
+    """Digests of layers from those of their tensors."""
+    layers: dict[str, list[str]] = {}
+    for name, digest in sorted(tensors.items()):
+        layer = next((part for part in name.split(".") if part.isdigit()), "outside")
+        layers.setdefault(layer, []).append(f"{name} {digest}")
+    return {layer: hashlib.sha256("\n".join(lines).encode()).hexdigest() for layer, lines in layers.items()}
+
 
 def published_name(checkpoint: str | Path) -> str:
-    """
-    What a checkpoint is called in files that others get.
-
-    Args:
-        checkpoint (`str` or `pathlib.Path`):
-            Folder, or Hub id.
-
-    Returns:
-        `str`: Of an absolute path the last two parts. They say which stage it is; where it lay on somebody's disk is
-        nobody's business.
-    """
+    """What a checkpoint is called in files that others get."""
     return "/".join(Path(checkpoint).parts[-2:]) if Path(checkpoint).is_absolute() else str(checkpoint)
 
 
 def check_comparable(first: Checkpoint, second: Checkpoint) -> list[str]:
-    """
-    Check that two checkpoints hold the same tensors.
-
-    Args:
-        first ([`Checkpoint`]):
-            One of them.
-        second ([`Checkpoint`]):
-            The other one.
-
-    Returns:
-        `list[str]`: Names of the tensors, in the order in which the first one stores them.
-
-    Raises:
-        `ValueError`: If their architectures differ, or the names or shapes of their tensors.
-    """
+    """Check that two checkpoints hold the same tensors."""
     types = first.config.model_type, second.config.model_type
     if types[0] != types[1]:
         raise ValueError(
@@ -267,37 +236,7 @@ def check_comparable(first: Checkpoint, second: Checkpoint) -> list[str]:
                 f"found {second[name].shape}"
                 + (f" (the vocabularies have {sizes[0]} and {sizes[1]} tokens)" if sizes[0] != sizes[1] else "")
             )
-    return sorted(names, key=lambda name: (first[name].file, first[name].offset))
-
-
-def to_values(bits: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
-    """
-    Elements from their bits.
-
-    Args:
-        bits (`numpy.ndarray`):
-            Elements as integers of their width.
-        dtype (`str`):
-            Data type that they are stored in.
-        out (`numpy.ndarray` of the same shape):
-            Memory for the result, float32 or float64.
-
-    Returns:
-        `numpy.ndarray`: The elements in the data type of `out`: the input itself, if it has this type, or `out`.
-    """
-    if dtype == "bfloat16":
-        # The upper half of a float32.
-        words = out.view(np.uint32) if out.dtype == np.float32 else np.empty(out.shape, np.uint32)
-        np.copyto(words, bits.view(np.uint16))
-        np.left_shift(words, 16, out=words)
-        if out.dtype != np.float32:
-            np.copyto(out, words.view(np.float32))
-        return out
-    values = bits.view(dtype)
-    if values.dtype == out.dtype:
-        return values
-    np.copyto(out, values)
-    return out
+    return sorted(names, key=lambda name: (first[name].file, name))
 
 
 def _folder_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -312,11 +251,13 @@ def _folder_tensors(folder: Path) -> dict[str, StoredTensor]:
         )
     try:
         files = json.loads(index.read_text())["weight_map"]
-        shards = {file: stored_tensors(folder / file) for file in sorted(set(files.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-            raise
+        names = sorted(set(files.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index}: expected a JSON object with a weight_map ({error!r})") from error
+    for file in names:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index}: expected names of files beside it, found {file!r}")
+    shards = {file: stored_tensors(folder / file) for file in names}
     for name, file in files.items():
         if name not in shards[file]:
             raise ValueError(f"{folder / file}: tensor {name}: expected by {index.name}, found none")
@@ -324,36 +265,19 @@ def _folder_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:
-    """
-    Where the tensors of a file lie.
-
-    Args:
-        file (`pathlib.Path`):
-            File in safetensors.
-
-    Returns:
-        `dict[str, StoredTensor]`: By name, in the order of the header.
-
-    Raises:
-        `ValueError`: If the file is not whole, or a tensor is not of floating point numbers.
-    """
+    """Where the tensors of a file lie, by name; the file has to be whole, and of floating point numbers."""
+    tensors = {}
     try:
-        with safe_open(file, framework="np", backend="pread"):
-            pass  # checks that the header is sound and the file as long as it says
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+        with safe_open(file, framework="pt", backend="pread") as opened:
+            for name in opened.keys():
+                entry = opened.get_slice(name)
+                if entry.get_dtype() not in DTYPES:
+                    raise ValueError(
+                        f"{file}: tensor {name}: expected unquantised weights ({', '.join(sorted(DTYPES))}), "
+                        f"found {entry.get_dtype()}"
+                    )
+                dtype = str(DTYPES[entry.get_dtype()]).removeprefix("torch.")
+                tensors[name] = StoredTensor(name, file, dtype, tuple(entry.get_shape()))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: expected a whole safetensors file ({error})") from error
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(
-                f"{file}: tensor {name}: expected unquantised weights ({', '.join(sorted(DTYPES))}), "
-                f"found {entry['dtype']}"
-            )
-        dtype, bits = DTYPES[entry["dtype"]]
-        offset = 8 + length + entry["data_offsets"][0]
-        tensors[name] = StoredTensor(name, file, dtype, tuple(entry["shape"]), offset, bits)
     return tensors

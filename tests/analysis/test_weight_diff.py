@@ -1,3 +1,4 @@
+import hashlib
 import math
 import re
 
@@ -7,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from trl_interfere.analysis import weight_diff as updates
+from trl_interfere import checkpoint
 from trl_interfere.analysis.routes import RouteMap
 from trl_interfere.analysis.weight_diff import Sparsity, update_statistics
 from trl_interfere.checkpoint import Checkpoint
@@ -68,13 +69,12 @@ def counts(entry):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shards", ["5GB", "3KB"])
-@pytest.mark.parametrize("sizes", [(2**21, 2**16), (200, 50)])
-def test_against_numpy_on_loaded_tensors(saved, monkeypatch, dtype, shards, sizes):
-    monkeypatch.setattr(updates, "READ_BYTES", sizes[0])
-    monkeypatch.setattr(updates, "BLOCK", sizes[1])
+@pytest.mark.parametrize("read", [2**20, 200])
+def test_against_numpy_on_loaded_tensors(saved, monkeypatch, dtype, shards, read):
+    monkeypatch.setattr(checkpoint, "READ_BYTES", read)
     before = saved("before", dtype=dtype, max_shard_size=shards)
     after = saved("after", dtype=dtype, seed=1)
-    (update,) = update_statistics([Checkpoint(before), Checkpoint(after)], workers=2)
+    (update,) = update_statistics([Checkpoint(before), Checkpoint(after)])
     first, second = loaded(before), loaded(after)
     assert update.tensors.keys() == first.keys()
     name = str(dtype).removeprefix("torch.")
@@ -94,10 +94,9 @@ def test_against_numpy_on_loaded_tensors(saved, monkeypatch, dtype, shards, size
     assert figures["whole"]["identical"] == pytest.approx(total[3] / total[0])
 
 
-@pytest.mark.parametrize("sizes", [(2**21, 2**16), (200, 50)])
-def test_edit_size_of_each_route(saved, monkeypatch, family, make_model, owned_slices, sizes):
-    monkeypatch.setattr(updates, "READ_BYTES", sizes[0])
-    monkeypatch.setattr(updates, "BLOCK", sizes[1])
+@pytest.mark.parametrize("read", [2**20, 200])
+def test_edit_size_of_each_route(saved, monkeypatch, family, make_model, owned_slices, read):
+    monkeypatch.setattr(checkpoint, "READ_BYTES", read)
     folders = [saved("before", family, dtype=torch.float32), saved("after", family, seed=1, dtype=torch.float32)]
     checkpoints = [Checkpoint(folder) for folder in folders]
     route_map = RouteMap(checkpoints[0].config)
@@ -116,46 +115,41 @@ def test_edit_size_of_each_route(saved, monkeypatch, family, make_model, owned_s
     assert update.outside**2 == pytest.approx(outside, rel=1e-5)
 
 
-class Experts:
-    """Three tensors of two experts: routes along two axes, and a fused one in which not every row has an owner."""
-
-    num_routes = 12
-
-    def spread(self, name, values, tensor):
-        if name == "up":  # (experts, channels, hidden)
-            return torch.as_tensor(values[:6]).reshape(2, 3, 1)
-        if name == "down":  # (experts, hidden, channels)
-            return torch.as_tensor(values[:6]).reshape(2, 1, 3)
-        if name == "fused":
-            return torch.cat([torch.as_tensor(values[6:]), torch.zeros(1)]).reshape(7, 1)
-        return None
+@pytest.mark.parametrize("read", [1, 100, 2**20])
+@pytest.mark.parametrize("shape", [(), (9,), (7, 5), (2, 3, 4), (3, 2, 2, 5)])
+def test_parts_hold_every_element_once_and_in_order(monkeypatch, shape, read):
+    monkeypatch.setattr(checkpoint, "READ_BYTES", read)
+    whole = torch.arange(math.prod(shape)).reshape(shape)
+    found = [whole[index] for index in checkpoint.parts(shape, 4)]
+    assert torch.equal(torch.cat([part.flatten() for part in found]), whole.flatten())
+    assert all(part.numel() * 4 <= max(read, 4 * shape[-1] if shape else 4) for part in found)
 
 
-@pytest.mark.parametrize("name, shape", [("up", (2, 3, 4)), ("down", (2, 4, 3)), ("fused", (7, 5)), ("norm", (9,))])
-@pytest.mark.parametrize("block", [1, 7, 2**16])
-def test_owners_of_fused_tensors(monkeypatch, name, shape, block):
-    monkeypatch.setattr(updates, "BLOCK", block)
-    owner, segment = updates._owner(Experts(), name, shape)
-    tensor = updates._Tensor.__new__(updates._Tensor)
-    tensor.owner, tensor.segment = owner, segment
-    rows, columns = math.prod(shape[:-1]), shape[-1]
-    delta = np.random.default_rng(0).normal(size=(rows, columns))
-    if name == "norm":
-        assert owner is None
-        return
-    tensor.squares = np.zeros((1, rows // segment, owner.shape[1]))
-    step = max(1, block // columns)
-    low = 0
-    while low < rows:
-        high = min(low + step, rows)
-        if owner.shape[1] > 1:
-            high = min(high, (low // segment + 1) * segment)
-        tensor._add_squares(0, low, delta[low:high], np.empty((high - low, columns)))
-        low = high
-    spread = Experts().spread(name, np.arange(1.0, 13), None).expand(shape).reshape(rows, columns).numpy()
-    expected = [(delta**2)[spread == route + 1].sum() for route in range(12)]
-    sums = np.bincount(owner[owner >= 0], tensor.squares[0][owner >= 0], 12)
-    np.testing.assert_allclose(sums, expected)
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3-moe", "gpt2", "qwen3_next"])
+def test_edit_sizes_of_stacked_and_fused_tensors(saved, family, monkeypatch):
+    monkeypatch.setattr(checkpoint, "READ_BYTES", 100)
+    folders = [saved("before", family, dtype=torch.float32), saved("after", family, seed=1, dtype=torch.float32)]
+    route_map = RouteMap(Checkpoint(folders[0]).config)
+    (update,) = update_statistics([Checkpoint(folder) for folder in folders], route_map)
+    first, second = (loaded(folder) for folder in folders)
+    sums, outside = route_map.sum_by_route(
+        {name: (second[name].double() - first[name].double()) ** 2 for name in first}
+    )
+    np.testing.assert_allclose(update.edit_size, np.sqrt(sums), rtol=1e-5, atol=1e-12)
+    assert update.outside == pytest.approx(math.sqrt(outside), rel=1e-5)
+
+
+def test_digests_are_those_of_the_bytes(saved):
+    folders = [saved("before"), saved("after", seed=1)]
+    checkpoints = [Checkpoint(folder) for folder in folders]
+    (update,) = update_statistics(checkpoints)
+    assert update.digests == tuple(entry.digests() for entry in checkpoints)
+    first = loaded(folders[0])
+    names = sorted(name for name in first if ".layers.1." in name)
+    lines = [f"{name} {hashlib.sha256(first[name].view(torch.uint8).numpy().tobytes()).hexdigest()}" for name in names]
+    assert update.digests[0]["1"] == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert update.digests[0].keys() == {"0", "1", "outside"}
+    assert all(update.digests[0][layer] != update.digests[1][layer] for layer in update.digests[0])
 
 
 def test_three_checkpoints_read_the_middle_one_once(saved):
@@ -167,13 +161,6 @@ def test_three_checkpoints_read_the_middle_one_once(saved):
         assert together.to_dict() == single.to_dict()
         assert np.array_equal(together.edit_size, single.edit_size)
     assert seen[-1] == (3 * base.nbytes, 3 * base.nbytes) and len(seen) == len(base.tensors)
-
-
-def test_the_number_of_workers_changes_nothing(saved):
-    checkpoints = [Checkpoint(saved("before")), Checkpoint(saved("after", seed=1))]
-    route_map = RouteMap(checkpoints[0].config)
-    one, three = (update_statistics(checkpoints, route_map, workers=workers)[0] for workers in (1, 3))
-    assert one.tensors == three.tensors and np.array_equal(one.edit_size, three.edit_size)
 
 
 def test_storage_decides_what_looks_sparse(saved, make_model):

@@ -10,7 +10,7 @@ from tiny_runs import AskOnce, assert_same, build, config, math_domain, weights,
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_interfere import SequentialGRPOTrainer
-from trl_interfere.adapters import adapter_updates
+from trl_interfere.adapters import AdapterFactors
 from trl_interfere.lab.build import MODEL_FOLDER
 
 
@@ -73,8 +73,10 @@ def test_a_stage_folder_reloads_as_the_sum_of_its_adapters(per_stage, stage):
     plain = base(input_ids=ids).logits
     expected = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     for part in (folder / "adapters").iterdir():
-        for name, delta in adapter_updates(part):
-            expected[name] += delta
+        adapter = AdapterFactors(part)
+        for name in adapter.names:
+            left, right = adapter.factors(name)
+            expected[name] += left @ right
     base.load_state_dict(expected)
     expected = base(input_ids=ids).logits
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL_FOLDER), folder)

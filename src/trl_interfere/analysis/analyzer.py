@@ -12,6 +12,7 @@ from accelerate.utils import reduce
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
+from ..adapters import ExpertAdapterError
 from ..checkpoint import Checkpoint, check_comparable
 from ..domain import Domain
 from ..models import exact_experts, load_model, load_tokenizer
@@ -168,10 +169,12 @@ class InterferenceAnalyzer:
             [`InterferenceAnalyzer`]: The analyzer.
         """
         config = config or InterferenceConfig()
-        checkpoints = [
-            Checkpoint(name, trust_remote_code=trust_remote_code) for name in (base, before, after) if name is not None
-        ]
-        for checkpoint in checkpoints[:-1]:
+        given = [name for name in (base, before, after) if name is not None]
+        try:
+            checkpoints = [Checkpoint(name, trust_remote_code=trust_remote_code) for name in given]
+        except ExpertAdapterError:  # its update is not one of the tensors in the files of its model
+            checkpoints = None
+        for checkpoint in (checkpoints or [])[:-1]:
             check_comparable(checkpoint, checkpoints[-1])
         # With `offload` one model computes; of the others only the weights are read, tensor by tensor. The base model
         # never computes, but for the divergence from it.
@@ -422,7 +425,10 @@ class InterferenceAnalyzer:
         progress("files of the checkpoints")
         found = update_statistics(self.checkpoints)
         names = ("update",) if len(found) == 1 else ("earlier", "update")
-        return {name: entry.to_dict() for name, entry in zip(names, found, strict=True)}, None
+        digests = {"before": found[-1].digests[0], "after": found[-1].digests[1]}
+        if len(found) == 2:
+            digests["base"] = found[0].digests[0]
+        return {name: entry.to_dict() for name, entry in zip(names, found, strict=True)}, digests
 
     def _gradients(
         self, domains: list[Domain], batches: dict[str, _DomainBatches], progress: Callable[[str], None]

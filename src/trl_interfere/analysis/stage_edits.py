@@ -43,7 +43,6 @@ def stage_edits(
     domains: Sequence[str],
     route_map: RouteMap,
     share: float = 0.1,
-    workers: int = 1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> StageEdits:
     """
@@ -58,8 +57,6 @@ def stage_edits(
             The routes.
         share (`float`, *optional*, defaults to `0.1`):
             Share of the routes of a kind that count as changed.
-        workers (`int`, *optional*, defaults to `1`):
-            Number of threads that read and compare.
         progress (`Callable[[str], None]`, *optional*):
             Called with the domain of each stage when it is done.
 
@@ -77,7 +74,7 @@ def stage_edits(
         )
     updates = {}
     for domain, before, after in zip(domains, checkpoints, checkpoints[1:], strict=False):
-        (updates[domain],) = update_statistics([before, after], route_map, workers)
+        (updates[domain],) = update_statistics([before, after], route_map)
         progress(domain)
     sizes = {domain: update.edit_size for domain, update in updates.items()}
     changed = {

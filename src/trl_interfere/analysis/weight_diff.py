@@ -1,26 +1,21 @@
 """What an update changed: its sparsity, and the size of its edit on each route."""
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import local
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..checkpoint import Checkpoint, check_comparable, to_values
+from ..checkpoint import BITS, Checkpoint, Index, check_comparable, layer_digests, raw_bytes
 from .routes import RouteMap
 
 
 ABSOLUTE = 1e-7
 RELATIVE = 1e-3
-# Bytes that are read at once, and elements that are computed on at once: the latter keeps every pass over a block but
-# the first one in the cache of a core.
-READ_BYTES = 2**20
-BLOCK = 2**17
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -89,6 +84,8 @@ class UpdateStatistics:
             Norm ‖δ_r‖ of the update over the slices of each route. `None` without a route map.
         outside (`float`, *optional*):
             Norm of the update over all elements that no route owns.
+        digests (`tuple[dict[str, str], dict[str, str]]`):
+            SHA-256 of the tensors of each layer before and after the update.
     """
 
     before: str
@@ -96,6 +93,7 @@ class UpdateStatistics:
     tensors: dict[str, Sparsity] = field(repr=False)
     edit_size: np.ndarray | None = field(default=None, repr=False)
     outside: float | None = None
+    digests: tuple[dict[str, str], dict[str, str]] = field(default=({}, {}), repr=False)
 
     @property
     def whole(self) -> Sparsity:
@@ -136,23 +134,19 @@ class UpdateStatistics:
 def update_statistics(
     checkpoints: Sequence[Checkpoint],
     route_map: RouteMap | None = None,
-    workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[UpdateStatistics]:
     """
     Compare checkpoints as streams, a few rows of each at a time.
 
-    Differences are computed in float32 (float64 where a checkpoint stores it); squares are summed in that type over
-    the elements of a row or column of a block, and in float64 beyond. Memory does not grow with the checkpoints. The
-    result does not depend on the number of workers.
+    Differences are computed in float32 (float64 where a checkpoint stores it), and their squares are summed in
+    float64. Memory does not grow with the checkpoints.
 
     Args:
         checkpoints (`list[Checkpoint]`):
             Before and after the update; or base, before and after, in which case the second is read only once.
         route_map ([`RouteMap`], *optional*):
             Routes to take edit sizes of.
-        workers (`int`, *optional*, defaults to `1`):
-            Number of threads. Each reads and computes tensors of its own, in about 10 MiB of memory.
         progress (`Callable[[int, int], None]`, *optional*):
             Called after each tensor with the number of bytes that are done and the number of all.
 
@@ -179,39 +173,32 @@ def update_statistics(
     names = check_comparable(before, checkpoints[-1])
     for checkpoint in checkpoints[:-2]:
         check_comparable(before, checkpoint)
-    total = sum(checkpoint[name].nbytes for checkpoint in checkpoints for name in names)
-    done, memory = 0, local()
-
-    def run(name: str):
-        if not hasattr(memory, "scratch"):
-            memory.scratch = _Scratch()
-        return _Tensor(checkpoints, name, route_map).run(memory.scratch)
-
-    pairs = range(len(checkpoints) - 1)
+    total, done = sum(checkpoint[name].nbytes for checkpoint in checkpoints for name in names), 0
+    pairs, routes = range(len(checkpoints) - 1), 0 if route_map is None else route_map.num_routes
     tensors: list[dict[str, Sparsity]] = [{} for _ in pairs]
-    squares, outside = np.zeros((len(pairs), route_map.num_routes if route_map else 0)), np.zeros(len(pairs))
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        try:
-            for name, parts in zip(names, pool.map(run, names), strict=True):
-                for pair, part in enumerate(parts):
-                    tensors[pair][name] = part.sparsity
-                    squares[pair, part.start : part.start + len(part.squares)] += part.squares
-                    outside[pair] += part.outside
-                done += sum(checkpoint[name].nbytes for checkpoint in checkpoints)
-                progress(done, total)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    digests: list[dict[str, str]] = [{} for _ in checkpoints]
+    squares = torch.zeros(len(pairs), routes + 1, dtype=torch.float64)  # of each route, and outside
+    for name in names:
+        comparison = _Comparison(checkpoints, name, route_map, squares)
+        comparison.run()
+        for pair in pairs:
+            tensors[pair][name] = comparison.sparsity(pair)
+        for found, whole, checkpoint in zip(digests, comparison.digests, checkpoints, strict=True):
+            found[name] = checkpoint.finish_digest(name, whole)
+        done += sum(checkpoint[name].nbytes for checkpoint in checkpoints)
+        progress(done, total)
+    layers = [layer_digests(found) for found in digests]
     statistics = []
     for pair, (first, second) in enumerate(zip(checkpoints, checkpoints[1:], strict=False)):
-        sizes = (np.sqrt(squares[pair]), math.sqrt(outside[pair])) if route_map else (None, None)
-        statistics.append(UpdateStatistics(first.name, second.name, tensors[pair], *sizes))
-        whole = statistics[-1].whole
-        if whole.identical == whole.elements:
+        sizes = squares[pair].sqrt().numpy()
+        edits = (None, None) if route_map is None else (sizes[:-1], float(sizes[-1]))
+        entry = UpdateStatistics(first.name, second.name, tensors[pair], *edits, (layers[pair], layers[pair + 1]))
+        if entry.whole.identical == entry.whole.elements:
             raise ValueError(
                 f"{second.name}: expected an update from {first.name}, found identical checkpoints: "
                 f"all {len(names)} tensors, {names[0]} to {names[-1]}, are the same to the bit"
             )
+        statistics.append(entry)
     return statistics
 
 
@@ -219,209 +206,106 @@ def identical_when_stored(
     before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> float:
     """
-    Share of the parameters that would be the same if both checkpoints were stored in another data type.
-
-    The control of every sparsity: what rounding alone would hide of this update.
-
-    Args:
-        before (`Mapping[str, torch.Tensor]`):
-            Parameters before the update.
-        after (`Mapping[str, torch.Tensor]`):
-            Parameters after it, by the same names.
-        dtype (`torch.dtype`):
-            The data type.
-
-    Returns:
-        `float`: The share, 0 to 1.
+    Share of the parameters that would be the same if both checkpoints were stored in another data type: the control of
+    every sparsity, what rounding alone would hide of this update.
     """
     same = sum(int((before[name].to(dtype) == after[name].to(before[name].device, dtype)).sum()) for name in before)
     return same / sum(before[name].numel() for name in before)
 
 
-@dataclass
-class _Part:
-    # What one tensor contributes to the statistics of one update. Sums of squares are of the routes from `start` on.
-    sparsity: Sparsity
-    outside: float
-    start: int = 0
-    squares: np.ndarray = field(default_factory=lambda: np.zeros(0))
+class _Comparison:
+    """One tensor in two or three checkpoints; `squares` gets its sums by route and, last, of what lies outside."""
 
-
-class _Scratch:
-    """Memory of one worker that is used again and again."""
-
-    def __init__(self):
-        self._arrays: dict[Any, Any] = {}
-
-    def raw(self, key: int, size: int) -> bytearray:
-        if len(self._arrays.get(("raw", key), b"")) < size:
-            self._arrays["raw", key] = bytearray(size)
-        return self._arrays["raw", key]
-
-    def array(self, key: str, shape: tuple[int, int], dtype: type) -> np.ndarray:
-        size = math.prod(shape)
-        if (key, dtype) not in self._arrays or self._arrays[key, dtype].size < size:
-            self._arrays[key, dtype] = np.empty(size, dtype)
-        return self._arrays[key, dtype][:size].reshape(shape)
-
-
-class _Tensor:
-    """One tensor in two or three checkpoints."""
-
-    def __init__(self, checkpoints: Sequence[Checkpoint], name: str, route_map: RouteMap | None):
-        self.name = name
+    def __init__(
+        self, checkpoints: Sequence[Checkpoint], name: str, route_map: RouteMap | None, squares: torch.Tensor
+    ):
+        self.name, self.squares = name, squares
         self.stored = [checkpoint[name] for checkpoint in checkpoints]
         self.factors = [checkpoint.factors(name) for checkpoint in checkpoints]
-        first = self.stored[0]
-        self.rows, self.columns = first.rows, first.columns
         # Checkpoints that share a file, such as adapters of one model, share what is read from it.
-        places = [(stored.file.resolve(), stored.offset) for stored in self.stored]
+        places = [(stored.file.resolve(), stored.name) for stored in self.stored]
         self.source = [places.index(place) for place in places]
-        self.dtype = np.float64 if any(stored.dtype == "float64" for stored in self.stored) else np.float32
-        self.owner, self.segment = _owner(route_map, name, first.shape)
+        self.dtype = torch.float64 if any(stored.dtype == "float64" for stored in self.stored) else torch.float32
+        self.digests = [hashlib.sha256() for _ in self.stored]
+        self.counts = np.zeros((len(self.stored) - 1, 3), dtype=np.int64)
+        self.norms = np.zeros(len(self.stored) - 1)
+        self.owner = None
+        if route_map is not None:
+            like = torch.zeros((), dtype=torch.float64).expand(self.stored[0].shape)
+            owner = route_map.spread(name, np.arange(float(route_map.num_routes)), like)
+            self.owner = None if owner is None else owner.long()
 
-    def run(self, scratch: _Scratch) -> list[_Part]:
-        pairs = len(self.stored) - 1
-        self.counts = np.zeros((pairs, 3), dtype=np.int64)
-        groups = self.rows // self.segment
-        by_column = self.owner is not None and self.owner.shape[1] > 1
-        self.squares = np.zeros((pairs, groups, self.columns if by_column else 1))
-        row_bytes = self.columns * max(stored.bits.itemsize for stored in self.stored)
-        step = max(1, READ_BYTES // max(row_bytes, 1))
-        block = max(1, BLOCK // max(self.columns, 1))
-        for start in range(0, self.rows, step):
-            stop = min(start + step, self.rows)
-            bits = [
-                stored.read(start, stop, scratch.raw(index, (stop - start) * row_bytes))
-                if self.source[index] == index
-                else None
-                for index, stored in enumerate(self.stored)
-            ]
-            bits = [bits[source] for source in self.source]
-            low = start
-            while low < stop:
-                high = min(low + block, stop)
-                if by_column:  # a block sums into one group
-                    high = min(high, (low // self.segment + 1) * self.segment)
-                self._block(low, high, [part[low - start : high - start] for part in bits], scratch)
-                low = high
-        return [self._part(pair) for pair in range(pairs)]
+    def run(self) -> None:
+        width = max(getattr(torch, stored.dtype).itemsize for stored in self.stored)
+        streams = {source: self.stored[source].parts(width) for source in set(self.source)}
+        for together in zip(*streams.values(), strict=True):
+            read = dict(zip(streams, together, strict=True))
+            values = [read[source][1] for source in self.source]
+            for digest, part in zip(self.digests, values, strict=True):
+                digest.update(raw_bytes(part))
+            self._part(together[0][0], values)
 
-    def _block(self, low: int, high: int, bits: list[np.ndarray], scratch: _Scratch) -> None:
-        shape = bits[0].shape
-        same = scratch.array("same", shape, np.bool_)
-        values: list[np.ndarray] = []
-        for index, (stored, part) in enumerate(zip(self.stored, bits, strict=True)):
-            if self.source[index] != index:
-                values.append(values[self.source[index]])
-            else:
-                values.append(to_values(part, stored.dtype, scratch.array(f"values {index}", shape, self.dtype)))
-        products = [
-            None if factors is None else np.matmul(factors[0][low:high], factors[1], dtype=self.dtype)
-            for factors in self.factors
-        ]
-        delta, work = (scratch.array(key, shape, self.dtype) for key in ("delta", "work"))
+    def _part(self, index: Index, stored: list[torch.Tensor]) -> None:
+        products = [self._product(factors, index) for factors in self.factors]
         for pair in range(len(self.stored) - 1):
-            before, after = self.stored[pair : pair + 2]
-            adapted = products[pair] is not None or products[pair + 1] is not None
-            identical = None
-            if not adapted and before.dtype == after.dtype:
-                np.equal(bits[pair], bits[pair + 1], out=same)
-                identical = np.count_nonzero(same)
-            if identical == same.size:
-                self.counts[pair] += identical
-                self._check_finite(pair, math.fsum(np.vecdot(values[pair], values[pair])))
+            before, after = stored[pair : pair + 2]
+            comparable = before.dtype == after.dtype and products[pair] is products[pair + 1] is None
+            bits = BITS[before.element_size()]
+            if comparable and torch.equal(before.view(bits), after.view(bits)) and torch.isfinite(before).all():
+                self.counts[pair] += before.numel()
                 continue
-            start = values[pair]
-            if self.source[pair] == self.source[pair + 1]:
-                delta.fill(0)
-            else:
-                np.subtract(values[pair + 1], start, out=delta)
+            start = before.to(self.dtype)
+            delta = (
+                torch.zeros_like(start) if self.source[pair] == self.source[pair + 1] else after.to(self.dtype) - start
+            )
             if products[pair + 1] is not None:
                 delta += products[pair + 1]
             if products[pair] is not None:
                 delta -= products[pair]
                 start = start + products[pair]
-            self._check_finite(pair, self._add_squares(pair, low, delta, work))
-            np.abs(delta, out=delta)
-            if identical is None:
-                identical = delta.size - np.count_nonzero(delta)
-            np.less(delta, self.dtype(ABSOLUTE), out=same)
-            below_absolute = np.count_nonzero(same)
-            if not adapted and before.dtype == after.dtype == "bfloat16":
-                # Two bfloat16 values that differ do so by at least 2^-8 of each: only equal ones are closer than 1e-3.
-                np.equal(delta, self.dtype(0), out=same)
-            else:
-                np.abs(start, out=work)
-                np.multiply(work, self.dtype(RELATIVE), out=work)
-                np.less_equal(delta, work, out=same)
-            self.counts[pair] += (below_absolute, np.count_nonzero(same), identical)
+            identical = before.view(bits) == after.view(bits) if comparable else delta == 0
+            self._add(pair, index, delta)
+            size = delta.abs_()
+            counts = (size < ABSOLUTE, size <= start.abs().mul_(RELATIVE), identical)
+            self.counts[pair] += [int(torch.count_nonzero(part)) for part in counts]
 
-    def _add_squares(self, pair: int, low: int, delta: np.ndarray, work: np.ndarray) -> float:
-        if self.squares.shape[2] > 1:
-            np.multiply(delta, delta, out=work)
-            sums = np.add.reduce(work, axis=0)
-            self.squares[pair, low // self.segment] += sums
+    def _product(self, factors: tuple[np.ndarray, np.ndarray] | None, index: Index) -> torch.Tensor | None:
+        if factors is None:
+            return None
+        left, right = (torch.from_numpy(factor).to(self.dtype) for factor in factors)
+        return left[index[0]] @ right
+
+    def _add(self, pair: int, index: Index, delta: torch.Tensor) -> None:
+        squares = delta.square()
+        if self.owner is None:
+            sums = squares.sum(dtype=torch.float64)
+            self.squares[pair, -1] += sums
         else:
-            sums = np.vecdot(delta, delta)
-            if self.segment == 1:
-                self.squares[pair, low : low + len(sums), 0] += sums
-            else:
-                np.add.at(self.squares[pair, :, 0], np.arange(low, low + len(sums)) // self.segment, sums)
-        return float(sums.sum())
+            place = zip(index, self.owner.shape, strict=False)
+            owner = self.owner[tuple(slice(None) if size == 1 else part for part, size in place)]
+            shared = [axis for axis, size in enumerate(owner.shape) if size == 1]
+            sums = squares.sum(dim=shared, keepdim=True, dtype=torch.float64) if shared else squares.double()
+            self.squares[pair].index_add_(0, owner.flatten(), sums.flatten())
+        total = float(sums.sum())
+        if not math.isfinite(total):
+            self._refuse(pair)
+        self.norms[pair] += total
 
-    def _check_finite(self, pair: int, total: float) -> None:
-        # Squares of NaN and infinity make a sum that is neither: one look per block finds them.
-        if math.isfinite(total):
-            return
+    def _refuse(self, pair: int) -> None:
         for stored in self.stored[pair : pair + 2]:
-            values = stored.read(0, stored.rows, bytearray(stored.nbytes))
-            values = to_values(values, stored.dtype, np.empty(values.shape, self.dtype))
-            if not np.isfinite(values).all():
-                count = values.size - np.count_nonzero(np.isfinite(values))
+            count = sum(int((~torch.isfinite(part)).sum()) for _, part in stored.parts())
+            if count:
                 raise ValueError(
                     f"{stored.file}: tensor {self.name}: expected finite values, found {count} NaN or infinity"
                 )
 
-    def _part(self, pair: int) -> _Part:
+    def sparsity(self, pair: int) -> Sparsity:
         before, after = self.stored[pair : pair + 2]
         dtype = before.dtype if before.dtype == after.dtype else f"{before.dtype} -> {after.dtype}"
         if self.factors[pair] is not None or self.factors[pair + 1] is not None:
             dtype += " + adapter"
-        squares = self.squares[pair]
         counts = (int(count) for count in self.counts[pair])
-        sparsity = Sparsity(dtype, self.rows * self.columns, *counts, float(squares.sum()))
-        owned = None if self.owner is None else self.owner >= 0
-        if owned is None or not owned.any():
-            return _Part(sparsity, sparsity.squared_norm)
-        start = int(self.owner[owned].min())
-        sums = np.bincount(self.owner[owned] - start, squares[owned])
-        return _Part(sparsity, float(squares[~owned].sum()), start, sums)
-
-
-def _owner(route_map: RouteMap | None, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray | None, int]:
-    """
-    Owners of a tensor's elements, in the form that sums of squares are kept in.
-
-    The rows are cut into groups of `segment` rows with the same owners.
-
-    Returns:
-        `tuple`: Indices of routes, -1 for none, of shape `(groups, columns)`, or `(groups, 1)` if all elements of a
-        row have one owner, or `None` if no element has any; and the number of rows in a group.
-    """
-    rows = math.prod(shape[:-1])
-    elements = torch.zeros((), dtype=torch.float64).expand(shape)
-    spread = None if route_map is None else route_map.spread(name, np.arange(1.0, route_map.num_routes + 1), elements)
-    if spread is None:
-        return None, max(rows, 1)
-    owner = spread.numpy().astype(np.int64) - 1
-    leading = list(owner.shape[:-1])
-    segment = 1
-    while leading and leading[-1] == 1:
-        segment *= shape[len(leading) - 1]
-        leading.pop()
-    owner = owner.reshape(*leading, owner.shape[-1])
-    return np.broadcast_to(owner, (*shape[: len(leading)], owner.shape[-1])).reshape(-1, owner.shape[-1]), segment
+        return Sparsity(dtype, math.prod(before.shape), *counts, float(self.norms[pair]))
 
 
 def _total(entries) -> Sparsity:
@@ -430,7 +314,7 @@ def _total(entries) -> Sparsity:
 
 
 def _place(name: str) -> tuple[str, str]:
-    # Layer, and kind of tensor. The first number of a name is the layer; a further one is an expert.
+    """Layer, and kind of tensor. The first number of a name is the layer; a further one is an expert."""
     match = _NUMBER.search(name)
     if match is None:
         return "outside", name.removeprefix("model.")
