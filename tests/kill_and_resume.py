@@ -22,7 +22,7 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 
 from trl_interfere import Run, StageCallback
-from trl_interfere.training.trainer import SequentialGRPOTrainer
+from trl_interfere.training import trainer as stage_loop
 
 
 BLOCK = {
@@ -115,7 +115,7 @@ def run(setting: str, folder: Path, kill_at: int | None) -> Events:
     events.around(Trainer, "_save_rng_state", "checkpoint", written=lambda folder: Path(folder) / "rng_state.pth")
     events.around(TrainerState, "save_to_json", "checkpoint", written=lambda path: path)
     events.around(Run, "save", "between")
-    events.around(SequentialGRPOTrainer, "_save_stage", "between")
+    events.around(stage_loop, "save_stage", "between")
     domains = [make(reward_funcs=reward, metric=metric) for make in (math_domain, writing_domain)]
     trainer = build(folder, domains=domains, callbacks=[AskOnce(), events], **SETTINGS[setting])
     trainer.train(resume_from_checkpoint=True)

@@ -13,7 +13,15 @@ POINTS = os.environ.get("RESUME_POINTS")
 PHASES = {"generation", "optimizer", "checkpoint", "evaluation", "between", "refresh"}
 
 
-@pytest.mark.parametrize(("setting", "points"), [("full", 12), ("adapter", 6), ("adapters", 6)])
+@pytest.mark.parametrize(
+    ("setting", "points"),
+    [
+        ("full", 3),
+        pytest.param("full", 12, marks=pytest.mark.slow),
+        pytest.param("adapter", 6, marks=pytest.mark.slow),
+        pytest.param("adapters", 6, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed(tmp_path, setting, points):
     points = POINTS or str(points)
     seed = os.environ.get("RESUME_SEED", "0")
@@ -29,6 +37,6 @@ def test_killed_and_resumed(tmp_path, setting, points):
     *rows, summary = rows
     print(summary)
     assert summary["failed"] == 0 and summary["points"] == len(rows) == int(points)
-    assert {row["phase"] for row in rows} == PHASES
+    assert {row["phase"] for row in rows} >= (PHASES if int(points) >= len(PHASES) else set())
     assert summary["tensors"] >= 48 and summary["score_files"] == 8  # what was compared
     assert len({row["killed_at"][0] for row in rows}) == len(rows)

@@ -7,19 +7,7 @@ _NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<task
 
 
 def parse_benchmark(name: str) -> tuple[str, str | None, str]:
-    """
-    Read the name of a benchmark.
-
-    Args:
-        name (`str`):
-            `user/dataset`, `user/dataset@revision` or either of them with `:task`.
-
-    Returns:
-        `tuple[str, str, str]`: Data set, revision or `None`, and task, which is `"default"` if there is none.
-
-    Raises:
-        `ValueError`: If it has another form.
-    """
+    """Read the name of a benchmark."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(

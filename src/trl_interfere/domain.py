@@ -128,16 +128,7 @@ class Domain:
 
 
 def check_columns(domain: Domain) -> None:
-    """
-    Refuse reward functions and metrics that cannot be called with the columns of their dataset.
-
-    Args:
-        domain ([`Domain`]):
-            The domain. Streams with unknown columns are not looked at.
-
-    Raises:
-        `ValueError`: If a function needs an argument that is not a column, or does not take all that it is handed.
-    """
+    """Refuse reward functions and metrics that cannot be called with the columns of their dataset."""
     metrics = domain.reward_funcs if domain.metric is None else [domain.metric]
     for field, functions in (("train_dataset", domain.reward_funcs), ("eval_dataset", metrics)):
         dataset = getattr(domain, field)

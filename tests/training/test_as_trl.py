@@ -16,9 +16,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_interfere import Domain, SequentialGRPOTrainer
 from trl_interfere.lab.build import MODEL_FOLDER
 from trl_interfere.lab.math import math_reward
+from trl_interfere.training.checks import check_run, check_turns, with_prompts
 from trl_interfere.training.rehearsal import rehearse
 from trl_interfere.training.stage_state import KEPT_BY_TRL, StageTrainer
-from trl_interfere.training.trainer import _check_turns, _with_prompts, check_run
 
 
 def plain(folder, domain, **settings):
@@ -179,12 +179,12 @@ def test_an_environment_may_own_prompts_and_reward(tmp_path, rows):
     domain = Domain("game", None if rows is None else Dataset.from_list(rows))
     factory = Game if rows is None else {"game": Game}
     args = config(tmp_path)
-    (domain,) = _with_prompts([domain], args, factory)
+    (domain,) = with_prompts([domain], args, factory)
     schedule = check_run([domain], args)
-    _check_turns([domain], schedule, {"environment_factory": factory})
+    check_turns([domain], schedule, {"environment_factory": factory})
     assert [stage.domain for stage in schedule] == ["game"] and set(domain.train_dataset["domain"]) == {"game"}
     with pytest.raises(ValueError, match="game.*reward functions"):
-        _check_turns([domain], schedule, {})
+        check_turns([domain], schedule, {})
 
 
 def test_extra_columns_of_rehearsed_domains(tmp_path):

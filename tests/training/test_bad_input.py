@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_runs import (
     SETTINGS,
     Interrupt,
@@ -251,10 +251,6 @@ BEFORE_THE_START = {
         partial(new, domain={"reward_funcs": answer_metric}),
         r"domain 'writing', answer_metric: expected a column 'answer' in train_dataset, found \['domain', 'prompt'",
     ),
-    "missing column of a metric": (
-        partial(new, domain={"metric": answer_metric}),
-        "domain 'writing', answer_metric: expected a column 'answer' in eval_dataset, found",
-    ),
     "reward without **kwargs": (
         partial(new, domain={"reward_funcs": bare_reward}),
         r"domain 'writing', bare_reward: expected a function that takes \*\*kwargs, found one that does not take",
@@ -275,10 +271,6 @@ BEFORE_THE_START = {
         partial(new, stage_overrides={"math": {"max_step": 3}}),
         r"stage_overrides\['math'\]: 'max_step' cannot differ between stages, did you mean 'max_steps'\?",
     ),
-    "option fixed at construction": (
-        partial(new, stage_overrides={"math": {"temperature": 2.0}}),
-        r"stage_overrides\['math'\]: 'temperature' cannot differ between stages, expected one of",
-    ),
     "stage option of the wrong type": (
         partial(new, stage_overrides={"math": {"max_steps": "many"}}),
         r"stage_overrides\['math'\], max_steps: expected a whole number, found 'many'",
@@ -295,17 +287,13 @@ BEFORE_THE_START = {
         partial(new, eval_strategy="steps", eval_steps=1, domain={"eval_dataset": None}),
         "eval_strategy: expected an eval_dataset of domain 'writing', found none",
     ),
-    "evaluation at the start without a dataset": (
-        partial(new, eval_on_start=True, domain={"eval_dataset": None}),
-        "eval_on_start: expected an eval_dataset of domain 'writing', found none",
-    ),
     "reward model without a metric": (
         partial(new, domain={"reward_funcs": torch.nn.Linear(1, 1), "metric": None}),
         "domain 'writing': a reward model cannot score completions outside training, set `metric`",
     ),
     "refused option": (partial(new, data_seed=1), "data_seed: 1 is not supported, GRPO draws its prompts by `seed`"),
     "model without weights": (without_weights, r"no file named model\.safetensors.*found in directory .*/model"),
-    "output_dir is a file": (in_a_file, "output_dir: expected a folder, found the file .*/new"),
+    "output_dir is a file": (in_a_file, "/new: cannot be written to"),
     "no chat template": (
         without_template,
         "domain 'writing', train_dataset: expected plain prompts, since the tokenizer has no chat template",
@@ -336,10 +324,6 @@ IN_THE_SECOND_STAGE = {
         partial(go_on, reward=in_step(7, lambda completions: [0.5, float("nan")] * 4)),
         WRITING.format(7) + "returned nan for completion 1, expected a finite number, or None",
     ),
-    "reward returns infinity": (
-        partial(go_on, reward=in_step(7, lambda completions: [float("-inf")] * len(completions))),
-        WRITING.format(7) + "returned -inf for completion 0",
-    ),
     "rewards None for all": (
         partial(go_on, reward=in_step(4, lambda completions: [None] * len(completions))),
         r"stage 2-writing, step 6, domain 'writing': expected a reward for some completions, found None from all "
@@ -369,10 +353,6 @@ IN_THE_SECOND_STAGE = {
         partial(on_a_full_disk, MEGABYTE, 4),
         r"checkpoints/2-writing/checkpoint-6: cannot be written \(.*File too large.*and resume the run",
     ),
-    "disk full in the optimizer of a checkpoint": (
-        partial(on_a_full_disk, 5 * MEGABYTE, 4),
-        r"checkpoints/2-writing/checkpoint-6: cannot be written \(",
-    ),
     "disk full in a stage": (
         partial(on_a_full_disk, MEGABYTE, None),
         r"stages/2-writing: cannot be written \(.*File too large.*What had finished before is untouched",
@@ -385,11 +365,7 @@ IN_THE_SECOND_STAGE = {
 IN_THE_FOLDER = {
     "checkpoint of fewer processes": (
         of_two_processes,
-        "resume_state_1.json: found. The checkpoint was written by more than 1 processes",
-    ),
-    "stage folder deleted": (
-        partial(damaged, "stages/1-math", shutil.rmtree),
-        r"stages\.json: stage 1-math is listed, but .*1-math is missing",
+        "expected a checkpoint of 1 processes",
     ),
     "weights of a stage deleted": (
         partial(damaged, "stages/1-math/model.safetensors", Path.unlink),
@@ -399,16 +375,6 @@ IN_THE_FOLDER = {
         partial(damaged, "stages/1-math/model.safetensors", cut),
         "stages/1-math: the weights of this stage cannot be read",
     ),
-    "weights of another model": (
-        partial(
-            damaged, "stages/1-math/model.safetensors", lambda path: save_file({"lm_head.weight": torch.ones(2)}, path)
-        ),
-        "stages/1-math: the weights of this stage cannot be read",
-    ),
-    "scores of a stage deleted": (
-        partial(damaged, "scores/1-math/writing.jsonl", Path.unlink),
-        "stage 1-math is listed, but .*writing.jsonl is missing",
-    ),
     "scores of a stage cut off": (
         partial(damaged, "scores/1-math/writing.jsonl", cut),
         r"scores/1-math/writing.jsonl: expected",
@@ -417,36 +383,21 @@ IN_THE_FOLDER = {
         partial(edited, change("stages.1.domain", "chess")),
         r"stages\.json: stage 1, domain: expected 'math' as the schedule says, found 'chess'",
     ),
-    "manifest edited: kind": (
-        partial(edited, change("stages.1.kind", "trained")),
-        r"stages\.json: stage 1, kind: expected 'train' as the schedule says, found 'trained'",
-    ),
-    "manifest edited: index": (
-        partial(edited, change("stages.1.index", 4)),
-        r"stages\.json: expected stages 0, 1, 2, \.\.\., found \[0, 4\]",
-    ),
     "manifest edited: folder": (
         partial(edited, change("stages.1.folder", "scores")),
         r"stages\.json: stage 1, folder: expected 'stages/1-math' as the schedule says, found 'scores'",
-    ),
-    "manifest edited: a field removed": (
-        partial(edited, lambda content: content["stages"][1].pop("steps")),
-        r"stages\.json: a stage does not have the expected fields .*steps",
-    ),
-    "manifest edited: stages of another type": (
-        partial(edited, change("stages", "two")),
-        r"stages\.json: expected 'stages' to be a list, found 'two'",
-    ),
-    "manifest of a newer version": (
-        partial(edited, change("schema_version", 99)),
-        r"stages\.json: expected schema_version 1, found 99",
     ),
 }
 CASES = {**BEFORE_THE_START, **IN_THE_SECOND_STAGE, **IN_THE_FOLDER}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_bad_input(tmp_path, earned, whole, name):
+QUICK = {*BEFORE_THE_START, "reward raises", "disk full in a stage", "manifest edited: domain"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_bad_input(tmp_path, earned, request, name):
     happen, message = CASES[name]
     folder = tmp_path / "run"
     shutil.copytree(earned, folder)
@@ -463,7 +414,7 @@ def test_bad_input(tmp_path, earned, whole, name):
         after = {**state(folder), "stages.json": json.dumps([content["run"], content["stages"]])}
         assert before.items() <= after.items()
     if name in IN_THE_SECOND_STAGE:
-        assert_same(weights(go_on(folder)), whole)
+        assert_same(weights(go_on(folder)), request.getfixturevalue("whole"))
         assert json.loads((folder / "stages.json").read_text())["stages"][2]["steps"] == 8
 
 
@@ -497,6 +448,7 @@ save_file(weights(go_on(disk / "run")), result)
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_three_times(tmp_path, whole):
     disk, result = tmp_path / "disk", tmp_path / "weights.safetensors"
     disk.mkdir()
@@ -529,20 +481,3 @@ def test_a_tokenizer_without_a_pad_token_works(tmp_path):
     trainer.train()
     assert tokenizer.pad_token == tokenizer.eos_token  # TRL's way
     assert trainer.score_matrix.stages == ["0-base", "1-math", "2-writing"]
-
-
-def test_a_stage_that_was_stopped_early_stays_so(tmp_path, earned):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if args.output_dir.endswith("2-writing") and state.global_step == 2:
-                control.should_save = control.should_training_stop = True
-
-    folders = [tmp_path / name for name in ("whole", "full")]
-    for folder in folders:
-        shutil.copytree(earned, folder)
-    stopped = go_on(folders[0], callbacks=[Stop()])
-    with pytest.raises(OSError, match="stages/2-writing: cannot be written"):
-        on_a_full_disk(MEGABYTE, None, folders[1], stop=Stop())
-    resumed = go_on(folders[1])
-    assert_same(weights(stopped), weights(resumed))
-    assert resumed.run.stages[2].steps == 2

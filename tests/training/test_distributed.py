@@ -20,6 +20,7 @@ from trl_interfere.lab.build import MODEL_FOLDER
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
+pytestmark = pytest.mark.slow
 STAGES = [("base", None, 0), ("train", "math", 2), ("train", "writing", 2), ("refresh", "writing", 2)]
 
 

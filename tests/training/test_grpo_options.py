@@ -260,6 +260,11 @@ def length_reward(completions, **kwargs):
     return [len(completion) / 40 for completion in completions]
 
 
+def slow_but(names, *quick):
+    """The names, of which `make test` runs the quick ones."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
     """Options that outlive their run: environment variables and torch's mode."""
@@ -346,7 +351,7 @@ EFFECTS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_but(RUNS, "optimizer", "batches", "sampling", "logging"))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_options_run_through_two_stages(tmp_path, name):
     options = {"max_steps": 1, "keep_checkpoints": True, **RUNS[name]}
@@ -396,7 +401,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", slow_but(RESUMED, "evaluation at the start"))
 def test_options_through_a_resume(tmp_path, name):
     settings = RESUMED[name]
     whole = build(tmp_path / "whole", **settings)

@@ -3,22 +3,23 @@ import shutil
 
 import pytest
 
-from trl_interfere.run import SCHEMA_VERSION
+from trl_interfere.run import Run, StageRecord
 from trl_interfere.training.requested_refresh import RequestedRefresh
 
 
-def record(index, kind, domain, **fields):
-    return {"index": index, "kind": kind, "domain": domain, "folder": None, "scores": {}, **fields}
+def record(index, kind, domain, overrides=None):
+    return StageRecord(index, kind, domain, None, 1, 1.0, {}, 0, overrides or {}, {})
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Function that writes the manifest of a run of two domains."""
+    """Function that writes a run of two domains."""
 
     def write(current=None):
-        stages = [record(0, "base", None), record(1, "train", "math"), record(2, "train", "qa")]
-        content = {"schema_version": SCHEMA_VERSION, "run": {}, "stages": stages, "current": current}
-        (tmp_path / "stages.json").write_text(json.dumps(content))
+        run = Run.new(tmp_path, {})
+        run.stages = [record(0, "base", None), record(1, "train", "math"), record(2, "train", "qa")]
+        run.current = current
+        run.save()
         return tmp_path
 
     return write
@@ -63,5 +64,5 @@ def test_one_that_was_trained_and_not_scored(run):
 
 
 def test_no_run(tmp_path):
-    with pytest.raises(ValueError, match="expected the folder of a training run with stages.json, found none"):
+    with pytest.raises(FileNotFoundError, match="stages.json"):
         RequestedRefresh(tmp_path, "math", 5)

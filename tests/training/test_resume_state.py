@@ -87,7 +87,12 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+QUICK = ("steps per generation", "adapter per stage")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
+)
 def test_resume_equals_uninterrupted(tmp_path, name):
     settings, step, save_steps = SETTINGS[name]
     settings = {**settings, "save_steps": save_steps}

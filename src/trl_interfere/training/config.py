@@ -224,37 +224,13 @@ def _check_range(name: str, value: Any, least: float, most: float, whole: bool) 
 # Settings that may differ between stages. Everything else (beta, the reward weights, the vLLM engine, ...) is fixed
 # when the trainer is built, and so is the temperature: TRL builds it into the forward pass of the model.
 STAGE_OPTIONS = (
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "epsilon",
-    "epsilon_high",
-    "eval_delay",
-    "eval_steps",
-    "eval_strategy",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "logging_steps",
-    "loss_type",
-    "lr_scheduler_kwargs",
-    "lr_scheduler_type",
-    "max_completion_length",
-    "max_grad_norm",
-    "max_steps",
-    "num_generations",
-    "num_iterations",
-    "num_train_epochs",
-    "optim",
-    "per_device_eval_batch_size",
-    "per_device_train_batch_size",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-    "scale_rewards",
-    "steps_per_generation",
-    "warmup_steps",
-    "weight_decay",
-)
+    "adam_beta1", "adam_beta2", "adam_epsilon", "epsilon", "epsilon_high", "eval_delay", "eval_steps",
+    "eval_strategy", "gradient_accumulation_steps", "learning_rate", "logging_steps", "loss_type",
+    "lr_scheduler_kwargs", "lr_scheduler_type", "max_completion_length", "max_grad_norm", "max_steps",
+    "num_generations", "num_iterations", "num_train_epochs", "optim", "per_device_eval_batch_size",
+    "per_device_train_batch_size", "save_steps", "save_strategy", "save_total_limit", "scale_rewards",
+    "steps_per_generation", "warmup_steps", "weight_decay",
+)  # fmt: skip
 
 # Options of GRPOConfig that cannot be honoured, with the value that does nothing and the reason.
 REFUSED_OPTIONS = {

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..recipe import RunFile, build_dataclass
 from ..run import STAGES_NAME, Run
+from .checks import check_run
 from .config import SequentialGRPOConfig
 from .schedule import Stage
-from .trainer import check_run
 
 
 _BYTES_PER_TOKEN = 4  # of text, in the files of scores

@@ -13,13 +13,6 @@ def merged_parameters(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
 
     Adding an adapter to the weights and subtracting it again does not give the same weights, in bfloat16 least of all.
     Here each layer gets back a copy of what it was, so that the model stays what its adapter says, to the bit.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model. A tensor holds its value until the next one is asked for.
-
-    Returns:
-        `Iterator[tuple[str, torch.Tensor]]`: Names as without adapters, and tensors.
     """
     prefix = "base_model.model."
     for name, module in model.named_modules():

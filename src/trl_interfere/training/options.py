@@ -13,12 +13,7 @@ from .config import SequentialGRPOConfig
 
 
 def options_parser() -> HfArgumentParser:
-    """
-    Parser of all settings of [`SequentialGRPOConfig`], spelt with `_` or `-`.
-
-    Returns:
-        [`~transformers.HfArgumentParser`]: The parser; what is not given is absent from its result.
-    """
+    """Parser of all settings of [`SequentialGRPOConfig`], spelt with `_` or `-`."""
     return HfArgumentParser(
         SequentialGRPOConfig,
         prog="trl-interfere train",
@@ -30,21 +25,7 @@ def options_parser() -> HfArgumentParser:
 
 
 def parse_options(arguments: list[str], known: Iterable[str] = ()) -> dict[str, Any]:
-    """
-    Settings of [`SequentialGRPOConfig`] that stand on a command line, and no others.
-
-    Args:
-        arguments (`list[str]`):
-            The command line.
-        known (`Iterable[str]`, *optional*):
-            Names of further options that exist, for the message about one that does not.
-
-    Returns:
-        `dict`: Values by name.
-
-    Raises:
-        `ValueError`: If an option is unknown or a value is not of its type.
-    """
+    """Settings of [`SequentialGRPOConfig`] that stand on a command line, and no others."""
     parser = options_parser()
     for action in parser._actions:
         action.default, action.required = SUPPRESS, False

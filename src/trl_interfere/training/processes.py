@@ -23,15 +23,6 @@ def train_in_processes(arguments: list[str], resume: bool = False) -> int:
     SIGINT and SIGTERM end the running stage; its last checkpoint is where `--resume` continues. The calling process
     must not have joined a process group: under `accelerate launch` each of its processes calls this, and the children
     form the groups.
-
-    Args:
-        arguments (`list[str]`):
-            Arguments of the command, starting with `"train"`.
-        resume (`bool`, *optional*, defaults to `False`):
-            Whether the first stage continues a run, as all others do.
-
-    Returns:
-        `int`: Exit code of the last process: 0 once nothing is left.
     """
     command = [sys.executable, "-m", __package__.partition(".")[0], *arguments, "--max-stages", "1"]
     received: list[int] = []

@@ -11,18 +11,7 @@ from .callbacks import StageCallback
 
 
 def progress_bars(console: Console, **kwargs) -> Progress:
-    """
-    Bars with a description, a count, the time that has passed and the time that is left.
-
-    Args:
-        console ([`~rich.console.Console`]):
-            Where they are shown.
-        **kwargs:
-            Further arguments of [`~rich.progress.Progress`].
-
-    Returns:
-        [`~rich.progress.Progress`]: The bars, not started.
-    """
+    """Bars with a description, a count, the time that has passed and the time that is left."""
     return Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -41,16 +30,6 @@ class StageProgress(StageCallback):
     On a terminal it shows one bar for the stage and one for the run, elsewhere a line every `interval` seconds. Add it
     in the main process only. The time left of the run counts the steps of the schedule: a refresh that nobody has
     asked for yet is not in it.
-
-    Args:
-        steps (`list[int]`):
-            Optimizer steps of each stage of the schedule, see [`stage_steps`].
-        bars (`bool`, *optional*, defaults to `True`):
-            Whether to show bars on a terminal, too.
-        interval (`float`, *optional*, defaults to `60.0`):
-            Seconds between two lines where there are no bars.
-        console ([`~rich.console.Console`], *optional*):
-            Where to write. Defaults to standard error.
     """
 
     def __init__(self, steps: list[int], bars: bool = True, interval: float = 60.0, console: Console | None = None):

@@ -17,21 +17,7 @@ class RewardError(ValueError):
 
 
 def mask_reward(reward: Any, domain: str, several: bool) -> Any:
-    """
-    A reward function that is called with the rows of its domain only, and returns `None` for the others.
-
-    Args:
-        reward (`RewardFunc`):
-            Reward of the domain. Reward models are returned as they are.
-        domain (`str`):
-            Name of the domain.
-        several (`bool`):
-            Whether there are other domains, so that the name of the function must tell them apart.
-
-    Returns:
-        `RewardFunc`: The function. It raises [`RewardError`] if `reward` fails, or returns the wrong number of values
-        or one that is neither `None` nor a finite number.
-    """
+    """A reward function that is called with the rows of its domain only, and returns `None` for the others."""
     if isinstance(reward, (str, nn.Module)):
         return reward
     name = reward_name(reward)

@@ -35,25 +35,7 @@ class Stage:
 def build_schedule(
     domains: Iterable[str], order: list[str] | None, overrides: dict[str, dict] | None, options: Iterable[str]
 ) -> list[Stage]:
-    """
-    Stages of a run, in order.
-
-    Args:
-        domains (`Iterable[str]`):
-            Names of the domains that can be trained.
-        order (`list[str]`, *optional*):
-            Names in the order of training. Defaults to the order of `domains`.
-        overrides (`dict[str, dict]`, *optional*):
-            Settings by domain name.
-        options (`Iterable[str]`):
-            Names of the settings that may be overridden.
-
-    Returns:
-        `list[Stage]`: The schedule.
-
-    Raises:
-        `ValueError`: If a name is unknown, the order is empty, or a setting cannot differ between stages.
-    """
+    """Stages of a run, in order."""
     domains, options, overrides = list(domains), set(options), overrides or {}
     order = domains if order is None else order
     if not order:

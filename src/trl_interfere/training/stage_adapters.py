@@ -14,16 +14,7 @@ _REFERENCE = "ref"  # the name under which TRL looks for the adapter of the KL r
 
 
 def check_stage_adapters(model: torch.nn.Module) -> None:
-    """
-    Refuse a model whose adapter cannot be stacked exactly.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model.
-
-    Raises:
-        `ValueError`: If it has anything but one plain LoRA adapter called `"default"`.
-    """
+    """Refuse a model whose adapter cannot be stacked exactly."""
     adapters = dict(model.peft_config) if isinstance(model, PeftModel) else {}
     adapters.pop(_REFERENCE, None)
     if list(adapters) != [FIRST_ADAPTER] or not isinstance(adapters[FIRST_ADAPTER], LoraConfig):
@@ -43,16 +34,7 @@ def check_stage_adapters(model: torch.nn.Module) -> None:
 
 
 def stage_adapters(model: PeftModel) -> list[str]:
-    """
-    Names of the adapters of all stages, the earliest first.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model.
-
-    Returns:
-        `list[str]`: `"default"`, then `"<index>-<domain>"`.
-    """
+    """Names of the adapters of all stages, the earliest first."""
     return sorted(
         (name for name in model.peft_config if name not in (_COMBINED, _REFERENCE)),
         key=lambda name: 0 if name == FIRST_ADAPTER else int(name.split("-", 1)[0]),
@@ -60,13 +42,7 @@ def stage_adapters(model: PeftModel) -> list[str]:
 
 
 def activate_stage_adapters(model: PeftModel) -> None:
-    """
-    Make all adapters take part in the forward pass, and the newest one trainable.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model.
-    """
+    """Make all adapters take part in the forward pass, and the newest one trainable."""
     names = stage_adapters(model)
     model.set_adapter(names[-1])
     model.base_model.set_adapter(names)
@@ -74,13 +50,7 @@ def activate_stage_adapters(model: PeftModel) -> None:
 
 
 def freeze_earlier_adapters(model: PeftModel) -> None:
-    """
-    Leave only the newest adapter trainable; PEFT makes every active one trainable when it enables adapters.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model.
-    """
+    """Leave only the newest adapter trainable; PEFT makes every active one trainable when it enables adapters."""
     frozen = tuple(f".{name}." for name in stage_adapters(model)[:-1])
     for name, parameter in model.named_parameters():
         if any(part in f"{name}." for part in frozen):
@@ -88,15 +58,7 @@ def freeze_earlier_adapters(model: PeftModel) -> None:
 
 
 def add_stage_adapter(model: PeftModel, name: str) -> None:
-    """
-    Begin a stage with an adapter of its own, initialised from the current random state.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model.
-        name (`str`):
-            Name of the stage.
-    """
+    """Begin a stage with an adapter of its own, initialised from the current random state."""
     if name not in model.peft_config:
         model.add_adapter(name, model.peft_config[FIRST_ADAPTER])
     activate_stage_adapters(model)
@@ -107,12 +69,6 @@ def save_stage_adapters(model: PeftModel, folder: Path) -> None:
     Write each adapter under `adapters/` and, as the adapter of the folder itself, their exact sum: one LoRA of the sum
     of their ranks, ``B = [B_1 ... B_k]``, ``A = [s_1 A_1; ...; s_k A_k]``, so that
     ``PeftModel.from_pretrained(base, folder)`` is the whole model.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model.
-        folder (`pathlib.Path`):
-            Folder of the stage.
     """
     names = stage_adapters(model)
     for name in names:
@@ -132,28 +88,14 @@ def save_stage_adapters(model: PeftModel, folder: Path) -> None:
 
 
 def load_stage_adapters(model: PeftModel, folder: Path) -> None:
-    """
-    Read what [`save_stage_adapters`] wrote.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model, with its first adapter.
-        folder (`pathlib.Path`):
-            Folder of the stage.
-    """
+    """Read what [`save_stage_adapters`] wrote."""
     for path in (folder / "adapters").iterdir():
         model.load_adapter(str(path), path.name, is_trainable=True)
     activate_stage_adapters(model)
 
 
 def set_reference_adapter(model: PeftModel) -> None:
-    """
-    Make the adapter as it is now the KL reference of TRL.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model, with one adapter.
-    """
+    """Make the adapter as it is now the KL reference of TRL."""
     if _REFERENCE not in model.peft_config:
         with torch.random.fork_rng():
             model.add_adapter(_REFERENCE, model.peft_config[FIRST_ADAPTER])

@@ -26,6 +26,7 @@ from .resume import epochs_done
 from .reward_masking import RewardError, mask_reward, reward_name
 from .schedule import Stage
 from .stage_adapters import activate_stage_adapters, freeze_earlier_adapters
+from .stage_weights import writing
 
 
 # Generation batches in a row without a single reward, after which a run stops: one prompt that no reward applies to
@@ -249,6 +250,10 @@ class StageTrainer(GRPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.adapter_per_stage:
             activate_stage_adapters(self.accelerator.unwrap_model(self.model))
+
+    def _save_checkpoint(self, model, trial):
+        with writing(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def _load_plain_weights(self, folder: Path) -> None:
         # A stage folder holds plain weights and no FSDP checkpoint; nothing is sharded before the first stage.

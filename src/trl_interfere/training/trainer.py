@@ -2,31 +2,27 @@
 
 import contextlib
 import copy
-import hashlib
 import json
 import logging
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list, is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl.data_utils import is_conversational
-from trl.import_utils import is_vllm_available
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
 from .. import __version__
-from ..domain import DOMAIN_COLUMN, Domain, check_columns
+from ..domain import DOMAIN_COLUMN, Domain
 from ..evaluation.bootstrap import score
 from ..evaluation.score_matrix import ScoreMatrix
 from ..evaluation.scorer import Scorer
@@ -34,29 +30,15 @@ from ..models import local_folder
 from ..repair.heal import heal_run
 from ..run import Run, StageRecord, lock_folder, stage_name
 from .callbacks import StageCallback
+from .checks import check_run, with_prompts
 from .config import STAGE_OPTIONS, SequentialGRPOConfig
+from .identity import about_run, run_identity
 from .resume import last_whole_checkpoint
-from .reward_masking import reward_name
 from .schedule import Stage, build_schedule
 from .stage_adapters import add_stage_adapter, check_stage_adapters, set_reference_adapter
 from .stage_state import StageTrainer
 from .stage_weights import load_stage, save_stage, writing
 
-
-# Settings that cannot change the weights; a resumed run may differ in them.
-_HARMLESS_OPTIONS = {
-    "average_tokens_across_devices", "dataloader_num_workers", "dataloader_persistent_workers",
-    "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_timeout", "debug", "disable_tqdm",
-    "do_eval", "do_predict", "do_train", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
-    "hub_strategy", "hub_token", "keep_checkpoints", "log_completions", "log_completions_hub_repo", "log_level",
-    "log_level_replica", "log_on_each_node", "log_unique_prompts", "logging_dir", "logging_first_step",
-    "logging_nan_inf_filter", "logging_steps", "logging_strategy", "num_completions_to_print", "order", "output_dir",
-    "project", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "save_on_each_node",
-    "save_only_model", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics",
-    "stage_overrides", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
-    "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization", "vllm_group_port", "vllm_server_base_url",
-    "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
-}  # fmt: skip
 
 logger = logging.getLogger(__name__)
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -133,7 +115,7 @@ class SequentialGRPOTrainer(StageTrainer):
             raise ValueError("optimizers: each stage builds its own, set `args.optim` and `args.lr_scheduler_type`")
         if args.reward_weights is not None:
             raise ValueError("reward_weights: belong to the domains, set `Domain(..., reward_weights=...)`")
-        domains = _with_prompts(domains or [], args, kwargs.get("environment_factory"))
+        domains = with_prompts(domains or [], args, kwargs.get("environment_factory"))
         self.domains = {domain.name: domain for domain in domains}
         self.schedule = check_run(domains, args, kwargs)
         self._base_model = str(model) if isinstance(model, str) and "@" in model else None  # a revision of the Hub
@@ -162,7 +144,7 @@ class SequentialGRPOTrainer(StageTrainer):
         if args.kl_reference == "stage" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("kl_reference: 'stage' is not supported with FSDP or DeepSpeed")
         self._nothing_to_heal: int | None = None  # number of stages after which a heal found nothing
-        self.run = Run.new(args.output_dir, self._identity(), args.run_name, self._about())
+        self.run = Run.new(args.output_dir, run_identity(self), args.run_name, about_run(self))
         self.scorer = Scorer(
             self._tokenizer,
             max_new_tokens=args.score_max_new_tokens or args.max_completion_length,
@@ -540,39 +522,6 @@ class SequentialGRPOTrainer(StageTrainer):
                 if name in record.scores:
                     self.run.scores(record, name)
 
-    def _identity(self) -> dict[str, Any]:
-        model_id = self._base_model or get_config_model_id(self.model.config)
-        names = {field.name for field in fields(self.args)} - _HARMLESS_OPTIONS
-        config = {name: value for name, value in self.args.to_dict().items() if name in names}
-        if is_peft_model(self.model):
-            adapters = {name: config.to_dict() for name, config in self.model.peft_config.items()}
-            config["peft"] = json.loads(
-                json.dumps(adapters, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-            )
-        return {
-            "base_model": Path(model_id).name if os.path.isdir(model_id) else model_id,
-            "schedule": [stage.to_dict() for stage in self.schedule],
-            "domains": {
-                domain.name: {
-                    "train": _digest(domain.train_dataset),
-                    "eval": _digest(domain.eval_dataset),
-                    "rewards": [reward_name(reward) for reward in domain.reward_funcs],
-                    "reward_weights": domain.reward_weights,
-                }
-                for domain in self.domains.values()
-            },
-            "config": json.loads(json.dumps(config, default=str)),
-        }
-
-    def _about(self) -> dict[str, Any]:
-        device = self.accelerator.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-        benchmarks = {domain.name: domain.benchmark for domain in self.domains.values() if domain.benchmark}
-        return {
-            "hardware": {"device": name, "processes": self.accelerator.num_processes},
-            **({"benchmarks": benchmarks} if benchmarks else {}),
-        }
-
     def _stage_seed(self, index: int) -> int:
         return self.args.seed + max(index - 1, 0)
 
@@ -646,90 +595,6 @@ class SequentialGRPOTrainer(StageTrainer):
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, StageCallback)]
 
 
-def check_run(domains: list[Domain], args: SequentialGRPOConfig, extras: dict[str, Any] | None = None) -> list[Stage]:
-    """The schedule of a run that can be trained; `--dry-run` refuses what training would."""
-    if not domains:
-        raise ValueError("domains: expected at least one Domain, found none")
-    by_name = {domain.name: domain for domain in domains}
-    if len(by_name) != len(domains):
-        raise ValueError(f"domains: expected unique names, found {[domain.name for domain in domains]}")
-    trainable = [name for name, domain in by_name.items() if domain.train_dataset is not None]
-    for name in args.order or []:
-        if name in by_name and name not in trainable:
-            raise ValueError(f"order: domain {name!r} has no train_dataset")
-    schedule = build_schedule(trainable, args.order, args.stage_overrides, STAGE_OPTIONS)
-    for stage in schedule:
-        settings = args.stage_settings(stage.overrides, f"stage_overrides[{stage.domain!r}]")
-        domain = by_name[stage.domain]
-        evaluated = settings.get("eval_strategy", args.eval_strategy) != "no"
-        if (evaluated or args.eval_on_start) and domain.eval_dataset is None:
-            option = "eval_strategy" if evaluated else "eval_on_start"
-            raise ValueError(f"{option}: expected an eval_dataset of domain {domain.name!r}, found none")
-        prompts = settings.get("generation_batch_size", args.generation_batch_size) // settings.get(
-            "num_generations", args.num_generations
-        )
-        if isinstance(domain.train_dataset, Dataset) and len(domain.train_dataset) < prompts:
-            raise ValueError(
-                f"domain {domain.name!r}, train_dataset: expected at least {prompts} prompts, the number in one "
-                f"generation batch, found {len(domain.train_dataset)}"
-            )
-    for domain in domains:
-        sets = [domain.train_dataset, domain.eval_dataset]
-        if all(isinstance(rows, Dataset) and "prompt" in rows.column_names for rows in sets):
-            if sets[0]["prompt"][:] == sets[1]["prompt"][:]:
-                logger.warning("domain %r: eval_dataset holds the prompts that are trained on", domain.name)
-    _check_turns(domains, schedule, extras or {})
-    if args.kl_reference == "stage" and args.adapter_per_stage:
-        raise ValueError(
-            "kl_reference: 'stage' is not supported with adapter_per_stage, TRL measures from a single adapter or "
-            "from none"
-        )
-    if args.use_vllm and not is_vllm_available():
-        raise ImportError("use_vllm: expected vLLM, which is not installed: pip install 'trl-interfere[vllm]'")
-    return schedule
-
-
-def _check_turns(domains: list[Domain], schedule: list[Stage], kwargs: dict[str, Any]) -> None:
-    """Refuse domains that would be trained on one task and scored on another, or could not be called."""
-    turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
-    for domain in domains:
-        trained = domain.name in [stage.domain for stage in schedule]
-        if trained and not domain.reward_funcs and "environment_factory" not in turns:
-            raise ValueError(f"domain {domain.name!r}: expected reward functions to train on, found none")
-        if domain.eval_dataset is not None and domain.metric is None:
-            if turns:
-                raise ValueError(
-                    f"domain {domain.name!r}: expected a `metric`, since {turns[0]} is used in training and not in "
-                    "scoring, where a prompt gets one completion; or leave out its eval_dataset"
-                )
-            if any(not callable(reward) or isinstance(reward, torch.nn.Module) for reward in domain.reward_funcs):
-                raise ValueError(
-                    f"domain {domain.name!r}: a reward model cannot score completions outside training, set `metric`"
-                )
-        if "rollout_func" not in turns:  # it may hand more to the rewards than the columns
-            check_columns(domain)
-
-
-def _with_prompts(domains: list[Domain], args: SequentialGRPOConfig, environment: Any) -> list[Domain]:
-    """Domains with TRL's empty prompts where an environment owns the data."""
-    if environment is None or isinstance(environment, dict):
-        return domains
-    owned = [d for d in domains if d.train_dataset is None and (len(domains) == 1 or d.name in (args.order or []))]
-    for domain in owned:
-        if args.max_steps <= 0:
-            raise ValueError(f"max_steps: expected a number, as domain {domain.name!r} has no train_dataset")
-    rows = [{"prompt": [{"role": "user", "content": ""}]}] * (args.generation_batch_size // args.num_generations)
-    return [replace(d, train_dataset=Dataset.from_list(rows)) if d in owned else d for d in domains]
-
-
 def _score_logs(record: StageRecord) -> dict[str, float]:
     scores = {f"{domain}/score": entry["value"] for domain, entry in record.scores.items()}
     return {"stage": record.index, **scores}
-
-
-def _digest(dataset: Any) -> dict[str, Any] | None:
-    if not isinstance(dataset, Dataset):
-        return None
-    column = "prompt" if "prompt" in dataset.column_names else "environment"
-    content = hashlib.sha256(json.dumps(dataset[column][:], ensure_ascii=False).encode()).hexdigest()
-    return {"rows": len(dataset), "prompts_sha256": content}
