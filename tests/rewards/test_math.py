@@ -11,36 +11,13 @@ from trl_interfere.rewards.math import MathReward, math_reward, number
 
 pytest.importorskip("math_verify")
 
-THIRD = r"\frac{1}{3}"
 # Completion, expected answer, and the reward that a person would give.
 TABLE = [
-    # correct
     (r"So the answer is \boxed{42}.", "42", 1),
-    (r"\boxed{42}", "42", 1),
-    (r"\boxed{42.0}", "42", 1),
-    (r"\boxed{+42}", "42", 1),
-    (r"\boxed{ 42 }", "42", 1),
-    (r"\boxed{\text{42}}", "42", 1),
-    (r"\boxed{42\text{ cm}}", "42", 1),
-    (r"\boxed{\$42}", "42", 1),
-    (r"\boxed{1,042}", "1042", 1),
-    (r"\boxed{1{,}042}", "1042", 1),
-    (r"\boxed{-7}", "-7", 1),
-    (r"\boxed{x = -7}", "-7", 1),
-    (r"\boxed{\dfrac{2}{6}}", THIRD, 1),
-    (r"\boxed{1/3}", THIRD, 1),
-    (r"\boxed{0.5}", r"\frac{1}{2}", 1),
-    (r"\boxed{4.2 \times 10^{3}}", "4200", 1),
     ("The answer is 42.", "42", 1),
     ("57 + 87 = 144", "144", 1),
     ("First 6 * 7 = 42.\nAnswer: 42", "42", 1),
     ("42", "42", 1),
-    (r"\boxed{2\sqrt{3}}", r"2\sqrt{3}", 1),
-    (r"\boxed{\sqrt{12}}", r"2\sqrt{3}", 1),
-    (r"\boxed{(2, 1)}", "(2,1)", 1),
-    (r"\boxed{\{2, 1\}}", r"\{1, 2\}", 1),
-    (r"\boxed{1+x}", "x+1", 1),
-    (r"\boxed{B}", r"\text{B}", 1),
     (r"<think>It may be \boxed{7}.</think> \boxed{42}", "42", 1),
     (r"I first thought \boxed{41}, but it is \boxed{42}", "42", 1),
     ("The answer is $42$.", "42", 1),
@@ -49,21 +26,8 @@ TABLE = [
     ("Therefore, the sum is 42.", "42", 1),
     ("So we get\n$x = 42$", "42", 1),
     ("The answer is 42 apples.", "42", 1),
-    (r"\boxed{\frac12}", r"\frac{1}{2}", 1),
-    (r"\boxed{24\text{ cm}^2}", "24", 1),
-    (r"\boxed{24 \text{ m/s}}", "24", 1),
-    (r"\boxed{10^5}", "100000", 1),
-    (r"\boxed{1\frac{1}{2}}", "1.5", 1),
-    (r"\boxed{{5}}", "5", 1),
-    (r"\boxed{AB = 12}", "12", 1),
     (r"\boxed {42}", "42", 1),
-    (r"\boxed{x = 2\sqrt{3}}", r"2\sqrt{3}", 1),
     (r"The answer is $2\sqrt{3}$.", r"2\sqrt{3}", 1),
-    (r"\boxed{x_1 = 1, x_2 = 2}", "1, 2", 1),
-    (r"\boxed{m + n = 42}", "42", 1),
-    (r"\boxed{\angle ABC = 42^\circ}", "42", 1),
-    (r"\boxed{1\text{ hour}}", "1", 1),
-    (r"\boxed{42 \mathrm{~cm}^{2}}", "42", 1),
     ("The answer is $42$ square feet.", "42", 1),
     ("The answer is 42 people.", "42", 1),
     ("The answer is 42 miles per hour.", "42", 1),
@@ -72,60 +36,22 @@ TABLE = [
     ("Therefore, the cost is $42.", "42", 1),
     ("Since 7 is not a divisor, the sum is 42.", "42", 1),
     (r"Thus \(x = 42\).", "42", 1),
-    # wrong
     ("The answer is $41$.", "42", 0),
     ("Therefore, the sum is 41.", "42", 0),
-    (r"\boxed{\frac13}", r"\frac{1}{2}", 0),
-    (r"\boxed{24\text{ cm}^2}", "42", 0),
-    (r"\boxed{10^5}", "10", 0),
-    (r"\boxed{10^5}", "105", 0),
-    (r"\boxed{1\frac{1}{2}}", "0.5", 0),
-    (r"\boxed{AB = 13}", "12", 0),
     (r"The answer is \(41\).", "42", 0),
     ("**41**.", "42", 0),
     ("So we get\n$x = 41$", "42", 0),
     ("The answer is 41 apples.", "42", 0),
-    (r"\boxed{25 \text{ m/s}}", "24", 0),
-    (r"\boxed{{6}}", "5", 0),
     (r"\boxed {41}", "42", 0),
-    (r"\boxed{x = 2\sqrt{5}}", r"2\sqrt{3}", 0),
-    (r"\boxed{41}", "42", 0),
-    (r"\boxed{-42}", "42", 0),
-    (r"\boxed{0.333}", THIRD, 0),
-    (r"\boxed{42\%}", "42", 0),
-    (r"\boxed{(1, 2)}", "(2,1)", 0),
-    (r"\boxed{2\sqrt{5}}", r"2\sqrt{3}", 0),
-    (r"\boxed{\{1, 2, 3\}}", r"\{1, 2\}", 0),
-    (r"\boxed{A}", r"\text{B}", 0),
     ("57 + 87 = 134", "144", 0),
-    # unparsable
     ("", "42", 0),
     ("I do not know.", "42", 0),
     (r"\boxed{}", "42", 0),
     (r"\boxed{42", "42", 0),
-    ("\\boxed{forty-two}", "42", 0),
     (r"<think>\boxed{42}", "42", 0),
     ("The answer is", "42", 0),
-    # adversarial
-    (r"\boxed{42 million}", "42", 0),
-    (r"\boxed{42 \text{ million}}", "42", 0),
-    (r"\boxed{42 percent}", "42", 0),
-    (r"\boxed{42 or more}", "42", 0),
-    (r"\boxed{42 is wrong}", "42", 0),
     ("The answer is 42 plus something", "42", 0),
     ("The answer is 42 dozen eggs", "42", 0),
-    (r"\boxed{7 = 2\sqrt{3}}", r"2\sqrt{3}", 0),
-    (r"\boxed{2x = 12}", "12", 0),
-    (r"\boxed{x^2 = 12}", "12", 0),
-    (r"\boxed{x \neq 12}", "12", 0),
-    (r"\boxed{x >= 12}", "12", 0),
-    (r"\boxed{x = 7 = 12}", "12", 0),
-    (r"\boxed{\pi = 2\sqrt{3}}", r"2\sqrt{3}", 0),
-    (r"\boxed{x = 7 = 2\sqrt{3}}", r"2\sqrt{3}", 0),
-    (r"\boxed{x = \sqrt{12} = 2\sqrt{3}}", r"2\sqrt{3}", 1),
-    (r"\boxed{x = 2\sqrt{3} = 7}", r"2\sqrt{3}", 0),
-    (r"\boxed{7 = 1, 8 = 2}", "1, 2", 0),
-    (r"\boxed{2\sqrt{3}\text{ million}}", r"2\sqrt{3}", 0),
     ("The answer is 42 tenths", "42", 0),
     ("The answer is 42 squared", "42", 0),
     ("The answer is 42 million dollars", "42", 0),
@@ -133,32 +59,12 @@ TABLE = [
     ("The answer is 42k", "42", 0),
     ("The answer is 1 or more", "1", 0),
     ("The answer is 1 million", "1", 0),
-    (r"\boxed{42x}", "42", 0),
-    (r"\boxed{2\frac{7}{2}}", "7", 0),
-    (r"\boxed{2^{10}}", "1024", 0),
     ("I don't think that the sum is 42.", "42", 0),
     ("x != 42", "42", 0),
     ("The sum is not 42", "42", 0),
-    (r"\boxed{" + "4 apples " * 30 + "}", "4", 0),
-    ("The answer is 42 " + "a" * 200, "42", 0),
-    (r"\boxed{57 + 87}", "144", 0),
-    (r"\boxed{\sqrt{1764}}", "42", 0),
-    (r"\boxed{\int_0^{42} 1 dx}", "42", 0),
-    (r"\boxed{41, 42, 43}", "42", 0),
-    (r"\boxed{41 \text{ or } 42}", "42", 0),
-    (r"\boxed{42 or 43}", "42", 0),
-    (r"\boxed{[42]}", "42", 0),
     (r"\boxed{42}\boxed{43}", "42", 0),
     (r"The answer is \boxed{x}, where x is what was expected", "42", 0),
     (r"\boxed{\boxed{}}", "42", 0),
-    (r"\boxed{9^{9^{9^{9}}}}", r"2\sqrt{3}", 0),
-    (r"\boxed{99999!}", r"2\sqrt{3}", 0),
-    (r"\boxed{" + "4" * 100_000 + "}", "42", 0),
-    ("1 2 3 42 " * 50_000, "42", 0),
-    ("{" * 100_000, "42", 0),
-    (" ".join(map(str, range(1000))), "42", 0),
-    (r"\boxed{__import__('os').system('true')}", "42", 0),
-    # a clause behind the number, other ways to conclude, several boxes
     (r"x = \boxed{1} and y = \boxed{2}", "1, 2", 1),
     (r"The solutions are \boxed{1}, \boxed{2}.", "1, 2", 1),
     (r"The final answer is $\frac{1}{2}$, as required.", r"\frac{1}{2}", 1),
@@ -186,144 +92,160 @@ TABLE = [
     ("#### 71", "72", 0),
     ("#### 1,234", "1234", 1),
     (r"\boxed{1} and \boxed{2}", "2", 0),
+    ("First 6 * 7 = 42.\nAnswer: 42", "42", 1),
+    (r"\boxed{" + "4 apples " * 30 + "}", "4", 0),
+    ("The answer is 42 " + "a" * 200, "42", 0),
+    (r"\boxed{" + "4" * 100_000 + "}", "42", 0),
+    ("1 2 3 42 " * 50_000, "42", 0),
+    ("{" * 100_000, "42", 0),
+    (" ".join(map(str, range(1000))), "42", 0),
 ]
 
-
-# Expected answer, what says the same, and what does not, each in a box.
-FORMS = [
-    ("x^2+y^2=1", ["x^2+y^2-1=0", "y^2+x^2=1", "x^2+y^2=1"], ["x^2+y^2=2", "x^2-y^2=1"]),
-    ("2x+1", ["y=2x+1"], []),
-    ("y=2x+1", ["2x+1", "2x-y+1=0"], ["2x+y+1=0"]),
-    ("y = 3", [], ["x = 3"]),
-    ("a^2-b^2", ["(a-b)(a+b)", "a^2-b^2"], ["(a-b)(a-b)"]),
-    (r"5 \text{ million}", ["5,000,000", "5000000", "5 million"], ["5"]),
-    ("5 million", ["5{,}000{,}000"], ["6 million"]),
-    (r"10\text{ PM}", [r"10\text{ p.m.}", "10 PM"], ["10", "11 PM", r"10\text{ AM}"]),
-    (r"5\text{ metres south}", [], ["5", r"5\text{ metres north}"]),
-    (r"24\text{ cm}^2", ["24", r"24\text{ square centimeters}", "24 cm^2"], ["24 m^2", "24 cm^3", "24 cm"]),
-    (r"60 \text{ km/h}", [r"60 \text{ kilometers per hour}", "60"], ["60 mph"]),
-    (r"30^\circ", ["30", "30 degrees", "30°"], ["31°"]),
-    ("42", [r"\$42"], []),
-    (r"\$42", ["42 dollars", "42", "42.00"], ["€42"]),
-    (r"42\%", ["0.42", "42 percent", r"42\%"], [r"43\%"]),
-    (
-        r"3\text{ hours }20\text{ minutes}",
-        ["20 minutes 3 hours", r"3 \text{ hours and } 20 \text{ minutes}"],
-        ["3 hours 21 minutes"],
-    ),
-    ("x=1, y=2", ["y=2, x=1", r"x=1 \text{ and } y=2", "1, 2", "(x,y)=(1,2)", "(1,2)"], ["y=1, x=2", "(2,1)", "2, 1"]),
-    ("(1,2)", ["(x, y) = (1, 2)", "x=1, y=2"], ["x=2, y=1", "(2,1)", "[1,2]"]),
-    ("1, 2", ["x_1=1, x_2=2", r"x = 1 \text{ or } x = 2", "2, 1", "1 and 2"], ["1, 3", "1", "1, 2, 2"]),
-    (r"\{1, 2\}", [r"x = 2 \text{ or } x = 1"], []),
-    ("1 < x < 2", ["(1, 2)", r"x \in (1, 2)", "2 > x > 1"], [r"1 \le x < 2", "[1, 2]", "1<x<3"]),
-    ("(1, 2)", ["1 < x < 2"], []),
-    (r"(1, \infty)", ["x > 1"], [r"x \geq 1", "x < 1"]),
-    ("x > 1", [r"(1, +\infty)", "1 < x", r"\{x | x > 1\}"], []),
-    (r"x \le 3", [r"(-\infty, 3]"], []),
-    (
-        r"(-\infty,-1)\cup(3,\infty)",
-        [r"x < -1 \text{ or } x > 3", r"(3,\infty) \cup (-\infty,-1)"],
-        [r"(-\infty,-1]\cup(3,\infty)"],
-    ),
-    (r"\{1,2\}", [r"x \in \{1, 2\}"], ["(2,1)"]),
-    ("1000", ["1 000", r"1\,000", "1{,}000"], []),
-    ("100", [], ["1 00"]),
-    ("12345678", ["12 345 678"], []),
-    ("12 345", ["12345"], []),
-    (r"\frac{\sqrt{2}}{2}", ["√2/2"], []),
-    ("0.75", ["¾", r"\tfrac34 "], []),
-    ("1.5", ["1½"], []),
-    ("x^3-1", ["x³ − 1"], []),
-    (r"2\pi", ["2π"], []),
-    (r"(-\infty, 3]", ["x ≤ 3"], []),
-    (r"-\infty", ["−∞"], ["∞"]),
-    ("300000", ["3 × 10⁵"], []),
-    ("a_1+a_2", ["a₁ + a₂"], []),
-    ("30", ["θ = 30°"], []),
-    (r"2\sqrt{3}", ["2·√3", r"2\sqrt{3} cm", "2√3"], []),
-    (r"\sqrt{x+1}", ["√(x+1)"], []),
-    (r"\frac{1}{2^{99}}", ["2^{-99}"], ["2^{-98}", "0", r"\frac{1}{2^{98}}", r"\frac{1}{3^{40}}"]),
-    ("2^{100}-1", [], ["2^{100}+1"]),
-    (r"1, 2, \dots, n", [r"1, 2, \ldots, n"], []),
-    (r"1, 2, \ldots, n", ["1, 2, ..., n"], [r"2, 1, \ldots, n", r"1, 3, 5, \ldots, 2n-1"]),
-    (r"n \equiv 3 \pmod 7", [r"3 \pmod{7}"], []),
-    (r"3 \pmod{7}", [r"n \equiv 3 (mod 7)", r"10 \pmod 7"], [r"3 \pmod{8}", r"4 \pmod{7}", "3"]),
-    (r"\pm 2", ["-2, 2"], [r"\pm 3", "2"]),
-    ("-2, 2", [r"x = \pm 2"], []),
-    (r"2 \pm \sqrt{3}", [r"\sqrt{3}+2, 2-\sqrt{3}", r"x=2\pm\sqrt3"], []),
-    ("3+4i", ["4i+3"], ["3-4i"]),
-    ("2i", ["(1+i)^2"], []),
-    (
-        r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
-        [r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"],
-        [r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}"],
-    ),
-    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", ["(1, 2)"], [r"\langle 2, 1 \rangle"]),
-    ("f(x)=x^2+1", ["f(x) = 1 + x^2", "x^2+1"], ["f(x) = x^2-1"]),
-    (r"\binom{n}{2}", [r"\frac{n(n-1)}{2}"], [r"\frac{n(n+1)}{2}"]),
-    (r"\log_2 3", [r"\frac{\ln 3}{\ln 2}"], []),
-    (r"\text{Yes}", ["yes"], ["no"]),
-    ("Yes", [r"\textbf{Yes}"], []),
-    (r"\text{no solution}", [r"\text{No solution}"], []),
-    (r"\text{(B)}", ["B"], ["C"]),
-    ("B", ["(B)"], []),
-    ("3:2", ["3 : 2"], ["2:3"]),
-    ("ABCD", [], ["DCBA"]),
-    ("x", [], ["|x|", r"\sqrt{x^2}"]),
-    (r"\frac{5!}{2!3!}", ["(5!)/(2!3!)", "10"], []),
-    (r"\frac{1}{2}", [r"\frac 12", ".5", "½"], []),
-    (r"\frac{-1}{2}", [r"-\frac{1}{2}"], []),
-    (r"-\frac{1}{2}", [r"\frac{1}{-2}"], []),
-    ("1500000", [r"1.5 \cdot 10^6", "1.5e6"], []),
-    ("144", ["57+87=144"], ["57+88=144"]),
-    (r"x \ne 2", [r"x\neq 2"], [r"x\neq 3"]),
-    (r"2\sqrt{3}\text{ cm}", [r"2\sqrt{3}"], [r"2\sqrt{3} m"]),
-    (r"90-\alpha", [r"90^\circ - \alpha"], []),
-    ("(3,5)", ["p=3, q=5"], []),
-    ("3!", ["6"], []),
-    ("10^2", ["100"], []),
-    (r"\pi", [], ["3.14", r"\frac{22}{7}"]),
-    (r"\sqrt{2}", [], ["1.41421356"]),
-    ("C", ["C"], []),
-    ("a+2b", [], ["2a+b"]),
-    ("2a", [], ["2A"]),
-    ("e^2", [r"\mathrm{e}^2"], []),
-    (r"\frac34", [r"\dfrac{3}{4}"], []),
-    ("56", [], [r"7\times 8"]),
-    (r"\text{no real solutions}", ["no real solutions"], []),
-    ("all real numbers", [r"\text{all real numbers}"], []),
-    ("(2,-1)", ["x=2, y=-1", r"\left( 2, -1 \right)"], ["-1, 2", "(2,-1,0)"]),
-    ("100, 200", ["100,200"], []),
-    ("(100,200)", ["(100, 200)"], []),
-    (r"7\text{th}", ["7^{th}"], []),
-    (r"2^{10}\cdot 3^5", [r"2^{10}\cdot 3^5"], []),
-    ("e^x+e^{-x}", ["e^x+e^{-x}"], []),
-    (r"30^\circ, 60^\circ", [r"30^\circ, 60^\circ"], []),
-    (r"\frac{x^2}{4}+\frac{y^2}{3}=1", [r"\frac{x^2}{4}+\frac{y^2}{3}=1"], []),
-    ("2^{1009}", ["2^{1009}"], []),
-    ("1000!", ["1000!"], []),
-    (
-        r"(45^{\circ}, 60^{\circ}),(135^{\circ}, 60^{\circ})",
-        [r"(45^{\circ}, 60^{\circ}),(135^{\circ}, 60^{\circ})"],
-        [],
-    ),
-    (r"5\text{ million}", [], [r"5\text{ billion}"]),
-    (r"2\text{ boys}, 4\text{ girls}", [], [r"2\text{ boys}, 3\text{ girls}"]),
-    (r"3\text{ hours }40\text{ minutes}", [], [r"3\text{ hours }20\text{ minutes}"]),
-    (r"3\text{ hours and }20\text{ minutes}", [], ["3"]),
-    ("a=3, b=5", [], ["(5,3)"]),
-    ("1<x<2", ["(1,2)"], [r"\{1,2\}", "x=1, y=2", "1, 2"]),
-    ("10 000", ["10000"], ["0"]),
-    ("1 000 000", [], ["0"]),
-    ("33 333", ["33333"], []),
-    ("1000000", ["1 000 000", r"1\ 000\ 000"], []),
-    (r"\sqrt{3}", ["√3"], []),
-    ("x^2+1", ["x²+1"], []),
-    (r"-\sqrt{2}", ["−√2"], []),
-    (r"\infty", ["∞"], []),
-    (r"4\pi", ["4π"], []),
-    (r"\frac{1}{901!}", [], [r"\frac{1}{900!}"]),
-]
+# Expected answer || what says the same | ... || what does not | ..., each in a box.
+FORMS = r"""
+x^2+y^2=1 || x^2+y^2-1=0 | y^2+x^2=1 | x^2+y^2=1 || x^2+y^2=2 | x^2-y^2=1
+2x+1 || y=2x+1 ||
+y=2x+1 || 2x+1 | 2x-y+1=0 || 2x+y+1=0
+y = 3 ||  || x = 3
+a^2-b^2 || (a-b)(a+b) | a^2-b^2 || (a-b)(a-b)
+5 \text{ million} || 5,000,000 | 5000000 | 5 million || 5
+5 million || 5{,}000{,}000 || 6 million
+10\text{ PM} || 10\text{ p.m.} | 10 PM || 10 | 11 PM | 10\text{ AM}
+5\text{ metres south} ||  || 5 | 5\text{ metres north}
+24\text{ cm}^2 || 24 | 24\text{ square centimeters} | 24 cm^2 || 24 m^2 | 24 cm^3 | 24 cm
+60 \text{ km/h} || 60 \text{ kilometers per hour} | 60 || 60 mph
+30^\circ || 30 | 30 degrees | 30° || 31°
+42 || \$42 | 42 | 42.0 | +42 | \text{42} | 42\text{ cm} | m + n = 42 | \angle ABC = 42^\circ ||
+42 || 42 \mathrm{~cm}^{2} || 24\text{ cm}^2 | 41 | -42 | 42\% | forty-two | 42 million | 42 \text{ million}
+42 ||  || 42 percent | 42 or more | 42 is wrong | 42x | \sqrt{1764} | \int_0^{42} 1 dx | 41, 42, 43
+42 ||  || 41 \text{ or } 42 | 42 or 43 | [42] | __import__('os').system('true')
+\$42 || 42 dollars | 42 | 42.00 || €42
+42\% || 0.42 | 42 percent | 42\% || 43\%
+3\text{ hours }20\text{ minutes} || 20 minutes 3 hours | 3 \text{ hours and } 20 \text{ minutes} ||
+3\text{ hours }20\text{ minutes} ||  || 3 hours 21 minutes
+x=1, y=2 || y=2, x=1 | x=1 \text{ and } y=2 | 1, 2 | (x,y)=(1,2) | (1,2) || y=1, x=2 | (2,1) | 2, 1
+(1,2) || (x, y) = (1, 2) | x=1, y=2 || x=2, y=1 | (2,1) | [1,2]
+1, 2 || x_1=1, x_2=2 | x = 1 \text{ or } x = 2 | 2, 1 | 1 and 2 | x_1 = 1, x_2 = 2 || 1, 3 | 1 | 1, 2, 2
+1, 2 ||  || 7 = 1, 8 = 2
+\{1, 2\} || x = 2 \text{ or } x = 1 | \{2, 1\} || \{1, 2, 3\}
+1 < x < 2 || (1, 2) | x \in (1, 2) | 2 > x > 1 || 1 \le x < 2 | [1, 2] | 1<x<3
+(1, 2) || 1 < x < 2 ||
+(1, \infty) || x > 1 || x \geq 1 | x < 1
+x > 1 || (1, +\infty) | 1 < x | \{x \mid x > 1\} ||
+x \le 3 || (-\infty, 3] ||
+(-\infty,-1)\cup(3,\infty) || x < -1 \text{ or } x > 3 | (3,\infty) \cup (-\infty,-1) || (-\infty,-1]\cup(3,\infty)
+\{1,2\} || x \in \{1, 2\} || (2,1)
+1000 || 1 000 | 1\,000 | 1{,}000 ||
+100 ||  || 1 00
+12345678 || 12 345 678 ||
+12 345 || 12345 ||
+\frac{\sqrt{2}}{2} || √2/2 ||
+0.75 || ¾ | \tfrac34  ||
+1.5 || 1½ | 1\frac{1}{2} ||
+x^3-1 || x³ − 1 ||
+2\pi || 2π ||
+(-\infty, 3] || x ≤ 3 ||
+-\infty || −∞ || ∞
+300000 || 3 × 10⁵ ||
+a_1+a_2 || a₁ + a₂ ||
+30 || θ = 30° ||
+2\sqrt{3} || 2·√3 | 2\sqrt{3} cm | 2√3 | 2\sqrt{3} | \sqrt{12} | x = 2\sqrt{3} | x = \sqrt{12} = 2\sqrt{3} ||
+2\sqrt{3} ||  || x = 2\sqrt{5} | 2\sqrt{5} | 7 = 2\sqrt{3} | \pi = 2\sqrt{3} | x = 7 = 2\sqrt{3} | x = 2\sqrt{3} = 7
+2\sqrt{3} ||  || 2\sqrt{3}\text{ million} | 9^{9^{9^{9}}} | 99999!
+\sqrt{x+1} || √(x+1) ||
+\frac{1}{2^{99}} || 2^{-99} || 2^{-98} | 0 | \frac{1}{2^{98}} | \frac{1}{3^{40}}
+2^{100}-1 ||  || 2^{100}+1
+1, 2, \dots, n || 1, 2, \ldots, n ||
+1, 2, \ldots, n || 1, 2, ..., n || 2, 1, \ldots, n | 1, 3, 5, \ldots, 2n-1
+n \equiv 3 \pmod 7 || 3 \pmod{7} ||
+3 \pmod{7} || n \equiv 3 (mod 7) | 10 \pmod 7 || 3 \pmod{8} | 4 \pmod{7} | 3
+\pm 2 || -2, 2 || \pm 3 | 2
+-2, 2 || x = \pm 2 ||
+2 \pm \sqrt{3} || \sqrt{3}+2, 2-\sqrt{3} | x=2\pm\sqrt3 ||
+3+4i || 4i+3 || 3-4i
+2i || (1+i)^2 ||
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} || \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix} ||
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ||  || \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} || (1, 2) || \langle 2, 1 \rangle
+f(x)=x^2+1 || f(x) = 1 + x^2 | x^2+1 || f(x) = x^2-1
+\binom{n}{2} || \frac{n(n-1)}{2} || \frac{n(n+1)}{2}
+\log_2 3 || \frac{\ln 3}{\ln 2} ||
+\text{Yes} || yes || no
+Yes || \textbf{Yes} ||
+\text{no solution} || \text{No solution} ||
+\text{(B)} || B || C
+B || (B) ||
+3:2 || 3 : 2 || 2:3
+ABCD ||  || DCBA
+x ||  || |x| | \sqrt{x^2}
+\frac{5!}{2!3!} || (5!)/(2!3!) | 10 ||
+\frac{1}{2} || \frac 12 | .5 | ½ | 0.5 | \frac12 || \frac13
+\frac{-1}{2} || -\frac{1}{2} ||
+-\frac{1}{2} || \frac{1}{-2} ||
+1500000 || 1.5 \cdot 10^6 | 1.5e6 ||
+144 || 57+87=144 || 57+88=144 | 57 + 87
+x \ne 2 || x\neq 2 || x\neq 3
+2\sqrt{3}\text{ cm} || 2\sqrt{3} || 2\sqrt{3} m
+90-\alpha || 90^\circ - \alpha ||
+(3,5) || p=3, q=5 ||
+3! || 6 ||
+10^2 || 100 ||
+\pi ||  || 3.14 | \frac{22}{7}
+\sqrt{2} ||  || 1.41421356
+C || C ||
+a+2b ||  || 2a+b
+2a ||  || 2A
+e^2 || \mathrm{e}^2 ||
+\frac34 || \dfrac{3}{4} ||
+56 ||  || 7\times 8
+\text{no real solutions} || no real solutions ||
+all real numbers || \text{all real numbers} ||
+(2,-1) || x=2, y=-1 | \left( 2, -1 \right) || -1, 2 | (2,-1,0)
+100, 200 || 100,200 ||
+(100,200) || (100, 200) ||
+7\text{th} || 7^{th} ||
+2^{10}\cdot 3^5 || 2^{10}\cdot 3^5 ||
+e^x+e^{-x} || e^x+e^{-x} ||
+30^\circ, 60^\circ || 30^\circ, 60^\circ ||
+\frac{x^2}{4}+\frac{y^2}{3}=1 || \frac{x^2}{4}+\frac{y^2}{3}=1 ||
+2^{1009} || 2^{1009} ||
+1000! || 1000! ||
+(45^{\circ}, 60^{\circ}),(135^{\circ}, 60^{\circ}) || (45^{\circ}, 60^{\circ}),(135^{\circ}, 60^{\circ}) ||
+5\text{ million} ||  || 5\text{ billion}
+2\text{ boys}, 4\text{ girls} ||  || 2\text{ boys}, 3\text{ girls}
+3\text{ hours }40\text{ minutes} ||  || 3\text{ hours }20\text{ minutes}
+3\text{ hours and }20\text{ minutes} ||  || 3
+a=3, b=5 ||  || (5,3)
+1<x<2 || (1,2) || \{1,2\} | x=1, y=2 | 1, 2
+10 000 || 10000 || 0
+1 000 000 ||  || 0
+33 333 || 33333 ||
+1000000 || 1 000 000 | 1\ 000\ 000 ||
+\sqrt{3} || √3 ||
+x^2+1 || x²+1 ||
+-\sqrt{2} || −√2 ||
+\infty || ∞ ||
+4\pi || 4π ||
+\frac{1}{901!} ||  || \frac{1}{900!}
+1042 || 1,042 | 1{,}042 ||
+-7 || -7 | x = -7 ||
+\frac{1}{3} || \dfrac{2}{6} | 1/3 || 0.333
+4200 || 4.2 \times 10^{3} ||
+(2,1) || (2, 1) || (1, 2)
+x+1 || 1+x ||
+\text{B} || B || A
+24 || 24\text{ cm}^2 | 24 \text{ m/s} || 25 \text{ m/s}
+100000 || 10^5 ||
+5 || {5} || {6}
+12 || AB = 12 || AB = 13 | 2x = 12 | x^2 = 12 | x \neq 12 | x >= 12 | x = 7 = 12
+1 || 1\text{ hour} ||
+10 ||  || 10^5
+105 ||  || 10^5
+0.5 ||  || 1\frac{1}{2}
+7 ||  || 2\frac{7}{2}
+1024 ||  || 2^{10}
+"""
+FORMS = [[part.strip() for part in line.split("||")] for line in FORMS.strip().splitlines()]
 
 # Answers of every kind that public sets of problems expect.
 GOLDS = r"""
@@ -361,10 +283,11 @@ def test_hand_checked_table(completion, answer, reward):
     assert math_reward([messages], [answer], domain=["math"]) == [reward]
 
 
-@pytest.mark.parametrize("answer, right, wrong", FORMS)
+@pytest.mark.parametrize("answer, right, wrong", [(line + ["", ""])[:3] for line in FORMS])
 def test_forms_of_an_answer(answer, right, wrong):
-    assert [given for given in right if math_reward([f"\\boxed{{{given}}}"], [answer]) != [1]] == []
-    assert [given for given in wrong if math_reward([f"\\boxed{{{given}}}"], [answer]) != [0]] == []
+    for reward, forms in ((1, right), (0, wrong)):
+        given = [form.strip() for form in forms.split(" | ") if form.strip()]
+        assert [form for form in given if math_reward([f"\\boxed{{{form}}}"], [answer]) != [reward]] == []
 
 
 @pytest.mark.parametrize("gold", GOLDS)
