@@ -71,7 +71,7 @@ class StudyRun:
 
     @cached_property
     def comparison(self) -> Comparison:
-        """All earlier domains that lost anything on the selection split."""
+        """All earlier domains that later stages have not made better, see `run_peaks`."""
         run, domains = self.run, list(self.lab.domains.values())
         scorer, final = run_scorer(run, load_tokenizer(MODEL_FOLDER)), run.final
         peaks = run_peaks(run, domains, scorer)

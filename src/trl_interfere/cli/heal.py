@@ -27,7 +27,9 @@ class HealOptions(Options):
     """
 
     run: str | None = option(None, "folder of a run")
-    domain: list[str] | None = option(None, "domains to heal; by default all that lost something beyond chance")
+    domain: list[str] | None = option(
+        None, "domains to heal; by default all earlier ones that later stages have not made better"
+    )
     max_drop: float = option(1.0, "points that no domain may lose to the repair on the selection split")
     rank: int | None = option(64, "rank of the change of each layer; 0 keeps all of it")
     search: bool = option(False, "try heavier weights for the domains that lost nothing")

@@ -114,8 +114,8 @@ to the damage.
 
 ## What repaired it
 
-`heal` restores every earlier domain that lost anything on the selection split; its adapter lies in `repair/`. The
-others restore {results["pairs"][0]["earlier"]}. Steps and shares were chosen on the selection split: the highest mean
+`heal` restores every earlier domain that later stages have not made better; its adapter lies in `repair/`. The others
+restore {results["pairs"][0]["earlier"]}. Steps and shares were chosen on the selection split: the highest mean
 of all domains with which none loses more than a point. All figures are from the test split.
 
 {markdown_table(*_repair_rows(results))}

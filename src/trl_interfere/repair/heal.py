@@ -34,7 +34,8 @@ def lost_beyond_interval(peaks: Scores, final: Scores) -> list[str]:
 def run_peaks(run: Run, domains: Sequence[Domain], scorer: Scorer) -> dict[str, StageRecord]:
     """
     The stage that stands for each earlier domain in the repair: that of its own training, which is known without any
-    score. A domain that the later stages made no worse, on its selection split, counts with the final checkpoint.
+    score. A domain that the later stages have made better, beyond the interval on its selection split, counts with the
+    final checkpoint instead.
     """
     final, found = run.final, {}
     model = load_model(run.weights(final), base=_base(run, final))
@@ -47,7 +48,7 @@ def run_peaks(run: Run, domains: Sequence[Domain], scorer: Scorer) -> dict[str, 
         else:
             peak = load_model(run.weights(own), base=_base(run, own))
             before, after = (scorer.score(m, domain, domain.selection_dataset).values for m in (peak, model))
-        if before.mean() > after.mean():
+        if not difference(after, before).low > 0:
             found[domain.name] = own
     return found
 
@@ -213,7 +214,7 @@ def heal_run(
         merge (`bool`, *optional*, defaults to `False`):
             Whether to write whole weights too, into `repair/merged`.
         names (`Sequence[str]`, *optional*):
-            Domains to heal. Defaults to all that were trained earlier and lost anything on their selection split,
+            Domains to heal. Defaults to all that were trained earlier and that later stages have not made better,
             see [`run_peaks`].
         search (`bool`, *optional*, defaults to `False`):
             Whether to try heavier weights for the domains that lost nothing.
