@@ -225,7 +225,7 @@ def heal_run(
 
     Returns:
         [`Repair`] or `None`: The repair; `None` where no domain lost more than the interval of its loss, or
-        none lost anything on its selection split.
+        every earlier one is better than after its own stage on its selection split.
 
     Raises:
         `ValueError`: If a domain was not trained before the last stage.
