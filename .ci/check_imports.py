@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 
+PACKAGE = "trl_interfere"
 SOURCE = Path(__file__).parents[1] / "src"
 
 
@@ -35,12 +36,16 @@ def missing(code: str) -> list[tuple[int, str]]:
     """Lines and names of imports from the package that lead nowhere."""
     found = []
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "trl_interfere" and not node.level:
+        if (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").split(".")[0] == "trl_interfere"
+            and not node.level
+        ):
             known = names(node.module)
             wanted = [alias.name for alias in node.names if known is None or alias.name not in known]
             found += [(node.lineno, f"{node.module}.{name}") for name in wanted]
         elif isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names if alias.name.split(".")[0] == "trl_interfere"]
+            modules = [alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE]
             found += [(node.lineno, module) for module in modules if names(module) is None]
     return found
 

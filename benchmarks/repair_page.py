@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from trl_interfere.reporting.plots import plot_pareto
-from trl_interfere.reporting.tables import markdown_table
+from trl_interfere.tables import markdown_table
 
 
 BEGIN, END = "<!-- begin: {} -->", "<!-- end: {} -->"

@@ -19,7 +19,7 @@ from trl_interfere.training.recipe_trainer import load_run
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-NAMES = ("paper-qwen3-4b", "smollm2-135m", "study-smollm2", "qwen3-0.6b-lora")
+NAMES = ("paper-qwen3-4b", "smollm2-135m", "qwen3-0.6b-lora")
 # Rows of the shape of each data set, by name.
 ROWS = {
     "klear-code": lambda i: {

@@ -10,8 +10,8 @@ import numpy as np
 from ..evaluation.bootstrap import difference, score
 from ..evaluation.flips import flips
 from ..evaluation.metrics import recovered
-from ..reporting.tables import console_table
 from ..run import Run, write_json, write_scores
+from ..tables import console_table
 from .options import Options, at_least, option, parse
 from .output import show
 from .runs import checkpoint, recipe_of, training_settings

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.score_matrix import ScoreMatrix
-from ..reporting.tables import console_table
 from ..reporting.verdict import share_of, verdict
 from ..run import Run, lock_folder
+from ..tables import console_table
 from .options import Options, at_least, option, pairs, parse
 from .output import show
 from .runs import recipe_of, training_settings

@@ -9,7 +9,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..reporting.tables import printable
+from ..tables import printable
 
 
 def plain(text: str) -> str:

@@ -17,10 +17,10 @@ from ..evaluation.score_matrix import ScoreMatrix
 from ..models import MODEL_FILES
 from ..reporting.card import analysis_card, repair_card, report_card, stage_card
 from ..reporting.plots import plot_scores
-from ..reporting.tables import console_table
 from ..reporting.verdict import REPAIR_NAME, read_repair
 from ..revision import stage_revision
 from ..run import STAGES_NAME, Run, StageRecord, resolve_inside
+from ..tables import console_table
 from .eval_results import eval_result_files
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PrinterCallback
 
 from ..analysis.analyzer import InterferenceAnalyzer
+from ..analysis.claims import edit_claims, forgetting_claims, refresh_claims, report_claims, rollback_claims
 from ..analysis.config import InterferenceConfig
 from ..analysis.contraction import contraction
 from ..analysis.report import InterferenceReport
@@ -20,7 +21,6 @@ from ..checkpoint import Checkpoint
 from ..models import load_model
 from ..repair.comparison import Comparison
 from ..repair.heal import heal_run
-from ..reporting.claims import edit_claims, forgetting_claims, refresh_claims, report_claims, rollback_claims
 from ..reporting.plots import (
     arm_of,
     plot_changed_overlaps,

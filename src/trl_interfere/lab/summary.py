@@ -5,9 +5,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ..reporting.claims import Claim, claims_table
-from ..reporting.tables import console_table, markdown_table
+from ..analysis.claims import Claim, claims_table
 from ..run import stage_name, write_atomically
+from ..tables import console_table, markdown_table
 
 
 Table = tuple[list[str], list[list[str]]]

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation.metrics import forgetting
 from ..evaluation.score_matrix import ScoreMatrix
-from .tables import markdown_table
+from ..tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from ..analysis.report import InterferenceReport
-    from ..analysis.stage_edits import StageEdits
+    from .report import InterferenceReport
+    from .stage_edits import StageEdits
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from trl_interfere.reporting.tables import code, console_table, fenced, markdown_table, plain
+from trl_interfere.tables import code, console_table, fenced, markdown_table, plain
 
 
 HOSTILE = "<script>x</script> ![i](http://a/b.png) | `c` **b** [l](javascript:x)\n```mermaid\ngraph\n```\x1b[31m"
