@@ -25,13 +25,14 @@ from transformers import PreTrainedModel
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer
 from trl_interfere.analysis.config import InterferenceConfig
+from trl_interfere.analysis.references import collect_references
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.lab.build import MODEL_FOLDER
 from trl_interfere.lab.pipeline import MAX_COMPLETION_LENGTH, Lab
 from trl_interfere.models import load_model, load_tokenizer
 from trl_interfere.repair.comparison import Comparison
 from trl_interfere.repair.heal import PROTECTIONS, lost_beyond_interval, run_peaks, run_scorer
-from trl_interfere.repair.peak_samples import answers, peak_samples
+from trl_interfere.repair.peak_samples import peak_samples
 from trl_interfere.repair.repair import Repair
 from trl_interfere.repair.subspace_rollback import SubspaceRollback
 from trl_interfere.run import Run, read_json, write_json
@@ -124,7 +125,12 @@ def settings(run: StudyRun) -> list[dict]:
     if damaged and damaged != compare.peaks:
         some = SubspaceRollback(**PLAIN).fit(compare.final, damaged, compare.domains)
         rows.append(compare.row("beyond the interval alone", some.merge(), some.record["cost"]))
-    given = answers(str(compare.final), compare.domains, 64, "answer")
+    tokenizer = load_tokenizer(str(compare.final))
+    config = InterferenceConfig(reference="dataset", reference_column="answer", max_prompts=64)
+    given = {
+        domain.name: collect_references(None, tokenizer, domain, config, domain.train_dataset)
+        for domain in compare.domains
+    }
     rows.append(compare.subspace("answers", given, **PLAIN)[0])
     searched = {}
     for weight in PROTECTIONS:
