@@ -99,7 +99,7 @@ class Solution:
         """
         covariance = torch.cholesky_inverse(self.root).mul_(self.ridge**2).add_(self.metric)
         covariance.diagonal().sub_(2 * self.ridge)
-        trace, square = float(covariance.diagonal().sum()), float(covariance.square().sum())
+        trace, square = float(covariance.diagonal().sum()), float(covariance.norm()) ** 2
         return (outputs * trace**2 + 2 * square) / ((outputs + 1) * square + trace**2)
 
 

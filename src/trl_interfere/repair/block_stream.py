@@ -14,6 +14,9 @@ from ..checkpoint import Checkpoint
 from ..models import load_model, model_class
 
 
+ALL = slice(None)
+
+
 class _Captured(Exception):
     """Ends a forward pass where the arguments of all blocks have been seen."""
 
@@ -35,16 +38,16 @@ def block_names(model: nn.Module) -> list[str]:
     return [f"{name}.{index}" for index in range(len(lists[name]))]
 
 
-def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """A tensor of a checkpoint, with what an adapter adds to it."""
+def read_tensor(checkpoint: Checkpoint, name: str, rows: slice) -> torch.Tensor:
+    """A tensor of a checkpoint, or some of its rows, with what an adapter adds to it."""
     stored = checkpoint[name]
     with safe_open(stored.file, framework="pt", backend="pread") as file:
-        value = file.get_tensor(stored.name)
+        value = file.get_slice(stored.name)[rows] if stored.shape else file.get_tensor(stored.name)
     factors = checkpoint.factors(name)
     if factors is None:
         return value
     left, right = (torch.from_numpy(factor) for factor in factors)
-    return torch.addmm(value.float(), left, right)
+    return torch.addmm(value.float(), left[rows], right)
 
 
 class BlockStream:
@@ -65,8 +68,11 @@ class BlockStream:
             base = None if checkpoint.adapter is None else checkpoint.folder
             self._whole = load_model(checkpoint.name, base=base).state_dict()
 
-    def tensor(self, name: str) -> torch.Tensor:
-        value = read_tensor(self.checkpoint, name) if self._whole is None else self._whole[name]
+    def tensor(self, name: str, rows: slice = ALL) -> torch.Tensor:
+        if self._whole is None:
+            value = read_tensor(self.checkpoint, name, rows)
+        else:
+            value = self._whole[name][rows] if self._whole[name].ndim else self._whole[name]
         return value.to(device=self.device, dtype=self.dtype if value.is_floating_point() else None)
 
     def block(self, index: int) -> nn.Module:

@@ -24,6 +24,7 @@ from .repair import Repair, digest
 
 
 MODULES = ("all", "mlp", "attention")
+ROWS = 4096  # of a tensor, at a time
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -281,7 +282,11 @@ class SubspaceRollback:
     def _layers(self, group: Group, found: dict[str, ActivationMoments], final, healed, peaks):
         """Solve for the layers of a group, one after the other, and put the weights into the healed block."""
         shares = {name: (self.weights or {}).get(name, 1.0) / max(m.count, 1) for name, m in found.items()}
-        total = sum(share * found[name].moments for name, share in shares.items())
+        angles, total = _angles(found), 0.0
+        for name, share in shares.items():
+            total = share * found[name].moments + total
+            if self.sequential:
+                found[name].moments = None
         if not total.diagonal().sum() > 0:  # an expert that no token reaches stays as it is
             for layer in group.layers:
                 outputs, width = layer.weight(final).shape
@@ -289,7 +294,7 @@ class SubspaceRollback:
                 yield layer, torch.zeros(outputs, rank), torch.zeros(rank, width), {"tokens": 0}
             return
         mean = sum(share * found[name].sum for name, share in shares.items())
-        solution, angles = Solution(total, self.ridge), _angles(found)
+        solution = Solution(total, self.ridge)
         start = 0
         for layer in group.layers:
             weight, bias = layer.weight(final).double(), layer.bias(final)
@@ -329,9 +334,13 @@ class LeftAsItIs:
         self.whole = dict.fromkeys((name for name in streams if name is not None), 0.0)
         self.left = dict(self.whole)
         for parameter in streams[None].outside:
-            final = streams[None].tensor(parameter)
-            for name in self.whole:
-                self._note(name, final, streams[name].tensor(parameter), solved=False)
+            shape = streams[None].model.get_parameter(parameter).shape
+            count = shape[0] if shape else 1
+            for start in range(0, count, ROWS):  # embeddings are the largest tensors
+                rows = slice(start, min(start + ROWS, count))
+                final = streams[None].tensor(parameter, rows)
+                for name in self.whole:
+                    self._note(name, final, streams[name].tensor(parameter, rows), solved=False)
 
     def add(self, final: nn.Module, peaks: dict[str, nn.Module], solved: set[str]) -> None:
         for name in self.whole:
