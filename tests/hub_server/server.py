@@ -87,7 +87,6 @@ class Repo:
     private: bool
     sdk: str | None = None
     branches: dict[str, Commit] = field(default_factory=dict)
-    tags: dict[str, Commit] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
     lfs: dict[str, bytes] = field(default_factory=dict)
 
@@ -101,7 +100,7 @@ class Repo:
         return commit
 
     def resolve(self, revision: str) -> Commit:
-        for names in (self.branches, self.tags, self.commits):
+        for names in (self.branches, self.commits):
             if revision in names:
                 return names[revision]
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -139,13 +138,7 @@ def _about(repo: Repo, commit: Commit, sizes: bool) -> dict:
 
 
 class Hub:
-    """
-    The server, in a thread.
-
-    Args:
-        listener (`socket.socket`):
-            Bound socket to listen on.
-    """
+    """The server, in a thread."""
 
     def __init__(self, listener: socket.socket):
         self.url = "http://{}:{}".format(*listener.getsockname())
@@ -162,7 +155,6 @@ class Hub:
                 ("/refs", "GET", self._refs),
                 ("/commits/{revision}", "GET", self._commits),
                 ("/branch/{revision}", "POST", self._branch),
-                ("/tag/{revision}", "POST", self._tag),
                 ("/preupload/{revision}", "POST", self._preupload),
                 ("/commit/{revision}", "POST", self._commit),
             ):
@@ -185,8 +177,6 @@ class Hub:
             Route("/api/collections/{owner}/{slug}", self._endpoint(self._collection), methods=["GET"]),
             Route("/api/collections/{owner}/{slug}/items", self._endpoint(self._add_item), methods=["POST"]),
             Route("/storage/{kind}/{owner}/{name}/{sha}", self._endpoint(self._put), methods=["PUT"]),
-            Route("/storage/{kind}/{owner}/{name}/{sha}/{part:int}", self._endpoint(self._put_part), methods=["PUT"]),
-            Route("/storage/{kind}/{owner}/{name}/{sha}/complete", self._endpoint(self._complete), methods=["POST"]),
             Route("/storage/{kind}/{owner}/{name}/{sha}", self._endpoint(self._download), methods=["GET"]),
         ]
         # Longer paths first: `{name}` would swallow the suffix ".git" and what follows it.
@@ -204,11 +194,8 @@ class Hub:
         self.log: list[tuple[str, str]] = []  # method and path of each request
         self.uploads: Counter[str] = Counter()  # how often each large file was sent whole, by sha256
         self.committed: list[list[str]] = []  # paths that each commit sent
-        self.parts: dict[str, dict[int, bytes]] = {}
         self.tokens = {TOKEN: USER}
-        self.part_size: int | None = None  # large files above it are sent in parts
         self.quota: int | None = None  # bytes that the large file storage takes
-        self.validated = 0
 
     def start(self) -> None:
         self._thread.start()
@@ -229,25 +216,7 @@ class Hub:
         times: int = 1,
         cut_after: int | None = None,
     ) -> None:
-        """
-        Answer the next requests with an error.
-
-        Args:
-            method (`str`):
-                Method of the requests.
-            path (`str`):
-                Regular expression found in their path.
-            status (`int`, *optional*):
-                Status of the answer.
-            headers (`dict`, *optional*):
-                Headers of the answer.
-            message (`str`, *optional*):
-                Its text.
-            times (`int`, *optional*, defaults to `1`):
-                Number of requests.
-            cut_after (`int`, *optional*):
-                Bytes of the body after which the connection is cut, instead of an answer.
-        """
+        """Answer the next `times` requests with an error, or cut the connection after so many bytes of the body."""
         self.failures.append(Failure(method, path, status, headers or {}, message, times, cut_after))
 
     def repo(self, repo_id: str, kind: str = "model") -> Repo:
@@ -386,13 +355,11 @@ class Hub:
 
     async def _refs(self, request: Request) -> Response:
         repo = self._repo(request)
-        content = {"converts": [], "pullRequests": []}
-        for name, refs in (("branches", repo.branches), ("tags", repo.tags)):
-            folder = {"branches": "heads", "tags": "tags"}[name]
-            content[name] = [
-                {"name": ref, "ref": f"refs/{folder}/{ref}", "targetCommit": commit.id} for ref, commit in refs.items()
-            ]
-        return JSONResponse(content)
+        branches = [
+            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit.id}
+            for name, commit in repo.branches.items()
+        ]
+        return JSONResponse({"branches": branches, "tags": [], "converts": [], "pullRequests": []})
 
     async def _commits(self, request: Request) -> Response:
         commit = self._repo(request).resolve(request.path_params["revision"])
@@ -415,13 +382,6 @@ class Hub:
         if name in repo.branches:
             raise HubError(409, f"Reference already exists: refs/heads/{name}")
         repo.branches[name] = repo.resolve((await request.json()).get("startingPoint", "main"))
-        return Response(status_code=200)
-
-    async def _tag(self, request: Request) -> Response:
-        repo, body = self._repo(request, write=True), await request.json()
-        if body["tag"] in repo.tags:
-            raise HubError(409, f"Reference already exists: refs/tags/{body['tag']}")
-        repo.tags[body["tag"]] = repo.resolve(request.path_params["revision"])
         return Response(status_code=200)
 
     async def _preupload(self, request: Request) -> Response:
@@ -454,11 +414,6 @@ class Hub:
                 )
             place = f"{self.url}/storage/{repo.kind}/{repo.id}/{entry['oid']}"
             action = {"href": f"{place}?{SIGNATURE}", "header": {}}
-            if self.part_size is not None and entry["size"] > self.part_size:
-                count = -(-entry["size"] // self.part_size)
-                action["href"] = f"{place}/complete?{SIGNATURE}"
-                action["header"] = {"chunk_size": str(self.part_size)}
-                action["header"] |= {f"{part:05d}": f"{place}/{part}?{SIGNATURE}" for part in range(1, count + 1)}
             answer["actions"] = {"upload": action}
         return JSONResponse({"transfer": "basic", "objects": objects})
 
@@ -477,21 +432,6 @@ class Hub:
     async def _put(self, request: Request) -> Response:
         self._store(*self._storage(request), await request.body())
         return Response()
-
-    async def _put_part(self, request: Request) -> Response:
-        _, sha = self._storage(request)
-        content = await request.body()
-        self.parts.setdefault(sha, {})[request.path_params["part"]] = content
-        return Response(headers={"ETag": f'"{hashlib.md5(content).hexdigest()}"'})
-
-    async def _complete(self, request: Request) -> Response:
-        repo, sha = self._storage(request)
-        parts, body = self.parts.get(sha, {}), await request.json()
-        for part in body["parts"]:
-            if part["etag"] != f'"{hashlib.md5(parts[part["partNumber"]]).hexdigest()}"':
-                raise HubError(400, "InvalidPart")
-        self._store(repo, sha, b"".join(parts[part["partNumber"]] for part in body["parts"]))
-        return JSONResponse({})
 
     async def _download(self, request: Request) -> Response:
         repo, sha = self._storage(request)
@@ -548,12 +488,8 @@ class Hub:
 
     async def _validate(self, request: Request) -> Response:
         body = await request.json()
-        self.validated += 1
-        errors, warnings = _metadata_problems(body["content"], body.get("repoType", "model"))
-        content = {
-            "errors": [{"message": error} for error in errors],
-            "warnings": [{"message": text} for text in warnings],
-        }
+        errors = _metadata_problems(body["content"], body.get("repoType", "model"))
+        content = {"errors": [{"message": error} for error in errors], "warnings": []}
         return JSONResponse(content, 400 if errors else 200)
 
     async def _create_collection(self, request: Request) -> Response:
@@ -611,17 +547,11 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
-def _metadata_problems(content: str, kind: str) -> tuple[list[str], list[str]]:
-    """Errors and warnings of a card, after the rules in the Hub's documentation."""
+def _metadata_problems(content: str, kind: str) -> list[str]:
+    """Errors of a card, after the rules in the Hub's documentation."""
     match = re.match(r"\s*---\r?\n(.*?)\r?\n---", content, re.DOTALL)
-    if match is None:
-        return [], ["empty or missing yaml metadata in repo card"]
-    try:
-        metadata = yaml.safe_load(match[1])
-    except yaml.YAMLError as error:
-        return [f"YAML: {error}"], []
-    if not isinstance(metadata, dict):
-        return ["YAML: expected a mapping"], []
+    metadata = yaml.safe_load(match[1]) if match else {}
+
     errors = []
     if "license" in metadata and metadata["license"] not in _LICENSES:
         errors.append(f'"license" must be one of {sorted(_LICENSES)}')
@@ -634,10 +564,6 @@ def _metadata_problems(content: str, kind: str) -> tuple[list[str], list[str]]:
         errors.append(f'"base_model_relation" must be one of {sorted(_RELATIONS)}')
     if not all(isinstance(tag, str) for tag in metadata.get("tags") or []):
         errors.append('"tags" must be a list of strings')
-    for index in metadata.get("model-index", []):
-        for name in ("name", "results"):
-            if name not in index:
-                errors.append(f'"model-index[0].{name}" is required')
     if kind == "space" and metadata.get("sdk") not in ("gradio", "docker", "static", "streamlit"):
         errors.append('"sdk" must be one of [gradio, docker, static, streamlit]')
-    return errors, []
+    return errors
