@@ -119,7 +119,7 @@ def test_the_lab_leaves_other_files_alone(tmp_path, run):
 def test_the_recipe_stays_in_the_run(finished_run):
     run = Run(finished_run)
     kept = yaml.safe_load(run.recipe.read_text())
-    assert kept["training"]["learning_rate"] == 2e-3 and kept["model"] == str(MODEL_FOLDER)
+    assert kept["training"]["learning_rate"] == 1e-6 and kept["model"] == str(MODEL_FOLDER)
     assert run.recipe_folder == finished_run.parent and run.base_model == str(MODEL_FOLDER)
 
 
@@ -128,7 +128,7 @@ def test_analyze(damaged, run):
     assert code == 0, err
     lost, where, nats, after = out.splitlines()
     record = Run(damaged)
-    peak, final = (record.scores(stage, "math") for stage in (record.peak("math"), record.final))
+    peak, final = (record.scores(stage, "math") for stage in (record.stage("1-math"), record.final))
     assert f"math lost {difference(peak, final):.1f} points" in lost
     assert f"{len(flips(peak, final).lost)} were lost" in lost
     report = InterferenceReport.from_pretrained(damaged / "analysis" / "math")
@@ -177,7 +177,7 @@ def test_heal_then_evaluate(damaged, run, tmp_path):
     record = json.loads((damaged / "repair" / "repair.json").read_text())
     assert Run(damaged).stages[-1].kind == "heal"
 
-    final, peak, folder = damaged / "stages" / "2-writing", Run(damaged).weights(0), tmp_path / "scores"
+    final, peak, folder = damaged / "stages" / "2-writing", Run(damaged).weights("1-math"), tmp_path / "scores"
     arguments = ("evaluate", final, damaged, peak, "--peak", peak, "--output_dir", folder, "--threads", 1)
     code, out, err = run(*arguments)
     assert code == 0, err

@@ -24,7 +24,7 @@ class AnalyzeOptions(Options):
     """
     Show what a run broke, and where.
 
-    By default the most damaged domain, from its peak to the final stage. Checkpoints from elsewhere:
+    By default the most damaged domain, from its own training to the final stage. Checkpoints from elsewhere:
     --final B --peak math=A --later qa writing --recipe FILE --output_dir report
     """
 
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     with lock_folder(folder if run is None else run.folder):
         report = analyze(update, earlier, later, settings_of(recipe), options, folder)
     next_step = f"trl-interfere heal {run.folder}" if run else f"trl-interfere push {folder} USER/REPO"
-    show(*verdict(report, run), f"The report and its figures are in {folder}. Next: {next_step}")
+    show(*verdict(report, run, update), f"The report and its figures are in {folder}. Next: {next_step}")
 
 
 def settings_of(recipe: Any) -> Any:
@@ -99,11 +99,11 @@ def analyze(update: Update, earlier: Any, later: list[Any], config: Any, options
     return report
 
 
-def verdict(report: Any, run: Run | None) -> list[str]:
+def verdict(report: Any, run: Run | None, update: Update) -> list[str]:
     """Points and prompts lost and where, then nats."""
     lines = []
     if run is not None:
-        before, after = (run.scores(stage, report.earlier) for stage in (run.peak(report.earlier), run.final))
+        before, after = (run.scores(stage, report.earlier) for stage in (update.stage, run.final))
         counts = flips(before, after).counts()
         lines.append(
             f"{report.earlier} lost {difference(before, after):.1f} points to {', '.join(report.later)}: of "

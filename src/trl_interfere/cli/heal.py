@@ -67,7 +67,11 @@ def main(arguments: list[str]) -> int | None:
             progress=sys.stderr.isatty(),
         )
     if repair is None:
-        show(verdict(run, ScoreMatrix.from_run(run)), f"Next: trl-interfere push {run.folder} USER/REPO")
+        show(verdict(run, ScoreMatrix.from_run(run)))
+        show(
+            "Nothing was healed: no domain that was trained before the last stage has lost anything beyond chance. "
+            f"Next: trl-interfere push {run.folder} USER/REPO"
+        )
         return None
     show(verdict(run, ScoreMatrix.from_run(run), repair.record))
     return report(repair.record, options, run.weights(run.stages[-1]), f"trl-interfere push {run.folder} USER/REPO")

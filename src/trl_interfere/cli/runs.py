@@ -9,7 +9,7 @@ from ..evaluation.score_matrix import ScoreMatrix
 from ..recipe import RunFile, load_run_file
 from ..reporting.verdict import losses
 from ..revision import split_revision
-from ..run import Run
+from ..run import Run, StageRecord
 from .options import pairs
 
 
@@ -49,26 +49,27 @@ def most_damaged(run: Run) -> str:
 
 @dataclass
 class Update:
-    """What is between two checkpoints, the peak of the damaged domain and the final one."""
+    """What is between two checkpoints: the damaged domain as it was, and the final one."""
 
     earlier: str
     later: list[str]
     before: str
     after: str
     base: str | None = None  # where the training of the damaged domain started from
+    stage: StageRecord | None = None  # of a run, the one with the weights before
 
 
 def update_of_run(run: Run, domain: str | None) -> Update:
-    """From the peak of a domain, by default of the most damaged one, to the final stage."""
+    """From the own training of a domain, by default of the most damaged one, to the final stage."""
     domain = domain or most_damaged(run)
-    peak, final = run.peak(domain), run.final
-    between = run.stages[peak.index + 1 : final.index + 1]
+    own, final = run.trained(domain), run.final
+    begun = own or run.peak(domain)  # a domain that the base model knew
+    between = run.stages[begun.index + 1 : final.index + 1]
     later = list(dict.fromkeys(record.domain for record in between if record.domain not in (None, domain)))
     if not later:
         raise ValueError(f"--domain: expected one that other domains were trained after, found {domain!r}")
-    own = run.trained(domain)
-    base = None if own is None or own.index > peak.index else str(run.weights(own.index - 1))
-    return Update(domain, later, str(run.weights(peak)), str(run.weights(final)), base)
+    base = None if own is None else str(run.weights(own.index - 1))
+    return Update(domain, later, str(run.weights(begun)), str(run.weights(final)), base, begun)
 
 
 def update_of_checkpoints(final: str | None, peak: list[str] | None, later: list[str] | None) -> Update:

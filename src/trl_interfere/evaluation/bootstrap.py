@@ -43,23 +43,7 @@ def bootstrap(
     Percentile bootstrap of a statistic of paired per-prompt values (Efron and Tibshirani, 1993, chapter 13).
 
     Prompts are resampled, and every sample keeps the same prompts: the interval of a difference between two models on
-    one set of prompts is a paired one.
-
-    Args:
-        statistic (`Callable`):
-            Function of the samples with an `axis` argument, e.g. `numpy.mean`.
-        *samples (`numpy.ndarray` of shape `(n,)`):
-            Values per prompt, in the same order of prompts.
-        resamples (`int`, *optional*, defaults to `2000`):
-            Number of resamples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling.
-
-    Returns:
-        [`Interval`]: The statistic and its 95% interval, which is the value itself where nothing varies.
-
-    Raises:
-        `ValueError`: If the samples are empty or differ in length.
+    one set of prompts is a paired one. Where nothing varies it is the value itself.
     """
     _check_paired(*samples)
     n = len(samples[0])

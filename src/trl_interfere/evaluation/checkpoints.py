@@ -63,31 +63,8 @@ def score_checkpoint(
     progress: bool = False,
 ) -> dict[str, DomainScores]:
     """
-    Score a checkpoint on domains, as a run that is trained with these settings scores its stages.
-
-    Args:
-        name (`str`):
-            Folder or Hub id of a model or an adapter.
-        domains (`list[Domain]`):
-            The domains.
-        settings (`Mapping`):
-            Values of the fields of [`SequentialGRPOConfig`]: precision, sampling, chat template, vLLM.
-        split (`str`, *optional*, defaults to `"test"`):
-            `"test"` or `"selection"`.
-        revision (`str`, *optional*):
-            Branch, tag or commit of a Hub id.
-        engine (`str`, *optional*, defaults to `"transformers"`):
-            What completes the prompts: `"transformers"` or `"vllm"`, which has no autocast and holds the weights in
-            the precision of the training.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar over prompts.
-
-    Returns:
-        `dict[str, DomainScores]`: Scores by name of the domain.
-
-    Raises:
-        `ValueError`: If there is no such checkpoint, engine or split, or a metric fails.
-        `ImportError`: If the engine is not installed.
+    Score a checkpoint on domains, as a run with these settings of [`SequentialGRPOConfig`] scores its stages: in its
+    precision, with its sampling and chat template. vLLM, which has no autocast, holds the weights in that precision.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {list(ENGINES)}, found {engine!r}")

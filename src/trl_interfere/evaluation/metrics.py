@@ -20,21 +20,10 @@ def forgetting(matrix: ScoreMatrix, domain: str | None = None, stage: int = -1) 
     ```
 
     (Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018: the forgetting measure), with `R_(l,j)` the
-    score of domain j after stage l, and k the stage asked for. The base model counts as stage 0, since a pre-trained
-    model may know a domain before it is trained on it. A refresh counts as a stage l, but not as the training of a new
-    domain. A negative value is a gain. The peak stage is found once, on all prompts, and the difference from it is
-    paired.
-
-    Args:
-        matrix ([`ScoreMatrix`]):
-            The scores.
-        domain (`str`, *optional*):
-            Name of the domain. Defaults to the average.
-        stage (`int`, *optional*, defaults to `-1`):
-            Position of stage k; negative positions count from the end.
-
-    Returns:
-        [`Interval`]: Points of 100; undefined (`nan`) for the domain trained last, and where a score is missing.
+    score of domain j after stage l, and k the stage asked for. The base model counts as stage 0, since it may know a
+    domain before it is trained on it. A refresh counts as a stage l, but not as the training of a new domain. A
+    negative value is a gain. The peak is found once, on all prompts, and the difference from it is paired. Undefined
+    (`nan`) for the domain trained last, and where a score is missing.
     """
     final, latest = matrix.position(stage), matrix.last_training(stage)
     losses = []
@@ -57,19 +46,8 @@ def backward_transfer(matrix: ScoreMatrix, domain: str | None = None, stage: int
 
     (Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, equation 3), with `R_(j,i)` the score of domain i
     after the stage of domain j, and T the stage asked for. Where a domain was trained several times, `R_(i,i)` is its
-    score after the last of them; refreshes are repairs and do not count. A negative value is damage.
-
-    Args:
-        matrix ([`ScoreMatrix`]):
-            The scores.
-        domain (`str`, *optional*):
-            Name of the domain. Defaults to the average.
-        stage (`int`, *optional*, defaults to `-1`):
-            Position of stage T; negative positions count from the end.
-
-    Returns:
-        [`Interval`]: Points of 100; undefined (`nan`) for the domain trained last, for one that was not trained, and
-        where a score is missing.
+    score after the last of them; refreshes are repairs and do not count. A negative value is damage. Undefined (`nan`)
+    for the domain trained last, for one that was not trained, and where a score is missing.
     """
     final, latest = matrix.position(stage), matrix.last_training(stage)
     changes = []
@@ -90,19 +68,8 @@ def forward_transfer(matrix: ScoreMatrix, domain: str | None = None, stage: int 
 
     (Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, equation 4), with `R_(i-1,i)` the score of domain i
     right before its first training. There `b_i` is the score at random initialisation; here it is the score of the
-    base model, where the run begins.
-
-    Args:
-        matrix ([`ScoreMatrix`]):
-            The scores.
-        domain (`str`, *optional*):
-            Name of the domain. Defaults to the average.
-        stage (`int`, *optional*, defaults to `-1`):
-            Position of the last stage to look at; negative positions count from the end.
-
-    Returns:
-        [`Interval`]: Points of 100; undefined (`nan`) for the domain trained first, for one that was not trained, and
-        where a score is missing.
+    base model, where the run begins. Undefined (`nan`) for the domain trained first, for one that was not trained, and
+    where a score is missing.
     """
     final = matrix.position(stage)
     based = matrix.stage_kind(0)[0] == "base"
@@ -153,26 +120,13 @@ def recovered_all(
     repaired: dict[str, np.ndarray], damaged: dict[str, np.ndarray], peak: dict[str, np.ndarray], seed: int = 0
 ) -> Interval:
     """
-    Share of what several domains have lost that a repair brings back.
+    Share of what several domains have lost that a repair brings back, from values per prompt by domain.
 
     ```
     recovered = Σ_d (score_d(repaired) - score_d(damaged)) / Σ_d (score_d(peak) - score_d(damaged))
     ```
 
-    The prompts of each domain are resampled by themselves.
-
-    Args:
-        repaired (`dict[str, numpy.ndarray]`):
-            Values per prompt after the repair, by domain.
-        damaged (`dict[str, numpy.ndarray]`):
-            Values per prompt before the repair.
-        peak (`dict[str, numpy.ndarray]`):
-            Values per prompt at the peak of each domain.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling.
-
-    Returns:
-        [`Interval`]: Recovered share; undefined (`nan`) where nothing was lost.
+    The prompts of each domain are resampled by themselves. Undefined (`nan`) where nothing was lost.
     """
     gains = {name: repaired[name] - damaged[name] for name in damaged}
     losses = {name: peak[name] - damaged[name] for name in damaged}
@@ -198,19 +152,6 @@ def collateral(matrix: ScoreMatrix, since: int, repaired: Iterable[str] = (), st
     ```
 
     The paper (arXiv 2606.02398) reports it beside the recovered share. A negative value is the price of the repair.
-
-    Args:
-        matrix ([`ScoreMatrix`]):
-            The scores.
-        since (`int`):
-            Position of the damaged model: the last stage before the repair.
-        repaired (`Iterable[str]`, *optional*):
-            Names of the domains that were repaired.
-        stage (`int`, *optional*, defaults to `-1`):
-            Position of the repaired model; negative positions count from the end.
-
-    Returns:
-        `dict[str, Interval]`: Change in points of 100, by name of the domain, for those scored at both stages.
     """
     before, after = matrix.values[matrix.position(since)], matrix.values[matrix.position(stage)]
     others = (domain for domain in matrix.domains if domain not in set(repaired))
@@ -258,21 +199,7 @@ class ScoreSummary:
 
     @classmethod
     def from_matrix(cls, matrix: ScoreMatrix, stage: int = -1) -> "ScoreSummary":
-        """
-        Summarise a score matrix.
-
-        Args:
-            matrix ([`ScoreMatrix`]):
-                The scores.
-            stage (`int`, *optional*, defaults to `-1`):
-                Position of the stage; negative positions count from the end.
-
-        Returns:
-            [`ScoreSummary`]: The figures after that stage.
-
-        Raises:
-            `ValueError`: If there is no such stage.
-        """
+        """The figures after one stage; negative positions count from the end."""
         final = matrix.position(stage)
         values = matrix.values[final]
         scored = [domain for domain in matrix.domains if domain in values]
@@ -299,24 +226,14 @@ class ScoreSummary:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        The summary as JSON values.
-
-        Returns:
-            `dict`: `stage`, and the intervals of each statistic by domain (of `average`: by statistic).
-        """
+        """JSON values: `stage`, and the intervals of each statistic by domain (of `average`: by statistic)."""
         figures = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
         return {"stage": self.stage} | {
             name: {key: interval.to_dict() for key, interval in by_key.items()} for name, by_key in figures.items()
         }
 
     def to_table(self) -> Table:
-        """
-        The summary as a table for the terminal.
-
-        Returns:
-            [`rich.table.Table`]: One row per domain and one of averages, a dash where a figure is undefined.
-        """
+        """One row per domain and one of averages, a dash where a figure is undefined."""
         names = [field.name for field in fields(self)[1:-1] if getattr(self, field.name)]
         table = Table("domain", title=f"Forgetting and transfer after {self.stage} (points of 100, 95% interval)")
         for name in names:

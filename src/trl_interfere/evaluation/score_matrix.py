@@ -62,21 +62,7 @@ class ScoreMatrix:
         return stage % len(self.stages)
 
     def interval(self, stage: int, domain: str) -> Interval:
-        """
-        Score of one domain after one stage.
-
-        Args:
-            stage (`int`):
-                Position of the stage; negative positions count from the end.
-            domain (`str`):
-                Name of the domain.
-
-        Returns:
-            [`Interval`]: Score, 0 to 100, with its 95% interval over prompts.
-
-        Raises:
-            `ValueError`: If the domain was not scored after that stage.
-        """
+        """Score of one domain after one stage, 0 to 100, with its 95% interval over prompts."""
         values = self.values[self.position(stage)]
         if domain not in values:
             raise ValueError(
@@ -86,7 +72,7 @@ class ScoreMatrix:
 
     def average_score(self, stage: int = -1) -> Interval:
         """
-        Average score over the domains after one stage.
+        Average score over the domains that were scored after one stage.
 
         ```
         ACC_T = 1/D sum_i R_(T,i)
@@ -94,33 +80,12 @@ class ScoreMatrix:
 
         with `R_(T,i)` the score of domain i after stage T (Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS
         2017, equation 2).
-
-        Args:
-            stage (`int`, *optional*, defaults to `-1`):
-                Position of the stage; negative positions count from the end.
-
-        Returns:
-            [`Interval`]: Average, 0 to 100, of the domains that were scored after that stage.
         """
         values = self.values[self.position(stage)]
         return average([values[domain] for domain in self.domains if domain in values])
 
     def peak(self, domain: str, last: int = -1) -> int:
-        """
-        Position of the stage with the highest score of a domain, the first one among equals.
-
-        Args:
-            domain (`str`):
-                Name of the domain.
-            last (`int`, *optional*, defaults to `-1`):
-                Position of the last stage to look at; negative positions count from the end.
-
-        Returns:
-            `int`: Position of the stage.
-
-        Raises:
-            `ValueError`: If the domain was not scored after any of these stages.
-        """
+        """Position of the stage with the highest score of a domain up to `last`, the first one among equals."""
         rows = [row for row in range(self.position(last) + 1) if domain in self.values[row]]
         if not rows:
             stages = self.stages[: self.position(last) + 1]
@@ -143,12 +108,7 @@ class ScoreMatrix:
         return next((row for row in rows if self.stage_kind(row)[0] == "train"), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        The matrix as JSON values, without the per-prompt scores.
-
-        Returns:
-            `dict`: `domains`, and for each of `stages` its `stage` and `scores` with `value`, `low`, `high` and `n`.
-        """
+        """The matrix as JSON values, without the per-prompt scores."""
         return {
             "domains": list(self.domains),
             "stages": [
@@ -170,12 +130,7 @@ class ScoreMatrix:
         return rows
 
     def to_table(self) -> Table:
-        """
-        The matrix as a table for the terminal.
-
-        Returns:
-            [`rich.table.Table`]: One row per stage, scores with their 95% intervals, a dash where there is none.
-        """
+        """The matrix for the terminal."""
         header, *rows = self.rows()
         table = Table(header[0], title="Score after each stage (0 to 100, 95% interval)")
         for name in header[1:]:

@@ -176,33 +176,11 @@ class Scorer:
         return DomainScores(list(dataset["prompt"]), completions, values.reshape(-1, self.num_samples))
 
     def complete(self, model: PreTrainedModel | VLLMEngine, prompts: list[Any]) -> list[str]:
-        """
-        Complete prompts.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`] or [`VLLMEngine`]):
-                The model.
-            prompts (`list`):
-                Plain or conversational prompts.
-
-        Returns:
-            `list[str]`: One text per prompt, in their order.
-        """
+        """Complete plain or conversational prompts, one text per prompt."""
         return self.tokenizer.batch_decode(self.complete_ids(model, prompts), skip_special_tokens=True)
 
     def complete_ids(self, model: PreTrainedModel | VLLMEngine, prompts: list[Any]) -> list[list[int]]:
-        """
-        Complete prompts, as token ids up to and including the end token.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`] or [`VLLMEngine`]):
-                The model.
-            prompts (`list`):
-                Plain or conversational prompts.
-
-        Returns:
-            `list[list[int]]`: One list of token ids per prompt, in their order.
-        """
+        """Complete prompts, as token ids up to and including the end token."""
         with_vllm = isinstance(model, VLLMEngine)
         end_ids = model.end_ids if with_vllm else model.generation_config.eos_token_id
         end_ids = list(end_ids) if isinstance(end_ids, (list, tuple)) else [] if end_ids is None else [end_ids]
@@ -270,16 +248,8 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def check_scorable(domain: Domain, multi_turn: str | None = None) -> None:
     """
-    Refuse a domain that completions of one turn cannot score.
-
-    Args:
-        domain ([`Domain`]):
-            The domain.
-        multi_turn (`str`, *optional*):
-            Argument of the trainer with which the domain is trained in several turns, such as `tools`.
-
-    Raises:
-        `ValueError`: If the domain has no `metric`, and its rewards need a reward model, environments or tools.
+    Refuse a domain that completions of one turn cannot score: one without `metric`, with rewards that need a reward
+    model or environments, or that is trained in several turns, by an argument of the trainer such as `tools`.
     """
     if domain.metric is not None:
         return

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..domain import Domain
 from ..evaluation.bootstrap import difference, score
+from ..evaluation.checkpoints import scorer_of
 from ..evaluation.flips import flips
 from ..evaluation.metrics import recovered, recovered_all
 from ..evaluation.scorer import DomainScores, Scorer
@@ -296,15 +298,6 @@ def _keep(run: Run, repair: Repair, tests: dict[str, DomainScores], merge: bool,
     run.append(StageRecord(index, "heal", None, folder.name, 0, seconds, scores, 0, overrides, versions, reason))
 
 
-def run_scorer(run: Run, tokenizer, progress: bool = False) -> Scorer:
+def run_scorer(run: Run, tokenizer: PreTrainedTokenizerBase, progress: bool = False) -> Scorer:
     """The scorer with which a run scored its stages."""
-    config = run.identity["config"]
-    return Scorer(
-        tokenizer,
-        max_new_tokens=config["score_max_new_tokens"] or config["max_completion_length"],
-        batch_size=config["score_batch_size"],
-        chat_template_kwargs=config["chat_template_kwargs"],
-        temperature=config["score_temperature"],
-        num_samples=config["score_samples"],
-        progress=progress,
-    )
+    return scorer_of(tokenizer, run.identity["config"], progress)
