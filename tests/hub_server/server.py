@@ -150,8 +150,6 @@ class Hub:
                 ("", "GET", self._info),
                 ("/revision/{revision}", "GET", self._info),
                 ("/tree/{revision}", "GET", self._tree),
-                ("/tree/{revision}/{path:path}", "GET", self._tree),
-                ("/paths-info/{revision}", "POST", self._paths_info),
                 ("/refs", "GET", self._refs),
                 ("/commits/{revision}", "GET", self._commits),
                 ("/branch/{revision}", "POST", self._branch),
@@ -322,36 +320,8 @@ class Hub:
         return JSONResponse(entries[: int(request.query_params.get("limit", 1000))])
 
     async def _tree(self, request: Request) -> Response:
-        repo, folder = self._repo(request), request.path_params.get("path", "").strip("/")
-        commit = repo.resolve(request.path_params["revision"])
-        recursive = request.query_params.get("recursive", "").lower() in ("true", "1")
-        inside = folder + "/" if folder else ""
-        entries = {}
-        for path, blob in sorted(commit.files.items()):
-            if path.startswith(inside):
-                parts = path.removeprefix(inside).split("/")
-                for depth in range(1, len(parts) if recursive else min(len(parts), 2)):
-                    sub = inside + "/".join(parts[:depth])
-                    entries[sub] = {
-                        "type": "directory",
-                        "path": sub,
-                        "oid": hashlib.sha1(sub.encode()).hexdigest(),
-                        "size": 0,
-                    }
-                if recursive or len(parts) == 1:
-                    entries[path] = _entry(path, blob)
-        if inside and not entries:
-            raise HubError(404, f"{folder} does not exist on {request.path_params['revision']}", "EntryNotFound")
-        return JSONResponse(list(entries.values()))
-
-    async def _paths_info(self, request: Request) -> Response:
-        repo = self._repo(request)
-        commit = repo.resolve(request.path_params["revision"])
-        if "json" in request.headers.get("content-type", ""):
-            paths = (await request.json())["paths"]
-        else:
-            paths = (await request.form()).getlist("paths")
-        return JSONResponse([_entry(path, commit.files[path]) for path in paths if path in commit.files])
+        commit = self._repo(request).resolve(request.path_params["revision"])
+        return JSONResponse([_entry(path, blob) for path, blob in sorted(commit.files.items())])
 
     async def _refs(self, request: Request) -> Response:
         repo = self._repo(request)

@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> None:
     options.prepare()
     with lock_folder(folder if run is None else run.folder):
         report = analyze(update, earlier, later, settings_of(recipe), options, folder)
-    next_step = f"trl-interfere heal {run.folder}" if run else f"trl-interfere push {folder} USER/REPO"
+    elsewhere = f"--final {update.after} --peak {update.earlier}={update.before} --recipe {options.recipe}"
+    next_step = f"trl-interfere heal {run.folder if run else elsewhere}"
     show(*verdict(report, run, update), f"The report and its figures are in {folder}. Next: {next_step}")
 
 

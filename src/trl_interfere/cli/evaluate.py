@@ -58,7 +58,8 @@ def main(arguments: list[str]) -> None:
     output_dir = Path(options.output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"--output_dir: expected an empty or a new folder, found {output_dir}")
-    recipe = recipe_of(None if options.recipe else run_of(options.models), options.recipe)
+    run = run_of(options.models)
+    recipe = recipe_of(run, options.recipe)
     domains = chosen_domains(recipe.domains, options.domain, options.split)
     settings = settings_of(options, recipe)
     places = [checkpoint(name) for name in options.models]
@@ -84,7 +85,8 @@ def main(arguments: list[str]) -> None:
     content |= {"sampling": sampling, "against": options.models[against], "peak": options.peak, "models": entries}
     write_json(output_dir / "scores.json", content)
     print_evaluation(content)
-    show(f"The scores are in {output_dir}. Next: trl-interfere evaluate --help shows how to compare them with a peak")
+    folder = "RUN" if run is None else run.folder
+    show(f"The scores are in {output_dir}. Next: trl-interfere compare {folder}")
 
 
 def run_of(models: list[str]) -> Run | None:

@@ -111,11 +111,12 @@ def parse(
     for action in parser._actions:
         if action.dest in names:
             action.help = argparse.SUPPRESS
+    flags = {action.dest for action in parser._actions if action.nargs == "?"}
     if "--config" in arguments[-1:]:
         raise ValueError("--config: expected a YAML file")
     try:
         found, left = parser.parse_args_and_config(
-            _named(arguments, positional.split()), return_remaining_strings=True
+            _named(arguments, positional.split(), flags), return_remaining_strings=True
         )
     except yaml.YAMLError as error:
         raise ValueError(f"--config: expected YAML, found something else ({error})") from error
@@ -130,8 +131,11 @@ def parse(
     return (found, left) if rest else found
 
 
-def _named(arguments: list[str], positional: list[str]) -> list[str]:
-    """The command line with names for what stands first without one."""
+def _named(arguments: list[str], positional: list[str], flags: set[str]) -> list[str]:
+    """The command line with names for what stands first without one, or behind flags that take no value."""
+    for _ in list(arguments):
+        if arguments[0].removeprefix("--").replace("-", "_") in flags:
+            arguments = [*arguments[1:], arguments[0]]
     first = next((place for place, text in enumerate(arguments) if text.startswith("-")), len(arguments))
     values, named = arguments[:first], []
     for name in positional:

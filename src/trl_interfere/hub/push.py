@@ -118,11 +118,13 @@ def push_folder(
     if (folder / REPORT_NAME).is_file() and not (folder / STAGES_NAME).is_file():
         return push_report(folder, repo_id, private, token, dry_run)
     run, api = Run(folder), HfApi(token=token)
-    if license is None and not dry_run:
-        license = base_license(str(run.identity.get("base_model", "")), api)
-    plan = plan_run(run, repo_id, stages, license, only)
     if dry_run:
-        return plan
+        return plan_run(run, repo_id, stages, license, only)
+    if "/" not in repo_id:  # cards name the repository
+        user = Target(api, repo_id).call("asking for the name of the account", api.whoami)["name"]
+        repo_id = f"{user}/{repo_id}"
+    license = license or base_license(str(run.identity.get("base_model", "")), api)
+    plan = plan_run(run, repo_id, stages, license, only)
     command = ["trl-interfere", "push", str(folder), repo_id, *(["--private"] if private else [])]
     command += [] if collection is None else ["--collection", collection]
     target = Target(api, repo_id, shlex.join(command))
