@@ -57,7 +57,7 @@ def work(arguments: argparse.Namespace) -> None:
     if arguments.worker == "vllm":
         longest = max(len(scorer.encode_prompt(prompt)) for prompt in prompts)
         model = VLLMEngine(
-            name, arguments.dtype, max_length=longest + scorer.max_new_tokens, max_num_seqs=scorer.batch_size
+            name, dtype=arguments.dtype, max_length=longest + scorer.max_new_tokens, max_num_seqs=scorer.batch_size
         )
     else:
         model = load_model(name, dtype=arguments.dtype, merge=False)
