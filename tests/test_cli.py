@@ -162,7 +162,7 @@ def test_an_analysis_that_fails_leaves_the_one_before(damaged, run, monkeypatch)
     def full(self, folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(InterferenceReport, "save_figures", full)
+    monkeypatch.setattr("trl_interfere.reporting.plots.save_figures", full)
     code, _, err = run("analyze", damaged)
     assert code == 2 and "No space" in err
     assert (damaged / "analysis" / "math" / "report.json").read_bytes() == before

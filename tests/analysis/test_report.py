@@ -85,10 +85,6 @@ def test_undefined_cosine_stays_valid_json(report, tmp_path):
     content = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
     assert content["cosines"]["global"] is None and content["cosines"]["by_domain"]["qa"]["global"] is None
     assert InterferenceReport.from_pretrained(tmp_path).cosines == report.cosines
-    page = (tmp_path / "report.md").read_text()
-    assert "| gradient cosine, whole model | undefined |" in page
-    assert "| most conflicting module | none (undefined) |" in page
-    assert "| most synergistic module | none (undefined) |" in page
 
 
 def test_extreme_modules(report):
@@ -104,52 +100,6 @@ def test_extreme_modules(report):
 )
 def test_top_share(share, expected):
     assert top_share(np.array([0.0, 5.0, -2.0, 1.0, 4.0]), share) == pytest.approx(expected)
-
-
-def test_markdown_shows_the_figures(report, tmp_path):
-    report.routes["damage"] = np.array([3.0, *[0.125] * 8, *[0.0] * 41])
-    report.save_pretrained(tmp_path)
-    page = (tmp_path / "report.md").read_text()
-    assert page.startswith("# Interference: qa, writing on math\n")
-    rows = dict(line.strip("| ").split(" | ") for line in page.partition("\n## ")[0].splitlines() if line[:2] == "| ")
-    assert rows["loss before, after"] == "0.1000, 0.7000 nats per token"
-    assert rows["damage"] == "+0.6000"
-    assert rows["first order ∇L·δ"] == "+0.3000"
-    assert rows["second order ½ δᵀHδ"] == "+0.2500"
-    assert rows["attributed to routes"] == "+0.5000"
-    assert rows["outside routes"] == "+0.0500"
-    assert float(rows["residual of the quadrature"]) == pytest.approx(0.05)
-    assert rows["damage in the top 2% of routes"].startswith("75.0% ")
-    assert rows["gradient cosine, whole model"] == "-0.125"
-    assert rows["most conflicting module"] == "layers.0.mlp (-0.500)"
-    assert rows["most synergistic module"] == "layers.0.attention (+0.750)"
-    assert rows["references"] == "math: 3 of 4 prompts, 17 tokens (correct)"
-    assert rows["stored dtype"] == "float32"
-
-
-def test_markdown_shows_what_was_asked_for(report, tmp_path):
-    report.second_order_error, report.difference_step = 0.00123, 0.0167
-    report.cosines["by_domain"]["qa"] |= {"interval": [-0.25, 0.75], "ceiling": 0.875}
-    spectrum = {
-        "eigenvalues": [4.0, -1.0],
-        "shares": [0.5, 0.125],
-        "effective_dimension": 1.47,
-        "second_order": 0.25,
-        "top_routes": {"0.02": 0.3},
-        "applications": 9,
-        "converged": True,
-    }
-    none = {**spectrum, "shares": [], "top_routes": {}, "effective_dimension": 1.9}
-    report.subspace = {"update": spectrum, "random": none, "references": 8, "seed": 0}
-    page = report.to_markdown()
-    rows = dict(line.strip("| ").split(" | ") for line in page.partition("\n## ")[0].splitlines() if line[:2] == "| ")
-    assert rows["second order ½ δᵀHδ"] == "+0.2500 ± 1.2e-03 (step 0.017 δ)"
-    assert rows["gradient cosine, math and qa"] == "+0.500 [-0.250, +0.750], noise allows ±0.875"
-    assert rows["second order in the top 2 directions (random update)"] == "62.5% (undefined)"
-    assert rows["second order in the top 2% of routes (random update)"] == "30.0% (undefined)"
-    assert rows["effective dimension of 2 eigenvalues (random update)"] == "1.47 (1.90)"
-    report.save_pretrained(tmp_path)
-    assert InterferenceReport.from_pretrained(tmp_path).to_dict() == report.to_dict()
 
 
 def test_sums_by_layer(report):
@@ -169,21 +119,50 @@ def test_concentration(report):
     assert report.concentration == {}
 
 
-def test_unknown_figure(report):
-    with pytest.raises(ValueError, match="kind: expected one of .*'module_cosines'.*found 'cosines'"):
-        report.plot("cosines")
-
-
-def test_figures_of_what_is_there(report, tmp_path):
-    names = {path.stem for path in report.save_figures(tmp_path / "figures")}
-    assert names == {"module_cosines", "damage_concentration"} == {path.stem for path in tmp_path.rglob("*.png")}
-    report.route_counts = {"mlp": [10, 10], "query": [0, 0], "key_value": [0, 0]}
-    assert "damage_by_layer" in {path.stem for path in report.save_figures(tmp_path)}
-
-
-def test_directions_are_kept_beside_the_routes(report, tmp_path):
-    report.directions = np.random.default_rng(1).normal(size=(2, 20))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("loss_before", float("nan")),
+        ("loss_after", float("inf")),
+        ("first_order", True),
+        ("second_order", "0.1"),
+        ("attributed", None),
+        ("later", "qa"),
+        ("later_loss_after", {"qa": float("nan")}),
+        ("references", []),
+        ("route_counts", {"mlp": 3}),
+        ("updates", 4),
+    ],
+)
+def test_figures_that_are_none(report, tmp_path, name, value):
     report.save_pretrained(tmp_path)
-    loaded = InterferenceReport.from_pretrained(tmp_path)
-    np.testing.assert_array_equal(loaded.directions, report.directions)
-    assert loaded.routes.keys() == report.routes.keys()
+    content = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**content, name: value}))
+    with pytest.raises(ValueError, match=f"report.json: {name}: expected .* found "):
+        InterferenceReport.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_arrays_that_are_not_finite(report, tmp_path, value):
+    report.routes["damage"][3] = value
+    report.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="routes.safetensors: damage: expected finite numbers"):
+        InterferenceReport.from_pretrained(tmp_path)
+
+
+def test_an_overlap_of_nothing_is_undefined(report, tmp_path):
+    report.overlaps = {"changed": {"query": {"value": float("nan"), "first": 0}}}
+    report.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["overlaps"]["changed"]["query"]["value"] is None
+    assert np.isnan(InterferenceReport.from_pretrained(tmp_path).overlaps["changed"]["query"]["value"])
+
+
+def test_repr_and_table(report):
+    report.computed_in, report.route_counts = "float32", {"mlp": [3, 5], "query": [4, 4], "key_value": [2, 2]}
+    assert repr(report) == (
+        "InterferenceReport(qa, writing on math: damage +0.6000 nats per token, 83% of it through routes; computed in "
+        "float32)"
+    )
+    table = report.to_pandas()
+    assert list(table.loc[4, ["kind", "layer", "position"]]) == ["mlp", 1, 1]
+    np.testing.assert_array_equal(table["damage"], report.routes["damage"])

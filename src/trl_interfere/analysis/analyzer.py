@@ -339,7 +339,9 @@ class InterferenceAnalyzer:
             step = difference_step(path) if config.difference_step is None else config.difference_step
             with routing.held():
                 second = second_order(path, damaged, route_map, step)
-                error = abs(second.total) * second_order_error(path, check, route_map, step) if check else None
+                error = None
+                if check and second.total:
+                    error = abs(second.total) * second_order_error(path, check, route_map, step)
                 damage = attribution(path, damaged, route_map, config.quadrature_nodes)
                 progress("damage of the later domains")
                 terms = {

@@ -1,11 +1,16 @@
 """The result of an analysis."""
 
 import json
+import math
+import tempfile
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import numpy as np
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -16,7 +21,7 @@ from .claims import claims_table, report_claims
 
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 
 SCHEMA_VERSION = 3
@@ -27,7 +32,7 @@ DIRECTIONS = "subspace_directions"  # in the file of the routes
 TOP_SHARES = (0.01, 0.02, 0.05, 0.1, 0.32)
 
 
-@dataclass
+@dataclass(repr=False)
 class InterferenceReport:
     """
     What an update did to an earlier domain, and through which routes.
@@ -188,51 +193,25 @@ class InterferenceReport:
             start = int(ends[-1])
         return sums
 
-    def plot(self, kind: str) -> "Figure":
-        """
-        One of the figures.
+    def __repr__(self) -> str:
+        routes = "" if self.damage == 0 else f", {self.attributed / self.damage:.0%} of it through routes"
+        return (
+            f"InterferenceReport({', '.join(self.later)} on {self.earlier}: damage {self.damage:+.4f} nats per token"
+            f"{routes}; computed in {self.computed_in or 'an unknown type'})"
+        )
 
-        Args:
-            kind (`str`):
-                `"module_cosines"`, `"sparsity"`, `"overlaps"`, `"damage_concentration"`, `"damage_by_layer"` or
-                `"eigenvalues"`.
+    def to_pandas(self) -> "DataFrame":
+        """One row for each route, with its kind, layer, position in the layer, and every measure."""
+        import pandas as pd
 
-        Returns:
-            [`matplotlib.figure.Figure`]: The figure.
-
-        Raises:
-            `ValueError`: If there is no such figure, or the report lacks what it shows.
-        """
-        from ..reporting.plots import PLOTS
-
-        if kind not in PLOTS:
-            raise ValueError(f"kind: expected one of {sorted(PLOTS)}, found {kind!r}")
-        return PLOTS[kind](self)
-
-    def save_figures(self, folder: str | Path) -> list[Path]:
-        """
-        Write every figure that the report has the measures for, as PNG.
-
-        Args:
-            folder (`str` or `pathlib.Path`):
-                The folder.
-
-        Returns:
-            `list[pathlib.Path]`: Their files.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        missing = {"sparsity": self.updates is None, "eigenvalues": self.subspace is None}
-        missing["damage_by_layer"] = not self.route_counts
-        missing["overlaps"] = not self.overlaps.get("active")
-        from ..reporting.plots import PLOTS
-
-        files = []
-        for kind in PLOTS:
-            if not missing.get(kind, False):
-                files.append(folder / f"{kind}.png")
-                self.plot(kind).savefig(files[-1], dpi=150)
-        return files
+        places = [
+            (kind, layer, position)
+            for kind, counts in self.route_counts.items()
+            for layer, count in enumerate(counts)
+            for position in range(count)
+        ]
+        frame = pd.DataFrame(places, columns=["kind", "layer", "position"])
+        return frame.assign(**self.routes)
 
     def extreme_module(self, conflicting: bool) -> dict[str, Any]:
         """
@@ -252,45 +231,70 @@ class InterferenceReport:
         return {"module": name, "cosine": modules[name]}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the arrays, as it stands in `report.json`."""
-        arrays = ("routes", "directions")
+        """Everything but the arrays, as it stands in `report.json`; what is undefined is `None`."""
         content = asdict(replace(self, routes={}, directions=None))
-        content = {key: value for key, value in content.items() if key not in arrays}
+        del content["routes"], content["directions"]
         derived = {"residual": self.residual, "concentration": self.concentration}
-        claims = [claim.to_dict() for claim in report_claims(self)]
-        return {"schema_version": SCHEMA_VERSION, **content, **derived, "claims": claims}
+        return _exchanged({"schema_version": SCHEMA_VERSION, **content, **derived}, _is_nan, None)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
-        Write `report.json`, `routes.safetensors` and `report.md`.
+        Write `report.json` and `routes.safetensors`.
 
         Args:
-            folder (`str` or `pathlib.Path`):
+            save_directory (`str` or `pathlib.Path`):
                 The folder.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Whether to push the report as well, to `repo_id` or to a repository that is named like the folder.
+            **kwargs:
+                Arguments of [`~InterferenceReport.push_to_hub`].
         """
-        folder = Path(folder)
+        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         arrays = self.routes if self.directions is None else {**self.routes, DIRECTIONS: self.directions}
         save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, folder / ROUTES_NAME)
-        write_atomically(folder / "report.md", self.to_markdown())
-        write_atomically(folder / REPORT_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_atomically(folder / REPORT_NAME, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> Any:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Interference report",
+        revision: str | None = None,
+    ) -> str:
         """
-        Publish the report under `interference/` of a model repository, see [`~trl_interfere.hub.push.push_report`].
+        Push the report under `interference/` of a model repository. [`~trl_interfere.hub.push.push_report`] adds a
+        card and figures.
 
         Args:
             repo_id (`str`):
                 The repository, `user/repo`; it is made if there is none.
-            **kwargs:
-                Further arguments of [`~trl_interfere.hub.push.push_report`].
+            private (`bool`, *optional*):
+                Whether a new repository is private.
+            token (`str`, *optional*):
+                Token. Defaults to the one of the environment or of `hf auth login`.
+            commit_message (`str`, *optional*, defaults to `"Interference report"`):
+                Message of the commit.
+            revision (`str`, *optional*):
+                Branch. Defaults to the main one.
 
         Returns:
-            [`~trl_interfere.hub.push.PushResult`]: Where it lies.
+            `str`: Address of the commit.
         """
-        from ..hub.push import push_report
-
-        return push_report(self, repo_id, **kwargs)
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                path_in_repo=REPORT_FOLDER,
+                commit_message=commit_message,
+                revision=revision,
+            ).commit_url
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, subfolder: str = REPORT_FOLDER) -> "InterferenceReport":
@@ -317,7 +321,7 @@ class InterferenceReport:
         content = read_json(folder / REPORT_NAME, SCHEMA_VERSION)
         for name in ("schema_version", "residual", "concentration", "claims"):
             content.pop(name, None)
-        known = {entry.name: entry for entry in fields(cls)}
+        known = {entry.name: entry for entry in fields(cls) if entry.name not in ("routes", "directions")}
         needed = [name for name, entry in known.items() if entry.default is entry.default_factory is MISSING]
         missing, unknown = [name for name in needed if name not in content], sorted(content.keys() - known.keys())
         if missing or unknown:
@@ -325,86 +329,15 @@ class InterferenceReport:
                 f"{folder / REPORT_NAME}: expected all fields of a report and no others, found {missing} missing and "
                 f"{unknown} unknown"
             )
+        hints = get_type_hints(cls)
+        for name, value in content.items():
+            if not _fits(value, hints[name]):
+                raise ValueError(f"{folder / REPORT_NAME}: {name}: expected {hints[name]}, found {value!r:.80}")
+        # The share of routes in common is undefined where neither of two updates touches any.
+        content["overlaps"] = _exchanged(content.get("overlaps", {}), lambda value: value is None, math.nan)
         if repo_id is not None:
             content |= {key: published_checkpoint(content[key], repo_id) for key in ("before", "after", "base")}
-        try:
-            routes = load_file(folder / ROUTES_NAME)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / ROUTES_NAME}: expected a whole safetensors file ({error})") from error
-        return cls(**content, directions=routes.pop(DIRECTIONS, None), routes=routes)
-
-    def to_markdown(self) -> str:
-        """The report as a page to read."""
-        later = ", ".join(self.later)
-        conflicting, synergistic = self.extreme_module(True), self.extreme_module(False)
-        share = "no damage by routes"
-        if self.concentration:
-            share = f"{100 * top_share(self.routes['damage'], 0.02):.1f}% of all attributed damage"
-        references = ", ".join(
-            f"{name}: {entry['n']} of {entry['considered']} prompts, {entry['tokens']} tokens"
-            for name, entry in self.references.items()
-        )
-        rows = [
-            ("loss before, after", f"{self.loss_before:.4f}, {self.loss_after:.4f} nats per token"),
-            ("damage", f"{self.damage:+.4f}"),
-            ("first order ∇L·δ", f"{self.first_order:+.4f}"),
-            ("second order ½ δᵀHδ", self._second_order_cell()),
-            ("attributed to routes", f"{self.attributed:+.4f}"),
-            ("outside routes", f"{self.outside_routes:+.4f}"),
-            ("residual of the quadrature", f"{self.residual:+.2e}"),
-            ("damage in the top 2% of routes", share),
-            *self._subspace_rows(),
-            ("gradient cosine, whole model", _signed(self.cosines["global"])),
-            *self._cosine_rows(),
-            ("most conflicting module", f"{conflicting['module']} ({_signed(conflicting['cosine'])})"),
-            ("most synergistic module", f"{synergistic['module']} ({_signed(synergistic['cosine'])})"),
-            ("references", f"{references} ({self.config['reference']})"),
-            ("stored dtype", self.dtype),
-        ]
-        table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-        return (
-            f"# Interference: {later} on {self.earlier}\n\n| figure | value |\n| --- | --- |\n{table}\n\n"
-            f"## The claims of arXiv 2606.02398\n\n{claims_table(report_claims(self))}\n"
-        )
-
-    def _second_order_cell(self) -> str:
-        if self.second_order_error is None:
-            return f"{self.second_order:+.4f}"
-        return f"{self.second_order:+.4f} ± {self.second_order_error:.1e} (step {self.difference_step:.2g} δ)"
-
-    def _cosine_rows(self) -> list[tuple[str, str]]:
-        rows = []
-        for name, entry in self.cosines.get("by_domain", {}).items():
-            if entry.get("interval") is not None:
-                low, high = entry["interval"]
-                ceiling = "undefined" if entry["ceiling"] is None else f"{entry['ceiling']:.3f}"
-                value = f"{_signed(entry['global'])} [{low:+.3f}, {high:+.3f}], noise allows ±{ceiling}"
-                rows.append((f"gradient cosine, {self.earlier} and {name}", value))
-        return rows
-
-    def _subspace_rows(self) -> list[tuple[str, str]]:
-        if self.subspace is None:
-            return []
-        found, random = self.subspace["update"], self.subspace["random"]
-        count = len(found["eigenvalues"])
-
-        def share(entry: dict[str, Any]) -> str:
-            return f"{100 * sum(entry['shares']):.1f}%" if entry["shares"] else "undefined"
-
-        def top(entry: dict[str, Any]) -> str:
-            return f"{100 * entry['top_routes']['0.02']:.1f}%" if entry["top_routes"] else "undefined"
-
-        def dimension(entry: dict[str, Any]) -> str:
-            return f"{entry['effective_dimension']:.2f}"
-
-        return [
-            (f"{name} (random update)", f"{value(found)} ({value(random)})")
-            for name, value in (
-                (f"second order in the top {count} directions", share),
-                ("second order in the top 2% of routes", top),
-                (f"effective dimension of {count} eigenvalues", dimension),
-            )
-        ]
+        return cls(**content, **_read_arrays(folder / ROUTES_NAME))
 
 
 def top_share(damage: np.ndarray, share: float) -> float:
@@ -424,8 +357,49 @@ def top_share(damage: np.ndarray, share: float) -> float:
     return float(top.sum() / damage.sum())
 
 
-def _signed(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:+.3f}"
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON has a type: figures are finite numbers and no booleans."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    origin = get_origin(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(part, get_args(hint)[0]) for part in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(part, get_args(hint)[1]) for part in value.values())
+    if hint is Any:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        return (not isinstance(value, float) or math.isfinite(value)) and all(_fits(part, Any) for part in inner)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return value is None if hint is type(None) else type(value) is hint
+
+
+def _exchanged(value: Any, undefined: Callable[[Any], bool], other: float | None) -> Any:
+    """A value of JSON with another one in the place of those that are undefined."""
+    if isinstance(value, dict):
+        return {key: _exchanged(part, undefined, other) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_exchanged(part, undefined, other) for part in value]
+    return other if undefined(value) else value
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _read_arrays(file: Path) -> dict[str, Any]:
+    try:
+        routes = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a whole safetensors file ({error})") from error
+    for name, values in routes.items():
+        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise ValueError(f"{file}: {name}: expected finite numbers, found {values.dtype} or NaN or infinity")
+    directions = routes.pop(DIRECTIONS, None)
+    lengths = {name: values.shape for name, values in routes.items()}
+    if len(set(lengths.values())) != 1 or len(next(iter(lengths.values()))) != 1:
+        raise ValueError(f"{file}: expected arrays with one number for each route, found shapes {lengths}")
+    return {"routes": routes, "directions": directions}
 
 
 def _report_folder(name: str | Path, subfolder: str) -> tuple[Path, str | None]:

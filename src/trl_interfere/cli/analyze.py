@@ -10,7 +10,7 @@ import numpy as np
 
 from ..evaluation.bootstrap import difference
 from ..evaluation.flips import flips
-from ..run import Run, lock_folder
+from ..run import Run, lock_folder, write_atomically
 from .options import Options, option, parse
 from .output import progress_bar, show
 from .runs import Update, domains_of, recipe_of, update_of_checkpoints, update_of_run
@@ -74,6 +74,8 @@ def settings_of(recipe: Any) -> Any:
 def analyze(update: Update, earlier: Any, later: list[Any], config: Any, options: AnalyzeOptions, folder: Path) -> Any:
     """Analyse, and put the report into its folder when all of it is written."""
     from ..analysis.analyzer import InterferenceAnalyzer
+    from ..reporting.card import report_markdown
+    from ..reporting.plots import save_figures
 
     scratch = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
@@ -93,7 +95,8 @@ def analyze(update: Update, earlier: Any, later: list[Any], config: Any, options
         report = analyzer.analyze(earlier, later, progress=begin)
         progress.update(task, description="done", completed=sum(passes.values()))
     report.save_pretrained(scratch)
-    report.save_figures(scratch / "figures")
+    write_atomically(scratch / "report.md", report_markdown(report))
+    save_figures(report, scratch / "figures")
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(scratch, folder)

@@ -14,6 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..analysis.report import REPORT_FOLDER, REPORT_NAME, InterferenceReport
+from ..reporting.plots import save_figures
 from ..revision import split_revision, stage_revision
 from ..run import STAGES_NAME, Run
 from .plan import Files, PushPlan, model_files, plan_report, plan_run
@@ -171,7 +172,7 @@ def push_report(
     if isinstance(report, InterferenceReport):
         with tempfile.TemporaryDirectory() as folder:
             report.save_pretrained(folder)
-            report.save_figures(Path(folder) / "figures")
+            save_figures(report, Path(folder) / "figures")
             return push_report(folder, repo_id, private, token, dry_run)
     plan = plan_report(report, repo_id)
     if dry_run:

@@ -344,11 +344,12 @@ def _report_text(report: InterferenceReport, claims: bool = True) -> str:
         "second order ½ δᵀHδ": f"{report.second_order:+.4f}{error} nats per token",
         "attributed to routes": f"{report.attributed:+.4f} nats per token",
         "outside routes": f"{report.outside_routes:+.4f} nats per token",
-        "residual of the quadrature": f"{report.residual:+.2e} nats per token",
+        **({} if report.switching is None else {"by switching experts": _switches(report)}),
+        "residual (quadrature and rounding)": f"{report.residual:+.2e} nats per token",
         "damage in the top 2% of routes": share,
         "gradient cosine, whole model": "undefined" if cosine is None else f"{cosine:+.3f}",
         "references": f"{references} ({report.config['reference']})",
-        "stored as": report.dtype,
+        "stored as, computed in": f"{report.dtype}, {report.computed_in}",
     }
     lines = [f"- {name}: {plain(value)}" for name, value in rows.items()]
     lines += [
@@ -362,6 +363,11 @@ def _report_text(report: InterferenceReport, claims: bool = True) -> str:
             f"{plain(row.paper)}."
         )
     return "\n".join(lines)
+
+
+def _switches(report: InterferenceReport) -> str:
+    tokens = report.references[report.earlier]["tokens"]
+    return f"{report.switching:+.4f} nats per token ({report.switched} of {tokens} tokens)"
 
 
 def _made(
