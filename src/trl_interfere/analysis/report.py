@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 from ..models import local_folder
 from ..revision import published_checkpoint, split_revision
 from ..run import read_json, write_atomically
-from .claims import claims_table, report_claims
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from typing import Any
 from transformers import PrinterCallback
 
 from ..analysis.analyzer import InterferenceAnalyzer
-from ..analysis.claims import edit_claims, forgetting_claims, refresh_claims, report_claims, rollback_claims
 from ..analysis.config import InterferenceConfig
 from ..analysis.contraction import contraction
 from ..analysis.report import InterferenceReport
@@ -21,6 +20,7 @@ from ..checkpoint import Checkpoint
 from ..models import load_model
 from ..repair.comparison import Comparison
 from ..repair.heal import heal_run
+from ..reporting.claims import edit_claims, forgetting_claims, refresh_claims, report_claims, rollback_claims
 from ..reporting.plots import (
     arm_of,
     plot_changed_overlaps,

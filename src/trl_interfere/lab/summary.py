@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..analysis.claims import Claim, claims_table
+from ..reporting.claims import Claim, claims_table
 from ..run import stage_name, write_atomically
 from ..tables import console_table, markdown_table
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..analysis.claims import report_claims
 from ..analysis.report import InterferenceReport, top_share
 from ..benchmark import parse_benchmark
 from ..checkpoint import published_name
@@ -15,6 +14,7 @@ from ..evaluation.score_matrix import ScoreMatrix
 from ..revision import published_checkpoint, split_revision, stage_revision
 from ..run import Run, StageRecord
 from ..tables import code, fenced, markdown_table, plain
+from .claims import report_claims
 from .verdict import flipped, losses, read_repair, share_of, verdict
 
 

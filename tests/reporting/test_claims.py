@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from trl_interfere.analysis.claims import forgetting_claims, refresh_claims, report_claims, rollback_claims
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
+from trl_interfere.reporting.claims import forgetting_claims, refresh_claims, report_claims, rollback_claims
 
 
 OVERLAP = {"value": 0.25, "low": 0.1, "high": 0.375, "units": 4, "chance": 0.053, "shuffled": 0.06,

@@ -10,8 +10,8 @@ from ..tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from .report import InterferenceReport
-    from .stage_edits import StageEdits
+    from ..analysis.report import InterferenceReport
+    from ..analysis.stage_edits import StageEdits
 
 
 @dataclass(frozen=True)
