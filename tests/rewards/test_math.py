@@ -99,6 +99,30 @@ TABLE = [
     ("1 2 3 42 " * 50_000, "42", 0),
     ("{" * 100_000, "42", 0),
     (" ".join(map(str, range(1000))), "42", 0),
+    ("The answer is 72, as we showed.", "72", 1),
+    ("Thus, the answer is 72 clips in total.", "72", 1),
+    ("In total: 72.", "72", 1),
+    ("The final answer is: 72", "72", 1),
+    ("Therefore 72.", "72", 1),
+    ("= 72", "72", 1),
+    ("The answer is **72**.", "72", 1),
+    (r"The answer is \(72\).", "72", 1),
+    ("Result: 72", "72", 1),
+    ("She has 72 left.", "72", 1),
+    ("The answer is 72; the others are wrong.", "72", 1),
+    ("The answer is 72 and not 71.", "72", 0),
+    ("#### -5", "-5", 1),
+    ("####72", "72", 1),
+    ("#### 72.", "72", 1),
+    ("x\n#### \\frac{1}{2}", "0.5", 1),
+    (r"Hence the required probability is $\frac{1}{2}$.", r"\frac{1}{2}", 1),
+    (r"Answer: $\frac{3}{4}$", r"\frac34", 1),
+    ("So the answer is $x = 5$.", "5", 1),
+    ("The sum of all such values is therefore 72.", "72", 1),
+    ("$$x=72$$", "72", 1),
+    (r"\[x = 72\]", "72", 1),
+    ("The answer is 7 2", "72", 0),
+    ("The answer is 172", "72", 0),
 ]
 
 # Expected answer || what says the same | ... || what does not | ..., each in a box.
@@ -244,6 +268,71 @@ x+1 || 1+x ||
 0.5 ||  || 1\frac{1}{2}
 7 ||  || 2\frac{7}{2}
 1024 ||  || 2^{10}
+a^3+b^3+c^3 || a^3+b^3+c^3 ||
+10^{100} || 10^{100} || 10^{101}
+2^{2024}-1 || 2^{2024}-1 || 2^{2024}+1
+2024! ||  || 2023!
+7000 || 7 thousand ||
+7 thousand ||  || 7
+3 || ３ || 3 \text{ dozen}
+3:30\text{ PM} || 3:30 PM || 3:30 AM | 3:30
+5\text{ right} ||  || 5\text{ left}
+2\text{ boys}, 3\text{ girls} ||  || 2\text{ girls}, 3\text{ boys}
+5\text{ feet }6\text{ inches} || 5 feet 6 inches || 5 feet 7 inches
+a=1,b=2,c=3 || (1,2,3) || (3,1,2)
+-1\le x\le 1 || [-1,1] || (-1,1) | \{-1,1\}
+(-1,1) ||  || -1,1
+25000 || 25 000 ||
+25 ||  || 25 000
+1234567.5 || 1 234 567.5 ||
+\frac{1}{3} || ⅓ ||
+5\sqrt{2} || 5√2 ||
+\frac{\sqrt2}{2} || √(2)/2 ||
+x^4 || x⁴ ||
+\ge 3 || ≥ 3 ||
+45 || 45° ||
+(-\infty, 2] || (−∞, 2] ||
+x \in \mathbb{R} || x ∈ ℝ ||
+\frac{\pi}{2} || π/2 ||
+10^{-51} ||  || 10^{-50}
+10^{-50} || \frac{1}{10^{50}} ||
+1,3,7,\ldots ||  || 1,3,5,\ldots
+1,3,5,\ldots || 1,3,5,\dots ||
+\frac{n(n+1)}{2} || n(n+1)/2 ||
+x=k\pi || k\pi || 2k\pi
+x>0 || (0, \infty) ||
+-\frac12, \frac32 || \frac{3}{2}, -\frac{1}{2} ||
+\text{A} || A ||
+A, C || \text{A, C} || A, B
+\text{Tuesday} || Tuesday || Monday
+even || \text{Even} ||
+true || True ||
+\frac{\sqrt{2}+\sqrt{6}}{4} || \frac{\sqrt{6}+\sqrt{2}}{4} ||
+\cos 15^\circ || \cos 15^\circ ||
+e^2 || e^{2} ||
+\frac12 e^x || \frac{e^x}{2} ||
+2x^2+C || 2x^2 + C ||
+\log_2 3 || \log_{2}{3} ||
+\sqrt{ab} || \sqrt{a}\sqrt{b} ||
+3.5 || 3\frac{1}{2} | 3 1/2 ||
+3\frac12 || 7/2 ||
+12 || 12\text{ minutes} ||
+12\text{ minutes} ||  || 12\text{ hours}
+120\text{ minutes} ||  || 2\text{ hours}
+5\text{ kilometers} || 5\text{ km} ||
+5 || 5\text{ units}^2 | 5\text{ sq units} ||
+5.5 || \$5.50 | 5.50 dollars ||
+5\% || 5 \% ||
+5\text{ dollars} ||  || 5 cents
+x=1,y=2 || x=1,\ y=2 | x = 1; y = 2 ||
+x^2+2xy+y^2 || (x+y)^2 ||
+x+y=1 || y=-x+1 ||
+y=1-x || x+y=1 ||
+|b-a| || |a-b| ||
+|a-b| || \lvert a-b\rvert ||
+\max(a,b) || \max\{a,b\} ||
+4 || 4\,\text{cm} | 4.0 | 04 ||
+6\sqrt{2} || 6\sqrt{2}\,\text{cm} ||
 """
 FORMS = [[part.strip() for part in line.split("||")] for line in FORMS.strip().splitlines()]
 

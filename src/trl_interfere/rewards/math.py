@@ -63,7 +63,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BETWEEN = re.compile(r"[\s$,;.()\[\]\\]*(?:\b(?:and|or)\b)?[\s$,;.()\[\]\\]*(?:[A-Za-z]\w{0,3}\s*=\s*)?\$?")
 _STATED = re.compile(r"####\s*([^\n]+)|answer[\s*_]{0,9}(?:is\b\s*:?|:|=)\s*([^\n]+)", re.IGNORECASE)
 _CONCLUDES = re.compile(
-    r"(?<![<>!])=|:|\\equiv\b|\b(?:is|are|equals|ha[sd]|have|gets?|gives|makes?|needs?|leaves|totals)\b:?"
+    r"(?<![<>!])=|:|\\equiv\b|\b(?:is|are|equals|ha[sd]|have|gets?|gives|makes?|needs?|leaves|totals)\b:?(?:\s(?:therefore|thus|hence|then|only|exactly|just|now)\b)?"
     r"|^\W*(?:hence|thus|therefore|so|then|finally|total)\b(?:[^\d=:\\]*\s(?=[\d-]|dollars))?[,:]?",
     re.IGNORECASE,
 )
@@ -163,6 +163,7 @@ _SAME = (
     (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
     (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (r"\\(max|min|gcd|lcm)\s*\\\{([^{}]*)\\\}", r"\\\1(\2)"),
     (r"\^\s*\{?\s*(st|nd|rd|th)\b\s*\}?", r"\1"),
     (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2"),
     (r"\s+", " "),
@@ -208,7 +209,8 @@ _BEHIND = (
     r"(?:\s(?:per|of|a)\s[a-z]+|\s(?:in\s(?:total|all)|left|altogether|total|each|overall|celsius|fahrenheit|[CF]))*"
 )
 _NOUN = rf"(?i:(?!.*{_NO_UNIT})(?:[a-z]+\.?\s)?(?:%s){_SQUARED}){_BEHIND}"
-_UNIT = re.compile(rf"(?:(?:cu|sq)\.?\s)?{_SYMBOL}(?:\s?/\s?{_SYMBOL})?|{_NOUN % _PLURAL}")
+_LEFT = "left|altogether|in total|in all|total|each|overall"
+_UNIT = re.compile(rf"(?:(?:cu|sq)\.?\s)?{_SYMBOL}(?:\s?/\s?{_SYMBOL})?|{_NOUN % _PLURAL}|{_LEFT}")
 _UNIT_OF_ONE = re.compile(_NOUN % "[a-z]{2,}")
 _ALIASES = (
     (r"\b(?:in total|in all|left|altogether|total|each|overall)\b", ""),
@@ -497,18 +499,20 @@ def _same_equation(expected: tuple, given: tuple) -> bool:
     one, two = (form[1] if form[0] == "equation" else None for form in (expected, given))
     if one is not None and two is not None and len(one) == len(two) == 2:
         names = [side[0].strip() for side in (one, two)]
-        if not all(map(_is_name, names)) or (names[0] != names[1] and all(len(name) == 1 for name in names)):
-            if _quantity(one[1]) and _is_name(one[0]):
-                return False
-            return _same_formula(*(f"({side[0]})-({side[1]})" for side in (one, two)), equations=True)
+        named, equal = all(map(_is_name, names)), names[0] == names[1]
+        if named and (equal or max(map(len, names)) > 1) and _same(_read(one[1]), _read(two[1])):
+            return True
+        # `x = 5` is a value, which `2x = 10` does not state and `y = 5` states of something else.
+        if (named and equal) or (_quantity(one[1]) and _is_name(one[0]) and not re.search(r"[+-]", one[0])):
+            return False
+        return _same_formula(*(f"({side[0]})-({side[1]})" for side in (one, two)), equations=True)
     if one is not None:
         return len(one) == 2 and _is_name(one[0]) and _same(_read(one[1]), given if two is None else given)
     *before, last = two
-    target = expected
-    if not _same(target, _read(last)):
+    if not _same(expected, _read(last)):
         return False
     # Every other side of a chain has the value too, but for the name that it may begin with.
-    return all(_same(target, _read(side)) or _same_formula(last, side) for side in before[_is_name(before[0]) :])
+    return all(_same(expected, _read(side)) or _same_formula(last, side) for side in before[_is_name(before[0]) :])
 
 
 def _same_residue(expected: tuple, given: tuple, modulus: tuple) -> bool:
@@ -526,7 +530,7 @@ def _same_leaf(expected: str, given: str) -> bool:
     if _bare(expected) == _bare(given):
         return bool(_bare(expected))
     quantity = _quantity(expected)
-    if quantity is not None:
+    if quantity is not None and (_quantity(given) is not None or "^" not in expected):
         found = _quantity(given)
         return (
             found is not None
@@ -544,7 +548,9 @@ def _same_leaf(expected: str, given: str) -> bool:
     if not first or not second:
         return first == second
     values = _quantity(first), _quantity(second)
-    return values[0] == values[1] if None not in values else values[0] is None and _same_formula(first, second)
+    if None not in values:
+        return values[0] == values[1]
+    return (values[0] is None or "^" in first) and _same_formula(first, second)
 
 
 def _same_formula(first: str, second: str, equations: bool = False) -> bool:

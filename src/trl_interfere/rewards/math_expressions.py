@@ -79,6 +79,10 @@ def _main() -> None:
         found = [value if value.is_Rational else value.evalf(_DIGITS) for value in found]
         return found if all(value.is_number and value.is_finite for value in found) else None
 
+    def leaves_reals(formula, names: list, point: tuple[int, ...]) -> bool:
+        parts = values(list(formula.atoms(sympy.Pow, sympy.log)), names, point)
+        return parts is None or any(abs(sympy.im(part)) > 0 for part in parts)
+
     def equal(a, b) -> bool:
         if a.is_Rational and b.is_Rational:
             return a == b
@@ -102,11 +106,11 @@ def _main() -> None:
                 if found[1] != 0:
                     ratios.append(found[0] / found[1])
                 continue
-            # Where a root or logarithm of a negative number leaves the reals, two forms of one formula may differ.
-            real = all(abs(sympy.im(value)) <= 1e-20 * abs(value) for value in found)
             if not equal(*found):
-                if place < _POSITIVE or real:
+                # Where a root or logarithm of a negative number leaves the reals, forms of one formula may differ.
+                if place < _POSITIVE or not any(leaves_reals(formula, names, point) for formula in formulas):
                     return False
+                continue
             ratios.append(sympy.Integer(1))
         return bool(ratios) and ratios[0] != 0 and all(equal(ratio, ratios[0]) for ratio in ratios)
 
