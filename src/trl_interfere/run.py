@@ -1,19 +1,17 @@
 """The folder of a run: its one reader and writer."""
 
 import difflib
-import fcntl
 import json
 import logging
 import math
-import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .io import lock_folder, read_json, resolve_inside, write_atomically, write_json
 
 
 SCHEMA_VERSION = 1
@@ -22,93 +20,6 @@ REPORT_NAME = "report.json"
 KINDS = ("base", "train", "refresh", "heal")
 
 logger = logging.getLogger(__name__)
-_locked: set[Path] = set()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write one of this project's JSON files atomically."""
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
-
-
-def read_json(path: Path, schema_version: int) -> dict[str, Any]:
-    """Read one of this project's JSON files; one that is not JSON, or of another schema version, is refused."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, found something else ({error})") from error
-    found = content.get("schema_version") if isinstance(content, dict) else None
-    if type(found) is not int or found != schema_version:
-        raise ValueError(f"{path}: expected schema_version {schema_version}, found {found!r}")
-    return content
-
-
-def resolve_inside(folder: Path, part: str) -> Path:
-    """
-    Path of a part of a folder. Links may lead to the Hub's cache that the folder lies in, and nowhere else outside:
-    what a file of a stranger names must not be read, and then published, from any place of the disk.
-    """
-    folder = folder.resolve()
-    path = (folder / part).resolve()
-    snapshots = next((parent for parent in (folder, *folder.parents) if parent.name == "snapshots"), None)
-    if not any(path.is_relative_to(place) for place in (folder, *([snapshots.parent] if snapshots else []))):
-        raise ValueError(f"{folder / part}: expected a file inside {folder}, found a path or a link that leaves it")
-    return folder / part
-
-
-@contextmanager
-def lock_folder(folder: str | Path) -> Iterator[None]:
-    """
-    Be the only writer of a folder.
-
-    The lock ends with its process, however that ends.
-
-    Args:
-        folder (`str` or `pathlib.Path`):
-            The folder; it is made if it is missing.
-
-    Raises:
-        `ValueError`: If another process, or this one, writes to the folder already.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        place = folder.resolve() / ".lock"
-        # Opened again in the process that holds it, a lock of POSIX would be lost as the second file is closed.
-        if place in _locked:
-            raise ValueError(f"{folder}: this process (pid {os.getpid()}) writes to the folder already")
-        file = open(place, "a+", encoding="utf-8")  # noqa: SIM115 (held below)
-    except OSError as error:
-        raise OSError(f"{folder}: cannot be written to ({error.strerror or error})") from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            pid = file.read().strip() or "unknown"
-            raise ValueError(f"{folder}: another process (pid {pid}) writes to the folder; wait or end it") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        _locked.add(place)
-        try:
-            yield
-        finally:
-            file.truncate(0)
-            _locked.discard(place)
 
 
 @dataclass
@@ -205,20 +116,8 @@ class Run:
         about: dict[str, Any] | None = None,
     ) -> "Run":
         """
-        A run that begins, or goes on with [`~Run.resume`]. Nothing is written before [`~Run.save`].
-
-        Args:
-            folder (`str` or `pathlib.Path`):
-                Folder of the run.
-            identity (`dict`):
-                What makes it this run and no other: base model, domains, schedule, configuration. JSON values only.
-            run_name (`str`, *optional*):
-                Name under which trackers know it. Defaults to the name of the folder and a random number.
-            about (`dict`, *optional*):
-                What the card says of it; may change when the run is resumed.
-
-        Returns:
-            [`Run`]: The run.
+        A run that begins, or goes on with [`~Run.resume`]; nothing is written before [`~Run.save`]. The identity makes
+        it this run and no other; `about`, for the card, may change when the run is resumed.
         """
         run = cls.__new__(cls)
         run._begin(folder, json.loads(json.dumps(identity)), run_name, about)
@@ -364,18 +263,7 @@ class Run:
         return rows
 
     def scores(self, stage: StageRecord | str | int, domain: str) -> np.ndarray:
-        """
-        Scores of a stage on the test prompts of a domain.
-
-        Args:
-            stage ([`StageRecord`] or `str` or `int`):
-                The stage, its name or its position.
-            domain (`str`):
-                Name of the domain.
-
-        Returns:
-            `numpy.ndarray` of shape `(n,)`: Score of each prompt, 0 to 1.
-        """
+        """The `score` of each of these [`~Run.rows`], an array of shape `(n,)`."""
         return np.array([row["score"] for row in self.rows(stage, domain)], dtype=np.float64)
 
     def trained(self, domain: str) -> StageRecord | None:
@@ -384,19 +272,7 @@ class Run:
         return own[-1] if own else None
 
     def peak(self, domain: str) -> StageRecord:
-        """
-        The stage after which a domain scored best, up to the final stage; the earliest one among equals.
-
-        Args:
-            domain (`str`):
-                Name of the domain.
-
-        Returns:
-            [`StageRecord`]: The stage.
-
-        Raises:
-            `ValueError`: If the domain was never scored.
-        """
+        """The stage up to the final one after which a domain scored best; the earliest one among equals."""
         scored = [record for record in self.stages[: self.final.index + 1] if domain in record.scores]
         if not scored:
             raise ValueError(f"domain {domain!r}: expected one that was scored, {self.domains}")
@@ -404,12 +280,8 @@ class Run:
 
     def resume(self) -> None:
         """
-        Go on with what is in the folder: read its stages and remove what a killed process left half-written.
-
-        The schedule may be longer than that of the earlier process, and there may be more domains.
-
-        Raises:
-            `ValueError`: If `stages.json` is broken, of another run, or names what is missing.
+        Go on with what is in the folder: read its stages and remove what a killed process left half-written. Another
+        run is refused, but the schedule may be longer than that of the earlier process, and there may be more domains.
         """
         identity, about, run_name = self.identity, self.about, self.run_name
         self._tidy()

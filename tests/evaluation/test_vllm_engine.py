@@ -28,7 +28,7 @@ def test_vllm_is_not_installed(tmp_path):
         score_checkpoint(str(MODEL_FOLDER), [domain], settings, engine="vllm")
     with pytest.raises(ValueError, match="engine.*'sglang'"):
         score_checkpoint(str(MODEL_FOLDER), [domain], settings, engine="sglang")
-    with pytest.raises(ValueError, match="use_vllm"):
+    with pytest.raises(ImportError, match="use_vllm"):
         build(tmp_path / "run", use_vllm=True)
     assert not (tmp_path / "run" / "stages.json").exists()
 

@@ -131,7 +131,7 @@ def without_a_manifest(folder):
         def on_train_end(self, args, state, control, **kwargs):
             sync.side_effect = OSError(28, "No space left on device")
 
-    with patch("trl_interfere.run.os.fsync") as sync:
+    with patch("trl_interfere.io.os.fsync") as sync:
         go_on(folder, callbacks=[Fill()])
 
 

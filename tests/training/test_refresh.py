@@ -430,3 +430,12 @@ def test_a_run_that_is_stopped_between_refreshes(tmp_path):
     assert [(record["steps"], record["reason"].get("steps")) for record in records[2:]] == [(1, None), (2, 0), (1, 2)]
     assert records[4]["reason"]["recovered"]["value"] == pytest.approx(0.4)
     assert records[4]["reason"]["peak"] == "1-math" and records[4]["reason"]["damaged"] == "2-qa"
+
+
+def test_a_refresh_that_makes_it_no_better_says_so(caplog):
+    for now, said in ((0.4, True), (0.5, True), (0.6, False)):
+        caplog.clear()
+        rows = [{"math": right(score, 20)} for score in (0.5, now)]
+        matrix = ScoreMatrix(["math"], ["2-qa", "3-refresh-math"], rows)
+        RefreshCallback().on_stage_end(StageRecord(3, "refresh", "math", None, 1, 1.0, {}, 0, {}, {}), matrix)
+        assert ("no better" in caplog.text and "2-qa" in caplog.text) == said

@@ -108,6 +108,15 @@ class RefreshCallback(StageCallback):
         self.steps_per_check = steps_per_check
         self.overrides = overrides
 
+    def on_stage_end(self, record: StageRecord, score_matrix: ScoreMatrix) -> None:
+        if record.kind == "refresh" and record.domain in score_matrix.values[-1]:
+            change = difference(*(row[record.domain] for row in score_matrix.values[:-3:-1]))
+            if change.value <= 0:
+                logger.warning(
+                    f"{record.name}: the refresh made domain {record.domain!r} no better ({change:.1f} points); the "
+                    f"stage before it, {score_matrix.stages[-2]}, is kept"
+                )
+
     def request_stage(
         self, stages: list[StageRecord], score_matrix: ScoreMatrix, schedule_finished: bool
     ) -> Stage | None:
