@@ -1,7 +1,7 @@
 """
 Make the data of the Space from a finished run of the lab.
 
-    trl-interfere lab --output-dir lab-out
+    trl-interfere lab --output_dir lab-out
     python space/pack_lab.py lab-out
 """
 

@@ -19,7 +19,7 @@ WAIT = 60_000  # milliseconds; a limit, not a measurement
 def hostile(tmp_path_factory):
     """A run with a domain, prompts, completions and a report that hold HTML, Markdown and a formula."""
     folder = tmp_path_factory.mktemp("runs") / "hostile"
-    shutil.copytree(DATA, folder, ignore=shutil.ignore_patterns("delta.safetensors", "1-*after*"))
+    shutil.copytree(DATA, folder, ignore=shutil.ignore_patterns("delta.safetensors", "math-after-qa"))
     content = json.loads((folder / "stages.json").read_text())
     for stage in content["stages"]:
         stage["scores"] = {HOSTILE if name == "math" else name: entry for name, entry in stage["scores"].items()}

@@ -39,7 +39,7 @@ def test_walk(visit, address, shoot, tmp_path, chromium):
     link = page.url
     show(page, "Repairs")
     page.wait_for_selector("#pareto svg")
-    assert page.locator("#pareto svg title").first.text_content().startswith("heal, subspace of rank 64: 88%")
+    assert page.locator("#pareto svg title").first.text_content().startswith("heal, subspace of rank 64: 99%")
     shoot(page, "repairs")
     show(page, "Where")
     page.wait_for_selector("#maps img")

@@ -19,7 +19,6 @@ from trl_interfere.reporting.plots import (
     plot_layer_maps,
     plot_module_cosines,
     plot_pareto,
-    plot_rollback,
     plot_score_matrix,
     plot_scores,
     save_figures,
@@ -198,37 +197,6 @@ def test_save_figures(make_report, tmp_path):
     assert [path.stem for path in save_figures(report, tmp_path)] == list(PLOTS)
     report.subspace, report.overlaps = None, {}
     assert {path.stem for path in save_figures(report, tmp_path)} == {*PLOTS} - {"eigenvalues", "overlaps"}
-
-
-def test_rollback():
-    rows = [
-        {"criterion": criterion, "scope": scope, "budget": budget, "step_rule": rule, "step": 1.0}
-        | {"recovered": recovered, "low": recovered - 0.125, "high": recovered + 0.25}
-        for criterion, scope, budget, rule, recovered in [
-            ("damage", "mlp", 0.32, "optimal", 0.75),
-            ("damage", "mlp", 0.02, "fixed", 0.25),
-            ("damage", "mlp", 0.02, "optimal", 0.5),
-            ("damage", "joint", 0.02, "optimal", 0.9),
-            ("random", "mlp", 0.02, "fixed", -0.25),
-        ]
-    ]
-    rows.append({**rows[0], "criterion": "magnitude", "recovered": None, "low": None, "high": None})
-    fixed, optimal = plot_rollback(rows, "math").axes
-    assert [label.get_text() for label in fixed.get_yticklabels()] == ["random, 2%", "damage, 2%"]
-    for container, (position, value) in zip(fixed.containers, [(0, -25), (1, 25)], strict=True):
-        line, _, (bar,) = container
-        assert (line.get_xdata()[0], line.get_ydata()[0]) == pytest.approx((value, position))
-        np.testing.assert_allclose(bar.get_segments()[0][:, 0], [value - 12.5, value + 25])
-    line, _, (bars,) = optimal.containers[0]
-    assert [container.get_label() for container in optimal.containers] == ["damage", "random"]
-    np.testing.assert_allclose(line.get_ydata(), [50, 75])
-    assert line.get_xdata() == pytest.approx([2, 32], rel=0.1)
-    np.testing.assert_allclose([segment[:, 1] for segment in bars.get_segments()], [[37.5, 75], [62.5, 100]])
-
-
-def test_rollback_without_a_loss():
-    fixed, optimal = plot_rollback([], "math").axes
-    assert not fixed.containers and optimal.texts[0].get_text() == "no score was lost"
 
 
 def figures_of(report):

@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from ..analysis.report import InterferenceReport
 from ..analysis.stage_edits import StageEdits
@@ -424,84 +423,6 @@ def _name(text: str, length: int = 40) -> str:
     """A name from a run as plain text of a figure, where two dollars would begin a formula."""
     text = "".join(character if character.isprintable() else "?" for character in text)
     return (text if len(text) <= length else text[: length - 1] + "…").replace("$", "\\$")
-
-
-def plot_rollback(rows: list[dict[str, Any]], earlier: str) -> Figure:
-    """
-    Recovered share against the budget of the rollback, with its controls.
-
-    Args:
-        rows (`list[dict]`):
-            Rows of `results.json`: `criterion`, `scope`, `budget`, `step`, `step_rule`, `recovered`, `low`, `high`.
-        earlier (`str`):
-            Name of the repaired domain.
-
-    Returns:
-        [`matplotlib.figure.Figure`]: The figure.
-    """
-    shown = [row for row in rows if row["scope"] == "mlp" and row["recovered"] is not None]
-    criteria = list(dict.fromkeys(row["criterion"] for row in shown))
-    colors = dict(zip(criteria, COLORS * 2, strict=False))
-    fixed = [row for row in shown if row["step_rule"] == "fixed"]
-    figure = Figure(figsize=(9.5, 4.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for position, row in enumerate(reversed(fixed)):
-        left.errorbar(
-            100 * row["recovered"],
-            position,
-            xerr=[[100 * (row["recovered"] - row["low"])], [100 * (row["high"] - row["recovered"])]],
-            color=colors[row["criterion"]],
-            marker="o",
-            markersize=4,
-            capsize=2,
-        )
-    left.set_yticks(range(len(fixed)), [f"{row['criterion']}, {100 * row['budget']:g}%" for row in reversed(fixed)])
-    left.axvline(0, color="grey", linewidth=0.8)
-    left.set_xlabel(f"recovered share of the lost {earlier} score (%)")
-    left.set_title("step α = 1", fontsize=10)
-    for number, criterion in enumerate(criteria):
-        points = [row for row in shown if row["criterion"] == criterion and row["step_rule"] == "optimal"]
-        points.sort(key=lambda row: row["budget"])
-        budgets = np.array([100 * row["budget"] for row in points])
-        values = 100 * np.array([[row["recovered"], row["low"], row["high"]] for row in points]).reshape(-1, 3)
-        right.errorbar(
-            budgets * (1 + 0.06 * (number - len(criteria) / 2)),  # keep intervals apart
-            values[:, 0],
-            yerr=np.abs(values[:, 1:] - values[:, :1]).T,
-            color=colors[criterion],
-            marker="o",
-            markersize=4,
-            capsize=2,
-            linewidth=1.2,
-            label=criterion,
-        )
-    right.axhline(0, color="grey", linewidth=0.8)
-    right.axhline(100, color="grey", linewidth=0.8, linestyle=":")
-    if shown:
-        budget_axis(right, [row["budget"] for row in shown])
-        figure.legend(loc="outside right upper", fontsize=8)
-    else:
-        right.text(0.5, 0.5, "no score was lost", transform=right.transAxes, ha="center")
-    right.set_xlabel("share of MLP routes rolled back (%)")
-    right.set_title("step chosen on the selection split", fontsize=10)
-    return figure
-
-
-def budget_axis(axes: Axes, budgets: list[float]) -> None:
-    """
-    A logarithmic axis of budgets in percent, with a tick at each of them and nowhere else.
-
-    Args:
-        axes ([`matplotlib.axes.Axes`]):
-            Where the budgets are drawn from left to right.
-        budgets (`list[float]`):
-            Shares.
-    """
-    axes.set_xscale("log")
-    axes.set_xticks(sorted({100 * budget for budget in budgets}))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.tick_params(axis="x", labelsize=8)
 
 
 # Figures of one report, by the name of their file, and the field that each needs.
