@@ -180,7 +180,7 @@ def test_an_environment_may_own_prompts_and_reward(tmp_path, rows):
     factory = Game if rows is None else {"game": Game}
     args = config(tmp_path)
     (domain,) = with_prompts([domain], args, factory)
-    schedule = check_run([domain], args)
+    schedule = check_run([domain], args, {"environment_factory": factory})
     check_turns([domain], schedule, {"environment_factory": factory})
     assert [stage.domain for stage in schedule] == ["game"] and set(domain.train_dataset["domain"]) == {"game"}
     with pytest.raises(ValueError, match="game.*reward functions"):

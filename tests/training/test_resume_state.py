@@ -225,7 +225,7 @@ def test_a_checkpoint_of_more_processes_is_refused(tmp_path, checkpoint):
     trainer = build(tmp_path)
     shutil.copytree(checkpoint / "checkpoint-2", tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / "resume_state_0.json").unlink()
-    with pytest.raises(ValueError, match="resume_state_0.json: missing.*as many processes"):
+    with pytest.raises(ValueError, match="expected a checkpoint of 1 processes"):
         trainer._load_rng_state(str(tmp_path / "checkpoint-2"))
 
 

@@ -223,10 +223,11 @@ class StageTrainer(GRPOTrainer):
         return f"stage {self._stage_name}, evaluation after step {self.state.global_step}"
 
     def _raise_unrewarded(self) -> None:
+        domain = self.domains[self._stage[1].domain]
         raise ValueError(
-            f"{self._where()}, domain {self._stage[1].domain!r}: expected a reward for some completions, found None "
-            f"from all reward functions {[reward_name(reward) for reward in self.reward_funcs]} for all completions "
-            f"of {self._unrewarded} generation batches in a row"
+            f"{self._where()}, domain {domain.name!r}: expected a reward for some completions, found None from all "
+            f"reward functions {[reward_name(reward) for reward in domain.reward_funcs]} for all completions of "
+            f"{self._unrewarded} generation batches in a row"
         )
 
     def _get_train_sampler(self, dataset=None):
