@@ -41,6 +41,10 @@ NESTED = {
 }
 
 
+def nested_config(family):
+    return AutoConfig.for_model(family, **copy.deepcopy(NESTED[family]))
+
+
 def lora(model, folder, **settings):
     """Save a random adapter of the model, and return the model that PEFT merges."""
     adapted = get_peft_model(model, LoraConfig(r=2, **settings))
@@ -54,9 +58,8 @@ def lora(model, folder, **settings):
 
 @pytest.mark.parametrize("family", NESTED)
 def test_nested_language_models_load_whole(tmp_path, family):
-    config = AutoConfig.for_model(family, **copy.deepcopy(NESTED[family]))
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config).eval()
+    model = AutoModelForImageTextToText.from_config(nested_config(family)).eval()
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
     assert type(loaded) is type(model)

@@ -3,12 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from test_models import NESTED, lora, nested_config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer
 from trl_interfere.analysis.architectures import ARCHITECTURES, LLAMA, Architecture, Slices
 from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.routes import RouteMap
+from trl_interfere.models import load_model
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "science" / "interference.md"
@@ -94,6 +96,30 @@ def test_nested_models_have_the_map_of_their_language_model():
         config = AutoConfig.for_model(nested)
         assert RouteMap(config).description is ARCHITECTURES[config.get_text_config().model_type]
     assert RouteMap(AutoConfig.for_model("gemma3")).description is LLAMA
+
+
+@pytest.mark.parametrize("family", NESTED)
+def test_analysis_of_nested_models(family, moved, make_domain, tokenizer):
+    torch.manual_seed(0)
+    before = AutoModelForImageTextToText.from_config(nested_config(family)).eval()
+    report = InterferenceAnalyzer(before, moved(before, 1e-3), tokenizer, config=CONFIG).analyze(
+        make_domain("math"), make_domain("qa", prompts=["ab?"])
+    )
+    assert abs(report.residual) < 1e-3 * abs(report.damage)
+    assert (report.routes["edit_size"] > 0).all() and (report.routes["activity_earlier"] > 0).any()
+
+
+def test_adapters_of_expert_parameters_are_analysed(make_model, make_domain, tokenizer, tmp_path):
+    base = make_model("qwen3-moe", dtype=torch.float32, moe_intermediate_size=8)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    options = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    lora(load_model(tmp_path / "base"), tmp_path / "adapter", **options)
+    analyzer = InterferenceAnalyzer.from_pretrained(tmp_path / "base", tmp_path / "adapter", config=CONFIG)
+    report = analyzer.analyze(make_domain("math"), make_domain("qa", prompts=["ab?"]))
+    sizes = report.routes["edit_size"]
+    assert (sizes[analyzer.route_map.of_layer("mlp", 0)] > 0).all() and report.updates is None
+    assert (sizes[analyzer.route_map.of_kind("key_value")] == 0).all()
 
 
 def test_page_names_every_model_type():

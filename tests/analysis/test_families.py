@@ -17,6 +17,20 @@ from trl_interfere.analysis.routes import RouteMap
 
 
 FAMILIES = [*DESCRIBED, *FURTHER]
+# One of each description, one with routers of each kind; the others take longer than they tell each time.
+TOLD = {
+    "llama-biases",
+    "qwen3-moe",
+    "gpt2",
+    "phi3",
+    "gpt_oss",
+    "qwen3_next",
+    "gemma4_text",
+    "glm4_moe",
+    "opt",
+    "bloom",
+}
+EACH = [pytest.param(family, marks=() if family in TOLD else pytest.mark.slow) for family in FAMILIES]
 IDS = torch.tensor([[4, 9, 13, 5, 20, 7, 11, 3]])
 # Norms over all heads let each head act on the others.
 NORMS_OVER_HEADS = {"olmo2", "olmo3"}
@@ -44,7 +58,7 @@ def spread(model, route_map, routes, writes):
             yield parameter, route_map.spread(name, chosen, parameter)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_a_route_acts_through_what_it_writes_and_through_nothing_else(family, make_model):
     model = make_model(family)
     route_map = RouteMap(model.config)
@@ -121,7 +135,7 @@ def dense_figures(before, after, sequences):
     return first.item(), second.item(), damage.item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_figures_against_autograd(family, make_model, moved, make_domain, tokenizer):
     before = make_model(family)
     after = moved(before, scale=1e-3)
