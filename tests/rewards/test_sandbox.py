@@ -180,7 +180,13 @@ def test_the_table_of_32_bits_is_closed(sandbox):
     assert (sandbox.run(code).status, sandbox.run(code).stdout) == ("error", "")
 
 
-@pytest.mark.parametrize("attempt", EXHAUSTIONS)
+WAITING = ("wait for input", "ignore signals", "a huge power", "processes", "threads", "recursion without a limit")
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [pytest.param(name, marks=pytest.mark.slow) if name in WAITING else name for name in EXHAUSTIONS],
+)
 def test_exhaustion(attempt, sandbox, left_nothing):
     program, expected = EXHAUSTIONS[attempt]
     execution = sandbox.run(program, limits=SHORT)

@@ -12,7 +12,8 @@ _LETTER = r"[\s(\[{]*(?:option\s+)?[\s(\[{]*([A-Za-z])(?![A-Za-z'])"
 # After a letter: the end, a reason, or the text of the option behind ")", ":", ".", a comma, a dash or "(".
 _REST = r"(?=[)\]}\s]*(?:[.!]?\s*$|[.:)\]}]|,?\s+(?:because|since|as|which)\b|,\s+\w|\s[-–—]+\s|\s\())"
 _STATED = re.compile(
-    rf"\b(?:answer|option|choice)\b(?:\s+(?:is|would be|must be)\b)?\s?[:=–-]?{_LETTER}{_REST}"
+    rf"\b(?:answer|option|choice)\b(?:\s+(?:is|would be|must be)\b(?:\s+(?:clearly|thus|therefore|indeed))?)?"
+    rf"\s?[:=–-]?{_LETTER}{_REST}"
     rf"|\b(?:answer|option|choice)\b[^.:;\n]{{0,40}}?(?:\bis\b|:)\s?:?{_LETTER}{_REST}"
     rf"|\\boxed\s*\{{{_LETTER}{_REST}"
     rf"|\b(?:choose|select|pick|go with){_LETTER}{_REST}"
