@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from trl_interfere.reporting.plots import arm_of
+
 
 def figures(results: dict, report: dict) -> dict[str, float]:
     """
@@ -64,23 +66,15 @@ def figures(results: dict, report: dict) -> dict[str, float]:
         found[f"second order, {label}: by routes (nats per token)"] = spectrum["second_order"]
         found[f"second order, {label}: in the top {count} eigenvectors (%)"] = 100 * sum(spectrum["shares"])
         found[f"second order, {label}: effective dimension"] = spectrum["effective_dimension"]
-    for row in results["rollback"]:
-        if row["pair"] == 0:
-            rule = "α = 1" if row["step_rule"] == "fixed" else "best step"
-            label = f"{row['criterion']}, {100 * row['budget']:g}% of {row['scope']}, {rule}"
-            if row["recovered"] is not None:
-                found[f"{label}: recovered (%)"] = 100 * row["recovered"]
-            found[f"{label}: worst change of another domain"] = min(row["collateral"].values())
-    if results["refresh"] is not None:
-        found["refresh: recovered (%)"] = 100 * results["refresh"]["recovered"]
-        found["refresh: worst change of another domain"] = min(results["refresh"]["collateral"].values())
-        for name, label in (
-            ("subspace", "the conflict subspace"),
-            ("random", "random directions"),
-            ("routes", "routes"),
-        ):
-            left = results["refresh"]["contraction"][name]
-            found[f"refresh: distance left in {label} (%)"] = 100 * left
+    for row in filter(None, [results["healed"], *results["rivals"]]):
+        arm = arm_of(row)
+        label = arm["name"] + (", protected" if row.get("protection") else "")
+        found[f"{label}: worst change of another domain"] = arm["worst"]
+        if arm["recovered"] is not None:
+            found[f"{label}: recovered (%)"] = 100 * arm["recovered"]
+        for name, left in (row.get("contraction") or {}).items():
+            if isinstance(left, float):
+                found[f"{label}: distance left, {name} (%)"] = 100 * left
     found["seconds"] = sum(results["seconds"].values())
     return found
 
@@ -95,10 +89,11 @@ def main() -> None:
     for seed in arguments.seeds:
         folder = arguments.output_dir / f"seed-{seed}"
         if not (folder / "results.json").exists():
-            command = [sys.executable, "-m", "trl_interfere", "lab", "--output-dir", str(folder), "--seed", str(seed)]
+            command = [sys.executable, "-m", "trl_interfere", "lab", "--output_dir", str(folder), "--seed", str(seed)]
             subprocess.run([*command, "--threads", str(arguments.threads)], check=True, stdout=subprocess.DEVNULL)
-        (report,) = folder.glob("analysis/0-*/report.json")
-        runs[seed] = figures(*(json.loads(path.read_text()) for path in (folder / "results.json", report)))
+        results = json.loads((folder / "results.json").read_text())
+        report = folder / "analysis" / results["pairs"][0]["earlier"] / "report.json"
+        runs[seed] = figures(results, json.loads(report.read_text()))
     names = [name for name in runs[arguments.seeds[0]] if all(name in run for run in runs.values())]
     means = {name: float(np.mean([run[name] for run in runs.values()])) for name in names}
     print("| figure | mean | " + " | ".join(f"seed {seed}" for seed in runs) + " |")
