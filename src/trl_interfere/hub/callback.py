@@ -81,7 +81,7 @@ class HubCallback(StageCallback):
                 Further arguments of [`~trl_interfere.hub.push.push_folder`], e.g. `dry_run=True`.
 
         Returns:
-            [`~trl_interfere.hub.push.PushResult`] or [`~trl_interfere.hub.plan.PushPlan`]: Where it has gone; with
+            [`~trl_interfere.hub.push.PushResult`] or `PushPlan`: Where it has gone; with
             `dry_run` what would go where.
 
         Raises:
@@ -110,18 +110,7 @@ def update_card(folder: str | Path) -> None:
 
 
 def write_card(folder: str | Path, license: str | None = None) -> Path:
-    """
-    Write the card of a run into its folder, from what the folder holds by now.
-
-    Args:
-        folder (`str` or `pathlib.Path`):
-            Folder of the run.
-        license (`str`, *optional*):
-            Licence, which is that of the base model.
-
-    Returns:
-        `pathlib.Path`: The card.
-    """
+    """Write the card of a run into its folder, from what the folder holds by now."""
     run = Run(folder)
     figures = {path.stem: f"figures/{path.name}" for path in sorted((run.folder / "figures").glob("*.png"))}
     for name, report in run.reports.items():

@@ -32,26 +32,13 @@ _REPORT_FILES = ("*.json", "*.safetensors", "*.md", "figures/*.png")
 
 @dataclass
 class PushPlan:
-    """
-    What a push will bring to which branch.
-
-    Args:
-        repo_id (`str`):
-            The repository.
-        branches (`dict[str, dict]`):
-            For each branch, in the order of the uploads, its files by path: where they lie, or their content.
-    """
+    """For each branch, in the order of the uploads, its files by path: where they lie, or their content."""
 
     repo_id: str
     branches: dict[str, Files] = field(default_factory=dict)
 
     def to_table(self) -> Table:
-        """
-        The plan for the terminal.
-
-        Returns:
-            [`rich.table.Table`]: Branch, path and size of each file.
-        """
+        """Branch, path and size of each file."""
         rows = []
         for branch, files in self.branches.items():
             sizes = {path: size_of(content) for path, content in sorted(files.items())}
@@ -68,25 +55,8 @@ def plan_run(
     run: Run, repo_id: str, stages: bool = True, license: str | None = None, only: Iterable[str] | None = None
 ) -> PushPlan:
     """
-    What a push of a run would bring where. Nothing is sent.
-
-    Args:
-        run ([`Run`]):
-            The run.
-        repo_id (`str`):
-            The repository.
-        stages (`bool`, *optional*, defaults to `True`):
-            Whether each stage becomes a branch.
-        license (`str`, *optional*):
-            Licence for the card.
-        only (`Iterable[str]`, *optional*):
-            Names of stages: plans their branches and leaves `main` alone.
-
-    Returns:
-        [`PushPlan`]: The plan; `main` is the last branch.
-
-    Raises:
-        `ValueError`: If no stage has finished, a folder holds no weights, or a file lies outside the run.
+    What a push of a run would bring where; `only` plans the branches of these stages and leaves `main` alone, which
+    is the last one otherwise. Nothing is sent.
     """
     trained = [record for record in run.stages if record.folder is not None]
     if not trained:

@@ -108,7 +108,7 @@ def push_folder(
             Whether to return the plan and send nothing.
 
     Returns:
-        [`PushResult`] or [`PushPlan`]: Where it has gone; with `dry_run` what would go where.
+        [`PushResult`] or `PushPlan`: Where it has gone; with `dry_run` what would go where.
 
     Raises:
         `ValueError`: If there is nothing to publish, a file lies outside the folder, or the repository holds another
@@ -163,7 +163,7 @@ def push_report(
             Whether to return the plan and send nothing.
 
     Returns:
-        [`PushResult`] or [`PushPlan`]: Where it has gone; with `dry_run` what would go where.
+        [`PushResult`] or `PushPlan`: Where it has gone; with `dry_run` what would go where.
 
     Raises:
         `ValueError`: If there is no report.
