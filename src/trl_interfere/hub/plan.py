@@ -136,7 +136,8 @@ def _repair_files(run: Run, folder: Path, repo_id: str) -> Files:
 def _analysis_files(run: Run) -> tuple[Files, dict[str, str]]:
     """Files under `interference/`, and the paths of the figures that the card shows."""
     names = [STAGES_NAME, *(entry["file"] for record in run.stages for entry in record.scores.values())]
-    names += ["results.json"] if (run.folder / "results.json").is_file() else []
+    # With the figures of the repair, the folder can be read as a run.
+    names += [name for name in ("results.json", f"repair/{REPAIR_NAME}") if (run.folder / name).is_file()]
     files: Files = {f"{REPORT_FOLDER}/{name}": _without_folders(resolve_inside(run.folder, name)) for name in names}
     figures = {}
     if run.domains:
