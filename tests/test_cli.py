@@ -246,8 +246,6 @@ def test_evaluate_gives_the_scores_of_the_run(finished_run, run, tmp_path):
         (["--num_samples", "2"], "num_samples"),
         (["--dtype", "float31"], "dtype.*'float31'"),
         (["--dtype", "int8"], "dtype.*'int8'"),
-        (["--against", "other"], "--against"),
-        (["--peak", "other"], "--peak"),
         (["--engine", "sglang"], "engine"),
         (["--temperature", "nan"], "temperature"),
     ],

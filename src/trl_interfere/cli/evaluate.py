@@ -28,8 +28,8 @@ class EvaluateOptions(Options):
     """Score checkpoints on the domains, and compare them prompt by prompt with one of them."""
 
     models: list[str] = option([], "runs (their last stage), models, adapters, or Hub ids (user/repo@branch)")
-    against: str | None = option(None, "one of the models, to compare the others with; by default the first")
-    peak: str | None = option(None, "one of the models, from before the loss: shows what came back of it")
+    against: str | None = option(None, "a model to compare the others with; by default the first")
+    peak: str | None = option(None, "a model from before the loss: shows what came back of it")
     recipe: str | None = option(None, "YAML file that names the domains; by default the one of the run")
     domain: list[str] | None = option(None, "domains to score; all by default")
     split: str = option("test", "prompts to score on: test or selection")
@@ -44,9 +44,9 @@ class EvaluateOptions(Options):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, temperature=0, num_samples=1, batch_size=1, max_new_tokens=1)
-        for name, value in {"against": self.against, "peak": self.peak}.items():
-            if value is not None and value not in self.models:
-                raise ValueError(f"--{name}: expected one of {self.models}, found {value!r}")
+        if self.models:
+            others = [name for name in (self.against, self.peak) if name is not None and name not in self.models]
+            self.models = list(dict.fromkeys([*self.models, *others]))
 
 
 def main(arguments: list[str]) -> None:
