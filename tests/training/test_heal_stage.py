@@ -115,10 +115,10 @@ def test_with_lora_at_the_end_alone(tmp_path):
         damaged_run(tmp_path / "s", [HealCallback(at="stage")], peft_config=lora, order=order).train()
 
 
-def test_a_loss_that_the_selection_split_does_not_show_is_left_alone(tmp_path, caplog):
+def test_a_loss_that_the_selection_split_does_not_show_is_left_alone(tmp_path, caplog, monkeypatch):
+    # On the selection split the later stage has made math better.
+    monkeypatch.setattr("trl_interfere.repair.heal.run_peaks", lambda run, domains, scorer: {})
     trainer = damaged_run(tmp_path, [HealCallback()])
-    math = trainer.domains["math"]
-    math.selection_dataset = math.eval_dataset  # where the scripted metric is the same for both models
     trainer.train()
     assert [record.kind for record in trainer.run.stages] == ["base", "train", "train"]
     assert "selection split" in caplog.text and trainer.next_stage() is None

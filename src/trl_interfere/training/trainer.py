@@ -361,7 +361,7 @@ class SequentialGRPOTrainer(StageTrainer):
         self.run.stages = self._from_main(self.run.stages)
         record = self.run.stages[-1]
         if record.kind != "heal":
-            logger.warning("heal: nothing that was lost on the test split was lost on the selection split too")
+            logger.warning("heal: nothing that was lost on the test split is worse on the selection split too")
             self._nothing_to_heal = len(self.run.stages)
             return
         load_stage(self, record)
