@@ -14,6 +14,11 @@ from trl_interfere.tables import markdown_table
 
 
 BEGIN, END = "<!-- begin: {} -->", "<!-- end: {} -->"
+DEFAULT = "subspace rollback"
+SETTINGS = ("rank", "references", "ridge", "modules", "answers", "searched weights", "embeddings too",
+            "beyond the interval alone")  # fmt: skip
+SHOWN = (DEFAULT, "one shot", "refresh by GRPO, 10 steps", "2% of mlp by damage, protected",
+         "32% of joint by damage, protected", "interpolation", "task arithmetic", "TIES")  # fmt: skip
 COSTS = ("sequences_sampled", "sequences_forward", "sequences_backward", "seconds")
 
 
@@ -34,14 +39,17 @@ def write_page(rows: list[dict[str, Any]], docs: Path) -> dict[str, float]:
     (docs / "data" / "repair.json").write_text(json.dumps(data, indent=1) + "\n")
     figures = docs / "figures" / "repair"
     figures.mkdir(parents=True, exist_ok=True)
-    plot_pareto([arm for arm in found.values() if not arm["settings"]]).savefig(figures / "pareto.png", dpi=150)
-    _settings_figure(found).savefig(figures / "settings.png", dpi=150)
+    plot_pareto([arm for name, arm in found.items() if name in SHOWN]).savefig(figures / "pareto.png", dpi=150)
+    # A setting is compared with the default in the runs that have it.
+    places = {(row["seed"], row["order"]) for row in rows if row["arm"] in SETTINGS and row["arm"] != "rank"}
+    same = {name: [row for row in of_arm if (row["seed"], row["order"]) in places] for name, of_arm in arms.items()}
+    default = {**summary(DEFAULT, same[DEFAULT]), "name": "the default, same runs"}
+    of_settings = [summary(name, same[name]) for name, arm in found.items() if arm["settings"]]
+    _settings_figure(of_settings, default).savefig(figures / "settings.png", dpi=150)
     page = docs / "repair.md"
     text = page.read_text()
-    for name, table in (
-        ("arms", _table(arm for arm in found.values() if not arm["settings"])),
-        ("settings", _table(arm for arm in found.values() if arm["settings"])),
-    ):
+    others = sorted((arm for arm in found.values() if not arm["settings"]), key=lambda arm: -arm["recovered"])
+    for name, table in (("arms", _table(others)), ("settings", _table([default, *of_settings]))):
         begin, end = BEGIN.format(name), END.format(name)
         text = text[: text.index(begin) + len(begin)] + f"\n\n{table}\n\n" + text[text.index(end) :]
     page.write_text(text)
@@ -50,7 +58,7 @@ def write_page(rows: list[dict[str, Any]], docs: Path) -> dict[str, float]:
 
 def label(row: dict[str, Any]) -> str:
     """Name of an arm in tables."""
-    name = {"subspace": "subspace rollback"}.get(row["arm"], row["arm"])
+    name = {"subspace": DEFAULT, "task_arithmetic": "task arithmetic", "ties": "TIES"}.get(row["arm"], row["arm"])
     if name == "routes":
         name = f"{100 * row['budget']:g}% of {row['scope']} by {row['criterion']}"
         name += ", protected" if row["protection"] else ""
@@ -74,8 +82,7 @@ def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     cost = {key: float(np.mean([(row["cost"] or {}).get(key, 0) for row in rows])) for key in COSTS}
     return {
         "name": name,
-        "settings": rows[0]["arm"] in ("rank", "references", "ridge", "modules", "answers", "searched weights",
-                                       "embeddings too", "beyond the interval alone"),
+        "settings": rows[0]["arm"] in SETTINGS and rows[0]["rate"] == 1,
         "runs": len(rows),
         "recovered": float(np.mean(recovered)),
         "low": low,
@@ -86,7 +93,7 @@ def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "worst_run": min(row["worst"] for row in rows),
         "sequences": cost["sequences_forward"] + 2 * cost["sequences_backward"],
         "cost": cost,
-    }  # fmt: skip
+    }
 
 
 def _beyond_interval(row: dict[str, Any]) -> float | None:
@@ -122,15 +129,14 @@ def _table(arms) -> str:
     return markdown_table(header, rows)
 
 
-def _settings_figure(arms: dict[str, dict[str, Any]]) -> Figure:
-    """Recovered against rank, references and ridge, each beside the default."""
+def _settings_figure(arms: list[dict[str, Any]], default: dict[str, Any]) -> Figure:
+    """Recovered against rank, references and ridge, each beside the default in the same runs."""
     figure = Figure(figsize=(9.6, 3.2), layout="constrained")
-    default = arms["subspace rollback"]
     for axes, key, usual in zip(
         figure.subplots(1, 3, sharey=True), ("rank", "references", "ridge"), (128, 64, 0.01), strict=True
     ):
-        found = {float(name.removeprefix(f"{key} ")): arm for name, arm in arms.items() if name.startswith(f"{key} ")}
-        found[usual] = default
+        of_key = [arm for arm in arms if arm["name"].startswith(f"{key} ") and arm["runs"] == default["runs"]]
+        found = {float(arm["name"].removeprefix(f"{key} ")): arm for arm in of_key} | {usual: default}
         places = sorted(found)
         values = np.array([[found[place][part] for part in ("recovered", "low", "high")] for place in places]) * 100
         axes.errorbar(places, values[:, 0], yerr=np.abs(values[:, 1:] - values[:, :1]).T, marker="o", capsize=2)
