@@ -93,10 +93,7 @@ def run_all(hub, folder, python):
     arguments = ("--recipe", recipe, "--output-dir", folder / "out", "--repo", REPO)
     check(
         start(python("train_sequential.py"), "train_sequential.py", *arguments, hub=hub, folder=folder),
-        *(
-            f"verified: tester/model@{branch}"
-            for branch in ("stage-1-math", "stage-2-writing", "stage-3-heal", "main")
-        ),
+        *(f"verified: tester/model@{branch}" for branch in ("stage-1-math", "stage-2-writing", "main")),
     )
     weights = hub.files(REPO, "stage-1-math")["model.safetensors"]
     assert weights == (folder / "out/stages/1-math/model.safetensors").read_bytes()

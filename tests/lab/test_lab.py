@@ -39,12 +39,10 @@ def kill_when(folder: Path, condition) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def without_seconds(results: dict) -> dict:
-    results = {key: value for key, value in results.items() if key != "seconds"}
-    results["stages"] = [
-        {key: value for key, value in stage.items() if key != "seconds"} for stage in results["stages"]
-    ]
-    return results
+def without_seconds(results):
+    if isinstance(results, dict):
+        return {key: without_seconds(value) for key, value in results.items() if "seconds" not in key}
+    return [without_seconds(value) for value in results] if isinstance(results, list) else results
 
 
 def read(folder: Path, name: str = "results.json") -> dict:

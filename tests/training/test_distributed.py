@@ -186,7 +186,7 @@ def test_a_process_per_stage_trains_the_same(tmp_path, runs, way, processes):
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu.yaml"), "-m"]
-    command += ["trl_interfere", "train", "--config", str(tmp_path / "run.yaml"), "--threads", "1"]
+    command += ["trl_interfere", "train", str(tmp_path / "run.yaml"), "--threads", "1"]
     path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     result = subprocess.run(
