@@ -17,6 +17,7 @@ from ..analysis.report import InterferenceReport
 from ..analysis.routes import RouteMap
 from ..analysis.stage_edits import StageEdits, stage_edits
 from ..checkpoint import Checkpoint
+from ..evaluation.score_matrix import ScoreMatrix
 from ..models import load_model
 from ..repair.comparison import Comparison
 from ..repair.heal import heal_run
@@ -161,7 +162,7 @@ class Lab:
         save_figures(reports[0], figures)
         for name, figure in (
             ("changed_overlaps", plot_changed_overlaps(edits)),
-            ("scores", plot_scores(matrix)),
+            ("scores", plot_scores(ScoreMatrix.from_run(run))),
             ("module_cosines", plot_module_cosines(reports[-1])),
             ("damage_concentration", plot_damage_concentration(reports)),
             ("pareto", plot_pareto([arm_of(row) for row in ([] if healed is None else [healed]) + rivals])),
