@@ -24,8 +24,9 @@ from trl_interfere.repair.repair import Repair
 
 
 @pytest.fixture
-def run(capsys):
-    """Function that runs a command and returns its exit code and what it printed."""
+def run(capsys, monkeypatch):
+    """Function that runs a command and returns its exit code and what it printed, as in a log."""
+    monkeypatch.delenv("COLUMNS", raising=False)
 
     def run(*arguments) -> tuple[int, str, str]:
         try:
