@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,14 @@ def test_report_and_figures_are_written(finished):
         assert (finished / "figures" / f"{name}.png").stat().st_size > 5000
         assert f"figures/{name}.png" in report
     assert "nan" not in report.split("## What broke")[0]
+
+
+def test_commands_take_a_run_of_the_lab(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    command = [sys.executable, "-m", "trl_interfere", "heal", str(folder), "--domain", "math", "--max_drop", "100"]
+    result = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((folder / "repair" / "repair.json").read_text())["domains"]["math"]["n"] == 24
 
 
 def test_nothing_in_the_run_is_a_pickle(finished):

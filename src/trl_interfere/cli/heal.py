@@ -32,7 +32,7 @@ class HealOptions(Options):
     )
     max_drop: float = option(1.0, "points that no domain may lose to the repair on the selection split")
     rank: int | None = option(64, "rank of the change of each layer; 0 keeps all of it")
-    search: bool = option(False, "try heavier weights for the domains that lost nothing")
+    search: bool = option(False, "try heavier weights for the domains that are not restored")
     merge: bool = option(False, "write whole weights too, into merged/")
     final: str | None = option(None, "checkpoint to heal, in place of a run")
     peak: list[str] | None = option(None, "checkpoints at which the damaged domains were best, e.g. math=A code=C")

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PrinterCallback
 
 from ..analysis.analyzer import InterferenceAnalyzer
@@ -31,7 +32,7 @@ from ..reporting.plots import (
     plot_scores,
     save_figures,
 )
-from ..run import Run, StageRecord, read_json, write_json
+from ..run import Run, StageRecord, read_json, write_atomically, write_json
 from ..training.callbacks import StageCallback
 from ..training.config import SequentialGRPOConfig
 from ..training.trainer import SequentialGRPOTrainer
@@ -211,7 +212,20 @@ class Lab:
         self.progress.begin("train", len(self.order) * self.steps)
         trainer.train(resume_from_checkpoint=True)
         self.progress.end()
+        write_atomically(self.folder / "recipe.yaml", yaml.safe_dump(self._recipe(), sort_keys=False))
         return trainer
+
+    def _recipe(self) -> dict[str, Any]:
+        """What the commands that take a run need to know of it."""
+        sizes = {name: len(domain.eval_dataset) for name, domain in self.domains.items()}
+        function = f"{lab_domain.__module__}.{lab_domain.__name__}"
+        return {
+            "model": MODEL_FOLDER.name,
+            "domains": [
+                {"domain": function, "name": name, "options": {"test_size": size}} for name, size in sizes.items()
+            ],
+            "analysis": {"reference": "dataset", "reference_column": "answer", "batch_size": 64},
+        }
 
     def refreshed(self, domain: str, model: str | Path, folder: Path, steps: int) -> SequentialGRPOTrainer:
         """A trainer after some steps of GRPO on one domain, from other weights, in a folder of its own."""

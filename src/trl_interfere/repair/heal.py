@@ -22,7 +22,7 @@ from .repair import Repair
 from .subspace_rollback import SubspaceRollback
 
 
-# Weights of the domains that lost nothing, in place of 1, that a search tries.
+# Weights of the domains that are not restored, in place of 1, that a search tries.
 PROTECTIONS = (1.0, 3.0, 10.0)
 Scores = dict[str, np.ndarray]
 
@@ -88,7 +88,7 @@ def heal(
         max_drop (`float`, *optional*, defaults to `1.0`):
             Points of 100 on the selection split that a domain may lose to the repair.
         search (`bool`, *optional*, defaults to `False`):
-            Whether to try heavier weights for the domains that lost nothing.
+            Whether to try heavier weights for the domains that are not restored.
         scores (`tuple[dict, dict]`, *optional*):
             Scores of each test prompt at the peaks and at the end. Defaults to scoring these models.
         base (`str` or `pathlib.Path`, *optional*):
@@ -219,7 +219,7 @@ def heal_run(
             Domains to heal. Defaults to all that were trained earlier and that later stages have not made better,
             see [`run_peaks`].
         search (`bool`, *optional*, defaults to `False`):
-            Whether to try heavier weights for the domains that lost nothing.
+            Whether to try heavier weights for the domains that are not restored.
         scorer ([`~trl_interfere.Scorer`], *optional*):
             Scores the models. Defaults to the settings of the run.
         progress (`bool`, *optional*, defaults to `False`):
