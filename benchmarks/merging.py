@@ -1,4 +1,4 @@
-"""Baselines that know no routes: interpolation, task arithmetic and TIES between the checkpoints of a run."""
+"""Baselines that know no routes: task arithmetic and TIES between the checkpoints of a run."""
 
 import torch
 from peft.utils.merge_utils import task_arithmetic, ties
@@ -6,11 +6,6 @@ from peft.utils.merge_utils import task_arithmetic, ties
 
 Tensors = dict[str, torch.Tensor]
 METHODS = ("task_arithmetic", "ties")
-
-
-def interpolate(after: Tensors, before: Tensors, share: float) -> Tensors:
-    """`after - share * (after - before)`, of all weights alike (WiSE-FT, arXiv 2109.01903)."""
-    return {name: torch.lerp(value.detach(), before[name].detach().to(value), share) for name, value in after.items()}
 
 
 def merge(base: Tensors, tasks: list[Tensors], method: str, scale: float, density: float = 0.2) -> Tensors:
