@@ -149,20 +149,13 @@ class Checkpoint:
         left, right = self.adapter.factors(name)
         return left.numpy(), right.numpy()
 
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the tensors of each layer, by its index, and of all others, by `"outside"`."""
-        found = {}
-        for name, stored in self.tensors.items():
-            whole = hashlib.sha256()
-            for _, part in stored.parts():
-                whole.update(raw_bytes(part))
-            found[name] = self.finish_digest(name, whole)
-        return layer_digests(found)
-
-    def finish_digest(self, name: str, whole: "hashlib._Hash") -> str:
-        """Digest of a tensor from that of its stored bytes: what an adapter adds counts too."""
-        for factor in self.factors(name) or ():
-            whole.update(np.ascontiguousarray(factor).tobytes())
+    def digest(self) -> str:
+        """SHA-256 of its files with weights, and of its adapter."""
+        files = sorted({stored.file for stored in self.tensors.values()})
+        whole = hashlib.sha256()
+        for path in [*files, *([] if self.adapter is None else [self.adapter.path])]:
+            with open(path, "rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
         return whole.hexdigest()
 
     def _tie(self) -> dict[str, str]:
@@ -189,20 +182,6 @@ class Checkpoint:
             return False
         pairs = zip(first.parts(), second.parts(), strict=True)
         return all(torch.equal(a, b) for (_, a), (_, b) in pairs)
-
-
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor."""
-    return memoryview(tensor.contiguous().view(BITS[tensor.element_size()]).numpy()).cast("B")
-
-
-def layer_digests(tensors: dict[str, str]) -> dict[str, str]:
-    """Digests of layers from those of their tensors."""
-    layers: dict[str, list[str]] = {}
-    for name, digest in sorted(tensors.items()):
-        layer = next((part for part in name.split(".") if part.isdigit()), "outside")
-        layers.setdefault(layer, []).append(f"{name} {digest}")
-    return {layer: hashlib.sha256("\n".join(lines).encode()).hexdigest() for layer, lines in layers.items()}
 
 
 def published_name(checkpoint: str | Path) -> str:

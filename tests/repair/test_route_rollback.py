@@ -10,7 +10,7 @@ from trl_interfere.analysis.routes import RouteMap
 from trl_interfere.checkpoint import Checkpoint
 from trl_interfere.models import load_model
 from trl_interfere.repair.held import roll_back, rolled_back, rolled_back_weights
-from trl_interfere.repair.repair import Repair, digest
+from trl_interfere.repair.repair import Repair
 from trl_interfere.repair.route_rollback import STEPS, RouteRollback
 
 
@@ -141,8 +141,8 @@ def test_record(checkpoints, report_on, owned_slices):
         kind, layer, position, _ = slices[route]
         assert position in record["routes"][kind][str(layer)]
     assert record["carried_damage"]["nats"] == pytest.approx(report.routes["damage"][routes].sum())
-    assert record["checkpoints"]["final"]["digest"] == digest(Checkpoint(after))
-    assert record["checkpoints"]["peaks"]["math"]["digest"] == digest(Checkpoint(before))
+    assert record["checkpoints"]["final"]["digest"] == Checkpoint(after).digest()
+    assert record["checkpoints"]["peaks"]["math"]["digest"] == Checkpoint(before).digest()
     assert (record["method"], record["criterion"], record["step"]) == ("routes", "damage", 1.0)
     assert record["cost"]["sequences_backward"] == 6 * (3 + 5)
     start, end = load_model(before), load_model(after)
@@ -252,7 +252,7 @@ def test_a_report_of_other_checkpoints_is_refused(checkpoints, report_on, make_r
     with pytest.raises(ValueError, match="report"):
         RouteRollback().fit(make_report(7, str(before), str(after)))
     report = report_on(before, after)
-    report.digests = {name: digest(Checkpoint(tmp_path / name)) for name in ("before", "after")}
+    report.digests = {name: Checkpoint(tmp_path / name).digest() for name in ("before", "after")}
     assert RouteRollback().fit(report).factors
     moved(make_model("llama", dtype=torch.float32), seed=2).save_pretrained(after)  # trained again since
     with pytest.raises(ValueError, match="report"):

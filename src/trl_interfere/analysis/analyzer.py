@@ -427,9 +427,8 @@ class InterferenceAnalyzer:
         progress("files of the checkpoints")
         found = update_statistics(self.checkpoints)
         names = ("update",) if len(found) == 1 else ("earlier", "update")
-        digests = {"before": found[-1].digests[0], "after": found[-1].digests[1]}
-        if len(found) == 2:
-            digests["base"] = found[0].digests[0]
+        places = ("base", "before", "after")[-len(self.checkpoints) :]
+        digests = {place: entry.digest() for place, entry in zip(places, self.checkpoints, strict=True)}
         return {name: entry.to_dict() for name, entry in zip(names, found, strict=True)}, digests
 
     def _gradients(

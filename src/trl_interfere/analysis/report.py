@@ -114,8 +114,8 @@ class InterferenceReport:
             the experts that `before` chooses; `None` in one without.
         switched (`int`, *optional*):
             Number of completion tokens of the earlier domain that change experts.
-        digests (`dict[str, dict[str, str]]`, *optional*):
-            SHA-256 of the tensors of each layer, and outside layers, in each checkpoint.
+        digests (`dict[str, str]`, *optional*):
+            SHA-256 of the weights of each checkpoint.
     """
 
     before: str | None
@@ -149,7 +149,7 @@ class InterferenceReport:
     computed_in: str | None = None
     switching: float | None = None
     switched: int | None = None
-    digests: dict[str, dict[str, str]] | None = None
+    digests: dict[str, str] | None = None
 
     @property
     def damage(self) -> float:

@@ -1,6 +1,5 @@
 """What an update changed: its sparsity, and the size of its edit on each route."""
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint import BITS, Checkpoint, Index, check_comparable, layer_digests, raw_bytes
+from ..checkpoint import BITS, Checkpoint, Index, check_comparable
 from .routes import RouteMap
 
 
@@ -84,8 +83,6 @@ class UpdateStatistics:
             Norm ‖δ_r‖ of the update over the slices of each route. `None` without a route map.
         outside (`float`, *optional*):
             Norm of the update over all elements that no route owns.
-        digests (`tuple[dict[str, str], dict[str, str]]`):
-            SHA-256 of the tensors of each layer before and after the update.
     """
 
     before: str
@@ -93,7 +90,6 @@ class UpdateStatistics:
     tensors: dict[str, Sparsity] = field(repr=False)
     edit_size: np.ndarray | None = field(default=None, repr=False)
     outside: float | None = None
-    digests: tuple[dict[str, str], dict[str, str]] = field(default=({}, {}), repr=False)
 
     @property
     def whole(self) -> Sparsity:
@@ -176,23 +172,19 @@ def update_statistics(
     total, done = sum(checkpoint[name].nbytes for checkpoint in checkpoints for name in names), 0
     pairs, routes = range(len(checkpoints) - 1), 0 if route_map is None else route_map.num_routes
     tensors: list[dict[str, Sparsity]] = [{} for _ in pairs]
-    digests: list[dict[str, str]] = [{} for _ in checkpoints]
     squares = torch.zeros(len(pairs), routes + 1, dtype=torch.float64)  # of each route, and outside
     for name in names:
         comparison = _Comparison(checkpoints, name, route_map, squares)
         comparison.run()
         for pair in pairs:
             tensors[pair][name] = comparison.sparsity(pair)
-        for found, whole, checkpoint in zip(digests, comparison.digests, checkpoints, strict=True):
-            found[name] = checkpoint.finish_digest(name, whole)
         done += sum(checkpoint[name].nbytes for checkpoint in checkpoints)
         progress(done, total)
-    layers = [layer_digests(found) for found in digests]
     statistics = []
     for pair, (first, second) in enumerate(zip(checkpoints, checkpoints[1:], strict=False)):
         sizes = squares[pair].sqrt().numpy()
         edits = (None, None) if route_map is None else (sizes[:-1], float(sizes[-1]))
-        entry = UpdateStatistics(first.name, second.name, tensors[pair], *edits, (layers[pair], layers[pair + 1]))
+        entry = UpdateStatistics(first.name, second.name, tensors[pair], *edits)
         if entry.whole.identical == entry.whole.elements:
             raise ValueError(
                 f"{second.name}: expected an update from {first.name}, found identical checkpoints: "
@@ -226,7 +218,6 @@ class _Comparison:
         places = [(stored.file.resolve(), stored.name) for stored in self.stored]
         self.source = [places.index(place) for place in places]
         self.dtype = torch.float64 if any(stored.dtype == "float64" for stored in self.stored) else torch.float32
-        self.digests = [hashlib.sha256() for _ in self.stored]
         self.counts = np.zeros((len(self.stored) - 1, 3), dtype=np.int64)
         self.norms = np.zeros(len(self.stored) - 1)
         self.owner = None
@@ -241,8 +232,6 @@ class _Comparison:
         for together in zip(*streams.values(), strict=True):
             read = dict(zip(streams, together, strict=True))
             values = [read[source][1] for source in self.source]
-            for digest, part in zip(self.digests, values, strict=True):
-                digest.update(raw_bytes(part))
             self._part(together[0][0], values)
 
     def _part(self, index: Index, stored: list[torch.Tensor]) -> None:

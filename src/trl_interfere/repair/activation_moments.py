@@ -4,6 +4,9 @@ import torch
 import torch.distributed
 
 
+COLUMNS = 256  # of a symmetric sum, at a time
+
+
 class ActivationMoments:
     r"""
     Sums over the references of one domain, for linear layers that get the same input.
@@ -28,18 +31,22 @@ class ActivationMoments:
     def add(self, healed: torch.Tensor, peak: torch.Tensor) -> None:
         """Add some tokens: X' of shape `(tokens, width)`, and X or Y."""
         healed = healed.double()
-        self.moments.addmm_(healed.T, healed)
+        for start in range(0, healed.shape[1], COLUMNS):  # C is symmetric: its upper triangle is enough
+            part = slice(start, start + COLUMNS)
+            self.moments[part, start:].addmm_(healed[:, part].T, healed[:, start:])
         if self.cross is not self.moments:
             self.cross.addmm_(peak.to(healed).T, healed)
         self.sum += healed.sum(0)
         self.count += len(healed)
 
-    def reduce(self) -> None:
-        """Add up the sums of all processes."""
-        count = self.sum.new_tensor([self.count])
-        for values in (self.moments, self.sum, count) + (() if self.cross is self.moments else (self.cross,)):
-            torch.distributed.all_reduce(values)
-        self.count = int(count)
+    def finish(self, reduce: bool) -> None:
+        """Add up the sums of all processes, and fill in the lower triangle of C."""
+        if reduce:
+            count = self.sum.new_tensor([self.count])
+            for values in (self.moments, self.sum, count) + (() if self.cross is self.moments else (self.cross,)):
+                torch.distributed.all_reduce(values)
+            self.count = int(count)
+        self.moments.triu_().add_(self.moments.triu(1).T)
 
     def targets(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`Y X'ᵀ` of a layer of the peak model where K is `X X'ᵀ`."""
@@ -90,18 +97,6 @@ class Solution:
             return leading, self.weights(leading.T @ change)
         return change @ leading, self.weights(leading.T)
 
-    def random_dimension(self, outputs: int) -> float:
-        """
-        [`effective_dimension`] that the change has where the update to be undone is random, in expectation.
-
-        Its rows are then normal with covariance `M = S (S + ρI)⁻¹ S`, and their Gram matrix has a Wishart
-        distribution.
-        """
-        covariance = torch.cholesky_inverse(self.root).mul_(self.ridge**2).add_(self.metric)
-        covariance.diagonal().sub_(2 * self.ridge)
-        trace, square = float(covariance.diagonal().sum()), float(covariance.norm()) ** 2
-        return (outputs * trace**2 + 2 * square) / ((outputs + 1) * square + trace**2)
-
 
 def gram(change: torch.Tensor) -> torch.Tensor:
     """The smaller of `M Mᵀ` and `Mᵀ M`."""
@@ -112,3 +107,13 @@ def effective_dimension(gram: torch.Tensor) -> float:
     """Participation ratio of the squared singular values, `(Σ s²)² / Σ s⁴`, from the [`gram`] matrix."""
     total = float(gram.diagonal().sum())
     return total**2 / float(gram.square().sum()) if total > 0 else 0.0
+
+
+def random_dimension(moments: torch.Tensor, outputs: int) -> float:
+    """
+    [`effective_dimension`] of the change where the update to be undone is random, in expectation and without a ridge.
+
+    Its rows are then normal with covariance S, and their Gram matrix has a Wishart distribution.
+    """
+    trace, square = float(moments.diagonal().sum()), float(moments.norm()) ** 2
+    return (outputs * trace**2 + 2 * square) / ((outputs + 1) * square + trace**2)

@@ -1,6 +1,5 @@
 """Repair: a change of the weights of one checkpoint, as a LoRA adapter."""
 
-import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -251,16 +250,6 @@ class Repair:
                 for layer, value in ((module.lora_A, right), (module.lora_B, left)):
                     layer["default"].weight = nn.Parameter(value.to(device, torch.float32).contiguous())
         return adapted
-
-
-def digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 of the weights of a checkpoint: of its files, and of its adapter."""
-    files = sorted({stored.file for stored in checkpoint.tensors.values()})
-    whole = hashlib.sha256()
-    for path in [*files, *([] if checkpoint.adapter is None else [checkpoint.adapter.path])]:
-        with open(path, "rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
 
 
 def _beside(checkpoint: Checkpoint, factors: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -17,7 +17,7 @@ from ..checkpoint import Checkpoint, check_comparable, published_name
 from ..models import load_model
 from .criteria import CRITERIA, IN_NATS, matched_routes, route_scores
 from .held import held
-from .repair import Repair, digest
+from .repair import Repair
 from .route_factors import Factors, product, route_factors
 
 
@@ -166,11 +166,9 @@ class RouteRollback:
             for name, place in (("before", before), ("after", after))
         }
         check_comparable(*checkpoints.values())
-        digests = {name: digest(checkpoint) for name, checkpoint in checkpoints.items()}
+        digests = {name: checkpoint.digest() for name, checkpoint in checkpoints.items()}
         for name, checkpoint in checkpoints.items():
-            expected = (report.digests or {}).get(name)
-            found = checkpoint.digests() if isinstance(expected, dict) else digests[name]  # by layer, or in one
-            if expected not in (None, found):
+            if (report.digests or {}).get(name) not in (None, digests[name]):
                 raise ValueError(
                     f"report: expected one of {checkpoint.name}, found one of other weights: analyze again"
                 )

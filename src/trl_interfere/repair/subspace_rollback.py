@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from ..analysis.references import References
 from ..checkpoint import Checkpoint, check_comparable, published_name
 from ..domain import Domain
-from .activation_moments import ActivationMoments, Solution, effective_dimension, gram
+from .activation_moments import ActivationMoments, Solution, effective_dimension, gram, random_dimension
 from .block_stream import BlockStream, skeleton
 from .layers import Group, Pass, finished
 from .peak_samples import peak_samples
-from .repair import Repair, digest
+from .repair import Repair
 
 
 MODULES = ("all", "mlp", "attention")
@@ -152,7 +152,7 @@ class SubspaceRollback:
         for name, peak in peaks.items():
             checkpoints[name] = Checkpoint(peak, base=base)
             check_comparable(checkpoints[None], checkpoints[name])
-        digests = {name: digest(checkpoint) for name, checkpoint in checkpoints.items()}
+        digests = {name: checkpoint.digest() for name, checkpoint in checkpoints.items()}
         for name in peaks:
             if digests[name] == digests[None]:
                 raise ValueError(f"peaks[{name!r}]: {peaks[name]} equals the final checkpoint {final}")
@@ -272,9 +272,8 @@ class SubspaceRollback:
                 moments.add(*pair.tokens(group, number, peaks[name], healed))
                 if group is step[-1]:
                     pair.forget(number)
-            if self._processes() > 1:
-                moments.reduce()
-            if not (torch.isfinite(moments.moments).all() and torch.isfinite(moments.cross).all()):
+            moments.finish(reduce=self._processes() > 1)
+            if not (torch.isfinite(moments.moments.sum() + moments.cross.sum())):
                 where = f"domain {name!r}, {group.path} of block {index}"
                 raise ValueError(f"{where}: expected finite activations, found NaN or infinity")
         return found
@@ -321,7 +320,7 @@ class SubspaceRollback:
                     "change": float(difference.norm() / weight.norm()),
                     "output_change": float(change.norm() / output**0.5) if output > 0 else 0.0,
                     "effective_dimension": effective_dimension(products),
-                    "effective_dimension_random": solution.random_dimension(len(weight)),
+                    "effective_dimension_random": random_dimension(total, len(weight)),
                     "angles": angles,
                 },
             )
