@@ -118,11 +118,8 @@ def agreement(arguments: argparse.Namespace, figures: dict) -> dict[str, dict[st
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_interfere import InterferenceAnalyzer, InterferenceConfig
-    from trl_interfere.analysis.routes import RouteMap
     from trl_interfere.lab.build import MODEL_FOLDER
     from trl_interfere.lab.domains import lab_domain
-    from trl_interfere.repair.held import rolled_back
-    from trl_interfere.repair.route_rollback import RouteRollback
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     start = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
@@ -168,25 +165,6 @@ def agreement(arguments: argparse.Namespace, figures: dict) -> dict[str, dict[st
         worst = max(errors, key=errors.get)
         print(f"agreement: {label}: damage of routes {errors['routes, damage']:.2g}, "
               f"worst {errors[worst]:.2g} ({worst})", flush=True)  # fmt: skip
-
-    chosen = RouteRollback(budget=0.02).select(expected, RouteMap(start.config))
-    for dtype in (torch.float32, torch.bfloat16):
-        before, after = (copy.deepcopy(model).to(dtype) for model in (start, end))
-        model, restored = copy.deepcopy(after).to(arguments.device), dict(before.named_parameters())
-        for step in (1.0, 2.5):
-            with (
-                rolled_back(model, restored, RouteMap(model.config), chosen, step),
-                rolled_back(after, restored, RouteMap(model.config), chosen, step),
-            ):
-                pairs = {name: (value.cpu(), after.state_dict()[name]) for name, value in model.state_dict().items()}
-                unlike = [name for name, values in pairs.items() if not torch.allclose(*values, rtol=1e-2, atol=1e-6)]
-                changed = sum(not torch.equal(value, end.state_dict()[name].to(dtype))
-                              for name, (value, _) in pairs.items())  # fmt: skip
-            state = model.state_dict()
-            left = [name for name, value in after.state_dict().items() if not torch.equal(state[name].cpu(), value)]
-            if unlike or left or not changed:
-                raise SystemExit(f"rollback in {dtype}: {changed} tensors changed, unlike {unlike}, not undone {left}")
-    print("agreement: rollbacks of 2% are those of the processor and undone to the bit, in both types", flush=True)
     return found
 
 

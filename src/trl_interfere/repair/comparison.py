@@ -97,11 +97,14 @@ class Comparison:
         self, report: InterferenceReport, criterion: str, budget: float, scope: str, protection: float = 0.0
     ) -> dict:
         """A rollback of routes at its own best step."""
-        rollback = RouteRollback(criterion=criterion, budget=budget, scope=scope, protection=protection)
-        repair = rollback.fit(report, before=self.peaks[report.earlier], after=self.final)
-        steps = {step: lambda step=step: _scaled(repair, step).merge() for step in ROUTE_STEPS}
         labels = {"criterion": criterion, "budget": budget, "scope": scope, "protection": protection}
-        return self.arm("routes", steps, repair.record["cost"], **labels)
+
+        def fit(step: float) -> Repair:
+            rollback = RouteRollback(step=step, **labels)
+            return rollback.fit(report, before=self.peaks[report.earlier], after=self.final)
+
+        steps = {step: lambda step=step: fit(step).merge() for step in ROUTE_STEPS}
+        return self.arm("routes", steps, fit(1.0).record["cost"], **labels)
 
     def interpolation(self, domain: str) -> dict:
         """All weights moved back towards one peak (WiSE-FT, arXiv 2109.01903)."""
@@ -110,11 +113,6 @@ class Comparison:
 
     def _selection(self, model: PreTrainedModel) -> Scores:
         return {d.name: self.scorer.score(model, d, d.selection_dataset).values for d in self.domains}
-
-
-def _scaled(repair: Repair, step: float) -> Repair:
-    """The repair of another step: routes are rolled back linearly in it."""
-    return Repair({name: (step * b, a) for name, (b, a) in repair.factors.items()}, repair.checkpoint, repair.record)
 
 
 def interpolated(final: str | Path, peak: str | Path, share: float) -> PreTrainedModel:

@@ -53,14 +53,6 @@ def route_factors(
     return factors, taken, left
 
 
-def product(model: nn.Module, name: str, factors: tuple[torch.Tensor, torch.Tensor]) -> tuple[str, torch.Tensor]:
-    """Name of the parameter that factors are of, and their product in its layout, data type and device."""
-    left, right = factors
-    parameter, owner = (name, name.rpartition(".")[0]) if left.ndim == 3 else (f"{name}.weight", name)
-    change = (left @ right).to(model.get_parameter(parameter))
-    return parameter, change.mT if _is_transposed(model.get_submodule(owner)) else change
-
-
 def _split(change: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors of a matrix, or of one for each expert, that is 0 but for some rows, or some columns."""
     outputs, inputs = change.shape[-2:]

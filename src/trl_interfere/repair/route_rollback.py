@@ -14,11 +14,9 @@ from ..analysis.architectures import Architecture
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import SCOPES, RouteMap
 from ..checkpoint import Checkpoint, check_comparable, published_name
-from ..models import load_model
 from .criteria import CRITERIA, IN_NATS, matched_routes, route_scores
-from .held import held
 from .repair import Repair
-from .route_factors import Factors, product, route_factors
+from .route_factors import Factors, route_factors
 
 
 # Steps that a search tries. Beyond 1 a route moves past its earlier state.
@@ -182,7 +180,7 @@ class RouteRollback:
             )
         step, searched = self.step, {}
         if step == "optimal":
-            searched = _search(factors, load_model(checkpoints["after"].name, base=base), objective, progress)
+            searched = _search(factors, checkpoints["after"], objective, progress)
             step = min(searched, key=lambda tried: searched[tried] if np.isfinite(searched[tried]) else np.inf)
             if not np.isfinite(searched[step]):
                 raise ValueError(f"objective: expected a finite value at one of the steps {STEPS}, found none")
@@ -218,17 +216,13 @@ class RouteRollback:
 
 
 def _search(
-    factors: Factors, model: PreTrainedModel, objective: Callable[[PreTrainedModel], float], progress: bool
+    factors: Factors, checkpoint: Checkpoint, objective: Callable[[PreTrainedModel], float], progress: bool
 ) -> dict[float, float]:
-    """The objective at each of `STEPS`, on what the adapter would make of the model."""
-    changes, found = {}, {}
-    for name, pair in factors.items():
-        parameter, change = product(model, name, pair)
-        changes[parameter] = change
+    """The objective at each of `STEPS`."""
+    found = {}
     for step in tqdm(STEPS, desc="steps", disable=not progress):
-        moved = {name: model.get_parameter(name).detach() + step * change for name, change in changes.items()}
-        with held(model, moved) as candidate:
-            found[step] = float(objective(candidate))
+        repair = Repair({name: (step * b, a) for name, (b, a) in factors.items()}, checkpoint, {})
+        found[step] = float(objective(repair.merge()))
     return found
 
 
