@@ -9,8 +9,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny_runs import Interrupt, assert_same, build, config, math_domain, text_reward, weights, writing_domain
-from trl import GRPOConfig
+from tiny_runs import (
+    SETTINGS,
+    Interrupt,
+    assert_same,
+    build,
+    config,
+    math_domain,
+    text_reward,
+    weights,
+    writing_domain,
+)
+from trl import GRPOConfig, GRPOTrainer
 
 from trl_interfere.lab.build import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
@@ -371,6 +381,27 @@ def test_options_run_through_two_stages(tmp_path, name):
     assert any(not torch.equal(base[key], first[key]) for key in base)
     assert any(not torch.equal(first[key], second[key]) for key in base)
     EFFECTS.get(name, lambda folder, trainer: None)(tmp_path, trainer)
+    # A penalty of the second stage measures from the base model, as only the first of GRPOTrainer's does.
+    for stage, domain in enumerate(own[:1] if options.get("beta") else own, start=1):
+        assert_same(
+            plain_grpo(tmp_path / f"plain-{stage}", trainer, stage, domain, options), [first, second][stage - 1]
+        )
+
+
+def plain_grpo(folder, trainer, stage, domain, options):
+    """What GRPOTrainer makes of the weights of the stage before."""
+    settings = {**SETTINGS, **options, "seed": trainer.run.stages[stage].seed}
+    del settings["keep_checkpoints"]
+    plain = GRPOTrainer(
+        model=str(trainer.run.weights(stage - 1)),
+        reward_funcs=domain.reward_funcs,
+        args=GRPOConfig(str(folder), **settings),
+        train_dataset=domain.train_dataset,
+        eval_dataset=domain.eval_dataset,
+    )
+    plain.train()
+    plain.save_model(str(folder / "last"))
+    return load_file(folder / "last" / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", REFUSED)
