@@ -23,6 +23,7 @@ from transformers.trainer_callback import TrainerState
 
 from trl_interfere import Run, StageCallback
 from trl_interfere.training import trainer as stage_loop
+from trl_interfere.training.refresh import distillation
 
 
 BLOCK = {
@@ -49,7 +50,9 @@ SETTINGS = {
         "adapter_per_stage": True,
         "beta": 0.05,
     },
+    "distill": {**BLOCK, "num_iterations": 2},
 }
+TEACHERS = {"math": "1-math", "writing": "0-base"}
 PHASES = ("generation", "optimizer", "checkpoint", "evaluation", "between", "refresh")
 
 
@@ -117,7 +120,8 @@ def run(setting: str, folder: Path, kill_at: int | None) -> Events:
     events.around(Run, "save", "between")
     events.around(stage_loop, "save_stage", "between")
     domains = [make(reward_funcs=reward, metric=metric) for make in (math_domain, writing_domain)]
-    trainer = build(folder, domains=domains, callbacks=[AskOnce(), events], **SETTINGS[setting])
+    ask = AskOnce(distillation(TEACHERS, {"max_steps": 4}, 0.5)) if setting == "distill" else AskOnce()
+    trainer = build(folder, domains=domains, callbacks=[ask, events], **SETTINGS[setting])
     trainer.train(resume_from_checkpoint=True)
     return events
 
@@ -149,14 +153,14 @@ def results(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, {str(path.relative_to(folder)): path.read_text() for path in folder.glob("scores/*/*.jsonl")}
 
 
-def choose(events: list[str], points: int, generator: random.Random) -> list[int]:
+def choose(events: list[str], points: int, generator: random.Random, phases: tuple[str, ...]) -> list[int]:
     """Events spread evenly over the phases, without repetition as long as there are enough."""
-    left = {phase: [at for at, name in enumerate(events) if name == phase] for phase in PHASES}
+    left = {phase: [at for at, name in enumerate(events) if name == phase] for phase in phases}
     for indices in left.values():
         generator.shuffle(indices)
     chosen: list[int] = []
     while len(chosen) < points and any(left.values()):
-        for phase in PHASES:
+        for phase in phases:
             if left[phase] and len(chosen) < points:
                 chosen.append(left[phase].pop())
     return chosen
@@ -180,7 +184,8 @@ def main() -> None:
     weights, scores = results(arguments.folder / "whole")
     generator = random.Random(arguments.seed)
     failed = 0
-    for number, at in enumerate(choose(events, arguments.points, generator)):
+    phases = PHASES if arguments.setting != "distill" else ("refresh",)
+    for number, at in enumerate(choose(events, arguments.points, generator, phases)):
         folder = arguments.folder / f"point-{number}"
         killed = [at]
         status, _ = fork(arguments.setting, folder, at)

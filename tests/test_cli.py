@@ -262,7 +262,8 @@ def test_bad_arguments_of_evaluate(finished_run, run, tmp_path, arguments, messa
 
 
 def test_refresh(damaged, run):
-    code, out, err = run("refresh", damaged, "--steps", 1, "--learning_rate", 1e-6, "--max_drop", 100, "--threads", 1)
+    settings = ("--steps", 1, "--learning_rate", 1e-6, "--max_drop", 100, "--threads", 1, "--keep")
+    code, out, err = run("refresh", damaged, *settings)
     record = Run(damaged).stages[-1]
     assert (record.name, record.steps, record.overrides) == (
         "3-refresh-math",
@@ -276,10 +277,25 @@ def test_refresh(damaged, run):
     assert len(Run(damaged).stages) == 4
 
 
-def test_a_refresh_that_makes_things_worse_says_so(damaged, run):
-    code, out, _ = run("refresh", damaged, "--domain", "writing", "--steps", 4, "--learning_rate", 0.05)
+def test_a_refresh_that_makes_things_worse_says_so_and_is_dropped(damaged, run):
+    worse = ("--domain", "writing", "--steps", 4, "--learning_rate", 0.05)
+    before = Run(damaged).stages
+    code, out, _ = run("refresh", damaged, *worse)
     assert code == 3 and "worse" in out and str(damaged / "stages" / "2-writing") in out
-    assert (damaged / "stages" / "2-writing").is_dir()
+    assert Run(damaged).stages == before and not list(damaged.glob("*/3-*"))
+    assert "3-refresh" not in (damaged / "README.md").read_text()
+    assert run("refresh", damaged, *worse, "--keep")[0] == 3 and Run(damaged).stages[-1].name == "3-refresh-writing"
+
+
+def test_a_refresh_by_distillation(damaged, run):
+    settings = ("--method", "distill", "--steps", 1, "--max_drop", 100, "--threads", 1, "--keep")
+    code, out, err = run("refresh", damaged, "--domain", "math", "writing", *settings)
+    record = Run(damaged).stages[-1]
+    peaks = {name: Run(damaged).peak(name).name for name in ("math", "writing")}
+    assert (record.name, record.overrides["teachers"]) == ("3-refresh", peaks), err
+    assert "math by" in out and "writing by" in out
+    assert run("refresh", damaged, "--domain", "math", "writing", "--steps", 1)[0] == 2
+    assert run("refresh", damaged, "--method", "sft")[0] == 2
 
 
 def test_train_goes_on(tmp_path, content, run):

@@ -20,6 +20,7 @@ PHASES = {"generation", "optimizer", "checkpoint", "evaluation", "between", "ref
         pytest.param("full", 12, marks=pytest.mark.slow),
         pytest.param("adapter", 6, marks=pytest.mark.slow),
         pytest.param("adapters", 6, marks=pytest.mark.slow),
+        pytest.param("distill", 4, marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_resumed(tmp_path, setting, points):

@@ -105,9 +105,11 @@ class Interrupt(TrainerCallback):
 
 
 class AskOnce(StageCallback):
-    """Asks for one refresh of a domain when the schedule has finished."""
+    """Asks for one refresh when the schedule has finished."""
+
+    def __init__(self, stage=None):
+        self.stage = stage or Stage("math", kind="refresh", overrides={"max_steps": 2})
 
     def request_stage(self, stages, score_matrix, schedule_finished):
-        if schedule_finished and not any(record.kind == "refresh" for record in stages):
-            return Stage("math", kind="refresh", overrides={"max_steps": 2})
-        return None
+        asked = any(record.kind == "refresh" for record in stages)
+        return self.stage if schedule_finished and not asked else None

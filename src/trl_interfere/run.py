@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import secrets
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class StageRecord:
         kind (`str`):
             `"base"`, `"train"`, `"refresh"` or `"heal"`.
         domain (`str`, *optional*):
-            Domain that was trained; `None` for the base model and for a heal.
+            Domain that was trained; `None` for the base model, a heal, and a refresh of several domains.
         folder (`str`, *optional*):
             Folder of the weights, relative to the folder of the run; `None` for the base model.
         steps (`int`):
@@ -45,7 +46,8 @@ class StageRecord:
         seed (`int`):
             Seed of the stage.
         overrides (`dict`):
-            Settings in which the stage differed from the configuration.
+            Settings in which the stage differed from the configuration; of a refresh by distillation, also its
+            `teachers`, stages by domain, and its `reward_weight`.
         versions (`dict[str, str]`):
             Versions of the packages that ran it.
         reason (`dict`, *optional*):
@@ -68,6 +70,15 @@ class StageRecord:
     def name(self) -> str:
         """Name of the stage and of its folder, such as `0-base`, `2-math`, `5-refresh-math` or `6-heal`."""
         return stage_name(self.index, self.kind, self.domain)
+
+    @property
+    def domains(self) -> list[str]:
+        """Domains that were trained; a refresh by distillation may have several."""
+        return stage_domains(self.domain, self.overrides)
+
+
+def stage_domains(domain: str | None, overrides: dict[str, Any]) -> list[str]:
+    return list(overrides.get("teachers", [] if domain is None else [domain]))
 
 
 def stage_name(index: int, kind: str, domain: str | None) -> str:
@@ -373,6 +384,15 @@ class Run:
         self.stages.append(record)
         self.current = None
         self.save()
+
+    def drop(self) -> str:
+        """Take the last stage out of the run, with its weights and scores. Returns its name."""
+        record = self.stages.pop()
+        self.save()
+        for path in (self.folder / "scores" / record.name, record.folder and self.folder / record.folder):
+            if path is not None:
+                shutil.rmtree(path, ignore_errors=True)
+        return record.name
 
     def write_scores(
         self, stage: str, domain: str, values: np.ndarray, completions: list[str], prompts: list[Any] | None = None

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer, StageCallback
 from trl_interfere.lab.build import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
+from trl_interfere.training.refresh import distillation
 from trl_interfere.training.schedule import Stage
 
 
@@ -62,11 +63,16 @@ def make_domains(seen: list[dict] | None = None) -> list[Domain]:
 
 
 class RefreshWorst(StageCallback):
-    """Asks once, when the schedule has finished, for a refresh of the domain with the lowest score."""
+    """Asks once, when the schedule has finished, for a refresh of the domain with the lowest score, or for another."""
+
+    def __init__(self, stage: Stage | None = None):
+        self.stage = stage
 
     def request_stage(self, stages, score_matrix, schedule_finished):
         if not schedule_finished or any(record.kind == "refresh" for record in stages):
             return None
+        if self.stage is not None:
+            return self.stage
         worst = min(score_matrix.domains, key=lambda name: score_matrix.values[-1][name].mean())
         return Stage(worst, kind="refresh", overrides={"max_steps": 2})
 
@@ -118,7 +124,7 @@ def settings(processes: int) -> dict:
     }
 
 
-def main(folder: Path, resume: bool = False, kill: tuple[str, int, int] | None = None) -> None:
+def main(folder: Path, resume: bool = False, kill: tuple[str, int, int] | None = None, distill: bool = False) -> None:
     """
     Run, and leave `rank-<rank>.safetensors` and `seen-<rank>.json` in the folder.
 
@@ -129,14 +135,18 @@ def main(folder: Path, resume: bool = False, kill: tuple[str, int, int] | None =
             Whether to continue the run in the folder.
         kill (`tuple[str, int, int]`, *optional*):
             Stage, step and process of a crash.
+        distill (`bool`, *optional*, defaults to `False`):
+            Whether the refresh is one by distillation of both domains, of two prompts a step.
     """
+    teachers = {"math": "1-math", "writing": "0-base"}
+    refresh = RefreshWorst(distillation(teachers, {"max_steps": 3, "num_generations": 4}) if distill else None)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     seen = []
     trainer = SequentialGRPOTrainer(
         model=str(MODEL_FOLDER),
         args=SequentialGRPOConfig(output_dir=str(folder), **settings(processes)),
         domains=make_domains(seen),
-        callbacks=[RefreshWorst(), *([Kill(*kill)] if kill else [])],
+        callbacks=[refresh, *([Kill(*kill)] if kill else [])],
     )
     rank = trainer.accelerator.process_index
     if rank > 0:
@@ -157,10 +167,11 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--fsdp-on-cpu", action="store_true")
+    parser.add_argument("--distill", action="store_true")
     parser.add_argument("--kill", nargs=3, metavar=("STAGE", "STEP", "RANK"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.fsdp_on_cpu:
         allow_fsdp_on_cpu()
     kill = arguments.kill and (arguments.kill[0], int(arguments.kill[1]), int(arguments.kill[2]))
-    main(arguments.folder, arguments.resume, kill)
+    main(arguments.folder, arguments.resume, kill, arguments.distill)

@@ -164,6 +164,18 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, runs, way, stage, step,
         assert {**before, "seconds": 0} == {**after, "seconds": 0}
 
 
+def test_processes_are_taught_alike_and_a_killed_refresh_goes_on(tmp_path):
+    folders = whole, cut = tmp_path / "whole", tmp_path / "cut"
+    launched("two processes", whole, "--distill")
+    assert launch("two processes", cut, "--distill", "--kill", "3-refresh", "1", "1").returncode != 0
+    launched("two processes", cut, "--distill", "--resume")
+    for folder in folders:
+        for rank in (0, 1):
+            assert_same(folder / f"rank-{rank}.safetensors", whole / "rank-0.safetensors")
+    log = json.loads((whole / "stages" / "3-refresh" / "log_history.json").read_text())
+    assert {"kl/math", "kl/writing"} <= {name for entry in log for name in entry}
+
+
 @pytest.mark.parametrize(("way", "processes"), [("one process", 1), ("two processes", 2)])
 def test_a_process_per_stage_trains_the_same(tmp_path, runs, way, processes):
     # The command knows no callback that asks for the refresh: the stages before it are compared.

@@ -5,6 +5,11 @@ import pytest
 
 from trl_interfere.run import Run, StageRecord
 from trl_interfere.training.requested_refresh import RequestedRefresh
+from trl_interfere.training.schedule import Stage
+
+
+def requested(folder, domain, steps):
+    return RequestedRefresh(folder, Stage(domain, "refresh", {"max_steps": steps}))
 
 
 def record(index, kind, domain, overrides=None):
@@ -34,35 +39,35 @@ def checkpoint(folder, name, step, steps):
 def test_a_stopped_refresh_goes_on_with_its_own_steps(run):
     folder = run()
     checkpoint(folder, "3-refresh-math", 4, 10)
-    assert RequestedRefresh(folder, "math", 10).wanted == 1
+    assert requested(folder, "math", 10).wanted == 1
     with pytest.raises(ValueError, match="a refresh of math with 10 steps was stopped in .*; expected 10, .*found 5"):
-        RequestedRefresh(folder, "math", 5)
+        requested(folder, "math", 5)
     with pytest.raises(ValueError, match="a refresh of math with 10 .*expected math, .*found qa.*give it up"):
-        RequestedRefresh(folder, "qa", 5)  # it would be left behind
+        requested(folder, "qa", 5)  # it would be left behind
     shutil.rmtree(folder / "checkpoints" / "3-refresh-math")
-    RequestedRefresh(folder, "qa", 5)
+    requested(folder, "qa", 5)
 
 
 def test_a_half_written_state_is_skipped(run):
     folder = run()
     checkpoint(folder, "3-refresh-math", 4, 10)
     (folder / "checkpoints/3-refresh-math/checkpoint-4/trainer_state.json").write_text('{"max_st')
-    assert RequestedRefresh(folder, "math", 5).wanted == 1
+    assert requested(folder, "math", 5).wanted == 1
 
 
 def test_checkpoints_of_other_stages_do_not_count(run):
     folder = run()
     checkpoint(folder, "2-qa", 4, 10)
-    RequestedRefresh(folder, "math", 5)
+    requested(folder, "math", 5)
 
 
 def test_one_that_was_trained_and_not_scored(run):
     folder = run(current=record(3, "refresh", "math", overrides={"max_steps": 7}))
-    assert RequestedRefresh(folder, "math", 7).wanted == 1
+    assert requested(folder, "math", 7).wanted == 1
     with pytest.raises(ValueError, match="math with 7 steps was stopped"):
-        RequestedRefresh(folder, "math", 8)
+        requested(folder, "math", 8)
 
 
 def test_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="stages.json"):
-        RequestedRefresh(tmp_path, "math", 5)
+        requested(tmp_path, "math", 5)

@@ -8,6 +8,7 @@ from tiny_runs import AskOnce, Interrupt, assert_same, build, math_domain, text_
 
 from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.training.refresh import distillation
 
 
 pytestmark = [
@@ -122,6 +123,17 @@ def evaluated(trainer):
     scorer = Scorer(trainer.processing_class, max_new_tokens=trainer.max_completion_length)
     expected = scorer.complete_ids(trainer.model, [trainer.processing_class.decode(ids) for ids, _ in outputs])
     return [list(ids) for _, ids in outputs], expected
+
+
+@pytest.mark.parametrize("adapters", [{}, LORA], ids=["none", "one"])
+def test_a_refresh_by_distillation(tmp_path, adapters):
+    teachers = {"math": "1-math", "writing": "0-base"}
+    trainer = build(tmp_path, callbacks=[AskOnce(distillation(teachers, {"max_steps": 2}))], **VLLM, **adapters)
+    seen = watch(trainer)
+    trainer.train()
+    assert [entry[:2] for entry in seen if entry[0] == 3] == [(3, 0), (3, 1)]
+    assert max(entry[2] for entry in seen) <= (1e-6 if adapters else 0)  # the student samples, never a teacher
+    assert any(name.startswith("kl/") for entry in trainer.log_history for name in entry)
 
 
 @torch.no_grad()

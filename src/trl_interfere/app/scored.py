@@ -120,7 +120,7 @@ class Scored:
         batch = config.get("per_device_train_batch_size", 0) * config.get("gradient_accumulation_steps", 1)
         return plots.arm_of(
             {
-                "arm": f"refresh of {record.domain}, {record.steps} steps",
+                "arm": f"refresh of {', '.join(record.domains)}, {record.steps} steps",
                 "recovered_all": share.to_dict() if lost else {},
                 "worst": min(changes, default=None),
                 # Sampled and through the model forward: two passes each, and one backward.

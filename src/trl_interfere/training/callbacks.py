@@ -134,7 +134,9 @@ class HealCallback(StageCallback):
         for name in self.domains or []:
             if name not in score_matrix.domains:
                 raise ValueError(f"HealCallback, domains: expected some of {score_matrix.domains}, found {name!r}")
-        if stages[-1].kind not in ("train", "refresh") or (self.at == "end" and not schedule_finished):
+        # Once after a stage of training: refreshes may follow the heal.
+        last = next((record.kind for record in reversed(stages) if record.kind != "refresh"), None)
+        if last != "train" or (self.at == "end" and not schedule_finished):
             return None
         final = score_matrix.values[-1]
         own = {record.domain: row for row, record in enumerate(stages) if record.kind == "train"}

@@ -1,4 +1,4 @@
-"""The refresh: a short RL pass on a domain that a later stage has damaged."""
+"""The refresh: a short training pass on domains that a later stage has damaged."""
 
 import copy
 import difflib
@@ -20,12 +20,17 @@ logger = logging.getLogger(__name__)
 
 class RefreshCallback(StageCallback):
     """
-    Ask [`SequentialGRPOTrainer`] for short RL passes on the domains that the stages of others have damaged.
+    Ask [`SequentialGRPOTrainer`] for short training passes on the domains that the stages of others have damaged.
 
-    A domain is damaged when its score after the last stage of the schedule is more than `max_drop` points below its
-    highest score of the run so far, and the 95% interval of that drop (paired bootstrap over prompts) excludes zero.
-    Only domains that have been trained are refreshed. The damaged domains take turns, the worst one first: the next
+    A domain is damaged when its score after the last stage of the schedule, or the heal after it, is more than
+    `max_drop` points below its highest score of the run so far, and the 95% interval of that drop (paired bootstrap
+    over prompts) excludes zero. Only domains that have been trained are refreshed.
+
+    With `method="grpo"` their rewards train them. The damaged domains take turns, the worst one first: the next
     refresh goes to the domain with the fewest refreshes in this round, among those to the one furthest below its peak.
+    With `method="distill"` one refresh takes all of them: the model answers their prompts, and the checkpoint of each
+    domain's peak corrects every token (on-policy distillation by the reverse KL divergence, arXiv 2606.30406).
+    `kl/<domain>` is logged. No reward is needed, and no second model but the weights of the peaks.
 
     A domain is finished when
 
@@ -35,12 +40,13 @@ class RefreshCallback(StageCallback):
     - its last `patience` refreshes brought no score above its best one of this round.
 
     The whole round ends when all damaged domains are finished, or when a refresh costs too much: any other domain,
-    trained or not, is more than `max_drop` points below its score after the last stage of the schedule, with an
-    interval that excludes zero. The next stage of the schedule begins a new round.
+    trained or not, is more than `max_drop` points below its score at the beginning of the round, with an interval that
+    excludes zero. The next stage of the schedule, or a heal, begins a new round.
 
     What is asked for follows from the manifest and the scores alone, so that a resumed run takes the same way. The
     manifest keeps the `reason` of each refresh: `drop` (what is missing to the peak), `recovered`, `steps` and
-    `refreshes` of the domain in this round, `without_improvement`, and the names of the stages `peak` and `damaged`.
+    `refreshes` of the domain in this round, `without_improvement`, and the names of the stages `peak` and `damaged`;
+    with `method="distill"` by domain.
 
     Args:
         domains (`list[str]`, *optional*):
@@ -60,6 +66,11 @@ class RefreshCallback(StageCallback):
             shortened to what is left of `max_steps`. Defaults to `max_steps`: one refresh per domain.
         overrides (`dict`, *optional*):
             Further settings of the refresh stages, e.g. `{"learning_rate": 1e-6}`.
+        method (`str`, *optional*, defaults to `"grpo"`):
+            `"grpo"` or `"distill"`.
+        reward_weight (`float`, *optional*, defaults to `0.0`):
+            With `method="distill"`, weight of the loss of GRPO that is added to that of the distillation. With 0 no
+            reward function is called.
 
     Raises:
         `ValueError`: If an argument is out of range.
@@ -75,6 +86,8 @@ class RefreshCallback(StageCallback):
         patience: int = 2,
         steps_per_check: int | None = None,
         overrides: dict | None = None,
+        method: str = "grpo",
+        reward_weight: float = 0.0,
     ):
         if domains is not None and not (
             isinstance(domains, (list, tuple)) and all(isinstance(name, str) for name in domains)
@@ -99,6 +112,12 @@ class RefreshCallback(StageCallback):
             if name in overrides:
                 raise ValueError(f"overrides: the length of a refresh is set by steps_per_check, found {name!r}")
         check_names(overrides, STAGE_OPTIONS, "overrides")
+        if method not in ("grpo", "distill"):
+            raise ValueError(f"method: expected 'grpo' or 'distill', found {method!r}")
+        if not _is_number(reward_weight) or not 0 <= reward_weight < math.inf:
+            raise ValueError(f"reward_weight: expected 0 or more, found {reward_weight!r}")
+        if method == "grpo" and reward_weight:
+            raise ValueError("reward_weight: expected method='distill', to which rewards are added")
         self.domains = domains
         self.max_drop = max_drop
         self.at = at
@@ -107,13 +126,17 @@ class RefreshCallback(StageCallback):
         self.patience = patience
         self.steps_per_check = steps_per_check
         self.overrides = overrides
+        self.method = method
+        self.reward_weight = reward_weight
 
     def on_stage_end(self, record: StageRecord, score_matrix: ScoreMatrix) -> None:
-        if record.kind == "refresh" and record.domain in score_matrix.values[-1]:
-            change = difference(*(row[record.domain] for row in score_matrix.values[:-3:-1]))
+        for domain in record.domains if record.kind == "refresh" else []:
+            if domain not in score_matrix.values[-1]:
+                continue
+            change = difference(*(row[domain] for row in score_matrix.values[:-3:-1]))
             if change.value <= 0:
                 logger.warning(
-                    f"{record.name}: the refresh made domain {record.domain!r} no better ({change:.1f} points); the "
+                    f"{record.name}: the refresh made domain {domain!r} no better ({change:.1f} points); the "
                     f"stage before it, {score_matrix.stages[-2]}, is kept"
                 )
 
@@ -128,10 +151,10 @@ class RefreshCallback(StageCallback):
         trained = [row for row, record in enumerate(stages) if record.kind == "train"]
         if not trained or (self.at == "end" and not schedule_finished):
             return None
-        since = trained[-1]
+        since = max(row for row, record in enumerate(stages) if record.kind in ("train", "heal"))
         if len(stages) > since + 1:
             last = stages[-1]
-            for domain, change in collateral(score_matrix, since, [last.domain]).items():
+            for domain, change in collateral(score_matrix, since, last.domains).items():
                 if change.value < -self.max_drop and change.high < 0:
                     logger.warning(
                         f"{last.name}: domain {domain!r} is {change:.1f} points from its score after "
@@ -147,9 +170,16 @@ class RefreshCallback(StageCallback):
                     turns.append((reason["refreshes"], -reason["drop"]["value"], len(turns), domain, reason))
         if not turns:
             return None
-        *_, domain, reason = min(turns)
-        steps = min(self.steps_per_check, self.max_steps - reason["steps"])
-        return Stage(domain, "refresh", {**copy.deepcopy(self.overrides), "max_steps": steps}, reason)
+        if self.method == "grpo":
+            *_, domain, reason = min(turns)
+            steps = min(self.steps_per_check, self.max_steps - reason["steps"])
+            return Stage(domain, "refresh", {**copy.deepcopy(self.overrides), "max_steps": steps}, reason)
+        reasons = {domain: reason for *_, domain, reason in sorted(turns)}
+        steps = min(self.steps_per_check, *(self.max_steps - reason["steps"] for reason in reasons.values()))
+        teachers = {domain: reason["peak"] for domain, reason in reasons.items()}
+        return distillation(
+            teachers, {**copy.deepcopy(self.overrides), "max_steps": steps}, self.reward_weight, reasons
+        )
 
     def _reason(self, domain: str, stages: list[StageRecord], score_matrix: ScoreMatrix, since: int) -> dict | None:
         """Why the domain should be refreshed, or `None` where it should not."""
@@ -161,7 +191,7 @@ class RefreshCallback(StageCallback):
         damage, drop = difference(peak, damaged), difference(peak, now)
         if damage.value <= self.max_drop or damage.low <= 0 or drop.low <= 0:
             return None
-        own = [row for row in range(since + 1, len(stages)) if stages[row].domain == domain]
+        own = [row for row in range(since + 1, len(stages)) if domain in stages[row].domains]
         steps = sum(max(stages[row].steps, 1) for row in own)
         best, without_improvement = damaged.mean(), 0
         for row in own:
@@ -180,6 +210,15 @@ class RefreshCallback(StageCallback):
             "peak": score_matrix.stages[position],
             "damaged": score_matrix.stages[since],
         }
+
+
+def distillation(
+    teachers: dict[str, str], overrides: dict, reward_weight: float = 0.0, reason: dict | None = None
+) -> Stage:
+    """A refresh by distillation; `teachers` are stages by domain."""
+    only = next(iter(teachers)) if len(teachers) == 1 else None
+    settings = {**overrides, "teachers": teachers, "reward_weight": reward_weight}
+    return Stage(only, "refresh", settings, reason or {})
 
 
 def _is_number(value: object, kind: type = float) -> bool:

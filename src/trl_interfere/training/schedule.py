@@ -5,19 +5,22 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..run import stage_domains
+
 
 @dataclass(frozen=True)
 class Stage:
     """
-    One RL pass over one domain, or a heal.
+    One RL pass over one domain, a refresh of one or several, or a heal.
 
     Args:
         domain (`str`, *optional*):
-            Name of the domain; `None` for a heal.
+            Name of the domain; `None` for a heal, and a refresh of several domains.
         kind (`str`, *optional*, defaults to `"train"`):
             `"train"`, `"refresh"` or `"heal"`.
         overrides (`dict`, *optional*):
-            Settings of this stage that differ from the configuration of the trainer; of a heal, arguments of
+            Settings of this stage that differ from the configuration of the trainer; of a refresh by distillation,
+            also `teachers`, the stage that teaches each domain, and `reward_weight`; of a heal, arguments of
             [`~trl_interfere.repair.heal.heal_run`].
         reason (`dict`, *optional*):
             Why a callback asked for this stage, as JSON values; it is kept in the manifest.
@@ -30,6 +33,16 @@ class Stage:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def domains(self) -> list[str]:
+        """Domains that are trained."""
+        return stage_domains(self.domain, self.overrides)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the overrides that are settings of the configuration."""
+        return {name: value for name, value in self.overrides.items() if name not in ("teachers", "reward_weight")}
 
 
 def build_schedule(

@@ -21,6 +21,7 @@ from trl import GRPOTrainer
 
 from ..domain import DOMAIN_COLUMN
 from ..run import write_atomically
+from .distillation import TEACHER, Distillation
 from .merged_parameters import merged_parameters
 from .resume import epochs_done
 from .reward_masking import RewardError, mask_reward, reward_name
@@ -51,6 +52,7 @@ class StageTrainer(GRPOTrainer):
         # The union of all rewards is registered once: TRL prepares reward models and its event loop at construction.
         rewards = [(domain.name, reward) for domain in domains for reward in domain.reward_funcs]
         self._stage: tuple[int, Stage] | None = None  # position and stage that is being trained
+        self._distillation: Distillation | None = None  # of a stage that has teachers
         self._stage_name = ""
         self._unfinished = False  # whether a stage was left with weights that no record stands for
         self._epochs_done = 0
@@ -135,7 +137,7 @@ class StageTrainer(GRPOTrainer):
     def _train_stage(self, checkpoint: str | None, **kwargs):
         self._epochs_done = 0 if checkpoint is None else epochs_done(checkpoint)
         self._rewarded, self._unrewarded = checkpoint is not None, 0
-        self._use_rewards({self._stage[1].domain, *_domains_of(self.train_dataset), *_domains_of(self.eval_dataset)})
+        self._use_rewards({*self._stage[1].domains, *_domains_of(self.train_dataset), *_domains_of(self.eval_dataset)})
         output = GRPOTrainer.train(self, resume_from_checkpoint=checkpoint, **kwargs)
         if self._unrewarded and not self._rewarded:
             self._raise_unrewarded()
@@ -174,6 +176,9 @@ class StageTrainer(GRPOTrainer):
                 self._use_rewards(before)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if self._taught() and not self._reward_weight():  # rewards may be dear, and would change nothing
+            rows = self.accelerator.num_processes * len(prompts)
+            return torch.full((rows, len(self.reward_funcs)), torch.nan, device=self.accelerator.device)
         try:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         except RewardError as error:
@@ -213,7 +218,21 @@ class StageTrainer(GRPOTrainer):
             values.extendleft([None] * (len(self._logs["prompt"]) - len(values)))
         if self.args.adapter_per_stage:
             freeze_earlier_adapters(self.accelerator.unwrap_model(self.model))
+        if self._taught():
+            outputs[TEACHER] = self._distillation.mark(inputs)
         return outputs
+
+    def _taught(self) -> bool:
+        return self._distillation is not None and self.model.training
+
+    def _reward_weight(self) -> float:
+        return self._stage[1].overrides.get("reward_weight", 0.0)
+
+    def _compute_loss(self, model, inputs):
+        if not self._taught():
+            return super()._compute_loss(model, inputs)
+        loss, weight = self._distillation.loss(model, inputs), self._reward_weight()
+        return loss + weight * super()._compute_loss(model, inputs) if weight else loss
 
     def _where(self) -> str:
         if self._stage is None:
@@ -223,10 +242,10 @@ class StageTrainer(GRPOTrainer):
         return f"stage {self._stage_name}, evaluation after step {self.state.global_step}"
 
     def _raise_unrewarded(self) -> None:
-        domain = self.domains[self._stage[1].domain]
+        names = [reward_name(reward) for name in self._stage[1].domains for reward in self.domains[name].reward_funcs]
         raise ValueError(
-            f"{self._where()}, domain {domain.name!r}: expected a reward for some completions, found None from all "
-            f"reward functions {[reward_name(reward) for reward in domain.reward_funcs]} for all completions of "
+            f"{self._where()}, domain {', '.join(map(repr, self._stage[1].domains))}: expected a reward for some "
+            f"completions, found None from all reward functions {names} for all completions of "
             f"{self._unrewarded} generation batches in a row"
         )
 
@@ -361,14 +380,16 @@ class StageTrainer(GRPOTrainer):
         return self._steps_before() + (self.state.global_step if self._stage is not None else 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # Rewards of domains that were in no batch have no value.
+        # Rewards of domains that were in no batch have no value, nor has any where teachers alone train.
         for metrics in self._metrics.values():
-            for name in [name for name in metrics if name.startswith("rewards/")]:
+            for name in [name for name in metrics if name.startswith("reward")]:
                 metrics[name] = [value for value in metrics[name] if value == value]
                 if not metrics[name]:
                     del metrics[name]
         metrics = self._metrics["train"]
-        if self._stage is not None and "reward" in metrics:
+        if "reward" not in metrics:
+            metrics.pop("frac_reward_zero_std", None)
+        elif self._stage is not None and self._stage[1].domain is not None:
             metrics[f"{self._stage[1].domain}/reward"] = list(metrics["reward"])
         if self._stage is not None:
             logs["stage"] = self._stage[0]

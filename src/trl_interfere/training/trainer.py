@@ -32,6 +32,7 @@ from ..run import Run, StageRecord, lock_folder, stage_name
 from .callbacks import StageCallback
 from .checks import check_run, with_prompts
 from .config import STAGE_OPTIONS, SequentialGRPOConfig
+from .distillation import Distillation, mixed
 from .identity import about_run, run_identity
 from .resume import last_whole_checkpoint
 from .schedule import Stage, build_schedule
@@ -280,8 +281,8 @@ class SequentialGRPOTrainer(StageTrainer):
     def _marked(self, dataset: Any) -> Any:
         if not isinstance(dataset, Dataset) or DOMAIN_COLUMN in dataset.column_names:
             return dataset
-        trained = [record.domain for record in self.run.stages if record.kind in ("train", "refresh")]
-        name = self._stage[1].domain if self._stage is not None else [self.schedule[0].domain, *trained][-1]
+        trained = [name for record in self.run.stages for name in record.domains]
+        name = self._stage[1].domains[-1] if self._stage is not None else [self.schedule[0].domain, *trained][-1]
         return dataset.add_column(DOMAIN_COLUMN, [name] * len(dataset))
 
     def next_stage(self) -> Stage | None:
@@ -289,8 +290,8 @@ class SequentialGRPOTrainer(StageTrainer):
         What the run does next, derived from the finished stages alone.
 
         Returns:
-            [`Stage`] or `None`: A stage that a [`StageCallback`] asks for, with the `stage_overrides` of its domain
-            beneath its own, else the next one of the schedule, else nothing.
+            [`Stage`] or `None`: A stage that a [`StageCallback`] asks for, with the `stage_overrides` of its (first)
+            domain beneath its own, else the next one of the schedule, else nothing.
         """
         trained = sum(record.kind == "train" for record in self.run.stages)
         for callback in self._stage_callbacks():
@@ -300,8 +301,9 @@ class SequentialGRPOTrainer(StageTrainer):
                 if self._nothing_to_heal != len(self.run.stages):
                     return stage
             elif stage is not None:
-                build_schedule(self.domains, [stage.domain], {stage.domain: stage.overrides}, STAGE_OPTIONS)
-                own = (self.args.stage_overrides or {}).get(stage.domain, {})
+                first = stage.domains[0]
+                build_schedule(self.domains, stage.domains, {first: stage.settings}, STAGE_OPTIONS)
+                own = (self.args.stage_overrides or {}).get(first, {})
                 return replace(stage, overrides={**own, **stage.overrides})
         return self.schedule[trained] if trained < len(self.schedule) else None
 
@@ -313,14 +315,18 @@ class SequentialGRPOTrainer(StageTrainer):
         folder = self.run.folder / "checkpoints" / name
         with self._stage_args(stage, folder, self._stage_seed(index)):
             self._reset()
-            self.train_dataset = self.domains[stage.domain].train_dataset
-            self.eval_dataset = self.domains[stage.domain].eval_dataset
+            domains = [self.domains[name] for name in stage.domains]
+            self.train_dataset = mixed(domains)
+            evaluated = {domain.name: domain.eval_dataset for domain in domains if domain.eval_dataset is not None}
+            self.eval_dataset = evaluated if len(domains) > 1 else domains[0].eval_dataset
             checkpoint = self._from_main(last_whole_checkpoint(folder))
             self.args.eval_on_start &= checkpoint is None  # else it was evaluated before
             if self._unfinished:
                 self._restore_stage_start()
             self._unfinished = True
             self._begin_adapter(index, name)
+            teachers = stage.overrides.get("teachers")
+            self._distillation = None if teachers is None else Distillation(self, teachers)
             # As TRL does at construction: processes that share a group of completions must not sample the same ones.
             set_seed(self.args.seed, device_specific=True)
             self._stage = index, stage
@@ -328,14 +334,14 @@ class SequentialGRPOTrainer(StageTrainer):
             try:
                 output = self._train_stage(checkpoint, **kwargs)
             finally:
-                self._stage = None
+                self._stage = self._distillation = None
             seconds = time.perf_counter() - start
             if self._stopped_early():
                 return output
             if output.global_step == 0:
                 raise ValueError(
-                    f"stage {name}: no step could be made, since domain {stage.domain!r} has too few prompts for one "
-                    f"generation batch ({self.args.generation_batch_size // self.num_generations})"
+                    f"stage {name}: no step could be made, since domain {stage.domains[0]!r} has too few prompts for "
+                    f"one generation batch ({self.args.generation_batch_size // self.num_generations})"
                 )
         self._finish_stage(stage, steps=output.global_step, seconds=seconds)
         return output
@@ -527,8 +533,8 @@ class SequentialGRPOTrainer(StageTrainer):
 
     @contextlib.contextmanager
     def _stage_args(self, stage: Stage, folder: Path, seed: int) -> Iterator[None]:
-        settings = {"output_dir": str(folder), "seed": seed, **self.args.stage_settings(stage.overrides)}
-        if isinstance(self.domains[stage.domain].train_dataset, IterableDataset):
+        settings = {"output_dir": str(folder), "seed": seed, **self.args.stage_settings(stage.settings)}
+        if any(isinstance(self.domains[name].train_dataset, IterableDataset) for name in stage.domains):
             # Several workers would tear groups of completions apart; TRL looks at the first dataset only.
             settings.update(
                 dataloader_num_workers=0, dataloader_persistent_workers=False, dataloader_prefetch_factor=None
