@@ -6,16 +6,21 @@ from collections import Counter
 import pytest
 from datasets import Dataset
 
-from trl_interfere.datasets import code_domain, math_domain, qa_domain, split_dataset, writing_domain
+from trl_interfere.datasets import code_domain, math_domain, qa_domain, writing_domain
+from trl_interfere.datasets.sources import split_dataset
 
 
 KEYS = [f"prompt {index}" for index in range(100)]
-TABLE = Dataset.from_dict({"key": KEYS, "kind": [index % 7 for index in range(100)]})
+TABLE = Dataset.from_dict({"key": KEYS})
 
 
-def split(sizes, table=TABLE, keys=None, strata=None):
-    parts = split_dataset(table, keys or table["key"], sizes, "here", strata)
-    return {name: list(part["key"]) for name, part in parts.items()}
+def split(sizes, table=TABLE, **columns):
+    names = {"train_dataset": "train", "selection_dataset": "selection", "eval_dataset": "test"}
+    for name, values in {"kept": table["key"][:], **columns}.items():
+        table = table.add_column(name, values)
+    parts = split_dataset(table, sizes, "here")
+    assert all(part.column_names == ["kept"] for part in parts.values())
+    return {names[field]: list(part["kept"]) for field, part in parts.items()}
 
 
 def test_parts_do_not_overlap():
@@ -49,7 +54,7 @@ def test_equal_prompts_are_one():
 def test_strata_keep_their_shares():
     strata = ["rare" if index % 10 == 0 else "middle" if index % 10 < 4 else "common" for index in range(100)]
     kinds = dict(zip(KEYS, strata, strict=True))
-    parts = split({"train": 50, "selection": 20, "test": 30}, strata=strata)
+    parts = split({"train": 50, "selection": 20, "test": 30}, stratum=strata)
     for name, size in (("train", 50), ("selection", 20), ("test", 30)):
         counts = Counter(kinds[key] for key in parts[name])
         for kind, share in (("rare", 0.1), ("middle", 0.3), ("common", 0.6)):
@@ -146,9 +151,9 @@ def test_offline(make, sizes, columns):
     domain = make(sizes=sizes)
     assert [len(part) for part in parts(domain)] == list(sizes.values())
     assert len(set.union(*map(prompts, parts(domain)))) == sum(sizes.values())  # no prompt twice
-    assert domain.train_dataset.column_names == columns
+    assert {*domain.train_dataset.column_names} == {*columns}
     assert make(sizes=sizes).eval_dataset["prompt"] == domain.eval_dataset["prompt"]
-    if "seed" in make.__code__.co_varnames:
+    if make in (math_domain, writing_domain):
         assert make(sizes=sizes, seed=1).eval_dataset["prompt"] != domain.eval_dataset["prompt"]
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config
 
 from trl_interfere.cli import main
-from trl_interfere.datasets import OFFLINE
+from trl_interfere.datasets.sources import OFFLINE
 from trl_interfere.recipe import load_run_file
 from trl_interfere.training.dry_run import plan_run
 from trl_interfere.training.recipe_trainer import load_run

@@ -267,11 +267,15 @@ def _shipped_domain(entry: dict[str, Any], where: str, folder: Path, only: Path 
     function = load_function(entry["domain"], f"{where}, domain", SHIPPED_DOMAINS, "shipped domain", only)
     options = _mapping(entry.get("options"), f"{where}, options")
     parameters = inspect.signature(function).parameters
-    if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
-        check_names(options, [name for name in parameters if name not in ("name", "folder")], f"{where}, options")
+    more = next(
+        (parameter.annotation for parameter in parameters.values() if parameter.kind == parameter.VAR_KEYWORD), None
+    )
+    known = {*parameters, *(name for named in get_args(more) for name in named.__annotations__)}
+    if more is None or get_args(more):
+        check_names(options, known - {"name", "folder", "options"}, f"{where}, options")
     if "name" in entry:
         options["name"] = str(entry["name"])
-    if "folder" in parameters:
+    if "folder" in known:
         options["folder"] = folder
     try:
         domain = function(**options)

@@ -103,6 +103,16 @@ CALLS = [
     ("assert 6 in f(1)", "class Yes:\n    __contains__ = __eq__ = lambda *a: True\nf = lambda x: Yes()", False, False),
     ("assert f(1) < 6", "class Yes:\n    __lt__ = __gt__ = lambda *a: True\nf = lambda x: Yes()", False, False),
     ("s = S()\nassert s.ok", "class S: ok = False", False, True),
+    ("assert f(lambda x: x + 1) == 2", "def f(g): return g(1)", True, True),
+    ("def g(x): return x + 1\nassert f(g) == 2", "def f(g): return g(1)", True, True),
+    (
+        "from collections import deque, Counter\nassert f('aa') == {'a': 2}",
+        "from collections import Counter as f",
+        True,
+        False,
+    ),
+    ("import math\nassert f(0) == math.inf and -f(0) < 0", "def f(x): return float('inf')", True, False),
+    ("assert f(1) == {1, 2}", "def f(x): return frozenset({x, 2})", True, False),
     (
         "try:\n    f('x').startswith('ab')\nexcept:\n    pass\nassert f(1)",
         "class f:\n    def __init__(self, x): pass",
@@ -114,7 +124,7 @@ CALLS = [
 
 @pytest.mark.parametrize("tests, program, passed, forgeable", CALLS)
 def test_calls(tests, program, passed, forgeable, sandbox):
-    verdict = check_function(sandbox, program, tests, Limits(seconds=2), called_function(tests, ""))
+    verdict = check_function(sandbox, program, tests, Limits(seconds=2), called_function(tests))
     assert (verdict.passed, verdict.forgeable) == (passed, forgeable), verdict
 
 
@@ -151,7 +161,7 @@ TESTS = [
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forgeries(name, sandbox):
     for tests in TESTS:
-        assert called_function(tests, "") == "f"
+        assert called_function(tests) == "f"
         verdict = check_function(sandbox, FORGERIES[name], tests, Limits(seconds=1), "f")
         assert (verdict.passed, verdict.forgeable) == (False, False), tests
 
@@ -187,8 +197,6 @@ def test_the_program_sees_no_expected_result(sandbox, monkeypatch):
         ("assert is_close(f(1), 0.5)", None),
         ("assert S().f(1) == 2", None),
         ("import solution\nassert solution.f(1) == 2", None),
-        ("assert f(lambda x: x) == 1", None),
-        ("def g(x): return x\nassert f(g) == 1", None),
         ("numbers = [2, 1]\nf(numbers)\nassert numbers == [1, 2]", None),
         ("node = f([1])\nassert node.value == 1", None),
         ("assert f.cache == {}", None),
@@ -196,7 +204,7 @@ def test_the_program_sees_no_expected_result(sandbox, monkeypatch):
     ],
 )
 def test_which_tests_can_be_run_apart(tests, function):
-    assert called_function(tests, "import math\nfrom math import *") == function
+    assert called_function(tests) == function
 
 
 @pytest.mark.parametrize(
@@ -213,4 +221,4 @@ def test_which_tests_can_be_run_apart(tests, function):
 )
 def test_tests_that_cannot_be_run(tests, reason):
     with pytest.raises(ValueError, match=reason):
-        called_function(tests, "")
+        called_function(tests)

@@ -97,7 +97,7 @@ def test_piston_with_its_default_limits(piston):
 
 
 def test_piston_that_is_busy(piston, monkeypatch):
-    monkeypatch.setattr("trl_interfere.rewards.piston.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", lambda seconds: None)
     piston.statuses += [429, 503]
     sandbox = PistonSandbox(piston.url)
     piston.statuses += [500] * 4

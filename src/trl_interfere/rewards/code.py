@@ -18,25 +18,13 @@ _LONGEST = 100_000  # characters of a program
 _FENCE = re.compile(
     r"(?P<fence>```|~~~)[ \t]*(?P<tag>\w*)[^\n]*\n(?P<program>.*?)(?:^[ \t]*(?P=fence)|\Z)", re.DOTALL | re.MULTILINE
 )
-_ITEM = re.compile(r"\s*(?:(?:[-*+]|\d+[.)])\s+)?")
 _BEGIN = re.compile(r"^(?:import|from|def|class|async def|@)\b", re.MULTILINE)
+_DECIMAL = re.compile(r"[+-]?\d{1,30}\.\d{1,30}(?:e[+-]?\d{1,3})?")
 
 
 @lru_cache
 def open_sandbox(name: str = "bubblewrap") -> Sandbox:
-    """
-    The sandbox of a name.
-
-    Args:
-        name (`str`, *optional*, defaults to `"bubblewrap"`):
-            `"bubblewrap"` or the address of a Piston server.
-
-    Returns:
-        [`Sandbox`]: The sandbox.
-
-    Raises:
-        [`SandboxError`]: If it cannot be had.
-    """
+    """The sandbox of a name: `"bubblewrap"`, or the address of a Piston server."""
     check_sandbox(name)
     return Sandbox() if name == "bubblewrap" else PistonSandbox(name)
 
@@ -48,12 +36,12 @@ class CodeReward:
     The program is the last block between fences that defines the function that is asked for; the last one where no
     function is asked for or none defines it; the whole completion where there is none. What it prints is compared
     line by line, without regard to space at the ends of lines; decimals may differ by a millionth of their size. Tests
-    of functions are run by [`check_function`]; the share of completions that pass tests that a program could forge is
-    logged as `code/forgeable`.
+    of functions run in two processes where they can; the share of completions that pass tests that a program could
+    forge is logged as `code/forgeable`.
 
     Args:
         sandbox (`str`, *optional*, defaults to `"bubblewrap"`):
-            Where programs run, see [`open_sandbox`]. It is opened at the first call.
+            Where programs run: `"bubblewrap"`, or the address of a Piston server, opened at the first call.
         seconds (`float`, *optional*, defaults to `5.0`):
             Processor time of one test.
         memory_mb (`int`, *optional*, defaults to `512`):
@@ -94,7 +82,7 @@ class CodeReward:
                 Completions, plain or conversational.
             tests (`list[str]`):
                 Tests of each problem, as JSON: `inputs` and `outputs`, or `calls` (texts of tests) with `function`,
-                `header` and `code` (the beginning of the program), see [`check_function`].
+                `header` and `code` (the beginning of the program).
             log_metric (`Callable`, *optional*):
                 Given by TRL.
 
@@ -108,18 +96,7 @@ class CodeReward:
         return [verdict.share if self.partial else float(verdict.passed) for verdict in verdicts]
 
     def judge(self, completion: str | list[dict], tests: str) -> Verdict:
-        """
-        Run the program of one completion.
-
-        Args:
-            completion (`str` or `list[dict]`):
-                The completion.
-            tests (`str`):
-                Tests of the problem, as JSON.
-
-        Returns:
-            [`Verdict`]: The verdict, with the reason why it does not pass.
-        """
+        """The verdict on the program of one completion, with the reason why it does not pass."""
         content = json.loads(tests)
         program = extract_program(answer_text(completion, self.thinking), content.get("function"), content.get("code"))
         if program is None:
@@ -144,26 +121,7 @@ code_reward = CodeReward()
 def check_output(
     sandbox: Sandbox, program: str, inputs: list[str], outputs: list[str], limits: Limits, stop: bool = True
 ) -> Verdict:
-    """
-    Run a program on inputs and compare what it prints. The expected outputs stay in this process.
-
-    Args:
-        sandbox ([`Sandbox`]):
-            Where it runs.
-        program (`str`):
-            Its text.
-        inputs (`list[str]`):
-            Standard inputs.
-        outputs (`list[str]`):
-            Expected standard outputs, one for each input.
-        limits ([`Limits`]):
-            Limits of each run.
-        stop (`bool`, *optional*, defaults to `True`):
-            End with the first test that fails.
-
-    Returns:
-        [`Verdict`]: The verdict.
-    """
+    """Run a program on inputs and compare what it prints. The expected outputs stay in this process."""
     passed, reason = 0, ""
     for index, (stdin, expected) in enumerate(zip(inputs, outputs, strict=True)):
         execution = sandbox.run(program, stdin, limits)
@@ -179,72 +137,37 @@ def check_output(
 
 
 def _same_lines(found: str, expected: str) -> bool:
-    found, expected = ([line.rstrip() for line in text.rstrip().split("\n")] for text in (found, expected))
-    return len(found) == len(expected) and all(map(_same_line, found, expected))
-
-
-def _same_line(found: str, expected: str) -> bool:
-    if found == expected:
-        return True
-    pairs = list(zip(found.split(), expected.split(), strict=False))
-    return len(found.split()) == len(expected.split()) and all(a == b or _close(a, b) for a, b in pairs)
+    lines = [[line.rstrip() for line in text.rstrip().split("\n")] for text in (found, expected)]
+    return len(lines[0]) == len(lines[1]) and all(
+        one == other or (len(one.split()) == len(other.split()) and all(map(_close, one.split(), other.split())))
+        for one, other in zip(*lines, strict=True)
+    )
 
 
 def _close(found: str, expected: str) -> bool:
-    decimal = r"[+-]?\d{1,30}\.\d{1,30}(?:e[+-]?\d{1,3})?"
-    if not re.fullmatch(decimal, expected) or not re.fullmatch(decimal, found):
-        return False
+    if found == expected or not (_DECIMAL.fullmatch(found) and _DECIMAL.fullmatch(expected)):
+        return found == expected
     return math.isclose(float(found), float(expected), rel_tol=1e-6, abs_tol=1e-9)
 
 
 def extract_program(text: str | None, function: str | None = None, code: str | None = None) -> str | None:
     """
-    The program in a text.
-
-    Args:
-        text (`str`, *optional*):
-            What a model said after its thoughts.
-        function (`str`, *optional*):
-            Function or class that the program must define, unless it is the last of several blocks.
-        code (`str`, *optional*):
-            Beginning of the program, up to the body of the function. A text that begins with an indented line goes on
-            from there.
-
-    Returns:
-        `str`: The program; `None` if there is none.
+    The program in a text: the last block between fences that defines the function. A text that begins with an indented
+    line goes on from `code`, the beginning of the program up to the body of the function.
     """
     if not text or not text.strip() or len(text) > _LONGEST:
         return None
-    blocks = [_block(text, match) for match in _FENCE.finditer(text)]
-    tagged = [block for tag, block in blocks if tag in ("python", "py", "python3")]
-    blocks = [block for _, block in blocks]
+    blocks = sorted(_FENCE.finditer(text), key=lambda match: match["tag"].casefold() in ("python", "py", "python3"))
+    programs = [match["program"] for match in blocks] or [text]
     if function is None:
-        return _dedented((tagged or blocks or [text])[-1])
-    begin = re.compile(
-        rf"^(?:(?:async\s+)?def\s+{re.escape(function)}\b|class\s+{re.escape(function)}\b|{re.escape(function)}\s*[=:])",
-        re.MULTILINE,
-    )
-    for block in (*reversed(tagged), *reversed(blocks)):
-        for program in (block, _dedented(block)):
-            if begin.search(program):
-                return program
-    program = (tagged or blocks or [text])[-1]
-    if not blocks and begin.search(program):
-        return program[_BEGIN.search(program).start() :] if _BEGIN.search(program) else program
-    if code is not None and program.lstrip("\n")[:1] in (" ", "\t"):
-        body = re.split(r"\n(?=\S)", program.strip("\n"), maxsplit=1)[0]
-        return f"{code}\n{body}\n"
-    return program if blocks else None
-
-
-def _dedented(program: str) -> str:
-    return textwrap.dedent(program) if program.lstrip("\n")[:1] in (" ", "\t") else program
-
-
-def _block(text: str, match: re.Match) -> tuple[str, str]:
-    """Tag and content of a block between fences, without the indentation of the fence, as in an item of a list."""
-    before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
-    width = len(before) if _ITEM.fullmatch(before) else 0
-    lines = match["program"].split("\n")
-    lines = [line[min(width, len(line) - len(line.lstrip(" \t"))) :] for line in lines]
-    return match["tag"].casefold(), "\n".join(lines)
+        return textwrap.dedent(programs[-1])
+    name = re.escape(function)
+    begin = re.compile(rf"^(?:(?:(?:async\s+)?def|class)\s+{name}\b|{name}\s*[=:])", re.MULTILINE)
+    for program in map(textwrap.dedent, reversed(programs)):
+        if begin.search(program):
+            first = None if blocks else _BEGIN.search(program)
+            return program[first.start() :] if first else program
+    body = programs[-1].strip("\n")
+    if code is not None and body[:1] in (" ", "\t"):
+        return "{}\n{}\n".format(code, re.split(r"\n(?=\S)", body, maxsplit=1)[0])
+    return programs[-1] if blocks else None

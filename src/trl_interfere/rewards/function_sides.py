@@ -1,19 +1,19 @@
 """
-Runs inside the sandbox: the process of a generated program, that of the tests that call its functions, or both in one.
+Runs inside the sandbox: the process of a generated program, that of the tests that call its function, or both in one.
 
-Standard library only. Between the two go lines of JSON with plain values, so that no object of the generated code,
-with an `__eq__` of its own, reaches a test.
+Standard library only. Between the two go lines of Python literals, so that no object of the generated code, with an
+`__eq__` of its own, reaches a test.
 """
 
+import ast
 import builtins
 import json
 import os
 import sys
-from collections import deque
 from itertools import islice
 
 
-_KINDS = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque, "iterator": iter}
+_CONTAINERS = (str, bytes, list, tuple, dict, set, frozenset)
 _MOST = 10_000  # items of an iterator that cross
 
 
@@ -21,65 +21,45 @@ class Lost(BaseException):
     """The end of the program, or an answer that is none."""
 
 
-class NotPlain(BaseException):
-    """A test hands over what is no plain value."""
+class _Infinite(ast.NodeTransformer):
+    def visit_Name(self, node):
+        return ast.Constant(float(node.id)) if node.id in ("inf", "nan") else node
 
 
-def encode(value):
-    """A plain value as JSON; `NotPlain` for anything else."""
+def plain(value):
+    """A copy of a value in built-in types."""
     if value is None or isinstance(value, bool):
         return value
-    for kind in (str, int, float):
+    for kind in (str, int, float, complex, bytes):
         if isinstance(value, kind):
             return kind(value)
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, (bytes, bytearray)):
-        return {"bytes": bytes(value).hex()}
-    if isinstance(value, list):
-        return [encode(item) for item in value]
+    for base, kind in ((list, list), (tuple, tuple), (set, set), (frozenset, set)):
+        if isinstance(value, base):
+            return kind(map(plain, value))
     if isinstance(value, dict):
-        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
-    if isinstance(value, range):
-        return {"range": [value.start, value.stop, value.step]}
-    for name in ("tuple", "set", "frozenset", "deque"):
-        if isinstance(value, _KINDS[name]):
-            return {name: [encode(item) for item in value]}
-    if hasattr(type(value), "__next__") or type(value) in (type({}.keys()), type({}.values()), type({}.items())):
-        return {"iterator": [encode(item) for item in islice(value, _MOST)]}
-    raise NotPlain(type(value).__name__)
+        return {plain(key): plain(item) for key, item in value.items()}
+    raise TypeError(f"{type(value).__name__} is no plain value")
 
 
-def decode(content):
-    """The value that `encode` was given."""
-    if isinstance(content, list):
-        return [decode(item) for item in content]
-    if not isinstance(content, dict):
-        return content
-    ((kind, inner),) = content.items()
-    if kind == "complex":
-        return complex(*map(float, inner))
-    if kind == "bytes":
-        return bytes.fromhex(inner)
-    if kind == "range":
-        return range(*map(int, inner))
-    if kind == "dict":
-        return {decode(key): decode(item) for key, item in inner}
-    return _KINDS[kind]([decode(item) for item in inner])
+def read(line):
+    """The value that was written as a literal."""
+    return ast.literal_eval(_Infinite().visit(ast.parse(line, mode="eval")))
 
 
 def answer(request, calls, answers):
     """The process of the program: run it, and give back what its function returns for each call."""
     module = load(request)
     for line in calls:
-        args, kwargs = decode(json.loads(line))
+        args, kwargs = read(line)
         try:
-            reply = {"value": encode(getattr(module, request["function"])(*args, **kwargs))}
+            value = getattr(module, request["function"])(*args, **kwargs)
+            if hasattr(type(value), "__iter__") and not isinstance(value, _CONTAINERS):
+                reply = "items", plain(list(islice(value, _MOST)))
+            else:
+                reply = "value", plain(value)
         except Exception as error:
-            reply = {"error": type(error).__name__, "text": str(error)[:200]}
-        except NotPlain as error:
-            reply = {"object": str(error)}
-        answers.write(json.dumps(reply) + "\n")
+            reply = type(error).__name__, str(error)[:200]
+        answers.write(f"{reply!r}\n")
         answers.flush()
 
 
@@ -103,22 +83,21 @@ class Remote:
     def __call__(self, *args, **kwargs):
         self.made += 1
         try:
-            line = json.dumps([encode(list(args)), encode(kwargs)]) + "\n"
-        except NotPlain as error:
+            line = repr(plain([args, kwargs]))
+        except TypeError as error:
             self.stop(f"not plain: {error}")
         try:
-            self.calls.write(line)
+            self.calls.write(f"{line}\n")
             self.calls.flush()
-            reply = json.loads(self.answers.readline())
-            if "error" not in reply:
-                return decode(reply["value"])
-            name, text = str(reply["error"]), str(reply.get("text", ""))
+            name, value = read(self.answers.readline())
+            if name in ("value", "items"):
+                return value if name == "value" else iter(value)
         except Exception as error:
             self.stop(f"no plain answer ({type(error).__name__})")
         # Not one that would end a loop of the test before its time, as `StopIteration` does.
-        kind = getattr(builtins, name, None)
-        fine = isinstance(kind, type) and issubclass(kind, Exception) and "Iteration" not in name
-        raise (kind if fine and not issubclass(kind, UnicodeError) else RuntimeError)(text)
+        kind = getattr(builtins, str(name), None)
+        fine = isinstance(kind, type) and issubclass(kind, Exception) and "Iteration" not in kind.__name__
+        raise (kind if fine and not issubclass(kind, UnicodeError) else RuntimeError)(str(value))
 
     def stop(self, problem):
         self.problem = self.problem or problem  # kept where a test that catches everything does not reach it
@@ -129,11 +108,11 @@ def run_tests(text, namespace):
     """Run the text of the tests and the test functions and test cases that it defines."""
     before = set(namespace)
     exec(compile(text, "tests.py", "exec", dont_inherit=True), namespace)
-    for name in [name for name in namespace if name not in before]:
-        item = namespace[name]
-        if "unittest" in sys.modules and isinstance(item, type) and issubclass(item, sys.modules["unittest"].TestCase):
-            result = sys.modules["unittest"].TestResult()
-            sys.modules["unittest"].defaultTestLoader.loadTestsFromTestCase(item).run(result)
+    unittest = sys.modules.get("unittest")
+    for name, item in [(name, item) for name, item in namespace.items() if name not in before]:
+        if unittest and isinstance(item, type) and issubclass(item, unittest.TestCase):
+            result = unittest.TestResult()
+            unittest.defaultTestLoader.loadTestsFromTestCase(item).run(result)
             assert result.wasSuccessful(), [*result.failures, *result.errors][:1]
         elif isinstance(item, type) and name.startswith("Test"):
             for method in [method for method in vars(item) if method.startswith("test")]:
@@ -148,15 +127,13 @@ def test(request, calls, answers):
     solution = sys.modules["solution"] = type(sys)("solution")
     namespace = {"__name__": "tests"}
     exec(compile(request["header"], "header.py", "exec", dont_inherit=True), namespace)
-    namespace[request["function"]] = remote
-    solution.__dict__[request["function"]] = remote
-    report = sys.stdout
+    namespace[request["function"]] = solution.__dict__[request["function"]] = remote
+    report, problem = sys.stdout, ""
     sys.stdout = open(os.devnull, "w")
-    problem = ""
     try:
         run_tests(request["tests"], namespace)
     except BaseException as error:
-        problem = f"{type(error).__name__}: {error}"[:200] or "failed"
+        problem = f"{type(error).__name__}: {error}"[:200]
     problem = remote.problem or problem or ("" if remote.made else "made no call of the program")
     report.write(problem or request["nonce"])
     report.flush()
@@ -167,17 +144,13 @@ def both(request):
     """Program and tests in one process. It says the nonce if they pass, or if the program finds it."""
     report = sys.stdout.buffer
     module = load(request)
-    namespace = {**vars(module), "__name__": "tests"}
-    run_tests(request["tests"], namespace)
+    run_tests(request["tests"], {**vars(module), "__name__": "tests"})
     report.write(request["nonce"].encode())
     report.flush()
     os._exit(0)
 
 
-def main(side, calls=None, answers=None):
+def main(side, *pipes):
     request = json.loads(sys.stdin.read())
-    if side == "both":
-        return both(request)
-    if side == "answer":
-        return answer(request, os.fdopen(calls), os.fdopen(answers, "w"))
-    return test(request, os.fdopen(calls, "w"), os.fdopen(answers))
+    modes = {"answer": "rw", "test": "wr"}.get(side, "")
+    globals()[side](request, *(os.fdopen(pipe, mode) for pipe, mode in zip(pipes, modes, strict=True)))

@@ -5,38 +5,30 @@ import builtins
 import json
 import os
 import secrets
+import symtable
 import sys
-import threading
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from unittest import TestCase
 
 from .sandbox import Execution, Limits, Sandbox, again
 
 
 _SIDES = Path(__file__).with_name("function_sides.py").read_text(encoding="utf-8")
-# Modules of which tests may import all names.
-_WHOLE_MODULES = "typing collections functools itertools heapq bisect math operator string statistics".split()
-_ATTRIBUTES = {name for kind in (str, bytes, int, float, complex, list, dict, set, deque) for name in dir(kind)}
-_LOCK = threading.Lock()  # CPython 3.11 fails when two threads make syntax trees at the same time
+# What solutions to problems of functions may take for granted.
+_MODULES = "typing collections functools itertools heapq bisect math".split()
+_IMPORTED = "math operator re random string sys".split()
+HEADER = "\n".join(f"from {module} import *" for module in _MODULES) + f"\nimport {', '.join(_IMPORTED)}"
+_ATTRIBUTES = {name for kind in (str, bytes, int, float, complex, list, dict, set, TestCase) for name in dir(kind)}
 
 
 @dataclass(frozen=True)
 class Verdict:
     """
-    What tests say of a program.
-
-    Args:
-        passed (`bool`):
-            Whether it passes all tests.
-        share (`float`):
-            Share of the tests that it passes, as far as they were run. A test of functions counts as one.
-        reason (`str`):
-            Why it does not pass.
-        forgeable (`bool`):
-            Whether a program that knows how could pass without being right.
+    What tests say of a program: whether it passes all, the share that it passes, why not, and whether a program that
+    knows how could pass without being right.
     """
 
     passed: bool
@@ -49,29 +41,12 @@ def check_function(
     sandbox: Sandbox, program: str, tests: str, limits: Limits, function: str | None = None, header: str = ""
 ) -> Verdict:
     """
-    Run tests that call a function of a program.
+    Run tests that call the function of a program, after a header of imports and helpers.
 
     Tests and program run in two sandboxes, and the calls go from one to the other: the process of the program sees
     their arguments and neither the tests nor the expected results, and only plain values come out of it. Without a
     `function`, for tests that hand over what is no plain value, and on a server, both run in one process and the
     verdict is forgeable: the program could find the word by which the tests say that they passed.
-
-    Args:
-        sandbox ([`Sandbox`]):
-            Where both run.
-        program (`str`):
-            Text of the program.
-        tests (`str`):
-            Text of the tests: statements, test functions, test methods and test cases of unittest.
-        limits ([`Limits`]):
-            Limits of each process.
-        function (`str`, *optional*):
-            Name of the function that the tests call, see [`called_function`].
-        header (`str`, *optional*, defaults to `""`):
-            Text that is run before the program and before the tests: imports and helpers.
-
-    Returns:
-        [`Verdict`]: The verdict.
     """
     nonce = secrets.token_hex(16)
     request = {"program": program, "tests": tests, "header": header, "function": function, "nonce": nonce}
@@ -86,17 +61,16 @@ def check_function(
 def _two_processes(sandbox: Sandbox, request: dict, limits: Limits) -> Execution:
     """How the process of the tests ended; that of the program if the system ended it."""
     (called, calls), (replies, answers) = os.pipe(), os.pipe()
-    of_program = json.dumps({name: request[name] for name in ("program", "header", "function")})
+
+    def run(side: str, pipes: tuple[int, int], without: tuple[str, ...]) -> Execution:
+        given = json.dumps({name: "" if name in without else value for name, value in request.items()})
+        return sandbox.run_once(f"{_SIDES}\nmain({side!r}, *{pipes})\n", given, limits, pipes)
+
     with ThreadPoolExecutor(1) as pool:
-        text = f"{_SIDES}\nmain('answer', {called}, {answers})\n"
-        program = pool.submit(sandbox.run_once, text, of_program, limits, (called, answers))
-        text = f"{_SIDES}\nmain('test', {calls}, {replies})\n"
-        of_tests = json.dumps({**request, "program": ""})
-        tests = sandbox.run_once(text, of_tests, limits, (calls, replies))
+        program = pool.submit(run, "answer", (called, answers), ("tests", "nonce"))
+        tests = run("test", (calls, replies), ("program",))
     ended = program.result()
-    if tests.stdout.startswith("no plain answer") and ended.status != "ok":
-        return ended
-    return tests
+    return ended if tests.stdout.startswith("no plain answer") and ended.status != "ok" else tests
 
 
 def _verdict(execution: Execution, nonce: str, forgeable: bool) -> Verdict:
@@ -106,92 +80,57 @@ def _verdict(execution: Execution, nonce: str, forgeable: bool) -> Verdict:
     return Verdict(passed, float(passed), reason, forgeable)
 
 
-def called_function(tests: str, header: str) -> str | None:
+def called_function(tests: str) -> str | None:
     """
-    The one function of a program that tests call with plain values, so that they can be run in a process of their own.
-
-    Args:
-        tests (`str`):
-            Text of the tests.
-        header (`str`):
-            Text that is run before them.
-
-    Returns:
-        `str`: Its name; `None` if they need more of the program than that: a class, an argument that it changes, one
-        of its functions for the result of another.
-
-    Raises:
-        `ValueError`: If the tests cannot be run, since they are no Python, use no name of the program or need more
-            than the standard library.
+    Name of the one function of a program that tests with `HEADER` call with plain values; `None` if they need more of
+    the program. Refuses tests that cannot be run.
     """
-    with _LOCK:
-        try:
-            compile(tests, "tests.py", "exec", dont_inherit=True)
-            tree, head = ast.parse(tests), ast.parse(header)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise ValueError(f"no Python ({error})") from error
-        nodes, bound = list(ast.walk(tree)), _bound(tree)
-    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    modules |= {node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)}
-    foreign = {name for name in modules if name.split(".")[0] not in {*sys.stdlib_module_names, "solution"}}
-    if foreign:
+    try:
+        top, nodes = symtable.symtable(tests, "tests.py", "exec"), [*ast.walk(ast.parse(tests))]
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"no Python ({error})") from error
+    imports = [
+        (node, alias) for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names
+    ]
+    modules = {getattr(node, "module", alias.name) or "." for node, alias in imports}
+    if foreign := {name for name in modules if name.split(".")[0] not in {*sys.stdlib_module_names, "solution"}}:
         raise ValueError(f"imports {min(foreign)}")
-    used = {node.id for node in nodes if isinstance(node, ast.Name)} - bound - set(dir(builtins)) - {"__name__"}
-    names = used - _bound(head) or used  # a name that is all that tests use is that of the function
-    if not names and "solution" not in modules:
-        raise ValueError("calls nothing of the program")
     for node in nodes:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test"):
-            if isinstance(node, ast.FunctionDef) and not [item for item in node.args.args if item.arg != "self"]:
-                continue
-            raise ValueError(f"{node.name} needs what pytest provides")
-    if (
-        len(names) != 1
-        or min(names)[:1].isupper()
-        or "solution" in {n.name for n in nodes if isinstance(n, ast.alias)}
-    ):
+            if isinstance(node, ast.AsyncFunctionDef) or [item for item in node.args.args if item.arg != "self"]:
+                raise ValueError(f"{node.name} needs what pytest provides")
+    known = {*_IMPORTED, *(name for module in _MODULES for name in dir(import_module(module)))}
+    wanted = {alias.name for node, alias in imports if getattr(node, "module", "") == "solution"}
+    used = (_free(top) | wanted) - {"*", "__name__", *dir(builtins)}
+    names = used - known or used  # a name that is all that tests use is that of the function
+    if not names and "solution" not in modules:
+        raise ValueError("calls nothing of the program")
+    name, bases = min(names, default=""), {"self", *known, *((alias.asname or alias.name) for _, alias in imports)}
+    if len(names) != 1 or name[0].isupper() or any(alias.name == "solution" for _, alias in imports):
         return None
-    (name,) = names
-    imports = _bound(head) | _bound(ast.Module([n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))], []))
-    for node in nodes:  # an attribute that no plain value has
-        if isinstance(node, ast.Attribute) and node.attr not in _ATTRIBUTES and node.attr[:6] != "assert":
-            if getattr(node.value, "id", "") not in {*imports, "self"}:
-                return None
-    functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
-    tried = {id(part) for node in nodes if isinstance(node, (ast.With, ast.Try)) for part in ast.walk(node)}
-    plain = set()  # places of the name where it is called, or handed to a function of the tests that calls it
-    for node in nodes:
-        if isinstance(node, ast.Expr) and _called(node.value) == name and id(node) not in tried:
-            return None  # a call for the sake of what it changes
-        if isinstance(node, ast.Call):
-            arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-            if _called(node) in functions:
-                plain.update(map(id, arguments))
-            elif _called(node) == name:
-                plain.add(id(node.func))
-                if any(isinstance(item, ast.Lambda) or getattr(item, "id", "") in functions for item in arguments):
-                    return None
-    return None if any(getattr(node, "id", "") == name and id(node) not in plain for node in nodes) else name
+    called = {id(part) for node in nodes if isinstance(node, ast.Call) for part in (node.func, *node.args)}
+    caught = {id(part) for node in nodes if isinstance(node, (ast.With, ast.Try)) for part in ast.walk(node)}
+    more = (
+        node
+        for node in nodes
+        # it is more than called, or handed on to be called
+        if (isinstance(node, ast.Name) and node.id == name and id(node) not in called)
+        # a call for the sake of what it changes
+        or (isinstance(node, ast.Expr) and _base(node.value, "func") == name and id(node) not in caught)
+        # what no plain value has
+        or (isinstance(node, ast.Attribute) and node.attr not in _ATTRIBUTES and _base(node, "value") not in bases)
+    )
+    return None if any(more) else name
 
 
-def _called(node: ast.AST) -> str | None:
-    return getattr(getattr(node, "func", None), "id", None)
+def _base(node: ast.AST, field: str) -> str:
+    return getattr(getattr(node, field, None), "id", "")
 
 
-def _bound(tree: ast.AST) -> set[str]:
-    """Names that a text binds anywhere, other than by imports from the program."""
-    bound = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            bound.add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            bound.add(node.name)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            bound.add(node.name)
-        elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*" and node.module != "solution":
-            bound |= set(dir(import_module(node.module))) if node.module in _WHOLE_MODULES else set()
-        elif isinstance(node, (ast.Import, ast.ImportFrom)) and getattr(node, "module", "") != "solution":
-            bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-    return bound
+def _free(top: symtable.SymbolTable) -> set[str]:
+    """Names that a text uses and does not bind."""
+    tables, used = [top], set()
+    for table in tables:
+        tables += table.get_children()
+        used |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() or table is top}
+    return used - {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}

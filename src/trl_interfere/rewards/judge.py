@@ -7,12 +7,13 @@ import os
 import re
 import sqlite3
 import threading
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import requests
+
+from .http import session
 
 
 logger = logging.getLogger(__name__)
@@ -91,20 +92,20 @@ class Judge:
         self.base_url, self.model, self.rubric = base_url, model, rubric
         self.max_requests, self.max_tokens = max_requests, max_tokens
         self.temperature, self.reply_tokens, self.max_characters = temperature, reply_tokens, max_characters
-        self.retries, self.cache = retries, Path(cache)
-        self.timeout, self._key = timeout, os.environ.get(api_key_env)
+        self.cache, self.timeout, self._client = Path(cache), timeout, session(retries)
+        # Without a key, none is sent: clients of the Hub would send its token, and nothing at all when it is offline.
+        key = os.environ.get(api_key_env)
+        self._client.headers.update({"Authorization": f"Bearer {key}"} if key else {})
         self._lock, self._asking = threading.Lock(), defaultdict(threading.Lock)
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             self._replies = sqlite3.connect(self.cache, check_same_thread=False, isolation_level=None, timeout=60)
-            self._replies.execute("PRAGMA journal_mode=WAL")
-            self._replies.execute(
+            # `requests` has a row for each: several processes can make the same. `tokens` is 0 while it is in flight.
+            self._replies.executescript(
+                "PRAGMA journal_mode=WAL;"
                 "CREATE TABLE IF NOT EXISTS replies "
-                "(key TEXT PRIMARY KEY, reply TEXT NOT NULL, tokens INTEGER NOT NULL)"
-            )
-            # A row for each request: several processes can make the same. `tokens` is 0 while it is in flight.
-            self._replies.execute(
-                "CREATE TABLE IF NOT EXISTS requests (id INTEGER PRIMARY KEY, tokens INTEGER NOT NULL)"
+                "(key TEXT PRIMARY KEY, reply TEXT NOT NULL, tokens INTEGER NOT NULL);"
+                "CREATE TABLE IF NOT EXISTS requests (id INTEGER PRIMARY KEY, tokens INTEGER NOT NULL);"
             )
         except (sqlite3.Error, OSError) as error:
             raise JudgeError(f"judge, cache: {self.cache} cannot be used as a file of replies ({error})") from error
@@ -146,15 +147,12 @@ class Judge:
         Returns:
             `tuple[int, int]`: Requests and tokens.
         """
-        with self._lock:
-            return self._replies.execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM requests").fetchone()
+        return self._execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM requests")
 
     def _grade(self, assignment: str, first: str, second: str) -> tuple[float, float] | None:
-        for attempt in range(_ATTEMPTS):
-            grades = _read(self._ask(self._messages(assignment, first, second), attempt))
-            if grades is not None:
-                return grades
-        return None
+        messages = self._messages(assignment, first, second)
+        replies = (_read(self._ask(messages, attempt)) for attempt in range(_ATTEMPTS))
+        return next((grades for grades in replies if grades is not None), None)
 
     def _messages(self, assignment: str, *texts: str) -> list[dict[str, str]]:
         assignment, *texts = (text[: self.max_characters] for text in (assignment, *texts))
@@ -172,55 +170,39 @@ class Judge:
         request["model"] = self.model
         key = hashlib.sha256(json.dumps([self.base_url, request, attempt], sort_keys=True).encode()).hexdigest()
         with self._asking[key]:  # equal texts are asked about once
-            with self._lock:
-                row = self._replies.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+            row = self._execute("SELECT reply FROM replies WHERE key = ?", key)
             return self._request(key, request) if row is None else row[0]
 
     def _request(self, key: str, request: dict[str, Any]) -> str:
-        number = self._reserve()
+        number, text = self._reserve(), None
         try:
-            text = self._send(request)
-        except requests.RequestException as error:
-            self._execute("DELETE FROM requests WHERE id = ?", number)  # not answered, not paid for
-            raise self._error(f"{type(error).__name__}: {error}") from error
-        try:
+            url = f"{self.base_url.rstrip('/')}/chat/completions"
+            response = self._client.post(url, json=request, timeout=self.timeout)
+            response.raise_for_status()
+            text = response.text
             completion = json.loads(text)
             usage = (completion.get("usage") or {}).get("total_tokens")
-            reply = completion["choices"][0]["message"]["content"]
+            reply = completion["choices"][0]["message"]["content"] or ""
             if isinstance(reply, list):  # parts of a message
                 reply = "".join(part["text"] for part in reply if part["type"] == "text")
-            if not isinstance(reply, str | None):
+            if not isinstance(reply, str):
                 raise TypeError(f"a message of type {type(reply).__name__}")
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise self._error(f"{type(error).__name__}: {error} in {text[:200]!r}") from error
-        if type(usage) is not int and (usage is not None or self.max_tokens is not None) or (usage or 0) < 0:
-            raise self._error(f"a usage of {usage!r} tokens, by which max_tokens cannot be kept")
+            if type(usage) is not int and (usage is not None or self.max_tokens is not None) or (usage or 0) < 0:
+                raise ValueError(f"a usage of {usage!r} tokens, by which max_tokens cannot be kept")
+            self._execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", key, reply, usage or 0)
+        except (requests.RequestException, ValueError, TypeError, AttributeError, LookupError) as error:
+            if text is None:  # not answered, not paid for
+                self._execute("DELETE FROM requests WHERE id = ?", number)
+            found = f"{type(error).__name__}: {error} in {text!r:.200}"[:500]
+            raise JudgeError(
+                f"judge: expected a reply of {self.model!r} from {self.base_url}, found {found}"
+            ) from error
         self._execute("UPDATE requests SET tokens = ? WHERE id = ?", usage or 0, number)
-        self._execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", key, reply or "", usage or 0)
-        return reply or ""
+        return reply
 
-    def _send(self, request: dict[str, Any]) -> str:
-        # Without a key, none is sent: clients of the Hub would send its token, and nothing at all when it is offline.
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        url = f"{self.base_url.rstrip('/')}/chat/completions"
-        for attempt in range(self.retries + 1):
-            try:
-                response = requests.post(url, json=request, headers=headers, timeout=self.timeout)
-                response.raise_for_status()
-                return response.text
-            except requests.RequestException as error:
-                status = 500 if error.response is None else error.response.status_code
-                if attempt == self.retries or (status < 500 and status not in (408, 409, 429)):
-                    raise
-                time.sleep(min(0.5 * 2**attempt, 8))
-        raise AssertionError("no attempt was made")
-
-    def _error(self, found: str) -> JudgeError:
-        return JudgeError(f"judge: expected a reply of {self.model!r} from {self.base_url}, found {found[:500]}")
-
-    def _execute(self, statement: str, *values: Any) -> None:
+    def _execute(self, statement: str, *values: Any) -> tuple | None:
         with self._lock:
-            self._replies.execute(statement, values)
+            return self._replies.execute(statement, values).fetchone()
 
     def _reserve(self) -> int:
         """Count a request that is about to be made, or refuse it. Returns its number."""

@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+from functools import lru_cache
 from threading import Lock
 
 
@@ -26,36 +27,22 @@ _POINTS = (
     (-300, -200, -500, 100),
 )
 _POSITIVE = 3
+_lock, _processes = Lock(), {}  # one of each process that asks
 
 
-class Expressions:
-    """Asks the process, which starts with the first question and again after one that took too long."""
-
-    def __init__(self):
-        self._lock, self._process, self._owner, self._known = Lock(), None, 0, {}
-
-    def same(self, first: str, second: str, equations: bool = False) -> bool:
-        """Whether two formulas have the same value; with `equations`, whether one is a multiple of the other."""
-        question = json.dumps([first, second, equations])
-        with self._lock:
-            if question not in self._known:
-                if len(self._known) > 10_000:
-                    self._known.clear()
-                self._known[question] = self._ask(question)
-            return self._known[question]
-
-    def _ask(self, question: str) -> bool:
-        if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
-            self._owner = os.getpid()
+@lru_cache(10_000)
+def same_value(first: str, second: str, equations: bool = False) -> bool:
+    """Whether two formulas have the same value; with `equations`, whether one is a multiple of the other."""
+    with _lock:
+        process = _processes.get(os.getpid())
+        if process is None or process.poll() is not None:
             command = [sys.executable, "-P", __file__]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-            )
-            if self._process.stdout.readline() != "ready\n":
+            process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True, encoding="utf-8")
+            if process.stdout.readline() != "ready\n":
                 raise RuntimeError(f"math: expected the process that compares formulas to start, it ended ({command})")
-        process = self._process
+            _processes[os.getpid()] = process
         try:
-            process.stdin.write(f"{question}\n")
+            process.stdin.write(json.dumps([first, second, equations]) + "\n")
             process.stdin.flush()
             reply = process.stdout.readline()
         except BrokenPipeError:
@@ -84,9 +71,7 @@ def _main() -> None:
         return parts is None or any(abs(sympy.im(part)) > 0 for part in parts)
 
     def equal(a, b) -> bool:
-        if a.is_Rational and b.is_Rational:
-            return a == b
-        return bool(abs(a - b) <= 1e-20 * max(abs(a), abs(b)))
+        return a == b if a.is_Rational and b.is_Rational else bool(abs(a - b) <= 1e-20 * max(abs(a), abs(b)))
 
     def same(first: str, second: str, equations: bool) -> bool:
         formulas = [latex2sympy(text, conversion_config=config) for text in (first, second)]
@@ -100,18 +85,13 @@ def _main() -> None:
         ratios = []
         for place, point in enumerate(_POINTS if names else _POINTS[:1]):
             found = values(formulas, names, point)
-            if found is None:
+            if found is None or (equations and found[1] == 0):
                 continue
-            if equations:
-                if found[1] != 0:
-                    ratios.append(found[0] / found[1])
-                continue
-            if not equal(*found):
-                # Where a root or logarithm of a negative number leaves the reals, forms of one formula may differ.
-                if place < _POSITIVE or not any(leaves_reals(formula, names, point) for formula in formulas):
-                    return False
-                continue
-            ratios.append(sympy.Integer(1))
+            if equations or equal(*found):
+                ratios.append(found[0] / found[1] if equations else sympy.Integer(1))
+            # Where a root or logarithm of a negative number leaves the reals, forms of one formula may differ.
+            elif place < _POSITIVE or not any(leaves_reals(formula, names, point) for formula in formulas):
+                return False
         return bool(ratios) and ratios[0] != 0 and all(equal(ratio, ratios[0]) for ratio in ratios)
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))

@@ -8,22 +8,23 @@ from typing import Any
 from .text import answer_text
 
 
-_LETTER = r"[\s(\[{]*(?:option\s+)?[\s(\[{]*([A-Za-z])(?![A-Za-z'])"
+_SIGNS = str.maketrans("[]{}", "()()", '*_`$"“”‘')
+_LETTER = r"[\s(]*(?:option\s+)?[\s(]*([A-Za-z])(?![A-Za-z'])"
 # After a letter: the end, a reason, or the text of the option behind ")", ":", ".", a comma, a dash or "(".
-_REST = r"(?=[)\]}\s]*(?:[.!]?\s*$|[.:)\]}]|,?\s+(?:because|since|as|which)\b|,\s+\w|\s[-–—]+\s|\s\())"
+_REST = r"(?=[)\s]*(?:[.!]?\s*$|[.:)]|,?\s+(?:because|since|as|which)\b|,\s+\w|\s[-–—]+\s|\s\())"
 _STATED = re.compile(
     rf"\b(?:answer|option|choice)\b(?:\s+(?:is|would be|must be)\b(?:\s+(?:clearly|thus|therefore|indeed))?)?"
     rf"\s?[:=–-]?{_LETTER}{_REST}"
     rf"|\b(?:answer|option|choice)\b[^.:;\n]{{0,40}}?(?:\bis\b|:)\s?:?{_LETTER}{_REST}"
-    rf"|\\boxed\s*\{{{_LETTER}{_REST}"
-    rf"|\b(?:choose|select|pick|go with){_LETTER}{_REST}"
-    rf"|^(?:so|thus|hence|therefore)\b,?{_LETTER}[)\]}}\s]*[.!]?\s*$",
+    rf"|(?:\\boxed|\b(?:choose|select|pick|go with)){_LETTER}{_REST}"
+    rf"|^(?:so|thus|hence|therefore)\b,?{_LETTER}[)\s]*[.!]?\s*$"
+    r"|(?:^|[\s(])(?-i:([A-Z]))\)?\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b",
     re.IGNORECASE,
 )
-_RIGHT = re.compile(r"(?:^|[\s(])([A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b")
-_ALONE = re.compile(r"^[\s(\[{]*([A-Za-z])(?![A-Za-z'])[\s)\]}]*(?:[.!]?\s*$|[.:)]\s*\S|\s[-–—]+\s\S)")
+_ALONE = re.compile(r"^[\s(]*([A-Za-z])(?![A-Za-z'])[\s)]*(?:[.!]?\s*$|[.:)]\s*\S|\s[-–—]+\s\S)")
 _DENIED = re.compile(r"\banswer\b[^.\n]{0,20}?\b(?:is|was)(?:\s+not|n't)\s+\(?([A-Za-z])\b", re.IGNORECASE)
 _AWAITS = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?\s?:?$", re.IGNORECASE)
+_DOUBT = r"(?i:or|and|also|but|maybe|perhaps|possibly|could|might|may)\b"
 _ARTICLE = r"\b[AI]\s+(?!(?:and|are|can|could|is|may|might|or)\b)(?=[a-z])"
 
 
@@ -72,38 +73,25 @@ qa_reward = QAReward()
 
 def chosen_letter(text: str | None, n_options: int) -> str | None:
     """The letter of the option that a text chooses, see [`QAReward`]."""
-    letters = ascii_uppercase[:n_options]
-    text = re.sub(
-        r"\\(?:text\w*|math\w+)\s*|[*_`$\"“”‘]|(?<!\w)'|'(?!\w)", "", unicodedata.normalize("NFKC", text or "")
-    )
-    lines = [" ".join(line.split()) for line in text.strip()[-4000:].splitlines() if line.strip()]
+    letters, text = ascii_uppercase[:n_options], unicodedata.normalize("NFKC", text or "").translate(_SIGNS)
+    text = re.sub(r"\\(?:text\w*|math\w+)\s*|(?<!\w)'|'(?!\w)", "", text).strip()[-4000:]
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     if not lines or not letters:
         return None
-    for place, line in enumerate(lines[:-1]):
-        after = lines[place + 1]
-        joined = f"{line.rstrip(': ')}: {after.removeprefix(chr(92) + 'boxed')}"
+    for place, line in enumerate(lines[:-1]):  # the letter of a statement may stand on the next line
+        joined = f"{line.rstrip(': ')}: {lines[place + 1].removeprefix(chr(92) + 'boxed')}"
         if _AWAITS.search(line) and _STATED.search(joined) and not _several(lines[place + 1 :], letters):
             lines[place] = joined
-    statements = [(place, found) for place, line in enumerate(lines) if (found := _statements(line))]
-    if statements:
-        place, found = statements[-1]
-        denied = {match[1].upper() for line in lines[place:] for match in _DENIED.finditer(line)}
-    elif _several(lines, letters):
+    statements = [(place, found) for place, line in enumerate(lines) if (found := [*_STATED.finditer(line)])]
+    if not statements and _several(lines, letters):
         return None
-    else:
-        found, denied = [match for match in map(_ALONE.match, (lines[0], lines[-1])) if match][-1:], set()
-    chosen = {_letter(match).upper() for match in found}
+    alone = [match for match in map(_ALONE.match, (lines[0], lines[-1])) if match]
+    place, found = statements[-1] if statements else (len(lines), alone[-1:])
+    denied = {match[1].upper() for line in lines[place:] for match in _DENIED.finditer(line)}
+    chosen = {match[match.lastindex].upper() for match in found}
     if len(chosen) != 1 or not chosen <= set(letters) - denied or _hedged(found[-1], letters):
         return None
     return chosen.pop()
-
-
-def _statements(line: str) -> list[re.Match]:
-    return [*_STATED.finditer(line), *_RIGHT.finditer(line)]
-
-
-def _letter(match: re.Match) -> str:
-    return next(filter(None, match.groups()))
 
 
 def _several(lines: list[str], letters: str) -> bool:
@@ -113,20 +101,17 @@ def _several(lines: list[str], letters: str) -> bool:
 
 def _hedged(match: re.Match, letters: str) -> bool:
     """Whether the text behind a letter takes it back or goes on with another one."""
-    rest = match.string[max(match.end(index + 1) for index, group in enumerate(match.groups()) if group) :]
-    rest, letter = rest.lstrip("]}").strip(), rf"\b[{letters}](?![A-Za-z'])"
-    inner = re.match(r"\s*\(([^()]{2,})\)", rest)  # the text of the option
-    if inner and not re.search(r"\b(?:or|and|also|maybe|perhaps|possibly|could|might)\b", inner[1]):
-        rest = rest[inner.end() :] and f" {rest[inner.end() :]}"
+    rest, letter = match.string[match.end(match.lastindex) :].rstrip(), rf"\b[{letters}](?![A-Za-z'])"
+    if (option := re.match(r"[\s)]*\(([^()]{2,})\)", rest)) and not re.search(rf"\b{_DOUBT}", option[1]):
+        rest = rest[option.end() :]
     claim = re.split(r"\b(?:because|since)\b", rest, maxsplit=1)[0]
-    if re.match(
-        rf"\W*(?:(?i:or|and|but|maybe|perhaps|possibly)\b|{letter}(?=\W*$|[).:,]))|\W*[/,&+|]\s*\(?[a-z]\)?\W*$", rest
-    ):
-        return True
-    if re.search(rf"\b(?i:or|maybe|perhaps|possibly|(?:may|might|could)\s+(?:also\s+)?be)\s+\(?{letter}", claim):
-        return True
-    if re.search(rf"(?:^|[\s,;/]){letter}[):]", claim):
-        return True
     # Text that no ")", ":" or full stop sets off may go on with anything.
-    sentence = re.split(r"[.!?]\s", claim, maxsplit=1)[0]
-    return claim[:1] in tuple(" ,-–—") and re.search(letter, re.sub(_ARTICLE, "", sentence)) is not None
+    loose = re.split(r"[.!?]\s", claim, maxsplit=1)[0] if claim[:1] in tuple(" ,-–—") else ""
+    return any(
+        (
+            re.match(rf"\W*(?:{_DOUBT}|{letter}(?=\W*$|[).:,]))|\W*[/,&+|]\s*\(?[a-z]\)?\W*$", rest),
+            re.search(rf"\b(?i:or|maybe|perhaps|possibly|(?:may|might|could)\s+(?:also\s+)?be)\s+\(?{letter}", claim),
+            re.search(rf"(?:^|[\s,;/]){letter}[):]", claim),
+            re.search(letter, re.sub(_ARTICLE, "", loose)),
+        )
+    )

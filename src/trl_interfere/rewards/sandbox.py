@@ -127,25 +127,18 @@ class Sandbox:
         self, program: str, stdin: str = "", limits: Limits | None = None, pipes: Sequence[int] = ()
     ) -> Execution:
         """Run one program that may also use the ends of pipes in `pipes`, which are closed here."""
-        limits = limits or self.limits
+        limits, bubblewrap = limits or self.limits, find_bubblewrap()
         cpu, uid = math.ceil(limits.seconds), random.SystemRandom().choice(_UIDS) if os.geteuid() == 0 else 0
         files = [_file(program), _file(stdin), _file(stdin), _file(seccomp_filter()), _file(), _file()]
         text, copy, given, instructions, *outputs = files
         reader, ready = os.pipe()
         handed = [ready, *pipes]
+        command = [bubblewrap, *_mounts(uid != 0), "--seccomp", str(instructions)]
+        for file, path in ((text, "/program.py"), (copy, "/dev/stdin")):
+            command += ["--perms", "0444", "--ro-bind-data", str(file), path]
+        command += ["--remount-ro", "/", "--", _python(), "-sSPB", "/worker.py", str(ready)]
+        command += map(str, (cpu, limits.memory, limits.output, limits.threads, uid))
         try:
-            command = [
-                find_bubblewrap(),
-                *_mounts(uid != 0),
-                "--perms",
-                "0444",
-                "--ro-bind-data",
-                str(text),
-                "/program.py",
-            ]
-            command += ["--perms", "0444", "--ro-bind-data", str(copy), "/dev/stdin", "--seccomp", str(instructions)]
-            command += ["--remount-ro", "/", "--", _python(), "-sSPB", "/worker.py", str(ready)]
-            command += map(str, (cpu, limits.memory, limits.output, limits.threads, uid))
             process = subprocess.Popen(
                 command,
                 stdin=given,

@@ -1,4 +1,4 @@
-"""Rewards that a YAML file can name."""
+"""Rewards that a YAML file can name, and what a completion says."""
 
 import re
 import unicodedata
@@ -7,32 +7,14 @@ from trl.data_utils import is_conversational
 
 
 def completion_text(completion: str | list[dict]) -> str:
-    """
-    Text of a completion in TRL's plain or conversational form.
-
-    Args:
-        completion (`str` or `list[dict]`):
-            A text, or messages of which the last one is the assistant's.
-
-    Returns:
-        `str`: The text.
-    """
+    """Text of a completion in TRL's plain or conversational form."""
     return completion if not is_conversational({"prompt": completion}) else completion[-1]["content"]
 
 
 def answer_text(completion: str | list[dict], thinking: bool = False) -> str | None:
     """
-    What a completion says after its thoughts.
-
-    Args:
-        completion (`str` or `list[dict]`):
-            A completion, plain or conversational.
-        thinking (`bool`, *optional*, defaults to `False`):
-            Whether the model thinks before it answers, with an opening tag that stands in the prompt. A completion
-            without `</think>` was cut off in its thoughts then.
-
-    Returns:
-        `str`: The text after the last `</think>`, or all of it; `None` if the thoughts do not end.
+    What a completion says after its thoughts; `None` if they do not end. A model that is `thinking` has the opening
+    tag in its prompt.
     """
     text = completion_text(completion) or ""
     before, tag, after = text.rpartition("</think>")
@@ -42,18 +24,7 @@ def answer_text(completion: str | list[dict], thinking: bool = False) -> str | N
 
 
 def exact_match(completions: list, answer: list[str], **kwargs) -> list[float]:
-    """
-    1 if the completion is the answer, regardless of case, surrounding space and a final full stop; 0 otherwise.
-
-    Args:
-        completions (`list`):
-            Completions, plain or conversational.
-        answer (`list[str]`):
-            Expected answers.
-
-    Returns:
-        `list[float]`: One reward per completion.
-    """
+    """1 if the completion is the answer, regardless of case, surrounding space and a final full stop; 0 otherwise."""
 
     def normal(text: str) -> str:
         return text.strip().removesuffix(".").strip().casefold()
@@ -65,18 +36,7 @@ def exact_match(completions: list, answer: list[str], **kwargs) -> list[float]:
 
 
 def contains_answer(completions: list, answer: list[str], **kwargs) -> list[float]:
-    """
-    1 if the answer stands in the completion as consecutive whole words, regardless of case and accents; 0 otherwise.
-
-    Args:
-        completions (`list`):
-            Completions, plain or conversational.
-        answer (`list[str]`):
-            Expected answers.
-
-    Returns:
-        `list[float]`: One reward per completion.
-    """
+    """1 if the answer stands in the completion as whole words in a row, in any case and accents; 0 otherwise."""
 
     def words(text: str) -> str:
         letters = unicodedata.normalize("NFKD", text.replace("\u2019", "'"))
@@ -90,18 +50,7 @@ def contains_answer(completions: list, answer: list[str], **kwargs) -> list[floa
 
 
 def contains_words(completions: list, words: list, **kwargs) -> list[float]:
-    """
-    Share of the required words that occur in the completion, as whole words, regardless of case.
-
-    Args:
-        completions (`list`):
-            Completions, plain or conversational.
-        words (`list`):
-            For each completion the words, as a list or separated by spaces.
-
-    Returns:
-        `list[float]`: One reward per completion.
-    """
+    """Share of the required words, a list or a text, that occur in the completion as whole words, in any case."""
     rewards = []
     for completion, required in zip(completions, words, strict=True):
         required = required.split() if isinstance(required, str) else list(required)

@@ -112,47 +112,37 @@ writing_reward = RubricReward()
 
 
 def check_rubric(text: str | None, rubric: Mapping[str, Any], assignment: str = "") -> dict[str, bool]:
-    """
-    The items of a rubric and whether a text meets them.
-
-    Args:
-        text (`str`, *optional*):
-            The text.
-        rubric (`Mapping[str, Any]`):
-            `words` that must occur, `without` (a word that must not), `sentences` (fewest and most), `length` (fewest
-            and most words) and `ending` (the last sign).
-        assignment (`str`, *optional*, defaults to `""`):
-            What was asked for.
-
-    Returns:
-        `dict[str, bool]`: Each item; empty if the text is no prose.
-    """
+    """The items of a rubric and whether a text meets them; empty if the text is no prose."""
     text = (text or "").strip().strip("*_").strip()
     if len(text) > 20_000:
         return {}
     sentences = [part.strip() for part in _SENTENCE.findall(text) if re.search("[.!?]", part)]
-    words = [word.casefold() for word in _WORD.findall(text)]
+    words = _words(text)
     if not _is_prose(text, sentences, words, assignment):
         return {}
-    found = set(words)
-    items = {f"word {word}": word.casefold() in found for word in rubric["words"]}
-    items["without"] = rubric["without"].casefold() not in found
-    items["sentences"] = rubric["sentences"][0] <= len(sentences) <= rubric["sentences"][1]
-    items["length"] = rubric["length"][0] <= len(words) <= rubric["length"][1]
-    items["ending"] = text.rstrip("\"'”’)").endswith(rubric["ending"])
-    return items
+    return {f"word {word}": word.casefold() in words for word in rubric["words"]} | {
+        "without": rubric["without"].casefold() not in words,
+        "sentences": rubric["sentences"][0] <= len(sentences) <= rubric["sentences"][1],
+        "length": rubric["length"][0] <= len(words) <= rubric["length"][1],
+        "ending": text.rstrip("\"'”’)").endswith(rubric["ending"]),
+    }
 
 
-def _is_prose(text: str, sentences: list[str], words: list[str], assignment: str) -> bool:
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.casefold() for word in _WORD.findall(text))
+
+
+def _is_prose(text: str, sentences: list[str], words: tuple[str, ...], assignment: str) -> bool:
     letters = sum(sign.isalpha() or sign.isspace() for sign in text)
-    if not sentences or letters < 0.8 * len(text) or len(set(words)) < 0.5 * len(words):
-        return False
-    bodies = [tuple(word.casefold() for word in _WORD.findall(sentence)) for sentence in sentences]
-    if any(len(body) < 3 for body in bodies) or len(set(bodies)) < len(bodies):
-        return False
-    # A list of words: commas after nearly every one.
-    if any(text_.count(",") > 0.5 * len(body) for text_, body in zip(sentences, bodies, strict=True)):
-        return False
-    asked = [word.casefold() for word in _WORD.findall(assignment)]
-    runs = {tuple(asked[i : i + 6]) for i in range(len(asked) - 5)}
-    return not any(tuple(words[i : i + 6]) in runs for i in range(len(words) - 5))
+    bodies = [*map(_words, sentences)]
+    # A list of words has commas after nearly every one.
+    listed = any(text_.count(",") > 0.5 * len(body) for text_, body in zip(sentences, bodies, strict=True))
+    runs, asked = ({part[i : i + 6] for i in range(len(part) - 5)} for part in (words, _words(assignment)))
+    return (
+        min(map(len, bodies), default=0) >= 3
+        and len(set(bodies)) == len(bodies)
+        and letters >= 0.8 * len(text)
+        and len(set(words)) >= 0.5 * len(words)
+        and not listed
+        and runs.isdisjoint(asked)
+    )

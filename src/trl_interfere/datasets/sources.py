@@ -1,0 +1,221 @@
+"""Where the prompts of the domains that ship come from, and how they are dealt to train, selection and test."""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from datasets import Dataset, concatenate_datasets
+
+from ..recipe import check_names, read_dataset
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set on the Hub: its columns by the names that are used here, its split and configuration."""
+
+    path: str
+    columns: dict[str, str]
+    split: str = "train"
+    name: str | None = None
+
+
+_STORY = {"question": "prompt", "reference": "response"}
+# Names of columns: see docs/domains.md for what they rest on.
+SOURCES = {
+    "math": {
+        "openr1-math": Source(
+            "open-r1/OpenR1-Math-220k",
+            {"question": "problem", "answer": "answer", "question_type": "question_type"},
+            name="default",
+        ),
+        "aime25": Source("math-ai/aime25", {"question": "problem", "answer": "answer"}, split="test"),
+    },
+    "code": {
+        "klear-code": Source(
+            "Kwai-Klear/KlearReasoner-CodeSub-15K", {"messages": "prompt", "reward_model": "reward_model"}
+        ),
+    },
+    "qa": {
+        "supergpqa": Source(
+            "m-a-p/SuperGPQA",
+            {"letter": "answer_letter"} | {name: name for name in ("question", "options", "subfield", "difficulty")},
+        ),
+        "mmlu-pro": Source(
+            "TIGER-Lab/MMLU-Pro",
+            {"question": "question", "options": "options", "letter": "answer", "subfield": "category"},
+            split="test",
+        ),
+    },
+    "writing": {
+        "creative-sonnet": Source("crownelius/Creative-Writing-Sonnet4.6-800x", _STORY),
+        "creative-gemini": Source("crownelius/Creative-Writing-Gemini3Pro-2700x", _STORY),
+        "creative-kimi": Source(
+            "crownelius/Creative-Writing-Reasoning-KimiK2.5-600x", {**_STORY, "question": "instruction"}
+        ),
+        "creative-qwen": Source("crownelius/Creative-Writing-Qwen3.5Plus-2000x", _STORY),
+    },
+}
+OFFLINE = {"math": "reasoning-gym", "code": "humaneval", "qa": "mmlu-dev", "writing": "constraints"}
+SIZES = {
+    "math": {"train": 512, "selection": 64, "test": 128},
+    "code": {"train": 84, "selection": 30, "test": 50},
+    "qa": {"train": 150, "selection": 50, "test": 70},
+    "writing": {"train": 512, "selection": 64, "test": 128},
+}
+# In this order rows are dealt, so that more training moves no test row.
+PARTS = {"test": "eval_dataset", "selection": "selection_dataset", "train": "train_dataset"}
+
+
+class DataOptions(TypedDict, total=False):
+    """
+    Options that all domains take.
+
+    Args:
+        sizes (`Mapping[str, int]`, *optional*):
+            Rows of `train`, `selection` and `test`, see `SIZES`. Of a `test_source` that is a data set, all rows are
+            the test if `test` is not given.
+        max_prompt_characters (`int`, *optional*):
+            Longer prompts are left out.
+        paths (`Mapping[str, str]`, *optional*):
+            Local copies by name of the data set.
+        columns (`Mapping[str, str]`, *optional*):
+            Other names of the columns of `source`; for `writing`, by name of the data set.
+        folder (`pathlib.Path`, *optional*):
+            Folder that relative paths start from.
+    """
+
+    sizes: Mapping[str, int | None] | None
+    max_prompt_characters: int | None
+    paths: Mapping[str, str] | None
+    columns: Mapping[str, Any] | None
+    folder: Path | None
+
+
+def asked(text: str, key: str) -> dict[str, Any]:
+    """A prompt, and the key that it is dealt by; without a key the row is left out."""
+    return {"prompt": [{"role": "user", "content": text}], "key": key}
+
+
+def check_sources(kind: str, where: str, names: list[str]) -> None:
+    known, made = SOURCES[kind], OFFLINE[kind]
+    if not names or not {*names} <= {*known, made} or (kind == "writing" and made in names and len(names) > 1):
+        raise ValueError(f"{where}, source: expected one of {sorted((*known, made))}, found {names}")
+
+
+def parts_of(
+    kind: str,
+    where: str,
+    make: Callable[[Path | None, int], Dataset],
+    to_row: Callable[[dict], dict],
+    sources: list[str],
+    test_source: str | None = None,
+    sizes: Mapping[str, int | None] | None = None,
+    max_prompt_characters: int | None = None,
+    paths: Mapping[str, str] | None = None,
+    columns: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+) -> dict[str, Dataset]:
+    """Datasets of a domain: of its sources, or the test of another, all of which no training row may repeat."""
+    apart = test_source not in (None, sources[:1] and sources[0])
+    check_sources(kind, where, [*sources, *([test_source] if apart else [])])
+    paths, columns, folder = paths or {}, columns or {}, Path(folder or "")
+    of_test = {"test": None} if apart and test_source != OFFLINE[kind] else {}
+    sizes = _sizes({**SIZES[kind], **of_test} if sizes is None else sizes, f"{where}, sizes")
+
+    def rows(source: str, columns: Mapping[str, str] | None = None) -> Dataset:
+        if source == OFFLINE[kind]:
+            dataset = make(folder / paths[source] if source in paths else None, sum(n or 0 for n in sizes.values()))
+        else:
+            dataset = read_source(SOURCES[kind][source], f"{where}, {source}", paths.get(source), columns, folder)
+        dataset = dataset.map(to_row, remove_columns=dataset.column_names, load_from_cache_file=False)
+        longest = math.inf if max_prompt_characters is None else max_prompt_characters
+        return dataset.filter(
+            lambda row: row["key"] != "" and sum(len(m["content"]) for m in row["prompt"]) <= longest,
+            load_from_cache_file=False,
+        )
+
+    named = columns if kind == "writing" else {sources[0]: columns}
+    dataset = concatenate_datasets([rows(source, named.get(source)) for source in sources])
+    if not apart:
+        return split_dataset(dataset, sizes, f"{where}, sizes")
+    test = rows(test_source)
+    taken = set(map(_normal, test["key"]))
+    dataset = dataset.select([row for row, key in enumerate(dataset["key"]) if _normal(key) not in taken])
+    of_test = {"test": sizes.pop("test", None)}
+    return split_dataset(dataset, sizes, f"{where}, sizes") | split_dataset(test, of_test, f"{where}, sizes")
+
+
+def read_source(
+    source: Source, where: str, path: str | None, columns: Mapping[str, str] | None, folder: Path
+) -> Dataset:
+    """The columns of a data set on the Hub, or of a local copy of it, under the names that are used here."""
+    wanted = {**source.columns, **(columns or {})}
+    check_names(wanted, source.columns, f"{where}, columns")
+    reference = {"path": path or source.path, "split": source.split}
+    if path is None and source.name is not None:
+        reference["name"] = source.name
+    dataset = read_dataset(reference, where, folder)
+    if set(wanted.values()) - set(dataset.column_names):
+        raise ValueError(
+            f"{where}: expected the columns {sorted(wanted.values())} in {reference['path']!r}, found "
+            f"{dataset.column_names}; give other names by `columns`, e.g. {{{next(iter(wanted))}: NAME}}"
+        )
+    dataset = dataset.select_columns(list(dict.fromkeys(wanted.values())))
+    return dataset.rename_columns({old: new for new, old in wanted.items() if old != new})
+
+
+def split_dataset(dataset: Dataset, sizes: Mapping[str, int | None], where: str) -> dict[str, Dataset]:
+    """
+    Deal rows to the datasets of a domain, in an order that depends on nothing but their column `key`; a size of `None`
+    is all that is left.
+
+    Rows with the same key (regardless of case and space) are one prompt; the first of them is used. With a column
+    `stratum`, every part holds each stratum in the same proportion, up to rounding: row i of the n of a stratum gets
+    the place (i + u) / n with u from a hash of its name, and the places are sorted.
+    """
+    first: dict[str, int] = {}
+    for row, key in enumerate(dataset["key"]):
+        first.setdefault(_normal(key), row)
+    order = sorted(first, key=lambda key: _hash(f"row/{key}"))
+    if "stratum" in dataset.column_names:
+        strata = [str(stratum) for stratum in dataset["stratum"]]
+        totals, seen, places = Counter(strata[first[key]] for key in order), Counter(), {}
+        for key in order:
+            stratum = strata[first[key]]
+            places[key] = (seen[stratum] + _hash(f"stratum/{stratum}") / 2**64) / totals[stratum]
+            seen[stratum] += 1
+        order.sort(key=places.__getitem__)
+    rows = [first[key] for key in order]
+    wanted = sum(size or 0 for size in sizes.values())
+    if wanted > len(rows):
+        raise ValueError(f"{where}: expected at least {wanted} different prompts ({dict(sizes)}), found {len(rows)}")
+    dataset = dataset.remove_columns([column for column in ("key", "stratum") if column in dataset.column_names])
+    parts, start = {}, 0
+    for part, field in PARTS.items():
+        size = sizes.get(part, 0)
+        stop = len(rows) if size is None else start + size
+        if stop > start:
+            parts[field] = dataset.select(rows[start:stop])
+        start = stop
+    return parts
+
+
+def _sizes(sizes: Mapping[str, int | None], where: str) -> dict[str, int | None]:
+    if not isinstance(sizes, Mapping) or set(sizes) - set(PARTS):
+        raise ValueError(f"{where}: expected sizes of {sorted(PARTS)}, found {sizes!r}")
+    for part, size in sizes.items():
+        if size is not None and (type(size) is not int or size < 0):
+            raise ValueError(f"{where}, {part}: expected a number of rows, found {size!r}")
+    return dict(sizes)
+
+
+def _normal(text: str) -> str:
+    return " ".join(str(text).split()).casefold()
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

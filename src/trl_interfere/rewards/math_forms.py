@@ -1,0 +1,218 @@
+"""The form of an answer: numbers and formulas, in brackets, lists, equations and relations."""
+
+import itertools
+import re
+
+from .math_expressions import same_value
+from .math_numbers import END, EQUALS, LONGEST, SUBSCRIPTS, UNIT, is_name, plain, quantity
+
+
+_RELATION = re.compile(rf"(<|>|\\(?:le|ge|ne|in){END})")
+_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+_SEPARATOR = re.compile(rf"(?<!\d),(?!\d{{3}}\b)|(?<=\d),(?!\d{{3}}(?!\d))|;|\b(?:and|or)\b|\\cup{END}")
+_COMMA = re.compile(",|;")
+_BRACKETS = re.compile(r"(\\\{|\\langle|[(\[])(.*?)(\\\}|\\rangle|[)\]])")
+_MODULUS = re.compile(r"^(.*?)\(?\s*\\?[pb]?mod(?:ulo)?\s*\{?\s*([^{}()]+?)\s*\}?\s*\)?$")
+_FUNCTIONS = "sin|cos|tan|cot|sec|csc|log|ln|exp|max|min|gcd|lcm|mod|deg|det|arcsin|arccos|arctan|sinh|cosh|tanh|lim"
+_WORD = re.compile(
+    rf"(?<![\\A-Za-z])(?!(?:{_FUNCTIONS})\b)(?:[A-Za-z]{{3,}}|[aApP]\.?[mM]\.?|cm|mm|km|kg|mg|ml|ft|[Nn]o|in|of|to|is){END}"
+)
+# Primes, bases, times, names of points; towers of powers.
+_NO_FORMULA = re.compile(
+    r"'|\d\s*_|\d:\d\d(?!\d)|(?<![A-Za-z\\])[A-Z]{2,}(?![A-Za-z])|\\ldots|&|\?|\^\{?\d+\^\{?\d+\^|\d{5,}\s*!|\^\{?\d{7,}"
+)
+
+
+def same_answer(given: str | None, expected: str) -> bool:
+    """Whether an answer says what is expected."""
+    if not given or len(given) > LONGEST:
+        return False
+    given, expected = plain(given), plain(expected)
+    if _bare(given) == _bare(expected):
+        return bool(_bare(given))
+    spaced = re.search(r"\d,\d{3}\b", expected + given)  # a thousand, or a list
+    readings = [[text, text.replace(",", ", ")] if spaced else [text] for text in (expected, given)]
+    return any(_same(_read(one), _read(other)) for one in readings[0] for other in readings[1])
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"(?<!\d)\s|\s(?!\d)", "", text)
+
+
+def _depths(text: str) -> list[int]:
+    """How many brackets each sign stands in."""
+    opened = list(itertools.accumulate((sign in "([{") - (sign in ")]}") for sign in text))
+    return [depth - (sign in "([{") for depth, sign in zip(opened, text, strict=True)]
+
+
+def _split(text: str, separator: re.Pattern) -> list[str]:
+    """Parts between separators that stand in no brackets."""
+    depths, parts, start = _depths(text), [], 0
+    for match in separator.finditer(text):
+        if depths[match.start()] == 0:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return [part.strip() for part in (*parts, text[start:])]
+
+
+def _balanced(text: str) -> bool:
+    return min(_depths(text + "."), default=0) >= 0 == _depths(text + ".")[-1]
+
+
+def _read(text: str) -> tuple:
+    """The form of an answer: its kind, and its parts."""
+    text = text.strip()
+    if match := _MODULUS.match(text):
+        return "modulus", _read(match[1]), _read(match[2])
+    parts = [part for part in _split(text, _SEPARATOR) if part]
+    if len(parts) > 1:
+        return _list(parts)
+    sides = _split(text, EQUALS)
+    if len(sides) > 1:
+        return "equation", sides
+    sides = _split(text, _RELATION)
+    if len(sides) > 1:
+        return _relation(sides, _RELATION.findall(text))
+    match = _BRACKETS.fullmatch(text)
+    if match and _balanced(match[2]):
+        inner = _split(match[2], _COMMA)
+        if match[1] == "\\{":
+            return ("list", [*map(_read, inner)]) if len(inner) > 1 else _read(match[2])
+        if len(inner) > 1 or match[1] != "(":
+            return (
+                "bracket",
+                (match[1] + match[3]).replace("\\langle", "(").replace("\\rangle", ")"),
+                [*map(_read, inner)],
+            )
+        return _read(match[2])
+    if "\\pm" in text or "\\mp" in text:
+        flipped = text.replace("\\pm", "\\-").replace("\\mp", "\\pm").replace("\\-", "\\mp")
+        signs = [form.replace("\\pm", "+").replace("\\mp", "-").strip().removeprefix("+") for form in (text, flipped)]
+        return "list", [("leaf", form) for form in signs]
+    pieces = [piece.strip() for piece in re.split(r"(?<=[A-Za-z.])\s+(?=\d)", text)]
+    if len(pieces) > 1 and all(map(quantity, pieces)):
+        return "list", [("leaf", piece) for piece in pieces]  # 3 hours 20 minutes
+    return "leaf", text
+
+
+def _list(parts: list[str]) -> tuple:
+    if any("\\ldots" in part for part in parts):
+        return "bracket", "()", [("leaf", part) for part in parts]
+    sides = [_split(part, EQUALS) for part in parts]
+    if not all(len(side) == 2 and is_name(side[0]) for side in sides):
+        return "list", [*map(_read, parts)]
+    named = {side[0]: _read(side[1]) for side in sides}
+    if len({SUBSCRIPTS.sub("", name) for name in named}) == len(parts):
+        return "named", [*map(named.get, sorted(named))], sorted(named)
+    return "list", [_read(side[1]) for side in sides]
+
+
+def _relation(sides: list[str], signs: list[str]) -> tuple:
+    if signs == ["\\in"]:
+        form = _read(sides[1])
+        return ("range", *form[1:]) if form[0] == "bracket" else form
+    if signs[0] in (">", "\\ge") and len(sides) == 3 or len(sides) == 2 and is_name(sides[1]) > is_name(sides[0]):
+        sides, signs = sides[::-1], [_FLIPPED.get(sign, sign) for sign in signs[::-1]]
+    if len(sides) == 2 and is_name(sides[0]) and signs[0] in _FLIPPED:
+        end, infinite = _read(sides[1]), "-\\infty" if signs[0] in ("<", "\\le") else "\\infty"
+        ends = [("leaf", infinite), end] if infinite[0] == "-" else [end, ("leaf", infinite)]
+        return "range", {"<": "()", ">": "()", "\\le": "(]", "\\ge": "[)"}[signs[0]], ends
+    if len(sides) == 3 and is_name(sides[1]) and {*signs} <= {"<", "\\le"}:
+        brackets = ("[" if signs[0] == "\\le" else "(") + ("]" if signs[1] == "\\le" else ")")
+        return "range", brackets, [_read(sides[0]), _read(sides[2])]
+    return "relation", signs, [*map(_read, sides)]
+
+
+def _same(expected: tuple, given: tuple) -> bool:
+    kinds = {expected[0], given[0]}
+    if "equation" in kinds:
+        return _same_equation(expected, given)
+    if "named" in kinds and len(kinds) == 2:
+        named, other = (expected, given) if expected[0] == "named" else (given, expected)
+        ordered = other[:2] == ("bracket", "()") or other[0] == "list"
+        return ordered and _in_order(*(form[1] if form is named else form[-1] for form in (expected, given)))
+    if len(kinds) == 2 and kinds != {"bracket", "range"}:
+        return False
+    if expected[0] == "list":
+        left = list(given[1])
+        for form in expected[1]:
+            found = next((other for other in left if _same(form, other)), None)
+            if found is None:
+                return False
+            left.remove(found)
+        return not left
+    if expected[0] == "named":
+        return expected[2] == given[2] and _in_order(expected[1], given[1])
+    if expected[0] == "modulus":
+        return _same(expected[2], given[2]) and _same_residue(expected[1], given[1], expected[2])
+    if expected[0] == "leaf":
+        return _same_leaf(expected[1], given[1])
+    return expected[1] == given[1] and _in_order(expected[2], given[2])
+
+
+def _in_order(expected: list, given: list) -> bool:
+    return len(expected) == len(given) and all(map(_same, expected, given))
+
+
+def _same_equation(expected: tuple, given: tuple) -> bool:
+    one, two = (form[1] if form[0] == "equation" else None for form in (expected, given))
+    if one is None:
+        *before, last = two
+        # Every other side of a chain has the value too, but for the name that it may begin with.
+        sides = before[is_name(before[0]) :]
+        return _same(expected, _read(last)) and all(
+            _same(expected, _read(side)) or _same_formula(last, side) for side in sides
+        )
+    if two is None:
+        return len(one) == 2 and is_name(one[0]) and _same(_read(one[1]), given)
+    if len(one) != 2 or len(two) != 2:
+        return _same_equation(_read(one[1]), given) if len(one) == 2 and is_name(one[0]) else False
+    named, equal = is_name(one[0]) and is_name(two[0]), one[0].strip() == two[0].strip()
+    if named and (equal or max(len(one[0]), len(two[0])) > 1) and _same(_read(one[1]), _read(two[1])):
+        return True
+    # `x = 5` is a value, which `2x = 10` does not state and `y = 5` states of something else.
+    if (named and equal) or (quantity(one[1]) and is_name(one[0]) and not re.search(r"[+-]", one[0])):
+        return False
+    return _same_formula(*(f"({side[0]})-({side[1]})" for side in (one, two)), equations=True)
+
+
+def _same_residue(expected: tuple, given: tuple, modulus: tuple) -> bool:
+    forms = [
+        _read(form[1][-1]) if form[0] == "equation" and is_name(form[1][0]) else form for form in (expected, given)
+    ]
+    values = [quantity(form[1]) if form[0] == "leaf" else None for form in (*forms, modulus)]
+    if None in values:
+        return _same(*forms)
+    (a, _), (b, _), (m, _) = values
+    return m != 0 and (a - b) % m == 0
+
+
+def _same_leaf(expected: str, given: str) -> bool:
+    if _bare(expected) == _bare(given):
+        return bool(_bare(expected))
+    wanted, found = quantity(expected), quantity(given)
+    if wanted and found:
+        return found[0] == wanted[0] and (found[1] == wanted[1] or "" in (found[1], wanted[1]))
+    if wanted and not re.search("[!^]", expected):
+        return False
+    words, others = (
+        tuple(word.casefold().replace(".", "") for word in _WORD.findall(text)) for text in (expected, given)
+    )
+    first, second = (_WORD.sub(" ", text).strip() for text in (expected, given))
+    if words != others:
+        unit = " ".join(words or others)
+        if (words and others) or not (UNIT.fullmatch(unit) or unit == "degrees"):
+            return False
+    if not first or not second:
+        return first == second
+    values = quantity(first), quantity(second)
+    if None not in values:
+        return values[0] == values[1]
+    return (values[0] is None or re.search("[!^]", first) is not None) and _same_formula(first, second)
+
+
+def _same_formula(first: str, second: str, equations: bool = False) -> bool:
+    """Whether two formulas have the same value, as far as the parser drops nothing and powers are not absurd."""
+    if any(_NO_FORMULA.search(text) or not _balanced(text) for text in (first, second)):
+        return False
+    return same_value(first, second, equations)
