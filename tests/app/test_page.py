@@ -1,10 +1,20 @@
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
 from urllib.parse import quote
 
 import httpx
 import pytest
+import torch
 from page_data import DATA, HOSTILE
 
 from trl_interfere.cli.compare import main as compare
+from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab.domains import lab_rows
+from trl_interfere.models import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +106,51 @@ def test_any_two_checkpoints(visit, address, shoot):
     assert "not a number" in page.locator("#answers").inner_text()
     assert "1-m1" in page.locator("#after input").input_value()
     shoot(page, "strangers")
+
+
+@pytest.mark.slow
+def test_two_checkpoints_with_no_run_and_no_report(visit, tmp_path):
+    rows = lab_rows("math", "test", 16)
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    domain = {"name": "sums", "reward_funcs": "lab_math", "eval_dataset": "math.jsonl"}
+    training = {"max_completion_length": 8}
+    recipe = {"model": str(MODEL_FOLDER), "training": training, "domains": [domain]}
+    (tmp_path / "domains.yaml").write_text(json.dumps(recipe))
+    model = load_model(MODEL_FOLDER)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.2 * torch.randn_like(model.get_input_embeddings().weight))
+    model.save_pretrained(tmp_path / "noisy")
+    load_tokenizer(MODEL_FOLDER).save_pretrained(tmp_path / "noisy")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "trl_interfere",
+        "compare",
+        str(MODEL_FOLDER),
+        "noisy",
+        "--recipe",
+        "domains.yaml",
+    ]
+    options = ["--no_browser", "--no_hub", "--port", str(port)]
+    with subprocess.Popen([*command, *options], cwd=tmp_path) as process:
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    httpx.get(f"http://127.0.0.1:{port}/")
+                    break
+                time.sleep(0.5)
+            page = visit(f"http://127.0.0.1:{port}/?tab=prompts", wait="#flips table")
+            rows = (tmp_path / "comparison" / "scores").glob("*/sums.jsonl")
+            scores = [[json.loads(line)["score"] for line in path.read_text().splitlines()] for path in sorted(rows)]
+            lost = sum(before > after for before, after in zip(*scores, strict=True))
+            row = page.locator("#flips tbody tr").filter(has_text="sums").inner_text().split()
+            assert lost > 2 and str(lost) in row, row
+            page.goto("about:blank")  # before the server ends
+        finally:
+            process.terminate()
 
 
 @pytest.mark.slow
