@@ -10,10 +10,11 @@ INSTALLED := .venv/.installed
 DEV := .venv/.dev
 DOCS := .venv-docs/.installed
 VLLM := .venv-vllm/.installed
+ENDS := accelerate|peft|transformers|trl
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help lab repair-study test test-all test-resume test-vllm lint docs build clean distclean
+.PHONY: help lab repair-study test test-all test-resume test-vllm test-lowest test-newest lint docs build clean distclean
 
 help:
 	@echo "make lab           run the lab into $(LAB_DIR)/; started again, it goes on where it stopped"
@@ -21,6 +22,8 @@ help:
 	@echo "make test-all      run all tests"
 	@echo "make test-resume   kill runs at 50 points each and resume them"
 	@echo "make test-vllm     run the tests that need vLLM, on a CPU, in an environment of their own"
+	@echo "make test-lowest   run the fast tests with the lowest versions of trl, transformers, peft, accelerate that are"
+	@echo "                   accepted; test-newest: with the newest that the index has"
 	@echo "make lint          check style, imports, and the order of folders"
 	@echo "make docs          build the documentation into site/"
 	@echo "make build         build wheel and sdist into dist/"
@@ -49,6 +52,9 @@ test-resume: $(DEV)
 test-vllm: $(VLLM)
 	.venv-vllm/bin/python -m pytest tests/with_vllm $(ARGS)
 
+test-lowest test-newest: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 --dist loadscope -m "not slow" $(ARGS)
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,7 +73,7 @@ clean:
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-docs .venv-vllm
+	rm -rf .venv .venv-docs .venv-vllm .venv-lowest .venv-newest
 
 # The stamps are touched last, so that an interrupted installation is repeated.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -77,6 +83,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(DEV): pyproject.toml constraints.txt
 	.ci/install .venv -e ".[dev]"
 	@touch $(INSTALLED) $@
+
+# Both ends of the accepted ranges of trl, transformers, peft and accelerate; everything else in the tested versions.
+.venv-lowest/.installed .venv-newest/.installed: .venv-%/.installed: pyproject.toml constraints.txt
+	@mkdir -p $(@D)
+	grep -vE '^($(ENDS))==' constraints.txt > $(@D)/constraints.txt
+	[ $* = newest ] || sed -nE 's/^ +"($(ENDS))>=([0-9.]+).*/\1==\2/p' pyproject.toml >> $(@D)/constraints.txt
+	CONSTRAINTS=$(@D)/constraints.txt .ci/install $(@D) -e ".[dev]"
+	@touch $@
 
 # The documentation is made by static analysis of the sources: its environment holds the docs extra and no torch.
 $(DOCS): pyproject.toml constraints.txt
