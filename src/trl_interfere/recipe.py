@@ -59,23 +59,8 @@ _DATA = ("path", "name", "split", "columns", "prompt", "system", "limit", "skip"
 @dataclass
 class RunFile:
     """
-    Content of a YAML file for `trl-interfere train`.
-
-    Args:
-        model (`str`):
-            Folder or Hub id of the model.
-        domains (`list[Domain]`):
-            The domains.
-        training (`dict`):
-            Settings of [`SequentialGRPOConfig`].
-        peft (`dict`, *optional*):
-            Settings of [`~peft.LoraConfig`].
-        heal (`dict`, *optional*):
-            Settings of [`HealCallback`].
-        refresh (`dict`, *optional*):
-            Settings of [`RefreshCallback`].
-        analysis (`dict`, *optional*):
-            Settings of [`InterferenceConfig`].
+    Content of a recipe: model, domains, and settings of [`SequentialGRPOConfig`], [`~peft.LoraConfig`],
+    [`HealCallback`], [`RefreshCallback`] and [`InterferenceConfig`].
     """
 
     model: str
@@ -89,22 +74,9 @@ class RunFile:
 
 def load_run_file(path: str | Path, folder: str | Path | None = None, dry: bool = False) -> RunFile:
     """
-    Read a YAML file with a model, domains and settings. A file that names functions is code: they are imported, from
-    its folder and from what is installed.
-
-    Args:
-        path (`str` or `pathlib.Path`):
-            The file.
-        folder (`str` or `pathlib.Path`, *optional*):
-            Folder that the paths in it start from. Defaults to its own.
-        dry (`bool`, *optional*, defaults to `False`):
-            Whether to import functions of this package, of TRL and of the folder alone; others stay unknown.
-
-    Returns:
-        [`RunFile`]: Its content, with the datasets loaded.
-
-    Raises:
-        `ValueError`: If the file cannot be read, or anything in it is unknown, missing or malformed.
+    Read a recipe, with the datasets loaded. Its paths start from `folder`, by default its own; a recipe that names
+    functions is code: they are imported, from its folder and from what is installed. With `dry`, only functions of
+    this package, of TRL and of the folder are; others stay unknown.
     """
     path = Path(path)
     content = read_yaml(path)
@@ -389,23 +361,9 @@ def _json_columns(text: str) -> dict[str, list]:
 
 def load_prompts(source: str | dict[str, Any], where: str, folder: Path) -> Dataset:
     """
-    Prompts from a local file, a folder or the Hub.
-
-    Args:
-        source (`str` or `dict`):
-            A path or Hub id, or a mapping with `path`, `name` (Hub configuration), `split`, `columns` (new name to old
-            name), `prompt` (a template such as `"Solve {question}"` that makes the prompt conversational), `system`
-            (its system message), `skip` and `limit` (rows).
-        where (`str`):
-            Where the source stands, for the message.
-        folder (`pathlib.Path`):
-            Folder that relative paths start from.
-
-    Returns:
-        [`~datasets.Dataset`]: Rows with a column `prompt`.
-
-    Raises:
-        `ValueError`: If the source cannot be read or a column is missing.
+    Rows with a column `prompt` from a local file, a folder or the Hub: a path or Hub id, or a mapping with `path`,
+    `name` (Hub configuration), `split`, `columns` (new name to old name), `prompt` (a template such as
+    `"Solve {question}"` that makes the prompt conversational), `system` (its system message), `skip` and `limit`.
     """
     source = {"path": source} if isinstance(source, str) else _mapping(source, where)
     check_names(source, _DATA, where, required=("path",))
@@ -419,12 +377,11 @@ def load_prompts(source: str | dict[str, Any], where: str, folder: Path) -> Data
         if old != new:
             dataset = dataset.remove_columns(new) if new in dataset.column_names else dataset
             dataset = dataset.rename_column(old, new)
-    rows = {}
     for option in ("skip", "limit"):
-        rows[option] = source.get(option)
-        if rows[option] is not None and (type(rows[option]) is not int or rows[option] < 0):
-            raise ValueError(f"{where}, {option}: expected a number of rows, found {rows[option]!r}")
-    chosen = range(len(dataset))[rows["skip"] or 0 :][: rows["limit"]]
+        found = source.get(option)
+        if found is not None and (type(found) is not int or found < 0):
+            raise ValueError(f"{where}, {option}: expected a number of rows, found {found!r}")
+    chosen = range(len(dataset))[source.get("skip") or 0 :][: source.get("limit")]
     if not chosen:
         raise ValueError(
             f"{where}: expected at least one row, found {len(dataset)} of which skip and limit leave none"

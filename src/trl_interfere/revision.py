@@ -32,31 +32,11 @@ def split_revision(name: str | Path) -> tuple[str, str | None]:
 
 
 def stage_revision(stage: str) -> str:
-    """
-    Branch that a stage is published as.
-
-    Args:
-        stage (`str`):
-            Name of the stage, e.g. `1-math`.
-
-    Returns:
-        `str`: Name of the branch, e.g. `stage-1-math`.
-    """
+    """Branch that a stage is published as: `stage-1-math` for `1-math`."""
     return f"stage-{stage}"
 
 
 def published_checkpoint(checkpoint: str | None, repo_id: str) -> str | None:
-    """
-    Where a checkpoint that a report names lies on the Hub: stage folders of a run are branches of its repository.
-
-    Args:
-        checkpoint (`str`, *optional*):
-            Folder or Hub id that stands in the report.
-        repo_id (`str`):
-            Repository of the report.
-
-    Returns:
-        `str` or `None`: `user/repo@stage-1-math` for a folder `.../stages/1-math`, everything else as it is.
-    """
+    """Where a checkpoint that a report names lies on the Hub: stages of a run are branches of its repository."""
     match = None if checkpoint is None else _STAGE_FOLDER.search(checkpoint)
     return checkpoint if match is None else f"{repo_id}@{stage_revision(match[1])}"

@@ -5,120 +5,59 @@ from trl_interfere.rewards.functions import called_function, check_function
 from trl_interfere.rewards.sandbox import Limits
 
 
-# Tests, a program, whether it passes, and whether they need both in one process.
+# Whether a program passes, in one process with the tests or apart || the tests || the program; "⏎" is a new line.
+CALLS = r"""
+passes apart || assert f(f(2)) == 4 || f = lambda x: x * 2 if x < 4 else x
+passes apart || x = f(1)⏎for _ in range(5):⏎    x = f(x)⏎assert x == 64 || f = lambda x: 2 * x
+fails apart || x = f(1)⏎for _ in range(5):⏎    x = f(x)⏎assert x == 64 || f = lambda x: 2 * x + 1
+passes apart || import random⏎for _ in range(50):⏎    x = random.random()⏎    assert abs(f(x) - x) < 1e-9 || f = abs
+passes together || assert Solution().add(a=1, b=2) == 3 || class Solution:⏎    def add(self, a, b): return a + b
+passes together || s = Stack()⏎s.push(1)⏎s.push(2)⏎assert s.pop() == 2⏎assert s.pop() == 1 || class Stack:⏎    def __init__(self): self.x = []⏎    def push(self, v): self.x.append(v)⏎    def pop(self): return self.x.pop()
+passes apart || from solution import f⏎def test_one():⏎    assert f(1) == 1⏎def test_two():⏎    assert f(2) == 2 || f = int
+fails apart || from solution import f⏎def test_one():⏎    assert f(1) == 1⏎def test_two():⏎    assert f(2) == 3 || f = int
+passes apart || try:⏎    f(0)⏎    assert False⏎except ZeroDivisionError:⏎    pass || f = lambda x: 1 / x
+fails apart || try:⏎    f(0)⏎except ZeroDivisionError:⏎    pass⏎else:⏎    assert False || f = lambda x: 0
+fails apart || assert all(map(lambda x: f(x) == x, [1, 2, 3])) || def f(x): raise StopIteration
+passes apart || assert f((1, 2)) == {1: (2, 3.5), 'x': {1, 2}} || f = lambda t: {1: (2, 3.5), 'x': set(t)}
+passes apart || assert f(b'x', 1j, None, True, 2**100) == 5 || f = lambda *a: len(a)
+passes apart || x = 0⏎for _ in range(45):⏎    x = f(x)⏎assert x == 45 || f = lambda x: x + 1
+passes apart || x = 0⏎for _ in range(45):⏎    x = f(x + 1)⏎assert x == 45 || f = int
+passes apart || for n in range(45):⏎    assert f('x').strip() == 'x' || f = str
+passes apart || from solution import *⏎assert f(1) == 1 || f = int
+passes together || import solution⏎assert solution.f(1) == 1 || f = int
+passes apart || assert list(f(3)) == [0, 1, 2]⏎assert list(f(0)) == [] || f = range
+passes apart || assert list(f(3)) == [0, 1, 2] || def f(n):⏎    yield from range(n)
+fails apart || assert list(f(3)) == [0, 1, 2] || def f(n):⏎    yield from range(n + 1)
+passes apart || assert next(f(3)) == 0 || import itertools⏎def f(n): return itertools.count()
+fails apart || assert f(3) == [0, 1, 2] || f = range
+passes apart || assert sorted(f({'a': 1})) == ['a'] || def f(d): return d.keys()
+passes together || from decimal import Decimal⏎assert f(Decimal('1.1')) == Decimal('2.2') || f = lambda x: 2 * x
+passes together || from fractions import Fraction⏎assert f(Fraction(1, 3)) == Fraction(2, 3) || f = lambda x: 2 * x
+passes apart || import math⏎assert math.isclose(f(1), 0.5) || f = lambda x: x / 2
+fails apart || import math⏎assert math.isclose(f(1), 0.5) || class math: isclose = staticmethod(lambda *a: True)⏎f = print
+passes apart || class TestF:⏎    def test_f(self):⏎        assert f(1) == 1 || f = int
+fails apart || class TestF:⏎    def test_f(self):⏎        assert f(1) == 2 || f = int
+passes apart || import unittest⏎class TestF(unittest.TestCase):⏎    def setUp(self):⏎        self.x = 1⏎    def test_f(self):⏎        self.assertEqual(f(self.x), 2)⏎        self.assertTrue(f(0) == 1) || f = lambda x: x + 1
+fails apart || import unittest⏎class TestF(unittest.TestCase):⏎    def test_f(self):⏎        self.assertEqual(f(1), 3) || f = lambda x: x + 1
+passes together || s = S(2)⏎assert s.n == 2 and s.n + 1 == 3 and s.items == [2] and len(s) == 1 and list(s) == [2]⏎assert 2 in s and s.none is None and str(s) == 'S' and s and s[0] == 2 and abs(s.n - 2) < 1e-9 || class S:⏎    none = None⏎    def __init__(self, n): self.n, self.items = n, [n]⏎    def __len__(self): return 1⏎    def __iter__(self): return iter(self.items)⏎    def __str__(self): return 'S'⏎    def __getitem__(self, i): return self.items[i]
+passes together || a, b = Node(1), Node(2)⏎a.next = b⏎assert f(a) == [1, 2] || class Node:⏎    def __init__(self, x): self.x, self.next = x, None⏎def f(node):⏎    return [node.x, *f(node.next)] if node else []
+passes together || node = f([1, 2])⏎assert node.x == 1 and node.next.x == 2 and node.next.next is None || class Node: pass⏎def f(items):⏎    if not items: return None⏎    node = Node()⏎    node.x, node.next = items[0], f(items[1:])⏎    return node
+passes apart || assert f('x').startswith('ab') || f = lambda x: 'abc'
+fails apart || assert f('x').startswith('ab') || class f:⏎    def __init__(self, x): pass⏎    def startswith(self, x): return True
+passes together || s = S()⏎assert s.text.startswith('ab') || class S:⏎    text = 'abc'
+fails apart || assert 6 in f(1) || class Yes:⏎    __contains__ = __eq__ = lambda *a: True⏎f = lambda x: Yes()
+fails apart || assert f(1) < 6 || class Yes:⏎    __lt__ = __gt__ = lambda *a: True⏎f = lambda x: Yes()
+fails together || s = S()⏎assert s.ok || class S: ok = False
+passes together || assert f(lambda x: x + 1) == 2 || def f(g): return g(1)
+passes together || def g(x): return x + 1⏎assert f(g) == 2 || def f(g): return g(1)
+passes apart || from collections import deque, Counter⏎assert f('aa') == {'a': 2} || from collections import Counter as f
+passes apart || import math⏎assert f(0) == math.inf and -f(0) < 0 || def f(x): return float('inf')
+passes apart || assert f(1) == {1, 2} || def f(x): return frozenset({x, 2})
+fails apart || try:⏎    f('x').startswith('ab')⏎except:⏎    pass⏎assert f(1) || class f:⏎    def __init__(self, x): pass
+"""
 CALLS = [
-    ("assert f(f(2)) == 4", "f = lambda x: x * 2 if x < 4 else x", True, False),
-    ("x = f(1)\nfor _ in range(5):\n    x = f(x)\nassert x == 64", "f = lambda x: 2 * x", True, False),
-    ("x = f(1)\nfor _ in range(5):\n    x = f(x)\nassert x == 64", "f = lambda x: 2 * x + 1", False, False),
-    (
-        "import random\nfor _ in range(50):\n    x = random.random()\n    assert abs(f(x) - x) < 1e-9",
-        "f = abs",
-        True,
-        False,
-    ),
-    ("assert Solution().add(a=1, b=2) == 3", "class Solution:\n    def add(self, a, b): return a + b", True, True),
-    (
-        "s = Stack()\ns.push(1)\ns.push(2)\nassert s.pop() == 2\nassert s.pop() == 1",
-        "class Stack:\n    def __init__(self): self.x = []\n    def push(self, v): self.x.append(v)\n    def pop(self): return self.x.pop()",
-        True,
-        True,
-    ),
-    (
-        "from solution import f\ndef test_one():\n    assert f(1) == 1\ndef test_two():\n    assert f(2) == 2",
-        "f = int",
-        True,
-        False,
-    ),
-    (
-        "from solution import f\ndef test_one():\n    assert f(1) == 1\ndef test_two():\n    assert f(2) == 3",
-        "f = int",
-        False,
-        False,
-    ),
-    ("try:\n    f(0)\n    assert False\nexcept ZeroDivisionError:\n    pass", "f = lambda x: 1 / x", True, False),
-    ("try:\n    f(0)\nexcept ZeroDivisionError:\n    pass\nelse:\n    assert False", "f = lambda x: 0", False, False),
-    ("assert all(map(lambda x: f(x) == x, [1, 2, 3]))", "def f(x): raise StopIteration", False, False),
-    ("assert f((1, 2)) == {1: (2, 3.5), 'x': {1, 2}}", "f = lambda t: {1: (2, 3.5), 'x': set(t)}", True, False),
-    ("assert f(b'x', 1j, None, True, 2**100) == 5", "f = lambda *a: len(a)", True, False),
-    ("x = 0\nfor _ in range(45):\n    x = f(x)\nassert x == 45", "f = lambda x: x + 1", True, False),
-    ("x = 0\nfor _ in range(45):\n    x = f(x + 1)\nassert x == 45", "f = int", True, False),
-    ("for n in range(45):\n    assert f('x').strip() == 'x'", "f = str", True, False),
-    ("from solution import *\nassert f(1) == 1", "f = int", True, False),
-    ("import solution\nassert solution.f(1) == 1", "f = int", True, True),
-    ("assert list(f(3)) == [0, 1, 2]\nassert list(f(0)) == []", "f = range", True, False),
-    ("assert list(f(3)) == [0, 1, 2]", "def f(n):\n    yield from range(n)", True, False),
-    ("assert list(f(3)) == [0, 1, 2]", "def f(n):\n    yield from range(n + 1)", False, False),
-    ("assert next(f(3)) == 0", "import itertools\ndef f(n): return itertools.count()", True, False),
-    ("assert f(3) == [0, 1, 2]", "f = range", False, False),
-    ("assert sorted(f({'a': 1})) == ['a']", "def f(d): return d.keys()", True, False),
-    ("from decimal import Decimal\nassert f(Decimal('1.1')) == Decimal('2.2')", "f = lambda x: 2 * x", True, True),
-    ("from fractions import Fraction\nassert f(Fraction(1, 3)) == Fraction(2, 3)", "f = lambda x: 2 * x", True, True),
-    ("import math\nassert math.isclose(f(1), 0.5)", "f = lambda x: x / 2", True, False),
-    (
-        "import math\nassert math.isclose(f(1), 0.5)",
-        "class math: isclose = staticmethod(lambda *a: True)\nf = print",
-        False,
-        False,
-    ),
-    ("class TestF:\n    def test_f(self):\n        assert f(1) == 1", "f = int", True, False),
-    ("class TestF:\n    def test_f(self):\n        assert f(1) == 2", "f = int", False, False),
-    (
-        "import unittest\nclass TestF(unittest.TestCase):\n    def setUp(self):\n        self.x = 1\n    def test_f(self):\n        self.assertEqual(f(self.x), 2)\n        self.assertTrue(f(0) == 1)",
-        "f = lambda x: x + 1",
-        True,
-        False,
-    ),
-    (
-        "import unittest\nclass TestF(unittest.TestCase):\n    def test_f(self):\n        self.assertEqual(f(1), 3)",
-        "f = lambda x: x + 1",
-        False,
-        False,
-    ),
-    (
-        "s = S(2)\nassert s.n == 2 and s.n + 1 == 3 and s.items == [2] and len(s) == 1 and list(s) == [2]\nassert 2 in s and s.none is None and str(s) == 'S' and s and s[0] == 2 and abs(s.n - 2) < 1e-9",
-        "class S:\n    none = None\n    def __init__(self, n): self.n, self.items = n, [n]\n    def __len__(self): return 1\n    def __iter__(self): return iter(self.items)\n    def __str__(self): return 'S'\n    def __getitem__(self, i): return self.items[i]",
-        True,
-        True,
-    ),
-    (
-        "a, b = Node(1), Node(2)\na.next = b\nassert f(a) == [1, 2]",
-        "class Node:\n    def __init__(self, x): self.x, self.next = x, None\ndef f(node):\n    return [node.x, *f(node.next)] if node else []",
-        True,
-        True,
-    ),
-    (
-        "node = f([1, 2])\nassert node.x == 1 and node.next.x == 2 and node.next.next is None",
-        "class Node: pass\ndef f(items):\n    if not items: return None\n    node = Node()\n    node.x, node.next = items[0], f(items[1:])\n    return node",
-        True,
-        True,
-    ),
-    ("assert f('x').startswith('ab')", "f = lambda x: 'abc'", True, False),
-    (
-        "assert f('x').startswith('ab')",
-        "class f:\n    def __init__(self, x): pass\n    def startswith(self, x): return True",
-        False,
-        False,
-    ),
-    ("s = S()\nassert s.text.startswith('ab')", "class S:\n    text = 'abc'", True, True),
-    ("assert 6 in f(1)", "class Yes:\n    __contains__ = __eq__ = lambda *a: True\nf = lambda x: Yes()", False, False),
-    ("assert f(1) < 6", "class Yes:\n    __lt__ = __gt__ = lambda *a: True\nf = lambda x: Yes()", False, False),
-    ("s = S()\nassert s.ok", "class S: ok = False", False, True),
-    ("assert f(lambda x: x + 1) == 2", "def f(g): return g(1)", True, True),
-    ("def g(x): return x + 1\nassert f(g) == 2", "def f(g): return g(1)", True, True),
-    (
-        "from collections import deque, Counter\nassert f('aa') == {'a': 2}",
-        "from collections import Counter as f",
-        True,
-        False,
-    ),
-    ("import math\nassert f(0) == math.inf and -f(0) < 0", "def f(x): return float('inf')", True, False),
-    ("assert f(1) == {1, 2}", "def f(x): return frozenset({x, 2})", True, False),
-    (
-        "try:\n    f('x').startswith('ab')\nexcept:\n    pass\nassert f(1)",
-        "class f:\n    def __init__(self, x): pass",
-        False,
-        False,
-    ),
+    (tests.strip(), program[1:], "passes" in how, "together" in how)
+    for how, tests, program in (line.replace("⏎", "\n").split("||") for line in CALLS.strip().splitlines())
 ]
 
 

@@ -11,118 +11,68 @@ from trl_interfere.rewards.math import MathReward, math_reward, number
 
 pytest.importorskip("math_verify")
 
-# Completion, expected answer, and the reward that a person would give.
+# Expected answer || completions that state it | ... || completions that do not | ...; "⏎" is a new line.
+STATEMENTS = r"""
+72 || The answer is 72! | So she has 72 clips! | The answer is 72! She sold them all. | The answer is **72**! ||
+72 || So she sold 72 clips altogether in April and May. | Therefore, she sold 72 clips in April and May. ||
+120 || The answer is 5! | The answer is 120! || The answer is 6! | The answer is 121!
+42 || || The answer is 42 in thousands | The answer is 42 in base 7
+42 || So the answer is \boxed{42}. | The answer is 42. | First 6 * 7 = 42.⏎Answer: 42 | 42 ||
+42 || <think>It may be \boxed{7}.</think> \boxed{42} | I first thought \boxed{41}, but it is \boxed{42} ||
+42 || The answer is $42$. | The answer is \(42\). | **42**. | Therefore, the sum is 42. | So we get⏎$x = 42$ ||
+42 || The answer is 42 apples. | \boxed {42} | The answer is $42$ square feet. | The answer is 42 people. ||
+42 || The answer is 42 miles per hour. | **Final Answer**: 42 | Therefore, the cost is $42. ||
+42 || Since 7 is not a divisor, the sum is 42. | Thus \(x = 42\). ||
+42 || || The answer is $41$. | Therefore, the sum is 41. | The answer is \(41\). | **41**. | So we get⏎$x = 41$
+42 || || The answer is 41 apples. | \boxed {41} | I do not know. | \boxed{} | \boxed{42 | <think>\boxed{42}
+42 || || The answer is | The answer is 42 plus something | The answer is 42 dozen eggs | The answer is 42 tenths
+42 || || The answer is 42 squared | The answer is 42 million dollars | The answer is 42 percentage points
+42 || || The answer is 42k | I don't think that the sum is 42. | x != 42 | The sum is not 42
+42 || || \boxed{42}\boxed{43} | The answer is \boxed{x}, where x is what was expected | \boxed{\boxed{}}
+144 || 57 + 87 = 144 ||
+144 || || 57 + 87 = 134
+2\sqrt{3} || The answer is $2\sqrt{3}$. ||
+1.5 || The answer is 1 1/2 cups. ||
+1 || || The answer is 1 or more | The answer is 1 million
+1, 2 || x = \boxed{1} and y = \boxed{2} | The solutions are \boxed{1}, \boxed{2}. ||
+\frac{1}{2} || The final answer is $\frac{1}{2}$, as required. ||
+\frac{1}{2} || Hence the required probability is $\frac{1}{2}$. ||
+72 || The answer is 72, since there are 72 clips. | The answer is 72 - she sold 72 clips. ||
+72 || Therefore, she sold 72 clips. | So the total is 72 clips. | Answer: 72 (which is the total) ||
+72 || #### 72 clips | #### $72 | The answer is 72, which is the total. ||
+72 || The answer is 72. She sold them in two months. | The answer is 72 because 48+24=72. ||
+72 || The answer is 72 (48 in April and 24 in May). | The answer is 72 clips altogether. | Hence 72. ||
+72 || Total: 72 | 48+24 = 72⏎#### 72 | #### 72 | The answer is 72, as we showed. ||
+72 || Thus, the answer is 72 clips in total. | In total: 72. | The final answer is: 72 | Therefore 72. | = 72 ||
+72 || The answer is **72**. | The answer is \(72\). | Result: 72 | She has 72 left. ||
+72 || The answer is 72; the others are wrong. | ####72 | #### 72. ||
+72 || The sum of all such values is therefore 72. | $$x=72$$ | \[x = 72\] ||
+72 || || The answer is 72, or maybe 73. | The answer is 72. No wait, 73. | The answer is 72 (or 73).
+72 || || The answer is not 72. | The answer is 72 or 73 | #### 71 | The answer is 72 and not 71.
+72 || || The answer is 7 2 | The answer is 172
+1234 || #### 1,234 ||
+2 || || \boxed{1} and \boxed{2}
+-5 || #### -5 ||
+0.5 || x⏎#### \frac{1}{2} ||
+\frac34 || Answer: $\frac{3}{4}$ ||
+5 || So the answer is $x = 5$. ||
+"""
 TABLE = [
-    (r"So the answer is \boxed{42}.", "42", 1),
-    ("The answer is 42.", "42", 1),
-    ("57 + 87 = 144", "144", 1),
+    *(
+        (text.strip().replace("⏎", "\n"), answer.strip(), reward)
+        for answer, *columns in (line.split("||") for line in STATEMENTS.strip().splitlines())
+        for reward, column in zip((1, 0), columns, strict=True)
+        for text in column.split(" | ")
+        if text.strip()
+    ),
     ("First 6 * 7 = 42.\nAnswer: 42", "42", 1),
-    ("42", "42", 1),
-    (r"<think>It may be \boxed{7}.</think> \boxed{42}", "42", 1),
-    (r"I first thought \boxed{41}, but it is \boxed{42}", "42", 1),
-    ("The answer is $42$.", "42", 1),
-    (r"The answer is \(42\).", "42", 1),
-    ("**42**.", "42", 1),
-    ("Therefore, the sum is 42.", "42", 1),
-    ("So we get\n$x = 42$", "42", 1),
-    ("The answer is 42 apples.", "42", 1),
-    (r"\boxed {42}", "42", 1),
-    (r"The answer is $2\sqrt{3}$.", r"2\sqrt{3}", 1),
-    ("The answer is $42$ square feet.", "42", 1),
-    ("The answer is 42 people.", "42", 1),
-    ("The answer is 42 miles per hour.", "42", 1),
-    ("The answer is 1 1/2 cups.", "1.5", 1),
-    ("**Final Answer**: 42", "42", 1),
-    ("Therefore, the cost is $42.", "42", 1),
-    ("Since 7 is not a divisor, the sum is 42.", "42", 1),
-    (r"Thus \(x = 42\).", "42", 1),
-    ("The answer is $41$.", "42", 0),
-    ("Therefore, the sum is 41.", "42", 0),
-    (r"The answer is \(41\).", "42", 0),
-    ("**41**.", "42", 0),
-    ("So we get\n$x = 41$", "42", 0),
-    ("The answer is 41 apples.", "42", 0),
-    (r"\boxed {41}", "42", 0),
-    ("57 + 87 = 134", "144", 0),
     ("", "42", 0),
-    ("I do not know.", "42", 0),
-    (r"\boxed{}", "42", 0),
-    (r"\boxed{42", "42", 0),
-    (r"<think>\boxed{42}", "42", 0),
-    ("The answer is", "42", 0),
-    ("The answer is 42 plus something", "42", 0),
-    ("The answer is 42 dozen eggs", "42", 0),
-    ("The answer is 42 tenths", "42", 0),
-    ("The answer is 42 squared", "42", 0),
-    ("The answer is 42 million dollars", "42", 0),
-    ("The answer is 42 percentage points", "42", 0),
-    ("The answer is 42k", "42", 0),
-    ("The answer is 1 or more", "1", 0),
-    ("The answer is 1 million", "1", 0),
-    ("I don't think that the sum is 42.", "42", 0),
-    ("x != 42", "42", 0),
-    ("The sum is not 42", "42", 0),
-    (r"\boxed{42}\boxed{43}", "42", 0),
-    (r"The answer is \boxed{x}, where x is what was expected", "42", 0),
-    (r"\boxed{\boxed{}}", "42", 0),
-    (r"x = \boxed{1} and y = \boxed{2}", "1, 2", 1),
-    (r"The solutions are \boxed{1}, \boxed{2}.", "1, 2", 1),
-    (r"The final answer is $\frac{1}{2}$, as required.", r"\frac{1}{2}", 1),
-    ("The answer is 72, since there are 72 clips.", "72", 1),
-    ("The answer is 72 - she sold 72 clips.", "72", 1),
-    ("Therefore, she sold 72 clips.", "72", 1),
-    ("So the total is 72 clips.", "72", 1),
-    ("Answer: 72 (which is the total)", "72", 1),
-    ("#### 72 clips", "72", 1),
-    ("#### $72", "72", 1),
-    ("The answer is 72, which is the total.", "72", 1),
-    ("The answer is 72. She sold them in two months.", "72", 1),
-    ("The answer is 72 because 48+24=72.", "72", 1),
-    ("The answer is 72 (48 in April and 24 in May).", "72", 1),
-    ("The answer is 72 clips altogether.", "72", 1),
-    ("Hence 72.", "72", 1),
-    ("Total: 72", "72", 1),
-    ("48+24 = 72\n#### 72", "72", 1),
-    ("#### 72", "72", 1),
-    ("The answer is 72, or maybe 73.", "72", 0),
-    ("The answer is 72. No wait, 73.", "72", 0),
-    ("The answer is 72 (or 73).", "72", 0),
-    ("The answer is not 72.", "72", 0),
-    ("The answer is 72 or 73", "72", 0),
-    ("#### 71", "72", 0),
-    ("#### 1,234", "1234", 1),
-    (r"\boxed{1} and \boxed{2}", "2", 0),
-    ("First 6 * 7 = 42.\nAnswer: 42", "42", 1),
     (r"\boxed{" + "4 apples " * 30 + "}", "4", 0),
     ("The answer is 42 " + "a" * 200, "42", 0),
     (r"\boxed{" + "4" * 100_000 + "}", "42", 0),
     ("1 2 3 42 " * 50_000, "42", 0),
     ("{" * 100_000, "42", 0),
     (" ".join(map(str, range(1000))), "42", 0),
-    ("The answer is 72, as we showed.", "72", 1),
-    ("Thus, the answer is 72 clips in total.", "72", 1),
-    ("In total: 72.", "72", 1),
-    ("The final answer is: 72", "72", 1),
-    ("Therefore 72.", "72", 1),
-    ("= 72", "72", 1),
-    ("The answer is **72**.", "72", 1),
-    (r"The answer is \(72\).", "72", 1),
-    ("Result: 72", "72", 1),
-    ("She has 72 left.", "72", 1),
-    ("The answer is 72; the others are wrong.", "72", 1),
-    ("The answer is 72 and not 71.", "72", 0),
-    ("#### -5", "-5", 1),
-    ("####72", "72", 1),
-    ("#### 72.", "72", 1),
-    ("x\n#### \\frac{1}{2}", "0.5", 1),
-    (r"Hence the required probability is $\frac{1}{2}$.", r"\frac{1}{2}", 1),
-    (r"Answer: $\frac{3}{4}$", r"\frac34", 1),
-    ("So the answer is $x = 5$.", "5", 1),
-    ("The sum of all such values is therefore 72.", "72", 1),
-    ("$$x=72$$", "72", 1),
-    (r"\[x = 72\]", "72", 1),
-    ("The answer is 7 2", "72", 0),
-    ("The answer is 172", "72", 0),
 ]
 
 # Expected answer || what says the same | ... || what does not | ..., each in a box.
@@ -212,7 +162,9 @@ x \ne 2 || x\neq 2 || x\neq 3
 2\sqrt{3}\text{ cm} || 2\sqrt{3} || 2\sqrt{3} m
 90-\alpha || 90^\circ - \alpha ||
 (3,5) || p=3, q=5 ||
-3! || 6 ||
+3! || 6 | 6.0 || 3 | 4!
+120 || 5! || 6!
+5 || || 5!
 10^2 || 100 ||
 \pi ||  || 3.14 | \frac{22}{7}
 \sqrt{2} ||  || 1.41421356

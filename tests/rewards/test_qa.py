@@ -1,195 +1,77 @@
+import re
+
 import pytest
 
 from trl_interfere.rewards.qa import QAReward, chosen_letter, qa_reward
 
 
+def parts(block):
+    return [part.replace("⏎", "\n") for part in re.split(r" \|\s", block.strip())]
+
+
 OPTIONS = ["London", "Berlin", "Paris", "Rome"]
-# Completion, and the reward that a person would give where C is right of A to D.
+# Completions that choose C of A to D for a person, and others; "⏎" is a new line.
+RIGHT = r"""
+Answer: C [Paris] | Answer: [C] Paris |
+Answer: C | answer: c | ANSWER: C. | Answer: **C** | **Answer:** C | **Answer: C** | Answer: (C) | Answer: [C] |
+Answer: $\boxed{C}$ | \boxed{C} | The answer is \boxed{\text{C}}. | The answer is (C). |
+The correct answer is C: Paris | The best option is C | The answer is C because it is the capital. | C | C. | (C) |
+**C** | C) Paris | C. Paris | London is in England, so it is not A.⏎⏎Answer: C |
+Answer: A⏎Wait, that is wrong.⏎Answer: C | Answer: C⏎⏎A is wrong, since London is in England. |
+<think>Perhaps A. Answer: A</think>⏎Answer: C | C) Paris⏎It has been the capital for a long time. | Answer:⏎C |
+The answer is:⏎⏎C | **Answer:**⏎⏎(C) Paris | Answer: C⏎I hope this answer is helpful! | Answer: C (Paris) |
+Answer: C (Paris). | Answer: C - Paris | The answer is C, Paris. | \boxed{C) Paris} | \boxed{\text{(C) Paris}} |
+\boxed{C} is the answer | **Answer**: C | Answer:⏎$\boxed{C}$ | C⏎⏎I hope this answer is helpful! |
+Answer: C (A city in France) | Answer: C) Both A and B | Answer: C) Vitamin D | The answer is C. A is wrong. |
+The answer is C because A or B would be smaller. | So the correct option is (C). | Therefore, C. | I choose C. |
+C is correct. | (C) is the right answer | c | c. | (c) | c) Paris | Answer: c) Paris |
+the choices are hard; the answer is C | Of these options, I think the answer is C. | The answer I chose is C. |
+Answer: C (5 D) | Answer: C (E = mc^2) | Answer: C) Both (A) and (B) | "Answer: C" | Answer： C | ANSWER = C |
+Answer: C⏎⏎The value is \boxed{7} | Answer: C⏎The answer is not A, since it is small. |
+Options A and B are wrong. The answer is C. | Option A is wrong, option B too. The answer is C. |
+The correct answer is option C. | The correct answer is: (C) Paris. | The final answer is $\boxed{C}$. |
+**Final Answer**: C | Answer: **C. Paris** | My answer: C | Answer - C | answer C | Correct choice: C | C – Paris |
+Option C is correct. | The answer would be C. | Answer is C | \boxed{\textbf{(C)}} | \boxed{\text{C}} |
+Answer: C.⏎⏎Because A is too small and B or D would be too large. | Answer: C! | The answer is clearly C. |
+The answers A, B are wrong, so the answer is C. | ### Answer⏎C | After comparing the options, the answer is C. |
+The answer is C because the other options fail. | Answer: C. The other options are wrong. |
+Among the choices, the answer is C. | Comparing the answers, the answer is C. |
+The answer I get is C. So the answer is C. | **Answer: C** (the other options are wrong) |
+Among the four options, \boxed{C} is correct | **Answer: C**⏎⏎The final value is \boxed{42} |
+Answer: C⏎⏎Explanation: the answer is not A because it is too small. | c) 42 | Answer: C (5 A) | 'Answer: C' |
+Answer：C
+"""
+WRONG = r"""
+Answer: C [Paris] or A | Answer: C [or A] |
+Answer: A | The answer is (D). | B) Berlin | \boxed{A} | Answer: C⏎On reflection:⏎Answer: B |
+<think>Answer: C</think> Answer: D | I cannot answer this question. | A good question. Cities are interesting. |
+Answer: Paris | Answer: | <think>Answer: C | The answer is not C | Answer: E | Answer: Z | Answer: A, B, C, D |
+Answer: C, A | Answer: C or A | Answer: A or C | Answer: A/C | Answer: C/A | Answer: C and D | Answer: ABCD |
+Answer: CC | A⏎B⏎C⏎D | A) London⏎B) Berlin⏎C) Paris⏎D) Rome | \boxed{A}\boxed{C} | \boxed{A, C} | \boxed{C) or A} |
+\boxed{C or A} | Answer:⏎A | Answer:⏎C or A | Choose the right answer:⏎C) Paris⏎A) London | Answer: C (or A) |
+Answer: C - A | Answer: C - Paris or A | Answer: C - Paris, D - Rome | Answer: C (Paris), D (Rome) |
+Answer: C (could also be D) | Answer: C, it might be D | The answer is C, Paris, D, Rome |
+Answer: C) Paris or D) Rome | Answer: C) Paris D) Rome | Answer: C. Paris or D. Rome | Answer: (C) (D) |
+C) Paris or D) Rome | \boxed{C) Paris or D) Rome} | \boxed{C) Paris, D) Rome} |
+Answer: C⏎On reflection this answer is not C. | Answer: C-section | Answer: C, maybe A | Answer: C, Paris or A |
+The answer is C, or perhaps A | Answer: C⏎No, the answer is not C. | I hope this answer is helpful! |
+Answer: A⏎I hope this answer is helpful! | The answer is C. Or the answer is A. | Answer: $LETTER |
+Answer: C⏎The answer is not C. | The answer isn't C | Answer: b | d | The answer is a city. |
+I think A is correct, no, C is correct | Answer: A and C | It must be C. | Answer: D, not C | Answer: A. No, C
+"""
 TABLE = [
-    # correct
-    ("Answer: C", 1),
-    ("answer: c", 1),
-    ("ANSWER: C.", 1),
-    ("Answer: **C**", 1),
-    ("**Answer:** C", 1),
-    ("**Answer: C**", 1),
-    ("Answer: (C)", 1),
-    ("Answer: [C]", 1),
-    (r"Answer: $\boxed{C}$", 1),
-    (r"\boxed{C}", 1),
-    (r"The answer is \boxed{\text{C}}.", 1),
-    ("The answer is (C).", 1),
-    ("The correct answer is C: Paris", 1),
-    ("The best option is C", 1),
-    ("The answer is C because it is the capital.", 1),
-    ("C", 1),
-    ("C.", 1),
-    ("(C)", 1),
-    ("**C**", 1),
-    ("C) Paris", 1),
-    ("C. Paris", 1),
-    ("London is in England, so it is not A.\n\nAnswer: C", 1),
-    ("Answer: A\nWait, that is wrong.\nAnswer: C", 1),
-    ("Answer: C\n\nA is wrong, since London is in England.", 1),
-    ("<think>Perhaps A. Answer: A</think>\nAnswer: C", 1),
-    ("C) Paris\nIt has been the capital for a long time.", 1),
-    ("Answer:\nC", 1),
-    ("The answer is:\n\nC", 1),
-    ("**Answer:**\n\n(C) Paris", 1),
-    ("Answer: C\nI hope this answer is helpful!", 1),
-    ("Answer: C (Paris)", 1),
-    ("Answer: C (Paris).", 1),
-    ("Answer: C - Paris", 1),
-    ("The answer is C, Paris.", 1),
-    (r"\boxed{C) Paris}", 1),
-    (r"\boxed{\text{(C) Paris}}", 1),
-    (r"\boxed{C} is the answer", 1),
-    ("**Answer**: C", 1),
-    ("Answer:\n$\\boxed{C}$", 1),
-    ("C\n\nI hope this answer is helpful!", 1),
-    ("Answer: C (A city in France)", 1),
-    ("Answer: C) Both A and B", 1),
-    ("Answer: C) Vitamin D", 1),
-    ("The answer is C. A is wrong.", 1),
-    ("The answer is C because A or B would be smaller.", 1),
-    # wrong
-    ("Answer: A", 0),
-    ("The answer is (D).", 0),
-    ("B) Berlin", 0),
-    (r"\boxed{A}", 0),
-    ("Answer: C\nOn reflection:\nAnswer: B", 0),
-    ("<think>Answer: C</think> Answer: D", 0),
-    # unparsable
+    *((text, 1) for text in parts(RIGHT)),
+    *((text, 0) for text in parts(WRONG)),
     ("", 0),
     ("   \n ", 0),
-    ("I cannot answer this question.", 0),
-    ("A good question. Cities are interesting.", 0),
-    ("Answer: Paris", 0),
-    ("Answer:", 0),
-    ("<think>Answer: C", 0),
-    ("The answer is not C", 0),
-    ("Answer: E", 0),
-    ("Answer: Z", 0),
-    # adversarial: more than one letter
-    ("Answer: A, B, C, D", 0),
-    ("Answer: C, A", 0),
-    ("Answer: C or A", 0),
-    ("Answer: A or C", 0),
-    ("Answer: A/C", 0),
-    ("Answer: C/A", 0),
-    ("Answer: C and D", 0),
-    ("Answer: ABCD", 0),
-    ("Answer: CC", 0),
-    ("A\nB\nC\nD", 0),
-    ("A) London\nB) Berlin\nC) Paris\nD) Rome", 0),
-    (r"\boxed{A}\boxed{C}", 0),
-    (r"\boxed{A, C}", 0),
-    (r"\boxed{C) or A}", 0),
-    (r"\boxed{C or A}", 0),
-    ("Answer:\nA", 0),
-    ("Answer:\nC or A", 0),
-    ("Choose the right answer:\nC) Paris\nA) London", 0),
-    ("Answer: C (or A)", 0),
-    ("Answer: C - A", 0),
-    ("Answer: C - Paris or A", 0),
-    ("Answer: C - Paris, D - Rome", 0),
-    ("Answer: C (Paris), D (Rome)", 0),
-    ("Answer: C (could also be D)", 0),
-    ("Answer: C, it might be D", 0),
-    ("The answer is C, Paris, D, Rome", 0),
-    ("Answer: C) Paris or D) Rome", 0),
-    ("Answer: C) Paris D) Rome", 0),
-    ("Answer: C. Paris or D. Rome", 0),
-    ("Answer: (C) (D)", 0),
-    ("C) Paris or D) Rome", 0),
-    (r"\boxed{C) Paris or D) Rome}", 0),
-    (r"\boxed{C) Paris, D) Rome}", 0),
-    ("Answer: C\nOn reflection this answer is not C.", 0),
-    ("Answer: C-section", 0),
-    ("Answer: C, maybe A", 0),
-    ("Answer: C, Paris or A", 0),
-    ("The answer is C, or perhaps A", 0),
-    ("Answer: C\nNo, the answer is not C.", 0),
-    ("I hope this answer is helpful!", 0),
-    ("Answer: A\nI hope this answer is helpful!", 0),
     ("Answer: C" + "(" * 50_000, 0),
     ("Answer: C, " + "or " * 30_000, 0),
     ("Answer:\n" * 20_000, 0),
-    ("The answer is C. Or the answer is A.", 0),
-    ("Answer: $LETTER", 0),
     ("C" * 100_000, 0),
     ("Answer: " * 20_000, 0),
     ("((((((((((((((((" * 5_000, 0),
     ("Answer: " + "*" * 50_000 + "C", 1),  # the one letter that it gives
     ("Answer: " + "*" * 50_000 + "C or A", 0),
-    # plural words, pronouns, lower case, text of options, values in boxes, other ways to say it
-    ("So the correct option is (C).", 1),
-    ("Therefore, C.", 1),
-    ("I choose C.", 1),
-    ("C is correct.", 1),
-    ("(C) is the right answer", 1),
-    ("c", 1),
-    ("c.", 1),
-    ("(c)", 1),
-    ("c) Paris", 1),
-    ("Answer: c) Paris", 1),
-    ("the choices are hard; the answer is C", 1),
-    ("Of these options, I think the answer is C.", 1),
-    ("The answer I chose is C.", 1),
-    ("Answer: C (5 D)", 1),
-    ("Answer: C (E = mc^2)", 1),
-    ("Answer: C) Both (A) and (B)", 1),
-    ('"Answer: C"', 1),
-    ("Answer： C", 1),
-    ("ANSWER = C", 1),
-    ("Answer: C\n\nThe value is \\boxed{7}", 1),
-    ("Answer: C\nThe answer is not A, since it is small.", 1),
-    ("Answer: C\nThe answer is not C.", 0),
-    ("The answer isn't C", 0),
-    ("Options A and B are wrong. The answer is C.", 1),
-    ("Option A is wrong, option B too. The answer is C.", 1),
-    ("The correct answer is option C.", 1),
-    ("The correct answer is: (C) Paris.", 1),
-    ("The final answer is $\\boxed{C}$.", 1),
-    ("**Final Answer**: C", 1),
-    ("Answer: **C. Paris**", 1),
-    ("My answer: C", 1),
-    ("Answer - C", 1),
-    ("answer C", 1),
-    ("Correct choice: C", 1),
-    ("C – Paris", 1),
-    ("Answer: b", 0),
-    ("d", 0),
-    ("The answer is a city.", 0),
-    ("I think A is correct, no, C is correct", 0),
-    ("Answer: A and C", 0),
-    ("Option C is correct.", 1),
-    ("The answer would be C.", 1),
-    ("Answer is C", 1),
-    ("\\boxed{\\textbf{(C)}}", 1),
-    ("\\boxed{\\text{C}}", 1),
-    ("Answer: C.\n\nBecause A is too small and B or D would be too large.", 1),
-    ("Answer: C!", 1),
-    ("It must be C.", 0),
-    ("The answer is clearly C.", 1),
-    ("The answers A, B are wrong, so the answer is C.", 1),
-    ("### Answer\nC", 1),
-    ("Answer: D, not C", 0),
-    ("Answer: A. No, C", 0),
-    ("After comparing the options, the answer is C.", 1),
-    ("The answer is C because the other options fail.", 1),
-    ("Answer: C. The other options are wrong.", 1),
-    ("Among the choices, the answer is C.", 1),
-    ("Comparing the answers, the answer is C.", 1),
-    ("The answer I get is C. So the answer is C.", 1),
-    ("**Answer: C** (the other options are wrong)", 1),
-    ("Among the four options, \\boxed{C} is correct", 1),
-    ("**Answer: C**\n\nThe final value is \\boxed{42}", 1),
-    ("Answer: C\n\nExplanation: the answer is not A because it is too small.", 1),
-    ("c) 42", 1),
-    ("Answer: C (5 A)", 1),
-    ("'Answer: C'", 1),
-    ("Answer：C", 1),
 ]
 
 

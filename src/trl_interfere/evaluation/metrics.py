@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from ..tables import console_table
 from .bootstrap import Interval, average, bootstrap, difference
 from .score_matrix import ScoreMatrix
 
@@ -235,15 +236,16 @@ class ScoreSummary:
     def to_table(self) -> Table:
         """One row per domain and one of averages, a dash where a figure is undefined."""
         names = [field.name for field in fields(self)[1:-1] if getattr(self, field.name)]
-        table = Table("domain", title=f"Forgetting and transfer after {self.stage} (points of 100, 95% interval)")
-        for name in names:
-            table.add_column(name.replace("_", " "), justify="right")
         rows = [(domain, {name: getattr(self, name).get(domain) for name in names}) for domain in self.score]
-        for number, (label, intervals) in enumerate([*rows, ("average", self.average)]):
-            cells = ((intervals.get(name), ".0%" if name == "recovered" else ".1f") for name in names)
-            shown = ("—" if interval is None else f"{interval:{spec}}" for interval, spec in cells)
-            table.add_row(label, *shown, end_section=number == len(rows) - 1)
-        return table
+        specs = {name: ".0%" if name == "recovered" else ".1f" for name in names}
+        return console_table(
+            f"Forgetting and transfer after {self.stage} (points of 100, 95% interval)",
+            ["domain", *(name.replace("_", " ") for name in names)],
+            [
+                [label, *(f"{found[name]:{specs[name]}}" if found.get(name) else "—" for name in names)]
+                for label, found in [*rows, ("average", self.average)]
+            ],
+        )
 
 
 def _repairs(matrix: ScoreMatrix, final: int) -> tuple[int | None, list[str]]:

@@ -7,6 +7,7 @@ import numpy as np
 from rich.table import Table
 
 from ..run import Run
+from ..tables import console_table
 from .bootstrap import Interval, average, score
 
 
@@ -132,12 +133,7 @@ class ScoreMatrix:
     def to_table(self) -> Table:
         """The matrix for the terminal."""
         header, *rows = self.rows()
-        table = Table(header[0], title="Score after each stage (0 to 100, 95% interval)")
-        for name in header[1:]:
-            table.add_column(name, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        return table
+        return console_table("Score after each stage (0 to 100, 95% interval)", header, rows)
 
     def __repr__(self) -> str:
         rows = self.rows()
