@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from jobs import run_all
 from merging import merge
+from refresh_arms import after_heal, distilled, fisher_merging, prevention
 from repair_page import write_page
 from transformers import PreTrainedModel
 
@@ -40,7 +41,9 @@ from trl_interfere.run import Run, read_json, write_json
 
 # Orders that end with a loss of math: qa costs it most, and a later stage of code gives it back.
 ORDERS = ("code,math,qa,writing", "math,code,qa,writing", "code,math,writing,qa")
-PARTS = ("train", "subspace", "controls", "rivals", "refresh", "settings")
+PARTS = ("train", "subspace", "controls", "rivals", "refresh", "settings", "distilled", "after_heal", "fisher_merging",
+         "prevention")  # fmt: skip
+RUNS_OF_PART = {"prevention": 2}  # it trains the stages anew for every arm; all other parts are of all runs
 LARGE_STEPS = 3  # times the learning rate, in runs of their own
 RANKS = (4, 8, 32)
 REFERENCES = (16, 32, 128, 256)
@@ -194,6 +197,10 @@ WORK: dict[str, Callable[[StudyRun], list[dict]]] = {
     "rivals": rivals,
     "refresh": refresh,
     "settings": settings,
+    "distilled": distilled,
+    "after_heal": after_heal,
+    "fisher_merging": fisher_merging,
+    "prevention": prevention,
 }
 
 
@@ -283,7 +290,7 @@ def main() -> None:
     large = [(arguments.seeds[0], order, LARGE_STEPS) for order in arguments.orders]
     # Part by part over all runs, so that a study that is stopped has whole columns.
     for part in parts:
-        chosen = places + (large if part in ("train", "subspace") else [])
+        chosen = places[: RUNS_OF_PART.get(part)] + (large if part in ("train", "subspace") else [])
         run_all(work, [(folder, *place, part, arguments.threads) for place in chosen], arguments.jobs)
     if "report" in arguments.parts:
         rows = []

@@ -4,6 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from trl_interfere.analysis.references import References
+from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.models import load_model
+
 
 @pytest.fixture(scope="module")
 def merging():
@@ -46,3 +50,30 @@ def test_ties_as_written_in_its_paper(density, scale, merging):
             agreeing = [value for value in column.tolist() if value * sign > 0]
             expected.append(scale * sum(agreeing) / len(agreeing) if agreeing else 0.0)
         torch.testing.assert_close(found[name], base[name] + torch.tensor(expected).reshape(base[name].shape))
+
+
+def test_fisher_merging_weighs_each_element(merging):
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    start = [{name: p.detach().clone() for name, p in model.named_parameters()} for model in models]
+    weights = [{name: torch.rand_like(tensor) for name, tensor in own.items()} for own in start]
+    means = [torch.cat([tensor.flatten() for tensor in own.values()]).mean() for own in weights]
+    merged = merging.fisher(models, weights)
+    for name, parameter in merged.named_parameters():
+        first, second = (own[name] / mean for own, mean in zip(weights, means, strict=True))
+        expected = (first * start[0][name] + second * start[1][name]) / (first + second)
+        torch.testing.assert_close(parameter, expected)
+
+
+def test_squared_gradients_are_those_of_each_sample(merging):
+    model = load_model(MODEL_FOLDER)
+    references = References("math", [[3, 4], [5, 6, 7]], [[8, 9], [10]], 2)
+    found = merging.squared_gradients(model, references)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for prompt, completion in zip(references.prompts, references.completions, strict=True):
+        model.zero_grad()
+        log_probs = model(torch.tensor([prompt + completion])).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+        log_probs[range(len(completion)), completion].sum().backward()
+        for name, parameter in model.named_parameters():
+            expected[name] += parameter.grad**2 / 2
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-8)

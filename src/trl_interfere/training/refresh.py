@@ -215,9 +215,13 @@ class RefreshCallback(StageCallback):
 def distillation(
     teachers: dict[str, str], overrides: dict, reward_weight: float = 0.0, reason: dict | None = None
 ) -> Stage:
-    """A refresh by distillation; `teachers` are stages by domain."""
+    """
+    A refresh by distillation; `teachers` are stages by domain. Groups say nothing to a teacher: without rewards each
+    prompt gets as few completions as TRL takes, and a step as many prompts.
+    """
     only = next(iter(teachers)) if len(teachers) == 1 else None
-    settings = {**overrides, "teachers": teachers, "reward_weight": reward_weight}
+    settings = {**({} if reward_weight else {"num_generations": 2}), **overrides}
+    settings |= {"teachers": teachers, "reward_weight": reward_weight}
     return Stage(only, "refresh", settings, reason or {})
 
 
