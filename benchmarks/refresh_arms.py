@@ -1,11 +1,13 @@
 """Second part of the repair study: passes of training after the last stage, and what is done during the stages."""
 
+import copy
 import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merging import fisher, squared_gradients
+from peft import LoraConfig
 from projection import Projected
 from transformers import PreTrainedModel, PrinterCallback
 
@@ -28,7 +30,8 @@ AFTER_HEAL = (2, 5)
 # Of 5e-5, 1e-4, 2e-4 and 3e-4, constant and falling to 0, the one that brought most back on the selection split of the
 # first run of seed 0.
 TAUGHT_RATE = 1e-4
-SHARES, BETAS, LORA_RANK = (0.05, 0.2), (0.01, 0.05, 0.2), 4
+SHARES, BETAS = (0.05, 0.2), (0.01, 0.05, 0.2)
+LORA_RANK, LORA_RATE = 4, 1e-3
 BATCH = 128
 
 
@@ -108,12 +111,9 @@ def prevention(run: "StudyRun") -> list[dict]:
     for beta in BETAS:
         settings = {"beta": beta, "kl_reference": "stage"}
         rows.append(_trained(run, "KL to the stage before", list(domains.values()), settings, beta=beta))
-    from peft import LoraConfig
-
     lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
-    rows.append(
-        _trained(run, "LoRA", list(domains.values()), {"learning_rate": 1e-3}, peft_config=lora, rank=LORA_RANK)
-    )
+    settings = {"learning_rate": LORA_RATE, "stage_overrides": None}
+    rows.append(_trained(run, "LoRA", list(domains.values()), settings, peft_config=lora, rank=LORA_RANK))
     whole = rehearse(domains[order[0]], [domains[n] for n in order[1:]], 1 - 1 / len(order))
     steps = {"max_steps": run.lab.steps * len(order)}
     others = [domains[name] for name in order[1:]]
@@ -205,8 +205,6 @@ def _trained(
 
 
 def _unscored(domain: Domain) -> Domain:
-    import copy
-
     domain = copy.copy(domain)  # a rehearsed one has rows of others, which a new Domain refuses
     domain.eval_dataset = None
     return domain

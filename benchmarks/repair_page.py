@@ -1,4 +1,4 @@
-"""docs/repair.md and its data, from the rows of the repair study: two tables and two figures."""
+"""docs/repair.md and its data, from the rows of the repair study: three tables and three figures."""
 
 import json
 from collections import defaultdict
@@ -20,6 +20,27 @@ SETTINGS = ("rank", "references", "ridge", "modules", "answers", "searched weigh
 SHOWN = (DEFAULT, "one shot", "refresh by GRPO, 10 steps", "2% of mlp by damage, protected",
          "32% of joint by damage, protected", "interpolation", "task arithmetic", "TIES")  # fmt: skip
 COSTS = ("sequences_sampled", "sequences_forward", "sequences_backward", "seconds")
+# What the arms of the table of training need besides the checkpoints, by the beginning of their names.
+NEEDS = {
+    "nothing": "",
+    "subspace rollback": "prompts",
+    "heal, rank 64": "prompts",
+    "interpolation": "",
+    "task arithmetic": "",
+    "TIES": "",
+    "Fisher merging": "prompts, gradients",
+    "2% of mlp by damage, protected": "answers, gradients",
+    "32% of joint by damage, protected": "answers, gradients",
+    "refresh by GRPO": "prompts, rewards, gradients",
+    "distillation": "prompts, gradients",
+    "heal, then GRPO": "prompts, rewards, gradients",
+    "heal, then distillation": "prompts, gradients",
+    "rehearsal": "earlier prompts and rewards in training",
+    "KL to": "a reference model in training",
+    "projected": "earlier prompts in training",
+    "LoRA": "an adapter in training",
+    "mixed": "all domains at once",
+}
 
 
 def write_page(rows: list[dict[str, Any]], docs: Path) -> dict[str, float]:
@@ -46,10 +67,17 @@ def write_page(rows: list[dict[str, Any]], docs: Path) -> dict[str, float]:
     default = {**summary(DEFAULT, same[DEFAULT]), "name": "the default, same runs"}
     of_settings = [summary(name, same[name]) for name, arm in found.items() if arm["settings"]]
     _settings_figure(of_settings, default).savefig(figures / "settings.png", dpi=150)
+    trained = _of_training(arms)
+    _cost_figure(trained).savefig(figures / "training.png", dpi=150)
     page = docs / "repair.md"
     text = page.read_text()
     others = sorted((arm for arm in found.values() if not arm["settings"]), key=lambda arm: -arm["recovered"])
-    for name, table in (("arms", _table(others)), ("settings", _table([default, *of_settings]))):
+    tables = {
+        "arms": _table(others),
+        "settings": _table([default, *of_settings]),
+        "training": _training_table(trained),
+    }
+    for name, table in tables.items():
         begin, end = BEGIN.format(name), END.format(name)
         text = text[: text.index(begin) + len(begin)] + f"\n\n{table}\n\n" + text[text.index(end) :]
     page.write_text(text)
@@ -65,8 +93,13 @@ def label(row: dict[str, Any]) -> str:
     for key in ("rank", "references", "ridge", "modules"):
         if name == key:
             name = f"{key} {row[key]}"
-    if row["arm"] == "refresh":
-        name = f"refresh by GRPO, {row['steps']} steps"
+    if row.get("steps"):
+        name = name.replace("heal, ", "heal, then ").replace("refresh", "GRPO").replace("distill", "distillation")
+        name = f"{'refresh by ' if name == 'GRPO' else ''}{name.replace('distillation all', 'distillation of all')}"
+        name += f", {row['steps']} step" + "s" * (row["steps"] > 1)
+    details = {"share": "{:.0%}", "beta": "β {}", "rank": "rank {}"}
+    if row["arm"] in ("rehearsal", "KL to the stage before", "LoRA", "heal"):
+        name += "".join(f", {text.format(row[key])}" for key, text in details.items() if key in row)
     return name if row["rate"] == 1 else f"{name}, {row['rate']} times the learning rate"
 
 
@@ -80,6 +113,8 @@ def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             changes[domain].append(found["change"]["value"])
     strict = [share for row in rows if (share := _beyond_interval(row)) is not None]
     cost = {key: float(np.mean([(row["cost"] or {}).get(key, 0) for row in rows])) for key in COSTS}
+    if any("seconds" not in (row["cost"] or {}) for row in rows):
+        cost["seconds"] = None
     return {
         "name": name,
         "settings": rows[0]["arm"] in SETTINGS and rows[0]["rate"] == 1,
@@ -94,6 +129,76 @@ def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "sequences": cost["sequences_forward"] + 2 * cost["sequences_backward"],
         "cost": cost,
     }
+
+
+def _of_training(arms: dict[str, list[dict]]) -> list[dict[str, Any]]:
+    """Arms of the table of training, all in the runs that the distillation has been through, the best first."""
+    places = {(row["seed"], row["order"]) for row in arms.get("distillation, 10 steps", [])}
+    same = {name: [row for row in rows if (row["seed"], row["order"]) in places] for name, rows in arms.items()}
+    found = []
+    for name, rows in same.items():
+        needs = [text for start, text in NEEDS.items() if name.startswith(start)]
+        if not rows or not needs or rows[0]["rate"] != 1:
+            continue
+        domains = [[(n, d, n in row["restored"]) for n, d in row["domains"].items()] for row in rows]
+        others = [d["change"]["value"] for of_run in domains for _, d, restored in of_run if not restored]
+        score = np.mean([d["healed"] for of_run in domains for _, d, _ in of_run])
+        found.append({**summary(name, rows), "needs": needs[0], "score": score, "others": np.mean(others)})
+    found.sort(key=lambda arm: -arm["recovered"])
+    first = next(iter(arms.get("distillation, 10 steps", [])), None)
+    if first is not None:
+        scores = [d["final"] for row in same["distillation, 10 steps"] for d in row["domains"].values()]
+        nothing = {"name": "nothing", "needs": "", "runs": len(places), "score": np.mean(scores), "others": 0.0}
+        found.append({**nothing, **dict.fromkeys(("recovered", "low", "high", "worst", "worst_run"), 0.0)})
+        found[-1]["cost"] = dict.fromkeys(COSTS, 0.0)
+    for arm in found:
+        sampled, forward, backward, _ = (arm["cost"][key] for key in COSTS)
+        arm["work"] = sampled + forward + 2 * backward
+    for arm in found:
+        arm["front"] = not any(
+            other["work"] <= arm["work"] and other["recovered"] > arm["recovered"] for other in found
+        )
+    return found
+
+
+def _training_table(arms: list[dict[str, Any]]) -> str:
+    header = ["arm", "runs", "recovered of all (%)", "lowest mean change", "worst of a run", "mean score",
+              "domains that were not restored", "needs", "sampled", "forward", "backward", "seconds"]  # fmt: skip
+    rows = [
+        [
+            f"**{arm['name']}**" if arm["front"] else arm["name"],
+            str(arm["runs"]),
+            _share(arm),
+            f"{arm['worst']:+.2f}",
+            f"{arm['worst_run']:+.1f}",
+            f"{arm['score']:.1f}",
+            f"{arm['others']:+.2f}",
+            arm["needs"],
+            *("" if arm["cost"][key] is None else f"{arm['cost'][key]:.0f}" for key in COSTS),
+        ]
+        for arm in arms
+    ]
+    return markdown_table(header, rows)
+
+
+def _cost_figure(arms: list[dict[str, Any]]) -> Figure:
+    """Recovered of all against cost; the line joins the arms that no cheaper one reaches."""
+    figure = Figure(figsize=(9.6, 5), layout="constrained")
+    axes = figure.subplots()
+    for arm in arms:
+        value = 100 * arm["recovered"]
+        bars = np.abs(100 * np.array([arm["low"], arm["high"]]) - value)[:, None]
+        color = "C1" if arm["front"] else "0.6"
+        axes.errorbar(arm["work"], value, yerr=bars, marker="o", capsize=2, color=color, linestyle="")
+        axes.annotate(arm["name"], (arm["work"], value), (4, 3), textcoords="offset points", fontsize=7)
+    front = sorted((arm["work"], 100 * arm["recovered"]) for arm in arms if arm["front"])
+    axes.step(*zip(*front, strict=True), where="post", color="C1", linewidth=1)
+    axes.axhline(100, color="grey", linestyle=":")
+    axes.set_xscale("symlog", linthresh=100)
+    axes.set_xlabel("cost (passes of a sequence: sampled, forward, and backward twice)")
+    axes.set_ylabel("recovered of all (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def _beyond_interval(row: dict[str, Any]) -> float | None:
@@ -111,6 +216,11 @@ def _interval(values: list[float]) -> tuple[float, float]:
     return stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
 
 
+def _share(arm: dict[str, Any]) -> str:
+    interval = f" [{100 * arm['low']:.1f}, {100 * arm['high']:.1f}]" if arm["runs"] > 1 else ""
+    return f"{100 * arm['recovered']:.1f}{interval}"
+
+
 def _table(arms) -> str:
     header = ["arm", "runs", "recovered of all (%)", "of what was lost beyond the interval (%)",
               "lowest mean change of a domain", "worst of a run", "passes"]  # fmt: skip
@@ -118,7 +228,7 @@ def _table(arms) -> str:
         [
             arm["name"],
             str(arm["runs"]),
-            f"{100 * arm['recovered']:.1f} [{100 * arm['low']:.1f}, {100 * arm['high']:.1f}]",
+            _share(arm),
             "" if arm["recovered_beyond_interval"] is None else f"{100 * arm['recovered_beyond_interval']:.1f}",
             f"{arm['worst']:+.2f}",
             f"{arm['worst_run']:+.1f}",

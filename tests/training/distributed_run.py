@@ -139,7 +139,7 @@ def main(folder: Path, resume: bool = False, kill: tuple[str, int, int] | None =
             Whether the refresh is one by distillation of both domains, of two prompts a step.
     """
     teachers = {"math": "1-math", "writing": "0-base"}
-    refresh = RefreshWorst(distillation(teachers, {"max_steps": 3, "num_generations": 4}) if distill else None)
+    refresh = RefreshWorst(distillation(teachers, {"max_steps": 4, "num_generations": 4}) if distill else None)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     seen = []
     trainer = SequentialGRPOTrainer(
