@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trl_interfere.reporting.plots import arm_of
+from trl_interfere.reporting.verdict import arm_of
 
 
 def figures(results: dict, report: dict) -> dict[str, float]:

@@ -32,20 +32,6 @@ def test_against_a_dense_projection(make_model, owned_slices):
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-def test_of_the_update_itself(make_model):
-    model = make_model("llama")
-    route_map = RouteMap(model.config)
-    delta = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
-    shrunk = {name: 0.25 * tensor for name, tensor in delta.items()}
-    ones = np.ones((1, route_map.num_routes))
-    whole, part = subspace_norms(route_map, delta, [delta, shrunk], ones)
-    assert part / whole == pytest.approx(0.25)
-    # S holds all of the routes' part of δ here, and a direction on routes without an edit adds nothing.
-    owned = sum(tensor.numel() for name, tensor in delta.items() if route_map.cut(name) is not None)
-    assert whole == pytest.approx(owned**0.5)
-    assert subspace_norms(route_map, delta, [delta], np.vstack([ones, 2 * ones]))[0] == pytest.approx(whole)
-
-
 def test_contraction_by_a_refresh(make_model, owned_slices):
     model = make_model("llama")
     route_map = RouteMap(model.config)

@@ -98,11 +98,11 @@ def test_all_pairs_from_one_gradient_per_domain():
     whole = {
         domain: {name: first[name] + second[name] for name in NAMES} for domain, (first, second) in halves.items()
     }
-    matrix = products.matrix()
+    matrix = products.pairs()
     assert [(first, second) for first, row in matrix.items() for second in row] == [*itertools.combinations("abcd", 2)]
     for first, second in itertools.combinations("abcd", 2):
         expected = cosine(flat(whole[first], NAMES), flat(whole[second], NAMES))
-        assert matrix[first][second]["global"] == pytest.approx(expected, rel=1e-10)
+        assert matrix[first][second] == pytest.approx(expected, rel=1e-10)
         assert products.cosines(second, first)["global"] == pytest.approx(expected, rel=1e-10)
     mean = (flat(whole["b"], NAMES) + flat(whole["c"], NAMES)) / 2
     expected = cosine(flat(whole["a"], NAMES), mean)

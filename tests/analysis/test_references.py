@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -19,26 +18,6 @@ def test_layout_of_batches():
     assert second["attention_mask"].tolist() == [[1, 1, 1]]
     assert second["labels"].tolist() == [[-100, 11, 1]]
     assert references.num_tokens == 8
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 10])
-def test_every_sequence_is_in_one_batch_longest_first(batch_size):
-    rng = np.random.default_rng(0)
-    sequences = [tuple(rng.integers(1, 90, rng.integers(1, 7)).tolist() for _ in range(2)) for _ in range(10)]
-    prompts, completions = zip(*sequences, strict=True)
-    references = References("numbers", list(prompts), list(completions), 10)
-    found, lengths = [], []
-    for batch in references.batches(batch_size, 0, torch.device("cpu")):
-        assert len(batch["input_ids"]) <= batch_size
-        assert batch["attention_mask"][0].all()  # no wider than its longest sequence
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-            completion = labels != -100
-            assert torch.equal(ids[completion], labels[completion]) and mask[completion].all()
-            prompt = ids[mask.bool() & ~completion].tolist()
-            found.append((prompt, labels[completion].tolist()))
-            lengths.append(int(mask.sum()))
-    assert lengths == sorted(lengths, reverse=True)
-    assert sorted(found) == sorted(sequences)
 
 
 def scored_by(values, prompts):

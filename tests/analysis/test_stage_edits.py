@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -22,16 +23,13 @@ def run(make_model, moved, tmp_path):
 
 def test_neighbours_are_compared_and_all_pairs_overlap(run):
     route_map = RouteMap(run[0].config)
-    seen = []
-    edits = stage_edits(run, ["code", "math", "qa"], route_map, progress=seen.append)
-    assert seen == ["code", "math", "qa"]
-    for domain, before, after in zip(seen, run, run[1:], strict=False):
-        (expected,) = update_statistics([before, after], route_map)
-        assert edits.updates[domain].to_dict() == expected.to_dict()
-    assert {first: list(row) for first, row in edits.changed.items()} == {"code": ["math", "qa"], "math": ["qa"]}
-    sizes = [edits.updates[domain].edit_size for domain in ("code", "qa")]
-    assert edits.changed["code"]["qa"] == overlaps(*sizes, route_map)
-    assert json.loads(json.dumps(edits.to_dict())) == edits.to_dict()
+    edits = stage_edits(run, ["code", "math", "qa"], route_map)
+    updates = [update_statistics(pair, route_map)[0] for pair in itertools.pairwise(run)]
+    assert edits["updates"] == dict(zip(("code", "math", "qa"), (one.to_dict() for one in updates), strict=True))
+    assert {first: list(row) for first, row in edits["changed"].items()} == {"code": ["math", "qa"], "math": ["qa"]}
+    found = overlaps(updates[0].edit_size, updates[2].edit_size, route_map)
+    assert edits["changed"]["code"]["qa"] == {kind: entry.to_dict() for kind, entry in found.items()}
+    assert json.loads(json.dumps(edits)) == edits
 
 
 @pytest.mark.parametrize("domains", [["code", "math"], ["code", "math", "math"]])

@@ -93,8 +93,10 @@ def test_against_numpy_on_loaded_tensors(saved, monkeypatch, dtype, shards, read
     assert figures["whole"]["identical"] == pytest.approx(total[3] / total[0])
 
 
-@pytest.mark.parametrize("read", [2**20, 200])
-def test_edit_size_of_each_route(saved, monkeypatch, family, make_model, owned_slices, read):
+@pytest.mark.parametrize("family", ["qwen3", "gpt_oss", "qwen3-moe", "gpt2", "qwen3_next"])
+@pytest.mark.parametrize("read", [2**20, 100])
+def test_edit_size_of_each_route(saved, monkeypatch, family, read):
+    """Of plain, stacked and fused tensors; the sums by route are compared with written-out slices in test_routes."""
     monkeypatch.setattr(checkpoint, "READ_BYTES", read)
     folders = [saved("before", family, dtype=torch.float32), saved("after", family, seed=1, dtype=torch.float32)]
     checkpoints = [Checkpoint(folder) for folder in folders]
@@ -102,15 +104,8 @@ def test_edit_size_of_each_route(saved, monkeypatch, family, make_model, owned_s
     (update,) = update_statistics(checkpoints, route_map)
     first, second = (loaded(folder) for folder in folders)
     delta = {name: second[name].double() - first[name].double() for name in first}
-    squares = [
-        sum((delta[name][index] ** 2).sum().item() for name, index in owned)
-        for *_, owned in owned_slices(make_model(family))
-    ]
-    np.testing.assert_allclose(update.edit_size, np.sqrt(squares), rtol=1e-5)
-    whole = sum((tensor**2).sum().item() for tensor in delta.values())
-    assert update.outside == pytest.approx(math.sqrt(whole - sum(squares)), rel=1e-5)
     sums, outside = route_map.sum_by_route({name: tensor**2 for name, tensor in delta.items()})
-    np.testing.assert_allclose(update.edit_size**2, sums, rtol=1e-5)
+    np.testing.assert_allclose(update.edit_size**2, sums, rtol=1e-5, atol=1e-24)
     assert update.outside**2 == pytest.approx(outside, rel=1e-5)
 
 
@@ -124,20 +119,6 @@ def test_parts_hold_every_element_once_and_in_order(monkeypatch, shape, read):
     assert all(part.numel() * 4 <= max(read, 4 * shape[-1] if shape else 4) for part in found)
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen3-moe", "gpt2", "qwen3_next"])
-def test_edit_sizes_of_stacked_and_fused_tensors(saved, family, monkeypatch):
-    monkeypatch.setattr(checkpoint, "READ_BYTES", 100)
-    folders = [saved("before", family, dtype=torch.float32), saved("after", family, seed=1, dtype=torch.float32)]
-    route_map = RouteMap(Checkpoint(folders[0]).config)
-    (update,) = update_statistics([Checkpoint(folder) for folder in folders], route_map)
-    first, second = (loaded(folder) for folder in folders)
-    sums, outside = route_map.sum_by_route(
-        {name: (second[name].double() - first[name].double()) ** 2 for name in first}
-    )
-    np.testing.assert_allclose(update.edit_size, np.sqrt(sums), rtol=1e-5, atol=1e-12)
-    assert update.outside == pytest.approx(math.sqrt(outside), rel=1e-5)
-
-
 def test_three_checkpoints_read_the_middle_one_once(saved):
     base, before, after = (Checkpoint(saved(name, seed=seed)) for name, seed in (("a", None), ("b", 1), ("c", 2)))
     route_map, seen = RouteMap(base.config), []
@@ -147,23 +128,6 @@ def test_three_checkpoints_read_the_middle_one_once(saved):
         assert together.to_dict() == single.to_dict()
         assert np.array_equal(together.edit_size, single.edit_size)
     assert seen[-1] == (3 * base.nbytes, 3 * base.nbytes) and len(seen) == len(base.tensors)
-
-
-def test_storage_decides_what_looks_sparse(saved, make_model):
-    """The same update in two data types: dense in float32, sparse in bfloat16."""
-    shares = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        folders = []
-        for scale in (0.0, 1e-4):
-            model = make_model("qwen3", dtype=torch.float32)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.mul_(1 + scale)
-            folders.append(saved("unused", dtype=dtype).parent / f"{dtype}-{scale}")
-            model.to(dtype).save_pretrained(folders[-1])
-        (update,) = update_statistics([Checkpoint(folder) for folder in folders])
-        shares[dtype] = update.whole.to_dict()["identical"]
-    assert shares[torch.float32] < 0.01 and shares[torch.bfloat16] > 0.9
 
 
 def test_two_data_types_are_both_named(saved):

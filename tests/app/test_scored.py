@@ -7,7 +7,7 @@ from page_data import DATA, HOSTILE
 
 from trl_interfere.app import html
 from trl_interfere.app.scored import Scored
-from trl_interfere.app.views import arm_rows, arms_of, flip_rows, where_figure
+from trl_interfere.app.views import arms_of, flip_rows, repairs_of, where_figure
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,8 @@ def test_arms(lab, tmp_path):
     assert refresh["sequences"] == 4 * 128 * 10 and routes["name"] == "2% of mlp by damage"
     names = [arm["name"] for arm in arms_of([lab, refreshed])]
     assert names[0] == "lab: heal, subspace of rank 64" and names[2] == "other: refresh of math, 10 steps"
-    assert arm_rows([routes]) == [["2% of mlp by damage", "—", "— to —", "-1.0", "—"]]
+    shown = repairs_of([routes])
+    assert "2% of mlp by damage</th><td>—</td><td>— to —</td><td>-1.0</td><td>—</td>" in shown and "<svg" in shown
 
 
 def test_where(lab):

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from trl_interfere.lab.code import MAX_CHARACTERS, code_reward, run_expression
-from trl_interfere.lab.domains import REWARDS, SIZES, TASKS, lab_domain, lab_rows
+from trl_interfere.lab.domains import REWARDS, SIZES, SPLITS, TASKS, lab_domain, lab_rows, split_of
 from trl_interfere.lab.math import math_reward
 from trl_interfere.lab.qa import NAMES, PHRASINGS, SYMBOLS, qa_reward
-from trl_interfere.lab.splits import SPLITS, split_of
 from trl_interfere.lab.writing import rubric, writing_reward
 
 
@@ -150,67 +149,16 @@ def test_arithmetic(expression, x, value):
 
 @pytest.mark.parametrize(
     "expression",
-    [
-        "x.real",
-        "x.__class__",
-        "(3).bit_length()",
-        "int(x)",
-        "abs(x)",
-        "__import__('os').getpid()",
-        "exec('x')",
-        "print(x)",
-        "(lambda: x)()",
-        "lambda: x",
-        "x**1",
-        "9**9**9**9",
-        "1<<99999999999",
-        "x/1",
-        "x if x else x",
-        "x and x",
-        "[x][0]",
-        "{0: x}[0]",
-        "(x, x)[0]",
-        "[y for y in [x]][0]",
-        "(y := x)",
-        "y",
-        "x = 3",
-        "x == 3",
-        "not x",
-        "~-x",
-        "import os",
-        "from os import getpid",
-        "del x",
-        "await x",
-        "yield x",
-        "f'{x}'",
-        "x; x",
-        "x\nimport os",
-        "x+True*0",
-        "x+False",
-        "True",
-        "x+0.0",
-        "x*1.0",
-        "6.0//2",
-        "x+0j",
-        "None",
-        "...",
-        "'x'",
-        "b'x'",
-        "x//0",
-        "x%0",
-        "",
-        "   ",
-        "x +",
-        "((x)",
-        "\\",
-        "x\0",
-        "x" + "+0" * 40,
-        "(" * 60 + "x",
-        "-" * 5000 + "x",
-        "9" * 5000,
-        "x+0 The answer is x.",
-        "\ud800",
-    ],
+    r"""
+    x.real|x.__class__|int(x)|__import__('os').getpid()|exec('x')|(lambda: x)()|lambda: x|x**1|9**9**9**9
+    1<<99999999999
+    x/1|x if x else x|x and x|[x][0]|{0: x}[0]|[y for y in [x]][0]|(y := x)|y|x = 3|x == 3|not x|~-x|import os|del x
+    await x|yield x|f'{x}'|x; x|x+True*0|True|x+0.0|6.0//2|x+0j|None|...|'x'|b'x'|x//0|x%0|x +|((x)|\
+    x+0 The answer is x.
+    """.strip()
+    .replace("\n    ", "|")
+    .split("|")
+    + ["", "   ", "x\nimport os", "x\0", "x" + "+0" * 40, "(" * 60 + "x", "-" * 5000 + "x", "9" * 5000, "\ud800"],
 )
 def test_sandbox(expression):
     tests = json.dumps([[3, 3], [3, 3.0], [3, True]])

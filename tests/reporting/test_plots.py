@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 
-from trl_interfere.analysis.routes import RouteMap
-from trl_interfere.analysis.stage_edits import stage_edits
-from trl_interfere.checkpoint import Checkpoint
+from trl_interfere.app.html import svg
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
 from trl_interfere.reporting.plots import (
     AMOUNT,
@@ -14,7 +12,6 @@ from trl_interfere.reporting.plots import (
     REFERENCE,
     SIGNED,
     _ink,
-    plot_changed_overlaps,
     plot_damage_concentration,
     plot_layer_maps,
     plot_module_cosines,
@@ -22,7 +19,6 @@ from trl_interfere.reporting.plots import (
     plot_score_matrix,
     plot_scores,
     save_figures,
-    to_svg,
 )
 
 
@@ -30,22 +26,15 @@ def texts(axes):
     return [text.get_text() for text in axes.texts]
 
 
-def test_score_matrix():
-    matrix = ScoreMatrix(["math", "qa"])
-    matrix.append("0-base", {"math": np.array([0.0, 1.0]), "qa": np.array([0.0, 0.0, 0.5])})
-    matrix.append("1-math", {"math": np.array([1.0, 1.0]), "qa": np.array([0.0, 0.0, 0.0])})
-    axes = plot_score_matrix(matrix).axes[0]
-    np.testing.assert_allclose(axes.images[0].get_array(), [[50, 100 / 6], [100, 0]])
-    assert texts(axes) == ["50.0", "16.7", "100.0", "0.0"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["math", "qa"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["0-base", "1-math"]
-
-
 def test_score_matrix_with_a_domain_that_came_later():
     matrix = ScoreMatrix(["math", "qa"])
     matrix.append("0-base", {"math": np.array([0.0, 1.0])})
-    matrix.append("1-math", {"math": np.array([1.0, 1.0]), "qa": np.array([0.0, 0.5])})
-    assert texts(plot_score_matrix(matrix).axes[0]) == ["50.0", "—", "100.0", "25.0"]
+    matrix.append("1-math", {"math": np.array([1.0, 1.0]), "qa": np.array([0.0, 0.0, 0.5])})
+    axes = plot_score_matrix(matrix).axes[0]
+    assert axes.images[0].get_array().tolist() == [[50, None], [100, pytest.approx(100 / 6)]]
+    assert texts(axes) == ["50.0", "—", "100.0", "16.7"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["math", "qa"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0-base", "1-math"]
 
 
 def test_module_cosines(make_report):
@@ -59,11 +48,6 @@ def test_module_cosines(make_report):
     assert texts(right) == ["+0.00"] and [label.get_text() for label in right.get_yticklabels()] == ["norm"]
     low, high = left.images[0].get_clim()
     assert (low, high) == (-0.75, 0.75) == right.images[0].get_clim()
-
-
-def test_module_without_a_cosine_is_left_blank(make_report):
-    left = plot_module_cosines(make_report(5)).axes[0]
-    assert not any("nan" in text for text in texts(left))
 
 
 def test_cosine_that_is_undefined(make_report):
@@ -163,8 +147,7 @@ def test_pareto(make_report):
     assert points == [[(-0.5, 95.0)], [(512.0, 95.0)]]
     bars = left.containers[0].lines[2][0].get_segments()[0]
     np.testing.assert_allclose(bars[:, 1], [90, 105])
-    svg = to_svg(figure, 'with "quotes" <i>')
-    tree = ElementTree.fromstring(svg)
+    tree = ElementTree.fromstring(svg(figure, 'with "quotes" <i>'))
     titles = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}title")]
     assert titles == ["subspace <b>: 95% recovered"] * 2
     assert tree.get("aria-label") == 'with "quotes" <i>' and "width" not in tree.attrib
@@ -256,15 +239,3 @@ def test_eigenvalues(make_report):
 def test_what_a_report_lacks_cannot_be_drawn(make_report, kind):
     with pytest.raises(ValueError, match=f"{kind}: expected a report"):
         PLOTS[kind](make_report(4))
-
-
-def test_changed_overlaps(make_model, moved, tmp_path):
-    models = [make_model("llama")]
-    for seed in (1, 2):
-        models.append(moved(models[-1], seed=seed))
-    for index, model in enumerate(models):
-        model.save_pretrained(tmp_path / str(index))
-    checkpoints = [Checkpoint(tmp_path / str(index)) for index in range(3)]
-    edits = stage_edits(checkpoints, ["math", "qa"], RouteMap(models[0].config))
-    left = plot_changed_overlaps(edits).axes[0]
-    assert left.images[0].get_array()[1, 0] == edits.changed["math"]["qa"]["mlp"].value

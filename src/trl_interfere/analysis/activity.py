@@ -37,11 +37,13 @@ class ActivityMeter:
         self.route_map = route_map
         self._writers = _writers(model, route_map)
         self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._writers}
-        self._meter, self._tokens, self._handles = _Meter(), 0, []
+        self._chosen_tokens = torch.zeros(0, dtype=torch.bool)
+        self._sums: dict[str, torch.Tensor] = {}  # over the chosen tokens, on the device of each module until the end
+        self._tokens, self._handles = 0, []
 
     def __enter__(self) -> "ActivityMeter":
         for name, cut in self._writers.items():
-            measure = self._meter.of_projection if len(cut.axes) == 1 else self._meter.of_experts
+            measure = self._of_projection if len(cut.axes) == 1 else self._of_experts
             hook = partial(measure, name=name, cut=cut)
             self._handles.append(self._modules[name].register_forward_pre_hook(hook))
         return self
@@ -55,14 +57,14 @@ class ActivityMeter:
         # The state at a token predicts the next one: a completion is computed where its labels are shifted to.
         chosen = torch.zeros_like(batch["labels"], dtype=torch.bool)
         chosen[:, :-1] = batch["labels"][:, 1:] != -100
-        self._meter.chosen = chosen.flatten()
+        self._chosen_tokens = chosen.flatten()
         self._tokens += int(chosen.sum())
 
     def activity(self) -> np.ndarray:
         """What was measured so far."""
         route_map = self.route_map
         activity = np.zeros(route_map.num_routes)
-        for name, sums in self._meter.sums.items():
+        for name, sums in self._sums.items():
             activity[self._writers[name].owners] = sums.cpu().numpy() / max(self._tokens, 1)
         for layer in range(route_map.num_layers):
             queries, keys = route_map.of_layer("query", layer), route_map.of_layer("key_value", layer)
@@ -70,16 +72,8 @@ class ActivityMeter:
                 activity[keys] = activity[queries].reshape(keys.sum(), -1).mean(axis=1)
         return activity
 
-
-class _Meter:
-    """Sums over the chosen tokens, on the device of each module until the end."""
-
-    def __init__(self):
-        self.chosen = torch.zeros(0, dtype=torch.bool)
-        self.sums: dict[str, torch.Tensor] = {}
-
     @torch.no_grad()
-    def of_projection(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str, cut: Cut) -> None:
+    def _of_projection(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str, cut: Cut) -> None:
         weight = _widened(module.weight).movedim(cut.axes[0], -1)
         hidden = self._chosen(inputs[0])
         if cut.block_sizes(name, module.weight) == [1]:
@@ -92,7 +86,7 @@ class _Meter:
         self._add(name, size.sum(dim=0, dtype=torch.float64))
 
     @torch.no_grad()
-    def of_experts(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str, cut: Cut) -> None:
+    def _of_experts(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str, cut: Cut) -> None:
         # The states inside the experts pass through no module: they are computed once more, for the chosen tokens.
         count = len(cut.owners)
         sums = torch.zeros(cut.owners.shape, dtype=torch.float64, device=inputs[0].device)
@@ -115,10 +109,11 @@ class _Meter:
         self._add(name, sums)
 
     def _chosen(self, tensor: torch.Tensor) -> torch.Tensor:
-        return _widened(tensor.reshape(len(self.chosen), -1)[self.chosen.to(tensor.device)])
+        chosen = self._chosen_tokens
+        return _widened(tensor.reshape(len(chosen), -1)[chosen.to(tensor.device)])
 
     def _add(self, name: str, sums: torch.Tensor) -> None:
-        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
 
 def _expert_states(module: nn.Module, expert: int, states: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
@@ -18,35 +17,18 @@ from ..domain import Domain
 from ..models import exact_experts, load_model, load_tokenizer
 from .activity import ActivityMeter, route_activity
 from .architectures import Architecture
-from .attribution import (
-    UpdatePath,
-    attribution,
-    difference_step,
-    dot,
-    first_order,
-    second_order,
-    second_order_error,
-)
-from .comparable import (
-    check_finite,
-    check_fits,
-    check_same_shape,
-    count_buffers_that_differ,
-    identical,
-    model_name,
-)
+from .attribution import UpdatePath, dot, first_order
+from .comparable import check_fits, check_models, model_name
 from .config import InterferenceConfig
-from .conflict_subspace import conflict_subspace, random_update
 from .cosines import GradientProducts
-from .gradients import Batches, Shard, Tensors, checkpointed, mean_gradient, mean_loss, num_tokens
+from .damage import measure_damage
+from .gradients import Batches, Shard, Tensors, checkpointed, half_gradients, mean_loss, summed
 from .objectives import ForwardKL, Objective, grpo, nll
 from .opposition import opposed_edits
-from .overlap import active_overlaps, overlaps
+from .overlap import overlaps, pairwise_overlaps
 from .references import References, collect_references, collect_rollouts
 from .report import InterferenceReport
-from .room import Room
 from .routes import RouteMap
-from .routing import HeldRouting
 from .weight_diff import identical_when_stored, update_statistics
 
 
@@ -108,19 +90,10 @@ class InterferenceAnalyzer:
         self.checkpoints = checkpoints
         self.tokenizer = tokenizer
         self.before, self.after, self.base = before.eval(), after.eval(), None if base is None else base.eval()
-        check_finite(before, "before")
-        models = [before, after] if base is None else [before, after, base]
-        for label, model in zip(("after", "base"), models[1:], strict=False):
-            check_same_shape(before, model, label)
-        count_buffers_that_differ(models)
-        for model in models:
+        others = {label: model for label, model in (("after", after), ("base", base)) if model is not None}
+        check_models(before, others)
+        for model in (before, *others.values()):
             exact_experts(model)
-        for label, model in zip(("after", "base"), models[1:], strict=False):
-            if identical(before, model):
-                raise ValueError(
-                    f"{label}: expected another checkpoint than before, {model_name(before)}; {model_name(model)} is "
-                    "identical to it"
-                )
         self.route_map = RouteMap(before.config, description)
         names = [name for name, _ in before.named_parameters()]
         on_disk = [name for checkpoint in checkpoints or [] for name in checkpoint.tensors]
@@ -176,27 +149,18 @@ class InterferenceAnalyzer:
             checkpoints = None
         for checkpoint in (checkpoints or [])[:-1]:
             check_comparable(checkpoint, checkpoints[-1])
+
+        def load(name: str | Path | None, computes: bool) -> PreTrainedModel | None:
+            placement = {"device_map": device_map, "max_memory": max_memory} if computes else {}
+            return name and load_model(name, dtype=dtype, trust_remote_code=trust_remote_code, **placement)
+
         # With `offload` one model computes; of the others only the weights are read, tensor by tensor. The base model
         # never computes, but for the divergence from it.
-        placed = {"before": True, "after": not config.offload, "base": config.objective == "kl"}
-        models = {
-            name: None
-            if checkpoint is None
-            else load_model(
-                checkpoint,
-                dtype=dtype,
-                device_map=device_map if placed[name] else None,
-                trust_remote_code=trust_remote_code,
-                max_memory=max_memory if placed[name] else None,
-            )
-            for name, checkpoint in (("before", before), ("after", after), ("base", base))
-        }
-        tokenizer = load_tokenizer(before, base=after, trust_remote_code=trust_remote_code)
         return cls(
-            models["before"],
-            models["after"],
-            tokenizer,
-            base=models["base"],
+            load(before, True),
+            load(after, not config.offload),
+            load_tokenizer(before, base=after, trust_remote_code=trust_remote_code),
+            base=load(base, config.objective == "kl"),
             config=config,
             description=description,
             checkpoints=checkpoints,
@@ -245,7 +209,7 @@ class InterferenceAnalyzer:
         parts[self._gradient_part] = float(domains)
         check = 8 * min(1.0, config.check_prompts / config.max_prompts)
         parts["damage of the earlier domain"] = 2 + check + config.quadrature_nodes
-        parts["damage of the later domains"] = config.later_quadrature_nodes * later + domains / 3
+        parts["damage of the later domains"] = config.later_quadrature_nodes * later + (1 + later) / 3
         if config.subspace_size:
             share = min(1.0, config.subspace_prompts / config.max_prompts)
             parts["conflict subspace"] = 2 * share * 2 * (2 * config.subspace_size + 2)
@@ -311,65 +275,41 @@ class InterferenceAnalyzer:
         config, route_map, later_names = self.config, self.route_map, [domain.name for domain in later]
         batches = {name: self._split(entry) for name, entry in references.items()}
         updates, digests = self._files(progress)
-        activity, losses, halves = self._gradients([earlier, *later, *others], batches, progress)
-        products = GradientProducts(halves, route_map, self.before.device)
-        gradient = None
-        if config.objective == "nll":
-            gradient, loss_before = _sum(halves[earlier.name]), losses
-        else:
-            loss_before = {name: mean_loss(self.before, entry.mine) for name, entry in batches.items()}
+        activity, loss_before, halves = self._gradients([earlier, *later, *others], batches, progress)
+        cosines = GradientProducts(halves, route_map, self.before.device).figures(earlier.name, later_names)
+        gradient = summed(halves[earlier.name]) if config.objective == "nll" else None
         del halves
+        if gradient is None:
+            loss_before = {name: mean_loss(self.before, entry.mine) for name, entry in batches.items()}
+        dtype = str(self.before.dtype).removeprefix("torch.")
         for name, loss in loss_before.items():
             if not np.isfinite(loss):
-                dtype = str(self.before.dtype).removeprefix("torch.")
                 raise ValueError(f"before: expected a finite loss on {name!r}, found {loss} in {dtype}: use float32")
-
         progress("damage of the earlier domain")
-        damaged = batches[earlier.name].mine
-        check = self._thinned(references[earlier.name], config.check_prompts)
-        few = self._thinned(references[earlier.name], config.subspace_prompts) if config.subspace_size else []
-        routing = HeldRouting(self.before, damaged[0] if damaged else batches[earlier.name].all[0])
-        for part in (damaged, check, few, *(batches[name].mine for name in later_names)):
-            routing.record(part)
         path = UpdatePath(self.before, dict(self.after.named_parameters()), config.offload)
-        subspace, directions, held = None, None, None
         try:
-            first = first_order(path, damaged, route_map, gradient)
+            first = first_order(path, batches[earlier.name].mine, route_map, gradient)
             del gradient  # of the size of the model, and reduced to routes
-            step = difference_step(path) if config.difference_step is None else config.difference_step
-            with routing.held():
-                second = second_order(path, damaged, route_map, step)
-                error = None
-                if check and second.total:
-                    error = abs(second.total) * second_order_error(path, check, route_map, step)
-                damage = attribution(path, damaged, route_map, config.quadrature_nodes)
-                progress("damage of the later domains")
-                terms = {
-                    name: attribution(path, batches[name].mine, route_map, config.later_quadrature_nodes)
-                    for name in later_names
-                }
-                path.move(1.0)
-                if routing.routers:
-                    held = mean_loss(self.before, damaged)
-            loss_after = {name: mean_loss(self.before, entry.mine) for name, entry in batches.items()}
-            switched = self._switched(routing, damaged)
-            if config.subspace_size:
-                progress("conflict subspace")
-                with routing.held():
-                    subspace, directions = self._subspace(path, few, len(references[earlier.name].prompts), step)
+            check = self._thinned(references[earlier.name], config.check_prompts)
+            few = self._thinned(references[earlier.name], config.subspace_prompts) if config.subspace_size else []
+            mine = {name: batches[name].mine for name in (earlier.name, *later_names)}
+            damage = measure_damage(path, mine, check, few, route_map, config, progress)
         finally:
             path.move(0.0)
-
+        terms, loss_after = damage.terms, damage.loss_after
         routes = {
-            "damage": damage.routes,
+            "damage": terms[earlier.name].routes,
             "first_order": first.routes,
-            "second_order": second.routes,
-            "later_damage": np.mean([entry.routes for entry in terms.values()], axis=0),
+            "second_order": damage.second_order.routes,
+            "later_damage": np.mean([terms[name].routes for name in later_names], axis=0),
             "edit_size": np.sqrt(dot(route_map, path.delta, path.delta).routes),
             "activity_earlier": activity[earlier.name],
             "activity_later": np.mean([activity[name] for name in later_names], axis=0),
         }
-        overlap = {"active": active_overlaps(activity, route_map)}
+        if damage.subspace is not None:
+            number = min(config.subspace_prompts, len(references[earlier.name].prompts))
+            damage.subspace |= {"references": number, "seed": config.seed}
+        overlap = {"active": pairwise_overlaps(activity, route_map)}
         if self.base is not None:
             routes |= opposed_edits(route_map, self.base, path.start, path.delta)
             changed = overlaps(routes["earlier_edit_size"], routes["edit_size"], route_map)
@@ -381,7 +321,7 @@ class InterferenceAnalyzer:
             earlier=earlier.name,
             later=later_names,
             dtype=str(self.before.config.dtype).removeprefix("torch."),
-            computed_in=str(self.before.dtype).removeprefix("torch."),
+            computed_in=dtype,
             references={
                 name: {
                     "kind": config.reference,
@@ -394,29 +334,26 @@ class InterferenceAnalyzer:
             loss_before=loss_before[earlier.name],
             loss_after=loss_after[earlier.name],
             first_order=first.total,
-            second_order=second.total,
-            second_order_error=error,
-            difference_step=step,
-            attributed=float(damage.routes.sum()),
-            outside_routes=damage.outside,
-            switching=None if held is None else loss_after[earlier.name] - held,
-            switched=switched,
+            second_order=damage.second_order.total,
+            second_order_error=damage.second_order_error,
+            difference_step=damage.step,
+            attributed=float(routes["damage"].sum()),
+            outside_routes=terms[earlier.name].outside,
+            switching=damage.switching,
+            switched=damage.switched,
             later_loss_before={name: loss_before[name] for name in later_names},
             later_loss_after={name: loss_after[name] for name in later_names},
-            later_residual={name: loss_after[name] - loss_before[name] - entry.total for name, entry in terms.items()},
-            cosines=products.figures(earlier.name, later_names),
-            subspace=subspace,
-            directions=directions,
+            later_residual={name: loss_after[name] - loss_before[name] - terms[name].total for name in later_names},
+            subspace=damage.subspace,
+            directions=damage.directions,
+            cosines=cosines,
             updates=updates,
             digests=digests,
             identical_in_bfloat16=identical_when_stored(path.start, path.end, torch.bfloat16),
             overlaps=overlap,
             route_counts={kind: list(counts) for kind, counts in route_map.counts.items()},
             config=config.to_dict(),
-            versions={
-                "trl-interfere": __version__,
-                **{package: version(package) for package in ("torch", "transformers")},
-            },
+            versions={"trl-interfere": __version__, **{name: version(name) for name in ("torch", "transformers")}},
             routes=routes,
         )
 
@@ -445,19 +382,18 @@ class InterferenceAnalyzer:
         sources = batches if rollouts is None else {name: self._split(entry) for name, entry in rollouts.items()}
         losses, halves = {}, {}
         for name, entry in sources.items():
-            if shared:
-                with ActivityMeter(self.before, self.route_map) as meter:
-                    losses[name], halves[name] = self._half_gradients(entry, _observed(objective, meter))
-                activity[name] = meter.activity()
-            else:
-                losses[name], halves[name] = self._half_gradients(entry, objective)
-        return activity, losses, halves
+            if not shared:
+                losses[name], halves[name] = half_gradients(self.before, entry.halves, objective)
+                continue
+            with ActivityMeter(self.before, self.route_map) as meter:
 
-    def _switched(self, routing: HeldRouting, batches: Batches) -> int | None:
-        if not routing.routers:
-            return None
-        count = torch.tensor(routing.switched(batches), device=self.before.device)
-        return int(reduce(count, "sum") if isinstance(batches, Shard) else count)
+                def observed(model, batch, meter=meter):
+                    meter.observe(batch)
+                    return objective(model, batch)
+
+                losses[name], halves[name] = half_gradients(self.before, entry.halves, observed)
+            activity[name] = meter.activity()
+        return activity, losses, halves
 
     def _split(self, references: References) -> _DomainBatches:
         size, pad_id = self.config.batch_size, self.tokenizer.pad_token_id or 0
@@ -483,44 +419,3 @@ class InterferenceAnalyzer:
         return grpo, {
             domain.name: collect_rollouts(self.before, self.tokenizer, domain, self.config) for domain in domains
         }
-
-    def _half_gradients(self, batches: _DomainBatches, objective: Objective) -> tuple[float, list[Tensors]]:
-        tokens, total, gradients = num_tokens(batches.mine), 0.0, []
-        for half in batches.halves:
-            room = Room(self.before)
-            loss, gradient = mean_gradient(self.before, half, objective, tokens)
-            # The way to host memory and back can take as long as a pass.
-            if not room.for_another():
-                gradient = {name: gradient.pop(name).cpu() for name in list(gradient)}
-            total += loss
-            gradients.append(gradient)
-        return total, gradients
-
-    def _subspace(
-        self, path: UpdatePath, batches: Batches, references: int, step: float
-    ) -> tuple[dict[str, Any], np.ndarray]:
-        config, route_map = self.config, self.route_map
-        size = min(config.subspace_size, route_map.num_routes - 1)
-        found, directions = {}, {}
-        for name, update in (("update", path.delta), ("random", random_update(path, config.seed))):
-            spectrum, directions[name] = conflict_subspace(path, batches, route_map, size, update, step, config.seed)
-            found[name] = spectrum.to_dict()
-        figures = {"references": min(config.subspace_prompts, references), "seed": config.seed}
-        return {**found, **figures}, directions["update"]
-
-
-def _observed(objective: Objective, meter: ActivityMeter) -> Objective:
-    def compute(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        meter.observe(batch)
-        return objective(model, batch)
-
-    return compute
-
-
-def _sum(parts: list[Tensors]) -> Tensors:
-    """The gradient of a domain, in the memory of its first part."""
-    gradient, *rest = parts
-    for part in rest:
-        for name, tensor in part.items():
-            gradient[name] += tensor.to(gradient[name].device)
-    return gradient

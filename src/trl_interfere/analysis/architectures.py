@@ -6,6 +6,20 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PretrainedConfig
 
+from .layer_counts import (
+    deepseek_experts,
+    deepseek_shared,
+    gemma_channels,
+    gemma_experts,
+    gemma_keys,
+    gemma_width,
+    if_layer,
+    lfm2_width,
+    linear_blocks,
+    local_experts,
+    qwen_experts,
+)
+
 
 KINDS = ("mlp", "query", "key_value", "linear")
 Count = str | Callable[[PretrainedConfig, int], int]
@@ -143,18 +157,14 @@ def _split_experts(parent: str, names: tuple[str, str, str] = ("gate_proj", "up_
     return tuple(f"{parent}.*.{name}" for name in names)
 
 
-def _fused(name: str, axis: int = 0, interleaved: bool = False) -> dict[str, Slices]:
-    """Query, key and value in one tensor."""
+def _fused(name: str, out: str, axis: int = 0, interleaved: bool = False) -> dict[str, Slices]:
+    """Query, key and value in one tensor, and the output projection."""
     kinds = ("query", "key_value", "key_value")
     return {
         f"{name}.weight": Slices(axis, kinds, interleaved=interleaved),
         f"{name}.bias": Slices(0, kinds, interleaved=interleaved),
+        f"{out}.weight": Slices(1 - axis, ("query",), writes=True),
     }
-
-
-def _if_layer(kind: str, count: str) -> Callable[[PretrainedConfig, int], int]:
-    """A count in the layers of one type, and none in the others."""
-    return lambda config, layer: getattr(config, count) if config.layer_types[layer] == kind else 0
 
 
 def _moe(
@@ -179,31 +189,10 @@ def _moe(
     )
 
 
-def _qwen_experts(config: PretrainedConfig, layer: int) -> int:
-    dense = getattr(config, "mlp_only_layers", None) or []
-    return config.num_experts if layer not in dense and (layer + 1) % (config.decoder_sparse_step or 1) == 0 else 0
-
-
-def _deepseek_experts(config: PretrainedConfig, layer: int) -> int:
-    return config.n_routed_experts if layer >= config.first_k_dense_replace else 0
-
-
-def _deepseek_shared(config: PretrainedConfig) -> int:
-    return (config.n_shared_experts or 0) * config.moe_intermediate_size
-
-
-def _linear_blocks(config: PretrainedConfig) -> np.ndarray:
-    """Heads of a gated delta rule in a tensor that holds all keys, all queries, then all values."""
-    heads, step = config.linear_num_key_heads, np.gcd(config.linear_key_head_dim, config.linear_value_head_dim)
-    width = config.linear_value_head_dim * (config.linear_num_value_heads // heads)
-    sizes = (config.linear_key_head_dim, config.linear_key_head_dim, width)
-    return np.concatenate([np.repeat(np.arange(heads), size // step) for size in sizes])
-
-
 LLAMA = Architecture({**_attention(), **_mlp()})
 MIXTRAL = _moe(
     {**_attention(), **_experts("mlp.experts", _split_experts("block_sparse_moe.experts", ("w1", "w3", "w2")))},
-    lambda config, layer: config.num_local_experts,
+    local_experts,
     width="intermediate_size",
 )
 GRANITE_MOE = _moe(
@@ -213,23 +202,23 @@ GRANITE_MOE = _moe(
         "block_sparse_moe.input_linear.weight": Slices(1, ("mlp", "mlp"), experts_axis=0),
         "block_sparse_moe.output_linear.weight": Slices(2, ("mlp",), experts_axis=0, writes=True),
     },
-    lambda config, layer: config.num_local_experts,
+    local_experts,
     width="intermediate_size",
 )
 _QWEN_MLP = {**_mlp(), **_experts("mlp.experts", _split_experts("mlp.experts"))}
-QWEN3_MOE = _moe({**_attention(), **_QWEN_MLP}, _qwen_experts)
+QWEN3_MOE = _moe({**_attention(), **_QWEN_MLP}, qwen_experts)
 # In these a head of linear attention is a query and a key head with the value heads that they serve.
 _LINEAR_COUNTS: dict[str, Count] = {
-    "query": _if_layer("full_attention", "num_attention_heads"),
-    "key_value": _if_layer("full_attention", "num_key_value_heads"),
-    "linear": _if_layer("linear_attention", "linear_num_key_heads"),
+    "query": if_layer("full_attention", "num_attention_heads"),
+    "key_value": if_layer("full_attention", "num_key_value_heads"),
+    "linear": if_layer("linear_attention", "linear_num_key_heads"),
 }
 _LINEAR = {
     **{f"linear_attn.{name}": Slices(0, ("linear",)) for name in ("A_log", "dt_bias")},
-    "linear_attn.conv1d.weight": Slices(0, ("linear",), blocks=_linear_blocks),
+    "linear_attn.conv1d.weight": Slices(0, ("linear",), blocks=linear_blocks),
     "linear_attn.in_proj_qkvz.weight": Slices(0, ("linear",)),
     "linear_attn.in_proj_ba.weight": Slices(0, ("linear",)),
-    "linear_attn.in_proj_qkv.weight": Slices(0, ("linear",), blocks=_linear_blocks),
+    "linear_attn.in_proj_qkv.weight": Slices(0, ("linear",), blocks=linear_blocks),
     **{f"linear_attn.in_proj_{name}.weight": Slices(0, ("linear",)) for name in "zba"},
     "linear_attn.out_proj.weight": Slices(1, ("linear",), writes=True),
 }
@@ -237,7 +226,7 @@ QWEN3_5 = Architecture({**_attention(), **_mlp(), **_LINEAR}, {**LLAMA.counts, *
 QWEN3_NEXT = _moe(
     {**_attention(), **_LINEAR, **_QWEN_MLP, **_mlp("mlp.shared_expert.", kind="shared")},
     lambda config, layer: (
-        _qwen_experts(config, layer) if hasattr(config, "decoder_sparse_step") else config.num_experts
+        qwen_experts(config, layer) if hasattr(config, "decoder_sparse_step") else config.num_experts
     ),
     dense="shared_expert_intermediate_size",
     shared=lambda config: config.shared_expert_intermediate_size,
@@ -245,13 +234,13 @@ QWEN3_NEXT = _moe(
 )
 GLM4_MOE = _moe(
     {**_attention(), **_QWEN_MLP, **_mlp("mlp.shared_experts.", kind="shared")},
-    _deepseek_experts,
-    shared=_deepseek_shared,
+    deepseek_experts,
+    shared=deepseek_shared,
 )
 DEEPSEEK_V3 = _moe(
     {**_QWEN_MLP, **_mlp("mlp.shared_experts.", kind="shared")},
-    _deepseek_experts,
-    shared=_deepseek_shared,
+    deepseek_experts,
+    shared=deepseek_shared,
     counts={"query": lambda config, layer: 0},  # latent attention lies outside routes
 )
 GPT_OSS = _moe(
@@ -262,7 +251,7 @@ GPT_OSS = _moe(
         "mlp.experts.gate_up_proj_bias": Slices(1, ("mlp", "mlp"), interleaved=True, experts_axis=0),
         "mlp.experts.down_proj": Slices(1, ("mlp",), experts_axis=0, writes=True),
     },
-    lambda config, layer: config.num_local_experts,
+    local_experts,
     width="intermediate_size",
 )
 LLAMA4 = _moe(
@@ -273,15 +262,14 @@ LLAMA4 = _moe(
         "feed_forward.experts.gate_up_proj": Slices(2, ("mlp", "mlp"), experts_axis=0),
         "feed_forward.experts.down_proj": Slices(1, ("mlp",), experts_axis=0, writes=True),
     },
-    lambda config, layer: config.num_local_experts if layer in config.moe_layers else 0,
+    lambda config, layer: config.numlocal_experts if layer in config.moe_layers else 0,
     width="intermediate_size",
     dense="intermediate_size_mlp",
     shared=lambda config: config.intermediate_size,
 )
 PHI3 = Architecture(
     {
-        **_fused("self_attn.qkv_proj"),
-        "self_attn.o_proj.weight": Slices(1, ("query",), writes=True),
+        **_fused("self_attn.qkv_proj", "self_attn.o_proj"),
         "mlp.gate_up_proj.weight": Slices(0, ("mlp", "mlp")),
         "mlp.down_proj.weight": Slices(1, ("mlp",), writes=True),
     }
@@ -291,31 +279,28 @@ STARCODER2 = Architecture({**_attention(), **_mlp("mlp.", ("c_fc",), "c_proj")})
 PHI = Architecture({**_attention(out="dense"), **_mlp("mlp.", ("fc1",), "fc2")})
 GPT_NEOX = Architecture(
     {
-        **_fused("attention.query_key_value", interleaved=True),
-        "attention.dense.weight": Slices(1, ("query",), writes=True),
+        **_fused("attention.query_key_value", "attention.dense", interleaved=True),
         **_mlp("mlp.", ("dense_h_to_4h",), "dense_4h_to_h"),
     },
     counts={"mlp": "intermediate_size", "query": "num_attention_heads"},
     parents=("gpt_neox",),
 )
+_GPT = {"layers": "h", "parents": ("transformer",)}
 # Conv1D stores a weight with inputs as rows.
 GPT2 = Architecture(
     {
-        **_fused("attn.c_attn", axis=1),
-        "attn.c_proj.weight": Slices(0, ("query",), writes=True),
+        **_fused("attn.c_attn", "attn.c_proj", axis=1),
         "mlp.c_fc.weight": Slices(1, ("mlp",)),
         "mlp.c_fc.bias": Slices(0, ("mlp",)),
         "mlp.c_proj.weight": Slices(0, ("mlp",), writes=True),
     },
     counts={"mlp": lambda config, layer: config.n_inner or 4 * config.n_embd, "query": "num_attention_heads"},
-    layers="h",
-    parents=("transformer",),
+    **_GPT,
 )
 GPTJ = Architecture(
     {**_attention("attn", "out_proj"), **_mlp("mlp.", ("fc_in",), "fc_out")},
     counts=GPT2.counts,
-    layers="h",
-    parents=("transformer",),
+    **_GPT,
 )
 OPT = Architecture(
     {**_attention(out="out_proj"), **_mlp("", ("fc1",), "fc2")},
@@ -324,18 +309,15 @@ OPT = Architecture(
 )
 BLOOM = Architecture(
     {
-        **_fused("self_attention.query_key_value", interleaved=True),
-        "self_attention.dense.weight": Slices(1, ("query",), writes=True),
+        **_fused("self_attention.query_key_value", "self_attention.dense", interleaved=True),
         **_mlp("mlp.", ("dense_h_to_4h",), "dense_4h_to_h"),
     },
     counts={"mlp": lambda config, layer: 4 * config.hidden_size, "query": "n_head"},
-    layers="h",
-    parents=("transformer",),
+    **_GPT,
 )
 MPT = Architecture(
     {
-        **_fused("attn.Wqkv"),
-        "attn.out_proj.weight": Slices(1, ("query",), writes=True),
+        **_fused("attn.Wqkv", "attn.out_proj"),
         **_mlp("ffn.", ("up_proj",), "down_proj"),
     },
     counts={"mlp": lambda config, layer: config.expansion_ratio * config.d_model, "query": "n_heads"},
@@ -344,92 +326,49 @@ MPT = Architecture(
 )
 
 
-def _lfm2_width(config: PretrainedConfig, layer: int) -> int:
-    if not config.block_auto_adjust_ff_dim:
-        return config.intermediate_size
-    width = int(2 * config.intermediate_size / 3)
-    width = int((config.block_ffn_dim_multiplier or 1) * width)
-    return config.block_multiple_of * -(-width // config.block_multiple_of)
-
-
 LFM2 = Architecture(
     {**_attention(out="out_proj"), **_mlp("feed_forward.", ("w1", "w3"), "w2")},
-    counts={**_LINEAR_COUNTS, "mlp": _lfm2_width, "linear": lambda config, layer: 0},
+    counts={**_LINEAR_COUNTS, "mlp": lfm2_width, "linear": lambda config, layer: 0},
 )
 FALCON_H1 = Architecture({**_attention(), **_mlp("feed_forward.")})
 
 
-def _gemma_keys(config: PretrainedConfig, layer: int) -> int:
-    """Key/value heads of Gemma 3n and 4: the last layers may read those of earlier ones."""
-    if layer >= config.num_hidden_layers - (config.num_kv_shared_layers or 0):
-        return 0
-    full = config.layer_types[layer] == "full_attention"
-    if full and getattr(config, "attention_k_eq_v", False):
-        return config.num_global_key_value_heads or config.num_key_value_heads
-    return config.num_key_value_heads
-
-
-def _gemma_width(config: PretrainedConfig, layer: int) -> int:
-    if not isinstance(config.intermediate_size, int):
-        return config.intermediate_size[layer]
-    shared = layer >= config.num_hidden_layers - (config.num_kv_shared_layers or 0)
-    return config.intermediate_size * (2 if shared and getattr(config, "use_double_wide_mlp", False) else 1)
-
-
 # The dense MLP stands beside the experts, where a Gemma 4 has any, as a shared one does.
 GEMMA4 = Architecture(
-    {
-        **_attention(),
-        **_mlp(kind="shared"),
-        **_experts("experts", _split_experts("experts")),
-    },
-    counts={
-        "mlp": lambda config, layer: (
-            _gemma_experts(config, layer) * (getattr(config, "moe_intermediate_size", 0) or 0)
-        ),
-        "query": "num_attention_heads",
-        "key_value": _gemma_keys,
-    },
-    experts=lambda config, layer: _gemma_experts(config, layer),
-    shared=_gemma_width,
-)
-
-
-def _gemma_experts(config: PretrainedConfig, layer: int) -> int:
-    return config.num_experts if getattr(config, "enable_moe_block", False) else 0
-
-
-_AS_LLAMA = (
-    "llama mistral ministral ministral3 qwen2 qwen3 smollm3 gemma gemma2 gemma3_text vaultgemma olmo olmo2 olmo3 "
-    "granite cohere cohere2 exaone4 seed_oss helium ernie4_5 hunyuan_v1_dense stablelm nemotron arcee apertus "
-    "qwen2_vl_text qwen2_5_vl_text qwen3_vl_text"
+    {**_attention(), **_mlp(kind="shared"), **_experts("experts", _split_experts("experts"))},
+    counts={"mlp": gemma_channels, "query": "num_attention_heads", "key_value": gemma_keys},
+    experts=gemma_experts,
+    shared=gemma_width,
 )
 # By model type. A model with a nested language model has the type of that one.
-ARCHITECTURES = {
-    **dict.fromkeys(_AS_LLAMA.split(), LLAMA),
-    "glm": GLM,
-    "glm4": GLM,
-    "phi3": PHI3,
-    "phi": PHI,
-    "starcoder2": STARCODER2,
-    "gpt_neox": GPT_NEOX,
-    "gpt2": GPT2,
-    "gptj": GPTJ,
-    "opt": OPT,
-    "bloom": BLOOM,
-    "mpt": MPT,
-    "lfm2": LFM2,
-    "falcon_h1": FALCON_H1,
-    "gemma3n_text": GEMMA4,
-    "gemma4_text": GEMMA4,
-    "mixtral": MIXTRAL,
-    "granitemoe": GRANITE_MOE,
-    "qwen3_moe": QWEN3_MOE,
-    "qwen3_5_text": QWEN3_5,
-    "qwen3_5_moe_text": QWEN3_NEXT,
-    "qwen3_next": QWEN3_NEXT,
-    "glm4_moe": GLM4_MOE,
-    "deepseek_v3": DEEPSEEK_V3,
-    "gpt_oss": GPT_OSS,
-    "llama4_text": LLAMA4,
-}
+_TYPES = (
+    (
+        LLAMA,
+        "llama mistral ministral ministral3 qwen2 qwen3 smollm3 gemma gemma2 gemma3_text vaultgemma olmo olmo2 olmo3 "
+        "granite cohere cohere2 exaone4 seed_oss helium ernie4_5 hunyuan_v1_dense stablelm nemotron arcee apertus "
+        "qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
+    ),
+    (GLM, "glm glm4"),
+    (PHI3, "phi3"),
+    (PHI, "phi"),
+    (STARCODER2, "starcoder2"),
+    (GPT_NEOX, "gpt_neox"),
+    (GPT2, "gpt2"),
+    (GPTJ, "gptj"),
+    (OPT, "opt"),
+    (BLOOM, "bloom"),
+    (MPT, "mpt"),
+    (LFM2, "lfm2"),
+    (FALCON_H1, "falcon_h1"),
+    (GEMMA4, "gemma3n_text gemma4_text"),
+    (MIXTRAL, "mixtral"),
+    (GRANITE_MOE, "granitemoe"),
+    (QWEN3_MOE, "qwen3_moe"),
+    (QWEN3_5, "qwen3_5_text"),
+    (QWEN3_NEXT, "qwen3_5_moe_text qwen3_next"),
+    (GLM4_MOE, "glm4_moe"),
+    (DEEPSEEK_V3, "deepseek_v3"),
+    (GPT_OSS, "gpt_oss"),
+    (LLAMA4, "llama4_text"),
+)
+ARCHITECTURES = {name: architecture for architecture, names in _TYPES for name in names.split()}

@@ -1,6 +1,6 @@
 """Damage of an update to an earlier domain: first order, second order, and its attribution to routes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedModel
 
 from .gradients import Batches, Tensors, mean_gradient
-from .objectives import Objective, nll
 from .routes import RouteMap
 
 
@@ -101,12 +100,11 @@ class RouteTerms:
 
 def dot(route_map: RouteMap, first: Direction, second: Direction, consume: bool = False) -> RouteTerms:
     """
-    Inner product of two vectors over all parameters, split by route.
+    Inner product of two vectors over all parameters, split by route; `consume` says that the tensors of `first` may be
+    overwritten.
 
     Products are taken on the accelerator if one of both tensors lies there, those of half precision in float32. Sums
-    are in float64, but for those over the last axis of tensors outside routes: rows of embeddings are summed in the
-    type of the products, and then in float64. `consume` says that the tensors of `first` may be overwritten, which
-    spares an allocation each.
+    are in float64, but for those over the last axis of tensors outside routes, such as rows of embeddings.
     """
 
     def product(name: str) -> torch.Tensor:
@@ -115,8 +113,7 @@ def dot(route_map: RouteMap, first: Direction, second: Direction, consume: bool 
         a = a.to(b.device) if a.device.type == "cpu" else a
         b = b.to(a.device, dtype)
         product = a.mul_(b) if consume and a.dtype == dtype else a.to(dtype) * b
-        # The sum of a whole tensor is all that is asked for outside routes, and float64 makes that of an embedding
-        # slow enough to show.
+        # Outside routes the sum of the whole is all that is asked for, and that of an embedding is slow in float64.
         return product if route_map.cut(name) is not None else product.sum(dim=-1).double()
 
     return RouteTerms(*route_map.sum_by_route(Elementwise(first, product)))
@@ -142,11 +139,8 @@ def difference_step(path: UpdatePath) -> float:
     ```
 
     with u the machine epsilon of the parameters, or that of float32 if it is smaller, since the norms of transformers
-    compute in float32 whatever the model does. The central difference leaves a truncation of order ε², relative to
-    the update, which is the scale on which the loss is known to change; rounding the parameters moves them by about
-    u |θ0|, which against a step of ε |δ| is a relative error of u |θ0| / (ε |δ|). Their sum is least near this ε (for
-    the balance of both see Nocedal and Wright, Numerical Optimization, section 8.1). Above 1 the difference would
-    reach beyond the update.
+    compute in float32. It balances truncation, of order ε² relative to the update, and the rounding of parameters,
+    u |θ0| / (ε |δ|) (Nocedal and Wright, Numerical Optimization, section 8.1). Above 1 it would leave the update.
     """
     update = norm(path.delta)
     if update == 0:
@@ -172,44 +166,29 @@ def hessian_terms(
     direction: Direction,
     step: float,
     against: Direction | None = None,
-    objective: Objective = nll,
 ) -> RouteTerms:
     """
-    δ_r·(H v)_r by route, for a direction v. Two gradient passes.
+    δ_r·(H v)_r by route, for a direction v; `against` may stand in the place of δ. Two gradient passes.
 
     ```
     H v = (∇L(θ0 + ε v) - ∇L(θ0 - ε v)) / (2 ε)
     ```
-
-    Each gradient is reduced to routes before the next one is taken, so that one gradient is in memory at a time.
-    `against` may stand in the place of δ.
     """
-    total = RouteTerms(np.zeros(route_map.num_routes), 0.0)
-    for sign in (1, -1):
-        _, gradient = mean_gradient(path.offset(direction, sign * step), batches, objective)
-        total += dot(route_map, gradient, path.delta if against is None else against, consume=True) * (
-            sign / (2 * step)
-        )
-        del gradient  # before the next one is made, so that there is one in memory at a time
-    return total
+    against = path.delta if against is None else against
+    points = ((lambda sign=sign: path.offset(direction, sign * step), sign / (2 * step)) for sign in (1, -1))
+    return _summed(points, batches, route_map, against)
 
 
 def second_order(path: UpdatePath, batches: Batches, route_map: RouteMap, step: float | None = None) -> RouteTerms:
     """
-    Second-order damage, ½ δᵀHδ, by route: ½ δ_r·(Hδ)_r. Two gradient passes.
-
-    ```
-    Hδ = (∇L(θ0 + ε δ) - ∇L(θ0 - ε δ)) / (2 ε)
-    ```
-
-    the central difference, with an error of order ε² (arXiv 2606.02398 for ½ δᵀHδ as the damage). ε is a share of the
-    update, by default that of [`difference_step`].
+    Second-order damage, ½ δᵀHδ, by route: ½ δ_r·(Hδ)_r (arXiv 2606.02398 for ½ δᵀHδ as the damage). Two gradient
+    passes; the central difference has an error of order ε², ε a share of the update, by default [`difference_step`].
     """
     step = difference_step(path) if step is None else step
     return hessian_terms(path, batches, route_map, path.delta, step) * 0.5
 
 
-def second_order_error(path: UpdatePath, batches: Batches, route_map: RouteMap, step: float | None = None) -> float:
+def second_order_error(path: UpdatePath, batches: Batches, route_map: RouteMap, step: float) -> float:
     """
     Relative error of the total of [`second_order`], from a few references. Eight gradient passes over these.
 
@@ -220,7 +199,6 @@ def second_order_error(path: UpdatePath, batches: Batches, route_map: RouteMap, 
     The truncation is of order ε², a quarter of this range; rounding grows as the step shrinks, and would have to
     cancel in all of them to be missed. Infinite where the total is zero.
     """
-    step = difference_step(path) if step is None else step
     found = [second_order(path, batches, route_map, factor * step).total for factor in (2, 1, 0.5, 0.25)]
     return (max(found) - min(found)) / abs(found[1]) if found[1] else float("inf")
 
@@ -239,9 +217,21 @@ def attribution(path: UpdatePath, batches: Batches, route_map: RouteMap, nodes: 
     are polynomials of degree `2 * nodes` in t.
     """
     positions, weights = np.polynomial.legendre.leggauss(nodes)
+    pairs = zip(positions, weights, strict=True)
+    points = ((lambda at=at: path.move((at + 1) / 2), weight / 2) for at, weight in pairs)
+    return _summed(points, batches, route_map, path.delta)
+
+
+def _summed(
+    points: Iterable[tuple[Callable[[], PreTrainedModel], float]],
+    batches: Batches,
+    route_map: RouteMap,
+    against: Direction,
+) -> RouteTerms:
+    """Weighted sum of the gradients at several points, of which one is in memory at a time, by route."""
     total = RouteTerms(np.zeros(route_map.num_routes), 0.0)
-    for position, weight in zip(positions, weights, strict=True):
-        _, gradient = mean_gradient(path.move((position + 1) / 2), batches)
-        total += dot(route_map, gradient, path.delta, consume=True) * (weight / 2)
-        del gradient  # before the next one is made, so that there is one in memory at a time
+    for move, weight in points:
+        _, gradient = mean_gradient(move(), batches)
+        total += dot(route_map, gradient, against, consume=True) * weight
+        del gradient
     return total

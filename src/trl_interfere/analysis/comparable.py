@@ -15,36 +15,40 @@ def model_name(model: PreTrainedModel) -> str:
     return model.config._name_or_path or type(model).__name__
 
 
-def check_same_shape(before: PreTrainedModel, other: PreTrainedModel, label: str) -> None:
-    """Check that two models have the same structure and finite weights of the same shapes."""
+def check_models(before: PreTrainedModel, others: dict[str, PreTrainedModel]) -> None:
+    """Check that models have one structure, finite weights of the same shapes, and not all the same ones."""
+    check_finite(before, "before")
+    for label, model in others.items():
+        _check_same_shape(before, model, label)
+        check_finite(model, label)
+    count_buffers_that_differ([before, *others.values()])
+    for label, model in others.items():
+        pairs = zip(before.parameters(), model.parameters(), strict=True)
+        if all(torch.equal(a, b.to(a.device)) for a, b in pairs):
+            raise ValueError(
+                f"{label}: expected another checkpoint than before, {model_name(before)}; {model_name(model)} is "
+                "identical to it"
+            )
+
+
+def _check_same_shape(before: PreTrainedModel, other: PreTrainedModel, label: str) -> None:
+    where, there = f"{label} checkpoint {model_name(other)}", f"as in {model_name(before)}"
     for setting in _STRUCTURE:
         expected, found = (getattr(model.config.get_text_config(), setting, None) for model in (before, other))
         if found != expected:
-            raise ValueError(
-                f"{label} checkpoint {model_name(other)}: expected {setting} {expected!r} as in {model_name(before)}, "
-                f"found {found!r}"
-            )
-    shapes = {name: tuple(parameter.shape) for name, parameter in before.named_parameters()}
-    found = {name: tuple(parameter.shape) for name, parameter in other.named_parameters()}
+            raise ValueError(f"{where}: expected {setting} {expected!r} {there}, found {found!r}")
+    shapes, found = ({name: tuple(part.shape) for name, part in model.named_parameters()} for model in (before, other))
     for name in sorted(shapes.keys() | found.keys()):
         if shapes.get(name) != found.get(name):
             raise ValueError(
-                f"{label} checkpoint {model_name(other)}: tensor {name}: expected shape {shapes.get(name)} as in "
-                f"{model_name(before)}, found {found.get(name)}"
+                f"{where}: tensor {name}: expected shape {shapes.get(name)} {there}, found {found.get(name)}"
             )
-    check_finite(other, label)
 
 
 def check_finite(model: PreTrainedModel, label: str) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{label} checkpoint: tensor {name}: expected finite values, found NaN or infinity")
-
-
-def identical(first: PreTrainedModel, second: PreTrainedModel) -> bool:
-    """Whether all weights of two models are the same."""
-    pairs = zip(first.parameters(), second.parameters(), strict=True)
-    return all(torch.equal(a, b.to(a.device)) for a, b in pairs)
 
 
 def count_buffers_that_differ(models: list[PreTrainedModel]) -> None:
@@ -70,10 +74,11 @@ def count_buffers_that_differ(models: list[PreTrainedModel]) -> None:
 def check_fits(model: PreTrainedModel, references: References) -> None:
     """Check that the token ids and the lengths of references lie within what a model has embeddings for."""
     tokens = model.get_input_embeddings()
-    longest, highest = 0, -1
-    for prompt, completion in zip(references.prompts, references.completions, strict=True):
-        longest = max(longest, len(prompt) + len(completion))
-        highest = max([highest, *prompt, *completion])
+    sequences = [[*prompt, *rest] for prompt, rest in zip(references.prompts, references.completions, strict=True)]
+    longest, highest = (
+        max(map(len, sequences), default=0),
+        max((max(ids, default=-1) for ids in sequences), default=-1),
+    )
     if highest >= tokens.num_embeddings:
         raise ValueError(
             f"domain {references.domain!r}: expected token ids below {tokens.num_embeddings}, the vocabulary of "

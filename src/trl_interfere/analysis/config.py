@@ -1,7 +1,7 @@
 """Configuration of [`InterferenceAnalyzer`]."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from .objectives import OBJECTIVES
@@ -66,48 +66,26 @@ class InterferenceConfig:
         `ValueError`: If a setting is out of range.
     """
 
-    reference: str = field(
-        default="correct", metadata={"help": "Completions that losses are taken on: 'correct' or 'dataset'."}
-    )
-    reference_column: str = field(
-        default="completion", metadata={"help": "Column of the data set with reference='dataset'."}
-    )
-    correct_threshold: float = field(
-        default=1.0, metadata={"help": "Least score of a completion that counts as correct."}
-    )
-    max_prompts: int = field(default=256, metadata={"help": "Number of prompts of each domain."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of a written reference completion."})
-    batch_size: int = field(default=32, metadata={"help": "Number of sequences of one forward and backward pass."})
-    quadrature_nodes: int = field(default=4, metadata={"help": "Gauss-Legendre nodes of the damage attribution."})
-    later_quadrature_nodes: int = field(
-        default=2, metadata={"help": "Gauss-Legendre nodes of the attribution for the later domains."}
-    )
-    difference_step: float | None = field(
-        default=None, metadata={"help": "Step of the central difference, as a share of the update; by rule if unset."}
-    )
-    check_prompts: int = field(
-        default=8, metadata={"help": "References that the error of the central difference is estimated on."}
-    )
-    objective: str = field(
-        default="nll", metadata={"help": "What gradients are taken of: 'nll', 'grpo' or 'kl' (from base)."}
-    )
-    num_generations: int = field(default=8, metadata={"help": "Completions of each prompt with objective='grpo'."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of completions of objective='grpo'."})
-    seed: int = field(default=0, metadata={"help": "Seed of completions, Lanczos vectors and the random update."})
-    subspace_size: int = field(default=0, metadata={"help": "Eigenpairs of the conflict subspace; 0 leaves it out."})
-    subspace_prompts: int = field(default=32, metadata={"help": "References that the conflict subspace is taken on."})
-    active_share: float = field(
-        default=0.5, metadata={"help": "Share of routes that count as active on a domain in route_conflict."}
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Whether backward passes recompute activations, to save memory."}
-    )
-    offload: bool = field(
-        default=False, metadata={"help": "Whether both checkpoints are kept in host memory, to save device memory."}
-    )
-    data_parallel: bool = field(
-        default=False, metadata={"help": "Whether the processes of accelerate share out the references."}
-    )
+    reference: str = "correct"
+    reference_column: str = "completion"
+    correct_threshold: float = 1.0
+    max_prompts: int = 256
+    max_new_tokens: int = 256
+    batch_size: int = 32
+    quadrature_nodes: int = 4
+    later_quadrature_nodes: int = 2
+    difference_step: float | None = None
+    check_prompts: int = 8
+    objective: str = "nll"
+    num_generations: int = 8
+    temperature: float = 1.0
+    seed: int = 0
+    subspace_size: int = 0
+    subspace_prompts: int = 32
+    active_share: float = 0.5
+    gradient_checkpointing: bool = False
+    offload: bool = False
+    data_parallel: bool = False
 
     def __post_init__(self):
         if self.reference not in ("correct", "dataset"):
@@ -115,12 +93,11 @@ class InterferenceConfig:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {sorted(OBJECTIVES)}, found {self.objective!r}")
         for least, names in (
-            (0, ("check_prompts", "subspace_size", "seed")),
-            (1, ("max_prompts", "max_new_tokens", "batch_size", "quadrature_nodes", "later_quadrature_nodes")),
-            (1, ("subspace_prompts",)),
-            (2, ("num_generations",)),
+            (0, "check_prompts subspace_size seed"),
+            (1, "max_prompts max_new_tokens batch_size quadrature_nodes later_quadrature_nodes subspace_prompts"),
+            (2, "num_generations"),
         ):
-            for name in names:
+            for name in names.split():
                 if getattr(self, name) < least:
                     raise ValueError(f"{name}: expected at least {least}, found {getattr(self, name)}")
         if not 0 < self.temperature < float("inf"):
@@ -146,7 +123,7 @@ class InterferenceConfig:
         Raises:
             `ValueError`: If a name is unknown.
         """
-        names = {field.name for field in fields(cls)}
+        names = {entry.name for entry in fields(cls)}
         unknown = sorted(set(settings) - names)
         if unknown:
             raise ValueError(f"InterferenceConfig: unknown settings {unknown}, expected some of {sorted(names)}")

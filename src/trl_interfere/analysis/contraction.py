@@ -38,27 +38,7 @@ def subspace_norms(
 def contraction(
     route_map: RouteMap, before: Tensors, after: Tensors, refreshed: Tensors, directions: np.ndarray, seed: int = 0
 ) -> dict[str, Any]:
-    """
-    How much of an update's displacement a refresh left, within the conflict subspace and beside it.
-
-    Args:
-        route_map ([`RouteMap`]):
-            The routes.
-        before (`dict[str, torch.Tensor]`):
-            Parameters before the update, by name.
-        after (`dict[str, torch.Tensor]`):
-            Parameters after it.
-        refreshed (`dict[str, torch.Tensor]`):
-            Parameters after the refresh that followed.
-        directions (`numpy.ndarray` of shape `(k, num_routes)`):
-            Vectors of route space that span the subspace.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the random directions.
-
-    Returns:
-        `dict`: `directions` (their number), and the lengths that are left as shares of those of the update:
-        `subspace`, `random` (as many random directions of route space) and `routes` (all routes).
-    """
+    """How much of an update's displacement a refresh left, within the conflict subspace and beside it."""
 
     def away(parameters: Tensors) -> Elementwise:
         return Elementwise(before, lambda name: (parameters[name] - before[name]).detach())

@@ -1,5 +1,6 @@
 """Cosines between the gradients of domains, from the inner products of their halves."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,22 +48,14 @@ class GradientProducts:
         for tensors in flat:
             if tensors.keys() != flat[0].keys():
                 raise ValueError(f"gradients: expected the tensors {names}, found {list(tensors)}")
-        sums: dict[str, dict[str, torch.Tensor]] = {level: {} for level in LEVELS}
+        self._products: dict[str, dict[str, np.ndarray]] = {level: {} for level in LEVELS}
         for name, module in route_map.modules({name: tensor.shape for name, tensor in flat[0].items()}).items():
             layer = module.rsplit(".", 1)[0] if module.startswith("layers.") else None
-            products = _gram([tensors[name] for tensors in flat], device)
+            products = _gram([tensors[name] for tensors in flat], device).cpu().numpy()
             for level, key in zip(LEVELS, (name, module, layer, ""), strict=True):
                 if key is not None:
-                    # Tensors of one module lie on one device, those of a sharded model on several.
-                    previous = sums[level].get(key)
-                    sums[level][key] = products if previous is None else previous + products.to(previous.device)
-        self._products: dict[str, dict[str, np.ndarray]] = {}
-        for level, entries in sums.items():
-            self._products[level] = {}
-            if entries:
-                device = next(iter(entries.values())).device
-                host = torch.stack([entry.to(device) for entry in entries.values()]).cpu().numpy()
-                self._products[level] = dict(zip(entries, host, strict=True))
+                    sums = self._products[level]
+                    sums[key] = sums[key] + products if key in sums else products
 
     def cosines(self, first: str, second: str | Sequence[str]) -> dict:
         """
@@ -79,13 +72,12 @@ class GradientProducts:
         }
         return {**levels, "global": levels["global"].get("")}
 
-    def matrix(self) -> dict[str, dict[str, dict]]:
-        """Cosines of all pairs of domains, each pair once."""
-        domains = list(self.parts)
-        return {
-            first: {second: self.cosines(first, second) for second in domains[index + 1 :]}
-            for index, first in enumerate(domains[:-1])
-        }
+    def pairs(self) -> dict[str, dict[str, float | None]]:
+        """Cosines of the whole gradients of all pairs of domains, each pair once."""
+        found: dict[str, dict[str, float | None]] = {first: {} for first in list(self.parts)[:-1]}
+        for first, second in itertools.combinations(self.parts, 2):
+            found[first][second] = self._cosine([first], [second])
+        return found
 
     def reliability(self, domain: str) -> float | None:
         """
@@ -100,9 +92,8 @@ class GradientProducts:
         """
         if len(self.parts[domain]) != 2:
             return None
-        size = len(self._products["global"][""])
-        first, second = (np.eye(size)[index] for index in self.parts[domain])
-        rho = _cosine(self._products["global"][""], first, second)
+        gram = self._products["global"][""]
+        rho = _cosine(gram, *(np.eye(len(gram))[index] for index in self.parts[domain]))
         return None if rho is None else max(0.0, 2 * rho / (1 + rho)) if rho > -1 else 0.0
 
     def ceiling(self, first: str, second: str) -> float | None:
@@ -126,8 +117,7 @@ class GradientProducts:
         with two degrees of freedom, so that the interval is `cos ± 4.30 s`. It is wide, and wider than it need be:
         halves are noisier than wholes, so that their cosines lie nearer to zero, and this counts as deviation.
         """
-        grams = self._products["global"] if module is None else self._products["modules"]
-        gram = grams["" if module is None else module]
+        gram = self._products["global"][""] if module is None else self._products["modules"][module]
         if any(len(self.parts[domain]) != 2 for domain in (first, second)):
             return None
         unit = np.eye(len(gram))
@@ -151,10 +141,7 @@ class GradientProducts:
                 }
                 for name in later
             },
-            "pairs": {
-                first: {second: entry["global"] for second, entry in row.items()}
-                for first, row in self.matrix().items()
-            },
+            "pairs": self.pairs(),
             "reliability": {name: self.reliability(name) for name in self.parts},
         }
 
@@ -172,6 +159,9 @@ class GradientProducts:
             }
             for key, name in found.items()
         }
+
+    def _cosine(self, first: list[str], second: list[str]) -> float | None:
+        return _cosine(self._products["global"][""], self._weights(first), self._weights(second))
 
     def _weights(self, domains: Sequence[str]) -> np.ndarray:
         weights = np.zeros(len(self._products["global"][""]))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .objectives import Objective, nll
+from .room import Room
 
 
 Tensors = dict[str, torch.Tensor]
@@ -78,6 +79,29 @@ def mean_gradient(
         parameter.grad = None
         gradient[name] = reduce(found, "sum") if shared else found
     return float(reduce(total, "sum") if shared else total), gradient
+
+
+def half_gradients(model: PreTrainedModel, halves: list[Batches], objective: Objective) -> tuple[float, list[Tensors]]:
+    """Mean objective of some references in parts, and the gradients of the parts, which sum to that of the whole."""
+    tokens, total, gradients = sum(map(num_tokens, halves)), 0.0, []
+    for half in halves:
+        room = Room(model)
+        loss, gradient = mean_gradient(model, half, objective, tokens)
+        # The way to host memory and back can take as long as a pass.
+        if not room.for_another():
+            gradient = {name: gradient.pop(name).cpu() for name in list(gradient)}
+        total += loss
+        gradients.append(gradient)
+    return total, gradients
+
+
+def summed(parts: list[Tensors]) -> Tensors:
+    """The gradient of the whole, in the memory of its first part."""
+    gradient, *rest = parts
+    for part in rest:
+        for name, tensor in part.items():
+            gradient[name] += tensor.to(gradient[name].device)
+    return gradient
 
 
 @contextmanager

@@ -14,19 +14,7 @@ OBJECTIVES = ("nll", "grpo", "kl")
 
 
 def completion_logits(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Logits that predict the completion tokens, and these tokens.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model.
-        batch (`dict[str, torch.Tensor]`):
-            A batch of [`References`].
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Logits of shape `(tokens, vocabulary)`, in float32 or more, and token ids
-        of shape `(tokens,)`.
-    """
+    """Logits that predict the completion tokens, and these tokens."""
     labels = batch["labels"]
     # Logits of prompts are not needed, and with a large vocabulary they are most of the memory of a small model.
     first = max(int((labels != -100).any(dim=0).int().argmax()), 1)

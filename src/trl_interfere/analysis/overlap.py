@@ -1,6 +1,6 @@
 """Overlap of the routes that are largest by two measures, beside what chance would give."""
 
-from collections.abc import Sequence
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,9 +24,9 @@ class Overlap:
         high (`float`):
             Upper end.
         over (`str`):
-            What the interval is taken over: `"layers"` or `"references"`.
+            What the interval is taken over: `"layers"`.
         units (`int`):
-            Number of layers or of references.
+            Number of layers.
         routes (`int`):
             Number of routes that the sets are chosen from.
         first (`int`):
@@ -76,16 +76,14 @@ def overlaps(
     """
     Overlap of the top routes by two measures: edit sizes of two updates, or activities on two domains.
 
-    The interval is a percentile bootstrap. With one value per route it is over layers: the sets stay as they are, and
-    layers are drawn again with their shares of union and intersection. It says how even the overlap is over the depth
-    of the model, and nothing about other prompts or seeds. With one row of values per reference it is over references:
-    these are drawn again for each measure by itself, and the sets are chosen anew from their mean. The rankings of a
-    resample hold more noise than those of the data, so that this interval tends to lie low.
+    The interval is a percentile bootstrap over layers: the sets stay as they are, and layers are drawn again with
+    their shares of union and intersection. It says how even the overlap is over the depth of the model, and nothing
+    about other prompts or seeds.
 
     Args:
-        first (`numpy.ndarray` of shape `(num_routes,)` or `(references, num_routes)`):
+        first (`numpy.ndarray` of shape `(num_routes,)`):
             A measure, not negative.
-        second (`numpy.ndarray` of shape `(num_routes,)` or `(references, num_routes)`):
+        second (`numpy.ndarray` of shape `(num_routes,)`):
             Another one.
         route_map ([`RouteMap`]):
             The routes.
@@ -101,61 +99,47 @@ def overlaps(
         Routes are ranked within their kind, since one of another kind owns another number of elements.
 
     Raises:
-        `ValueError`: If the arrays do not have one column per route, hold NaN or negative values, or the share is not
+        `ValueError`: If the arrays do not have one value per route, hold NaN or negative values, or the share is not
             between 0 and 1.
     """
     if not 0 < share < 1:
         raise ValueError(f"share: expected a share between 0 and 1, found {share}")
+    count = route_map.num_routes
     measures = {"first": np.asarray(first), "second": np.asarray(second)}
     for label, values in measures.items():
-        if values.ndim not in (1, 2) or values.shape[-1] != route_map.num_routes or not values.size:
-            raise ValueError(
-                f"{label}: expected shape (num_routes,) or (references, num_routes) with {route_map.num_routes} "
-                f"routes, found {values.shape}"
-            )
+        if values.shape != (count,) or not count:
+            raise ValueError(f"{label}: expected shape ({count},), a value for each route, found {values.shape}")
         if not (values >= 0).all():
             raise ValueError(f"{label}: expected values of 0 and above, found NaN or negative ones")
     kinds = {kind: route_map.of_kind(kind) for kind in KINDS}
     kinds = {kind: routes for kind, routes in kinds.items() if routes.stop > routes.start}
-    strata = {kind: _layers(route_map, kind) for kind in kinds}
-    means = [values if values.ndim == 1 else values.mean(axis=0) for values in measures.values()]
-    sets = [top_routes(values, kinds, share) for values in means]
-    labels = {**{kind: [kind] for kind in kinds}, "all": list(kinds)}
-    chosen = {
-        label: np.concatenate([np.arange(kinds[kind].start, kinds[kind].stop) for kind in members])
-        for label, members in labels.items()
-    }
-    references = [len(values) for values in measures.values() if values.ndim == 2]
-    if references:
-        resampled = _resampled(list(measures.values()), kinds, chosen, share, resamples, seed)
+    kind_of, layer_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
+    for number, kind in enumerate(kinds):
+        kind_of[kinds[kind]] = number
+        for layer in range(route_map.num_layers):
+            layer_of[route_map.of_layer(kind, layer)] = layer
+    sets = [top_routes(values, kinds, share) for values in measures.values()]
     results = {}
-    for label, members in labels.items():
-        routes = chosen[label]
-        layers = np.concatenate([strata[kind] for kind in members])
-        kind_ids = np.repeat(np.arange(len(members)), [len(strata[kind]) for kind in members])
-        a, b = sets[0][routes], sets[1][routes]
-        if not (a | b).any():
-            low = high = float("nan")
-        elif references:
-            low, high = np.nanquantile(resampled[label], [0.025, 0.975])
-        else:
+    for label, routes in {**kinds, "all": slice(0, count)}.items():
+        (a, b), layers = (chosen[routes] for chosen in sets), layer_of[routes]
+        low = high = float("nan")
+        if (a | b).any():
             _, rows = np.unique(layers, return_inverse=True)
-            interval = bootstrap(
-                _ratio, np.bincount(rows, a & b), np.bincount(rows, a | b), resamples=resamples, seed=seed
-            )
+            common, union = np.bincount(rows, a & b), np.bincount(rows, a | b)
+            interval = bootstrap(_ratio, common, union, resamples=resamples, seed=seed)
             low, high = interval.low, interval.high
-        shuffled, shuffled_low, shuffled_high = _chance(a, b, kind_ids * route_map.num_layers + layers)
+        shuffled, shuffled_low, shuffled_high = _chance(a, b, kind_of[routes] * route_map.num_layers + layers)
         results[label] = Overlap(
             value=jaccard(a, b),
             low=float(low),
             high=float(high),
-            over="references" if references else "layers",
-            units=min(references) if references else len(np.unique(layers)),
-            routes=len(routes),
+            over="layers",
+            units=len(np.unique(layers)),
+            routes=len(layers),
             first=int(a.sum()),
             second=int(b.sum()),
             common=int((a & b).sum()),
-            chance=_chance(a, b, kind_ids)[0],
+            chance=_chance(a, b, kind_of[routes])[0],
             shuffled=shuffled,
             shuffled_low=shuffled_low,
             shuffled_high=shuffled_high,
@@ -163,18 +147,15 @@ def overlaps(
     return results
 
 
-def active_overlaps(activity: dict[str, np.ndarray], route_map: RouteMap) -> dict[str, dict[str, dict]]:
-    """Overlap of the most active routes of every pair of domains, as `{first: {second: {kind: figures}}}`."""
-    names = list(activity)
-    return {
-        first: {
-            second: {
-                kind: entry.to_dict() for kind, entry in overlaps(activity[first], activity[second], route_map).items()
-            }
-            for second in names[index + 1 :]
-        }
-        for index, first in enumerate(names[:-1])
-    }
+def pairwise_overlaps(
+    measures: dict[str, np.ndarray], route_map: RouteMap, share: float = 0.1
+) -> dict[str, dict[str, dict]]:
+    """Overlap of the top routes of every two domains, as `{first: {second: {kind: figures}}}`."""
+    found: dict[str, dict[str, dict]] = {first: {} for first in list(measures)[:-1]}
+    for first, second in itertools.combinations(measures, 2):
+        entries = overlaps(measures[first], measures[second], route_map, share)
+        found[first][second] = {kind: entry.to_dict() for kind, entry in entries.items()}
+    return found
 
 
 def top_routes(values: np.ndarray, kinds: dict[str, slice], share: float = 0.1) -> np.ndarray:
@@ -225,37 +206,5 @@ def _chance(first: np.ndarray, second: np.ndarray, strata: np.ndarray) -> tuple[
     return float(probabilities @ index), float(index[low]), float(index[min(high, len(index) - 1)])
 
 
-def _layers(route_map: RouteMap, kind: str) -> np.ndarray:
-    # Layer of each route of a kind.
-    routes = route_map.of_kind(kind)
-    layers = np.zeros(routes.stop - routes.start, dtype=np.int64)
-    for layer in range(route_map.num_layers):
-        layers[route_map.of_layer(kind, layer)[routes]] = layer
-    return layers
-
-
 def _ratio(common: np.ndarray, union: np.ndarray, axis: int) -> np.ndarray:
     return common.sum(axis=axis) / union.sum(axis=axis)
-
-
-def _resampled(
-    measures: Sequence[np.ndarray],
-    kinds: dict[str, slice],
-    chosen: dict[str, np.ndarray],
-    share: float,
-    resamples: int,
-    seed: int,
-) -> dict[str, list[float]]:
-    # Jaccard indices by label after the references of each measure have been drawn again.
-    rng = np.random.default_rng(seed)
-    indices: dict[str, list[float]] = {label: [] for label in chosen}
-    for _ in range(resamples):
-        sets = []
-        for values in measures:
-            if values.ndim == 2:
-                count = len(values)
-                values = rng.multinomial(count, np.full(count, 1 / count)) / count @ values
-            sets.append(top_routes(values, kinds, share))
-        for label, routes in chosen.items():
-            indices[label].append(jaccard(sets[0][routes], sets[1][routes]))
-    return indices

@@ -84,7 +84,7 @@ class References:
 
 
 def collect_references(
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     domain: Domain,
     config: InterferenceConfig,
@@ -94,20 +94,19 @@ def collect_references(
     Reference completions of a domain, on its selection split, else on its evaluation split: the column of the data set
     or, with `config.reference="correct"`, those that the model writes and the domain counts as correct.
     """
-    _check_tokenizer(tokenizer)
-    dataset = _prompts(domain, dataset)
-    rows = list(dataset.select(range(min(config.max_prompts, len(dataset)))))
+    rows = _rows(tokenizer, domain, config, dataset)
     scorer = Scorer(tokenizer, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     prompts = _encoded_prompts(scorer, domain, rows)
     if config.reference == "dataset":
-        if config.reference_column not in dataset.column_names:
+        column = config.reference_column
+        if column not in rows[0]:
             raise ValueError(
-                f"domain {domain.name!r}: expected the column {config.reference_column!r} with reference completions, "
-                f"found {dataset.column_names}"
+                f"domain {domain.name!r}: expected the column {column!r} with reference completions, found "
+                f"{list(rows[0])}"
             )
-        texts = [_text(row[config.reference_column], domain, config.reference_column) for row in rows]
+        texts = [_text(row[column], domain, column) for row in rows]
         completions = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        _check_encoding(tokenizer, domain, config.reference_column, texts, completions)
+        _check_encoding(tokenizer, domain, column, texts, completions)
         completions = [completion + [tokenizer.eos_token_id] for completion in completions]
         return References(domain.name, prompts, completions, len(rows))
     completions = _complete(scorer, model, rows, config)
@@ -122,11 +121,7 @@ def collect_references(
 
 
 def collect_rollouts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    domain: Domain,
-    config: InterferenceConfig,
-    dataset: Dataset | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domain: Domain, config: InterferenceConfig
 ) -> References:
     """
     Sampled completions of a domain with their advantages, as GRPO takes them (arXiv 2402.03300).
@@ -138,17 +133,10 @@ def collect_rollouts(
     with the sample standard deviation, as in TRL. Prompts whose completions all get the same reward have advantages of
     zero; they stay, because they count among the tokens that the surrogate is averaged over.
     """
-    _check_tokenizer(tokenizer)
-    dataset = _prompts(domain, dataset)
     size = config.num_generations
-    rows = [row for row in dataset.select(range(min(config.max_prompts, len(dataset)))) for _ in range(size)]
-    scorer = Scorer(
-        tokenizer,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        temperature=config.temperature,
-        seed=config.seed,
-    )
+    rows = [row for row in _rows(tokenizer, domain, config) for _ in range(size)]
+    sampling = {"temperature": config.temperature, "seed": config.seed}
+    scorer = Scorer(tokenizer, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, **sampling)
     completions = _complete(scorer, model, rows, config)
     scored = replace(domain, metric=None) if domain.reward_funcs else domain
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -164,16 +152,15 @@ def collect_rollouts(
     return References(domain.name, prompts, completions, len(rewards), advantages.ravel().tolist(), size)
 
 
-def _prompts(domain: Domain, dataset: Dataset | None) -> Dataset:
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, domain: Domain, config: InterferenceConfig, dataset: Dataset | None = None
+) -> list[dict]:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: expected an eos_token, with which every reference completion ends, found none")
     dataset = dataset or domain.selection_dataset or domain.eval_dataset
     if dataset is None:
         raise ValueError(f"domain {domain.name!r}: expected a selection_dataset or an eval_dataset, found neither")
-    return dataset
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer: expected an eos_token, with which every reference completion ends, found none")
+    return list(dataset.select(range(min(config.max_prompts, len(dataset)))))
 
 
 def _encoded_prompts(scorer: Scorer, domain: Domain, rows: list[dict]) -> list[list[int]]:

@@ -3,7 +3,6 @@
 import json
 import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -184,13 +183,9 @@ class InterferenceReport:
         """
         if measure not in self.routes:
             raise ValueError(f"measure: expected one of {sorted(self.routes)}, found {measure!r}")
-        values, sums, start = self.routes[measure], {}, 0
-        for kind, counts in self.route_counts.items():
-            ends = start + np.cumsum(counts, dtype=int)
-            starts = ends - counts
-            sums[kind] = np.array([values[a:b].sum() for a, b in zip(starts, ends, strict=True)])
-            start = int(ends[-1])
-        return sums
+        counts = [count for layers in self.route_counts.values() for count in layers]
+        parts = iter(np.split(self.routes[measure], np.cumsum(counts, dtype=int)))
+        return {kind: np.array([next(parts).sum() for _ in layers]) for kind, layers in self.route_counts.items()}
 
     def __repr__(self) -> str:
         routes = "" if self.damage == 0 else f", {self.attributed / self.damage:.0%} of it through routes"
@@ -209,8 +204,7 @@ class InterferenceReport:
             for layer, count in enumerate(counts)
             for position in range(count)
         ]
-        frame = pd.DataFrame(places, columns=["kind", "layer", "position"])
-        return frame.assign(**self.routes)
+        return pd.DataFrame(places, columns=["kind", "layer", "position"]).assign(**self.routes)
 
     def extreme_module(self, conflicting: bool) -> dict[str, Any]:
         """
@@ -234,7 +228,7 @@ class InterferenceReport:
         content = asdict(replace(self, routes={}, directions=None))
         del content["routes"], content["directions"]
         derived = {"residual": self.residual, "concentration": self.concentration}
-        return _exchanged({"schema_version": SCHEMA_VERSION, **content, **derived}, _is_nan, None)
+        return _exchanged({"schema_version": SCHEMA_VERSION, **content, **derived}, math.nan, None)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
@@ -313,10 +307,17 @@ class InterferenceReport:
         Raises:
             `ValueError`: If there is no report, or one of another schema version.
         """
-        folder, repo_id = _report_folder(folder, subfolder)
+        repo_id = None
+        if not Path(folder).is_dir():
+            repo_id = split_revision(folder)[0]
+            try:
+                folder = local_folder(folder, files=(f"{subfolder}/*",)) / subfolder
+            except ValueError as error:
+                raise ValueError(f"{folder}: expected a report with {REPORT_NAME}, found none ({error})") from error
+        folder = Path(folder)
         for name in (REPORT_NAME, ROUTES_NAME):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder}: expected a report with {name}, found none")
+                raise ValueError(f"{repo_id or folder}: expected a report with {name}, found none")
         content = read_json(folder / REPORT_NAME, SCHEMA_VERSION)
         for name in ("schema_version", "residual", "concentration", "claims"):
             content.pop(name, None)
@@ -333,25 +334,15 @@ class InterferenceReport:
             if not _fits(value, hints[name]):
                 raise ValueError(f"{folder / REPORT_NAME}: {name}: expected {hints[name]}, found {value!r:.80}")
         # The share of routes in common is undefined where neither of two updates touches any.
-        content["overlaps"] = _exchanged(content.get("overlaps", {}), lambda value: value is None, math.nan)
+        content["overlaps"] = _exchanged(content.get("overlaps", {}), None, math.nan)
         if repo_id is not None:
             content |= {key: published_checkpoint(content[key], repo_id) for key in ("before", "after", "base")}
-        return cls(**content, **_read_arrays(folder / ROUTES_NAME))
+        routes = _read_arrays(folder / ROUTES_NAME)
+        return cls(**content, directions=routes.pop(DIRECTIONS, None), routes=routes)
 
 
 def top_share(damage: np.ndarray, share: float) -> float:
-    """
-    Share of the attributed damage that lies in the most damaged routes.
-
-    Args:
-        damage (`numpy.ndarray` of shape `(num_routes,)`):
-            Damage of each route.
-        share (`float`):
-            Share of the routes, most damaged first.
-
-    Returns:
-        `float`: Their damage over the sum of all damage; above 1 where other routes were improved.
-    """
+    """Share of the attributed damage that lies in the most damaged routes."""
     top = np.sort(damage)[::-1][: max(1, round(share * len(damage)))]
     return float(top.sum() / damage.sum())
 
@@ -360,55 +351,38 @@ def _fits(value: Any, hint: Any) -> bool:
     """Whether a value of JSON has a type: figures are finite numbers and no booleans."""
     if isinstance(hint, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
-    origin = get_origin(hint)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(part, get_args(hint)[0]) for part in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(part, get_args(hint)[1]) for part in value.values())
     if hint is Any:
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-        return (not isinstance(value, float) or math.isfinite(value)) and all(_fits(part, Any) for part in inner)
+        hint = {dict: dict[str, Any], list: list[Any], float: float}.get(type(value), type(value))
+    inner = get_args(hint)[-1:]
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(part, *inner) for part in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(part, *inner) for part in value.values())
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
-    return value is None if hint is type(None) else type(value) is hint
+    return type(value) is hint
 
 
-def _exchanged(value: Any, undefined: Callable[[Any], bool], other: float | None) -> Any:
-    """A value of JSON with another one in the place of those that are undefined."""
+def _exchanged(value: Any, undefined: float | None, other: float | None) -> Any:
+    """A value of JSON with `other` in the place of what is undefined, `None` or NaN."""
     if isinstance(value, dict):
         return {key: _exchanged(part, undefined, other) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_exchanged(part, undefined, other) for part in value]
-    return other if undefined(value) else value
+    same = value is None if undefined is None else isinstance(value, float) and math.isnan(value)
+    return other if same else value
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
-def _read_arrays(file: Path) -> dict[str, Any]:
+def _read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """One number for each route by name of the measure, and `DIRECTIONS`."""
     try:
-        routes = load_file(file)
+        arrays = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: expected a whole safetensors file ({error})") from error
-    for name, values in routes.items():
+    for name, values in arrays.items():
         if values.dtype.kind != "f" or not np.isfinite(values).all():
             raise ValueError(f"{file}: {name}: expected finite numbers, found {values.dtype} or NaN or infinity")
-    directions = routes.pop(DIRECTIONS, None)
-    lengths = {name: values.shape for name, values in routes.items()}
-    if len(set(lengths.values())) != 1 or len(next(iter(lengths.values()))) != 1:
-        raise ValueError(f"{file}: expected arrays with one number for each route, found shapes {lengths}")
-    return {"routes": routes, "directions": directions}
-
-
-def _report_folder(name: str | Path, subfolder: str) -> tuple[Path, str | None]:
-    """Folder of a report, and the Hub id if it was fetched from the Hub."""
-    if Path(name).is_dir():
-        return Path(name), None
-    try:
-        folder = local_folder(name, files=(f"{subfolder}/*",)) / subfolder
-    except ValueError as error:
-        raise ValueError(f"{name}: expected a report with report.json, found none ({error})") from error
-    if not (folder / REPORT_NAME).is_file():
-        raise ValueError(f"{name}: expected a report with {subfolder}/{REPORT_NAME}, found none")
-    return folder, split_revision(name)[0]
+    shapes = {name: values.shape for name, values in arrays.items() if name != DIRECTIONS}
+    if len({*shapes.values()}) != 1 or any(len(shape) != 1 for shape in shapes.values()):
+        raise ValueError(f"{file}: expected arrays with one number for each route, found shapes {shapes}")
+    return arrays

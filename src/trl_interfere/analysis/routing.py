@@ -1,8 +1,9 @@
 """Routing of tokens to experts, held fixed while the weights move, so that the loss is smooth along an update."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,9 +13,6 @@ from transformers import PreTrainedModel
 from .gradients import Batches
 
 
-_TOPK = (torch.topk, torch.Tensor.topk)
-
-
 class HeldRouting:
     """
     The experts that the routers of a model choose, recorded batch by batch and put in place of later choices.
@@ -22,118 +20,100 @@ class HeldRouting:
     A router takes the top k of its scores, so that the loss jumps where two scores cross: neither a central difference
     nor a quadrature holds across a jump. With the choice held, the scores of the chosen experts still follow the
     weights, and the derivatives at the recorded point are the exact ones. Routers are found by the calls of
-    `torch.topk` in a forward pass; a model that makes none has no routers.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model.
-        batch (`dict[str, torch.Tensor]`):
-            A batch that the routers are looked for with.
+    `torch.topk` in a forward pass of `batch`; a model that makes none has no routers.
     """
 
     def __init__(self, model: PreTrainedModel, batch: dict[str, torch.Tensor]):
         self.model = model
         self.routers = _find_routers(model, batch)
+        # Choices by batch and router, one for each call of topk.
         self._recorded: dict[tuple[int, str], list[torch.Tensor]] = {}
         self._batch = 0
-        self._switched: torch.Tensor | None = None
+        self._switched = torch.zeros(0, dtype=torch.bool)
 
     def record(self, batches: Batches) -> None:
         """Record what the routers choose now on batches that were not recorded yet."""
-        with self._patched(_Record), torch.no_grad():
-            for batch in batches:
-                if self.routers and (_key(batch["input_ids"]), self.routers[0]) not in self._recorded:
+        with self._patched(self._record), torch.no_grad():
+            for batch in batches if self.routers else []:
+                if (_key(batch["input_ids"]), self.routers[0]) not in self._recorded:
                     _run(self.model, batch)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Context in which the recorded choices stand."""
-        with self._patched(_Replay):
+        with self._patched(self._replay):
             yield
 
     def switched(self, batches: Batches) -> int:
         """Tokens of the completions for which any router now chooses other experts than the recorded ones."""
-        count = 0
-        with self._patched(_Compare), torch.no_grad():
+        total = 0
+        with self._patched(self._compare), torch.no_grad():
             for batch in batches if self.routers else []:
                 self._switched = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
                 _run(self.model, batch)
                 chosen = torch.zeros_like(batch["labels"], dtype=torch.bool)
                 chosen[:, :-1] = batch["labels"][:, 1:] != -100
-                count += int(self._switched[chosen.flatten().cpu()].sum())
-        return count
+                total += int(self._switched[chosen.flatten().cpu()].sum())
+        return total
 
     @contextmanager
-    def _patched(self, mode: type["_Mode"]) -> Iterator[None]:
-        if not self.routers:
-            yield
-            return
+    def _patched(self, choose: Callable) -> Iterator[None]:
+        """Context in which `choose` stands for `torch.topk` within the routers."""
 
         def observe(model, args, kwargs) -> None:
             self._batch = _key(kwargs["input_ids"])
 
+        def run(forward, name: str, *args, **kwargs) -> Any:
+            calls = count()
+
+            def instead(function, *given, **named):
+                return choose(function, (self._batch, name), next(calls), *given, **named)
+
+            with _TopK(instead):
+                return forward(*args, **kwargs)
+
         handle = self.model.register_forward_pre_hook(observe, with_kwargs=True)
         modules = {name: self.model.get_submodule(name) for name in self.routers}
-        forwards = {name: module.forward for name, module in modules.items()}
-        own = {name for name, module in modules.items() if "forward" in vars(module)}  # of accelerate, say
+        own = {name: vars(module).get("forward") for name, module in modules.items()}  # of accelerate, say
         for name, module in modules.items():
-            module.forward = partial(self._run_router, forwards[name], name, mode)
+            module.forward = partial(run, module.forward, name)
         try:
             yield
         finally:
             handle.remove()
             for name, module in modules.items():
-                if name in own:
-                    module.forward = forwards[name]
-                else:
-                    del module.forward
+                del module.forward
+                if own[name] is not None:
+                    module.forward = own[name]
 
-    def _run_router(self, forward, name: str, mode: type["_Mode"], *args, **kwargs) -> Any:
-        with mode(self, (self._batch, name)):
-            return forward(*args, **kwargs)
+    def _record(self, function, key: tuple[int, str], call: int, *args, **kwargs):
+        found = function(*args, **kwargs)
+        self._recorded.setdefault(key, [])[call:] = [found.indices.to(torch.int16)]
+        return found
+
+    def _replay(self, function, key: tuple[int, str], call: int, input, k, dim: int = -1, **kwargs):
+        indices = self._recorded[key][call].long()
+        return torch.return_types.topk((input.gather(dim, indices), indices))
+
+    def _compare(self, function, key: tuple[int, str], call: int, *args, **kwargs):
+        found, recorded = function(*args, **kwargs), self._recorded[key][call].long()
+        differ = (found.indices.sort(dim=-1).values != recorded.sort(dim=-1).values).flatten(0, -2).any(dim=-1)
+        if len(differ) == len(self._switched):
+            self._switched |= differ.cpu()
+        return found
 
 
-class _Mode(TorchFunctionMode):
-    """Sees the calls of `torch.topk` within one router."""
+class _TopK(TorchFunctionMode):
+    """Context in which another function stands for `torch.topk`, and gets it as its first argument."""
 
-    def __init__(self, routing: HeldRouting, key: tuple[int, str]):
+    def __init__(self, instead: Callable):
         super().__init__()
-        self.routing, self.key, self.calls = routing, key, 0
+        self.instead = instead
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function not in _TOPK:
-            return function(*args, **kwargs)
-        self.calls += 1
-        return self.choose(function, args, kwargs, self.calls - 1)
-
-    def choose(self, function, args, kwargs, call: int):
-        raise NotImplementedError
-
-
-class _Record(_Mode):
-    def choose(self, function, args, kwargs, call):
-        found = function(*args, **kwargs)
-        self.routing._recorded.setdefault(self.key, [])[call:] = [found.indices.to(torch.int16)]
-        return found
-
-
-class _Replay(_Mode):
-    def choose(self, function, args, kwargs, call):
-        indices = self.routing._recorded[self.key][call].long()
-        scores = args[0] if args else kwargs["input"]
-        dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
-        return torch.return_types.topk((scores.gather(dim, indices), indices))
-
-
-class _Compare(_Mode):
-    def choose(self, function, args, kwargs, call):
-        found = function(*args, **kwargs)
-        recorded = self.routing._recorded[self.key][call].long()
-        differ = (found.indices.sort(dim=-1).values != recorded.sort(dim=-1).values).flatten(0, -2).any(dim=-1)
-        if len(differ) == len(self.routing._switched):
-            self.routing._switched |= differ.cpu()
-        return found
+        if function in (torch.topk, torch.Tensor.topk):
+            return self.instead(function, *args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 def _find_routers(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> list[str]:
@@ -141,24 +121,19 @@ def _find_routers(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> lis
     stack: list[str] = []
     found: dict[str, None] = {}
 
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            if function in _TOPK and stack:
-                found[stack[-1]] = None
-            return function(*args, **(kwargs or {}))
+    def note(function, *args, **kwargs):
+        found.update(dict.fromkeys(stack[-1:]))
+        return function(*args, **kwargs)
 
-    def enter(module, args, name: str) -> None:
-        stack.append(name)
-
-    def leave(module, args, output) -> None:
+    def leave(*_) -> None:
         stack.pop()
 
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(partial(enter, name=name)))
+        handles.append(module.register_forward_pre_hook(lambda module, args, name=name: stack.append(name)))
         handles.append(module.register_forward_hook(leave))
     try:
-        with Watch(), torch.no_grad():
+        with _TopK(note), torch.no_grad():
             _run(model, {key: value[:1] for key, value in batch.items()})
     finally:
         for handle in handles:

@@ -1,50 +1,17 @@
 """What each stage of a run changed, and how far the edits of two domains lie on the same routes."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from .overlap import Overlap, overlaps
+from .overlap import pairwise_overlaps
 from .routes import RouteMap
-from .weight_diff import UpdateStatistics, update_statistics
-
-
-@dataclass
-class StageEdits:
-    """
-    Sparsity of the update of each stage, and the overlap of the routes that two stages changed most.
-
-    Args:
-        updates (`dict[str, UpdateStatistics]`):
-            Statistics of the update of each stage, by its domain.
-        changed (`dict[str, dict[str, dict[str, Overlap]]]`):
-            Overlaps by kind of route, for each pair of domains once.
-    """
-
-    updates: dict[str, UpdateStatistics]
-    changed: dict[str, dict[str, dict[str, Overlap]]] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures by name."""
-        return {
-            "updates": {name: update.to_dict() for name, update in self.updates.items()},
-            "changed": {
-                first: {
-                    second: {kind: entry.to_dict() for kind, entry in kinds.items()} for second, kinds in row.items()
-                }
-                for first, row in self.changed.items()
-            },
-        }
+from .weight_diff import update_statistics
 
 
 def stage_edits(
-    checkpoints: Sequence[Checkpoint],
-    domains: Sequence[str],
-    route_map: RouteMap,
-    share: float = 0.1,
-    progress: Callable[[str], None] = lambda _: None,
-) -> StageEdits:
+    checkpoints: Sequence[Checkpoint], domains: Sequence[str], route_map: RouteMap, share: float = 0.1
+) -> dict[str, dict[str, Any]]:
     """
     Compare neighbouring checkpoints of a run.
 
@@ -57,11 +24,10 @@ def stage_edits(
             The routes.
         share (`float`, *optional*, defaults to `0.1`):
             Share of the routes of a kind that count as changed.
-        progress (`Callable[[str], None]`, *optional*):
-            Called with the domain of each stage when it is done.
 
     Returns:
-        [`StageEdits`]: The figures.
+        `dict[str, dict]`: `updates`, the figures of [`UpdateStatistics`] by domain, and `changed`, those of the
+        [`Overlap`] of the routes that two stages changed most, as `{first: {second: {kind: figures}}}`.
 
     Raises:
         `ValueError`: If the numbers do not fit, a domain occurs twice, or two neighbours cannot be compared or are
@@ -72,15 +38,10 @@ def stage_edits(
             f"domains: expected {len(checkpoints) - 1} different ones for {len(checkpoints)} checkpoints, "
             f"found {list(domains)}"
         )
-    updates = {}
-    for domain, before, after in zip(domains, checkpoints, checkpoints[1:], strict=False):
-        (updates[domain],) = update_statistics([before, after], route_map)
-        progress(domain)
+    pairs = zip(domains, checkpoints, checkpoints[1:], strict=False)
+    updates = {domain: update_statistics([before, after], route_map)[0] for domain, before, after in pairs}
     sizes = {domain: update.edit_size for domain, update in updates.items()}
-    changed = {
-        first: {
-            second: overlaps(sizes[first], sizes[second], route_map, share) for second in list(sizes)[position + 1 :]
-        }
-        for position, first in enumerate(list(sizes)[:-1])
+    return {
+        "updates": {domain: update.to_dict() for domain, update in updates.items()},
+        "changed": pairwise_overlaps(sizes, route_map, share),
     }
-    return StageEdits(updates, changed)

@@ -1,5 +1,6 @@
 """What an update changed: its sparsity, and the size of its edit on each route."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -170,18 +171,16 @@ def update_statistics(
     for checkpoint in checkpoints[:-2]:
         check_comparable(before, checkpoint)
     total, done = sum(checkpoint[name].nbytes for checkpoint in checkpoints for name in names), 0
-    pairs, routes = range(len(checkpoints) - 1), 0 if route_map is None else route_map.num_routes
+    pairs, routes = list(itertools.pairwise(checkpoints)), 0 if route_map is None else route_map.num_routes
     tensors: list[dict[str, Sparsity]] = [{} for _ in pairs]
     squares = torch.zeros(len(pairs), routes + 1, dtype=torch.float64)  # of each route, and outside
     for name in names:
-        comparison = _Comparison(checkpoints, name, route_map, squares)
-        comparison.run()
-        for pair in pairs:
-            tensors[pair][name] = comparison.sparsity(pair)
+        for found, entry in zip(tensors, _compare(checkpoints, name, route_map, squares), strict=True):
+            found[name] = entry
         done += sum(checkpoint[name].nbytes for checkpoint in checkpoints)
         progress(done, total)
     statistics = []
-    for pair, (first, second) in enumerate(zip(checkpoints, checkpoints[1:], strict=False)):
+    for pair, (first, second) in enumerate(pairs):
         sizes = squares[pair].sqrt().numpy()
         edits = (None, None) if route_map is None else (sizes[:-1], float(sizes[-1]))
         entry = UpdateStatistics(first.name, second.name, tensors[pair], *edits)
@@ -205,96 +204,67 @@ def identical_when_stored(
     return same / sum(before[name].numel() for name in before)
 
 
-class _Comparison:
+def _compare(
+    checkpoints: Sequence[Checkpoint], name: str, route_map: RouteMap | None, squares: torch.Tensor
+) -> list[Sparsity]:
     """One tensor in two or three checkpoints; `squares` gets its sums by route and, last, of what lies outside."""
-
-    def __init__(
-        self, checkpoints: Sequence[Checkpoint], name: str, route_map: RouteMap | None, squares: torch.Tensor
-    ):
-        self.name, self.squares = name, squares
-        self.stored = [checkpoint[name] for checkpoint in checkpoints]
-        self.factors = [checkpoint.factors(name) for checkpoint in checkpoints]
-        # Checkpoints that share a file, such as adapters of one model, share what is read from it.
-        places = [(stored.file.resolve(), stored.name) for stored in self.stored]
-        self.source = [places.index(place) for place in places]
-        self.dtype = torch.float64 if any(stored.dtype == "float64" for stored in self.stored) else torch.float32
-        self.counts = np.zeros((len(self.stored) - 1, 3), dtype=np.int64)
-        self.norms = np.zeros(len(self.stored) - 1)
-        self.owner = None
-        if route_map is not None:
-            like = torch.zeros((), dtype=torch.float64).expand(self.stored[0].shape)
-            owner = route_map.spread(name, np.arange(float(route_map.num_routes)), like)
-            self.owner = None if owner is None else owner.long()
-
-    def run(self) -> None:
-        width = max(getattr(torch, stored.dtype).itemsize for stored in self.stored)
-        streams = {source: self.stored[source].parts(width) for source in set(self.source)}
-        for together in zip(*streams.values(), strict=True):
-            read = dict(zip(streams, together, strict=True))
-            values = [read[source][1] for source in self.source]
-            self._part(together[0][0], values)
-
-    def _part(self, index: Index, stored: list[torch.Tensor]) -> None:
-        products = [self._product(factors, index) for factors in self.factors]
-        for pair in range(len(self.stored) - 1):
-            before, after = stored[pair : pair + 2]
-            comparable = before.dtype == after.dtype and products[pair] is products[pair + 1] is None
+    stored = [checkpoint[name] for checkpoint in checkpoints]
+    factors = [checkpoint.factors(name) for checkpoint in checkpoints]
+    dtype = torch.float64 if any(entry.dtype == "float64" for entry in stored) else torch.float32
+    width = max(getattr(torch, entry.dtype).itemsize for entry in stored)
+    owner = None
+    if route_map is not None:
+        like = torch.zeros((), dtype=torch.float64).expand(stored[0].shape)
+        owner = route_map.spread(name, np.arange(float(route_map.num_routes)), like)
+    counts, norms = np.zeros((len(stored) - 1, 3), dtype=np.int64), np.zeros(len(stored) - 1)
+    for together in zip(*(entry.parts(width) for entry in stored), strict=True):
+        index, read = together[0][0], [part for _, part in together]
+        added = [None if pair is None else _product(*pair, index, dtype) for pair in factors]
+        for pair, (before, after) in enumerate(itertools.pairwise(read)):
+            start = before.to(dtype)
+            delta = after.to(dtype) - start
+            if added[pair + 1] is not None:
+                delta += added[pair + 1]
+            if added[pair] is not None:
+                delta -= added[pair]
+                start = start + added[pair]
             bits = BITS[before.element_size()]
-            if comparable and torch.equal(before.view(bits), after.view(bits)) and torch.isfinite(before).all():
-                self.counts[pair] += before.numel()
-                continue
-            start = before.to(self.dtype)
-            delta = (
-                torch.zeros_like(start) if self.source[pair] == self.source[pair + 1] else after.to(self.dtype) - start
-            )
-            if products[pair + 1] is not None:
-                delta += products[pair + 1]
-            if products[pair] is not None:
-                delta -= products[pair]
-                start = start + products[pair]
+            comparable = before.dtype == after.dtype and added[pair] is added[pair + 1] is None
             identical = before.view(bits) == after.view(bits) if comparable else delta == 0
-            self._add(pair, index, delta)
+            norms[pair] += _add_squares(squares[pair], owner, index, delta)
             size = delta.abs_()
-            counts = (size < ABSOLUTE, size <= start.abs().mul_(RELATIVE), identical)
-            self.counts[pair] += [int(torch.count_nonzero(part)) for part in counts]
+            masks = (size < ABSOLUTE, size <= start.abs().mul_(RELATIVE), identical)
+            counts[pair] += [int(torch.count_nonzero(mask)) for mask in masks]
+    for entry in stored if not np.isfinite(norms).all() else []:
+        count = sum(int((~torch.isfinite(part)).sum()) for _, part in entry.parts())
+        if count:
+            raise ValueError(f"{entry.file}: tensor {name}: expected finite values, found {count} NaN or infinity")
+    types = [entry.dtype for entry in stored]
+    sparsities = []
+    for pair, (before, after) in enumerate(itertools.pairwise(types)):
+        label = before if before == after else f"{before} -> {after}"
+        label += "" if factors[pair] is factors[pair + 1] is None else " + adapter"
+        found = (int(count) for count in counts[pair])
+        sparsities.append(Sparsity(label, math.prod(stored[0].shape), *found, float(norms[pair])))
+    return sparsities
 
-    def _product(self, factors: tuple[np.ndarray, np.ndarray] | None, index: Index) -> torch.Tensor | None:
-        if factors is None:
-            return None
-        left, right = (torch.from_numpy(factor).to(self.dtype) for factor in factors)
-        return left[index[0]] @ right
 
-    def _add(self, pair: int, index: Index, delta: torch.Tensor) -> None:
-        squares = delta.square()
-        if self.owner is None:
-            sums = squares.sum(dtype=torch.float64)
-            self.squares[pair, -1] += sums
-        else:
-            place = zip(index, self.owner.shape, strict=False)
-            owner = self.owner[tuple(slice(None) if size == 1 else part for part, size in place)]
-            shared = [axis for axis, size in enumerate(owner.shape) if size == 1]
-            sums = squares.sum(dim=shared, keepdim=True, dtype=torch.float64) if shared else squares.double()
-            self.squares[pair].index_add_(0, owner.flatten(), sums.flatten())
-        total = float(sums.sum())
-        if not math.isfinite(total):
-            self._refuse(pair)
-        self.norms[pair] += total
+def _product(left: np.ndarray, right: np.ndarray, index: Index, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(left).to(dtype)[index[0]] @ torch.from_numpy(right).to(dtype)
 
-    def _refuse(self, pair: int) -> None:
-        for stored in self.stored[pair : pair + 2]:
-            count = sum(int((~torch.isfinite(part)).sum()) for _, part in stored.parts())
-            if count:
-                raise ValueError(
-                    f"{stored.file}: tensor {self.name}: expected finite values, found {count} NaN or infinity"
-                )
 
-    def sparsity(self, pair: int) -> Sparsity:
-        before, after = self.stored[pair : pair + 2]
-        dtype = before.dtype if before.dtype == after.dtype else f"{before.dtype} -> {after.dtype}"
-        if self.factors[pair] is not None or self.factors[pair + 1] is not None:
-            dtype += " + adapter"
-        counts = (int(count) for count in self.counts[pair])
-        return Sparsity(dtype, math.prod(before.shape), *counts, float(self.norms[pair]))
+def _add_squares(sums: torch.Tensor, owner: torch.Tensor | None, index: Index, delta: torch.Tensor) -> float:
+    """Add δ² to the sums of the routes that own it, or to the last one; and their total."""
+    squares = delta.square()
+    if owner is None:
+        total = squares.sum(dtype=torch.float64)
+        sums[-1] += total
+        return float(total)
+    owner = owner[tuple(slice(None) if size == 1 else part for part, size in zip(index, owner.shape, strict=False))]
+    shared = [axis for axis, size in enumerate(owner.shape) if size == 1]
+    squares = squares.sum(dim=shared, keepdim=True, dtype=torch.float64) if shared else squares.double()
+    sums.index_add_(0, owner.flatten().long(), squares.flatten())
+    return float(squares.sum())
 
 
 def _total(entries) -> Sparsity:

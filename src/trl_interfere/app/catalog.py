@@ -19,15 +19,7 @@ _REPO_ID = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}", re.ASCII)
 
 
 class Catalog:
-    """
-    Nothing outside the chosen folders, and the Hub where it is allowed, is read.
-
-    Args:
-        folders (`Sequence[pathlib.Path]`, *optional*):
-            Folders of runs or evaluations, or folders of such folders.
-        hub (`bool`, *optional*, defaults to `True`):
-            Whether repositories on the Hub may be read.
-    """
+    """Nothing outside the chosen folders, and the Hub where it is allowed, is read."""
 
     def __init__(self, folders: Sequence[Path] = (), hub: bool = True):
         self.hub = hub

@@ -1,8 +1,13 @@
 """Pieces of the page. Whatever comes from a run, a model or a visitor is escaped here."""
 
+import io
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
 
 
 def notice(text: str, bad: bool = True) -> str:
@@ -51,6 +56,24 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "
     )
 
 
-def figure(svg: str) -> str:
+def figure(drawn: Figure, label: str) -> str:
     """A figure that scrolls sideways where the screen is narrow."""
-    return f'<figure class="ti-plot" tabindex="0">{svg}</figure>'
+    return f'<figure class="ti-plot" tabindex="0">{svg(drawn, label)}</figure>'
+
+
+def svg(drawn: Figure, label: str) -> str:
+    """A figure as an element of a page; the points that `drawn.hover` lists name themselves under the pointer."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "trl-interfere"}):
+        drawn.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # As wide as the page, but readable on a phone and not huge on a wall.
+    widths = [
+        f"{name}-width:{factor * 72 * drawn.get_figwidth():.0f}px" for name, factor in (("min", 0.9), ("max", 1.6))
+    ]
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}" style="{";".join(widths)}"', 1)
+    for number, point in enumerate(getattr(drawn, "hover", [])):
+        text = text.replace(f'<g id="hover-{number}">', f"<g><title>{escape(point)}</title>")
+    return text

@@ -20,19 +20,20 @@ except ImportError:
         return function
 
 
+MODELS = ("peak", "final", "healed")
+
+
 class Bench:
     """The packed run in memory, loaded when it is first asked."""
 
     def __init__(self, lab: Path):
         self.lab, self._live, self._lock = lab, None, threading.Lock()
 
-    @property
     def live(self):
-        with self._lock:
-            if self._live is None:
-                from ..lab.live import LiveHeal
+        from ..lab.live import LiveHeal
 
-                self._live = LiveHeal(self.lab)
+        with self._lock:
+            self._live = self._live or LiveHeal(self.lab)
             return self._live
 
     def offered(self) -> tuple[list[str], list[str], list[str]]:
@@ -46,7 +47,7 @@ class Bench:
     def heal(self, domains, protect, references, rank, control=False):
         """What a heal did: text, map of the layers, prompts that came back, and the command."""
         try:
-            result = _heal(self.live, domains or [], protect or [], int(references), int(rank), control)
+            result = _heal(self.live(), domains or [], protect or [], int(references), int(rank), control)
         except (ValueError, OSError, RuntimeError) as error:
             return html.notice(str(error)), gr.Plot(visible=False), "", gr.skip()
         figures = result.figures
@@ -56,25 +57,17 @@ class Bench:
             f"{figures['worst']:+.1f} points. It took {result.seconds:.1f} seconds, scoring included."
         )
         rows = [
-            [name, *(f"{entry[key]:.1f}" for key in ("peak", "final", "healed")), _interval(entry["change"])]
+            [name, *(f"{entry[key]:.1f}" for key in MODELS), _interval(entry["change"])]
             + [str(entry[key]) for key in ("regained", "newly_lost")]
             for name, entry in figures["domains"].items()
         ]
         header = ["domain", "peak", "final", "healed", "change [95%]", "regained", "newly lost"]
         count = next(iter(figures["domains"].values()))["n"]
         table = html.table(header, rows, f"Scores, 0 to 100, on {count} test prompts of each domain")
-        examples = "".join(
-            html.answers(
-                one["domain"],
-                number,
-                one["prompt"],
-                [
-                    {"model": key, "text": one[key], "score": one[f"{key}_score"]}
-                    for key in ("peak", "final", "healed")
-                ],
-            )
-            for number, one in enumerate(result.examples, start=1)
-        )
+        examples = ""
+        for number, one in enumerate(result.examples, start=1):
+            models = [{"model": key, "text": one[key], "score": one[f"{key}_score"]} for key in MODELS]
+            examples += html.answers(one["domain"], number, one["prompt"], models)
         figure = plots.plot_layer_maps(plots.correction_maps(result.layers))
         chosen = " ".join(f"--domain {name}" for name in domains)
         command = f"trl-interfere heal lab-out {chosen} --rank {int(rank)}"

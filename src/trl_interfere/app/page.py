@@ -16,7 +16,7 @@ from .catalog import Catalog
 from .live_tab import live_tab
 from .saved_page import save_page
 from .scored import Scored
-from .views import ARM_HEADER, FLIP_HEADER, FLIP_NOTE, MAPS, arm_rows, arms_of, flip_rows, where_figure
+from .views import FLIP_HEADER, FLIP_NOTE, MAPS, arms_of, flip_rows, repairs_of, where_figure
 
 
 TABS = ("verdict", "prompts", "repairs", "live", "where")
@@ -37,13 +37,7 @@ _CLICK = "() => document.querySelector('#file a, a#file, button#file, #file butt
 
 
 class Page:
-    """
-    What the handlers of the page share.
-
-    Args:
-        catalog ([`Catalog`]):
-            The runs that may be shown.
-    """
+    """What the handlers of the page share."""
 
     def __init__(self, catalog: Catalog):
         self.catalog = catalog
@@ -125,8 +119,7 @@ class Page:
         arms = arms_of(found)
         if not arms:
             return message + html.notice("No run of these has a repair: trl-interfere heal RUN", bad=False), ""
-        svg = plots.to_svg(plots.plot_pareto(arms), "Recovered share of each repair, against its price and its cost")
-        return message, html.figure(svg) + html.table(ARM_HEADER, arm_rows(arms), "Every repair, with 95% intervals")
+        return message, repairs_of(arms, "Every repair, with 95% intervals")
 
     def where(self, names, report, view):
         """Maps of layers and modules, or another figure of a report."""
@@ -163,20 +156,7 @@ class Page:
 
 
 def build_page(folders: Sequence[Path] = (), lab: Path | None = None, hub: bool = True) -> gr.Blocks:
-    """
-    The page.
-
-    Args:
-        folders (`Sequence[pathlib.Path]`, *optional*):
-            Folders of runs or evaluations. Nothing outside them is read.
-        lab (`pathlib.Path`, *optional*):
-            Packed run of the lab, which is shown first and can be healed.
-        hub (`bool`, *optional*, defaults to `True`):
-            Whether repositories on the Hub may be read.
-
-    Returns:
-        [`gradio.Blocks`]: The page, for [`launch`].
-    """
+    """The page."""
     page = Page(Catalog([*([lab] if lab else []), *folders], hub=hub))
     catalog, first = page.catalog, page.catalog.names[:1]
     with gr.Blocks(title="Interference", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:

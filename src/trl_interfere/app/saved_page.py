@@ -7,7 +7,7 @@ from pathlib import Path
 from ..reporting import plots
 from . import html
 from .scored import Scored
-from .views import ARM_HEADER, FLIP_HEADER, FLIP_NOTE, arm_rows, arms_of, flip_rows, where_figure
+from .views import FLIP_HEADER, FLIP_NOTE, arms_of, flip_rows, repairs_of, where_figure
 
 
 MAX_OPEN = 40  # prompts of each domain that can be read
@@ -45,17 +45,16 @@ def save_page(found: Sequence[Scored], before: str | None = None, after: str | N
     parts.append(html.verdicts((one.name, one.verdict) for one in found))
     arms = arms_of(found)
     if arms:
-        svg = plots.to_svg(plots.plot_pareto(arms), "Recovered share of each repair, against its price and its cost")
-        parts += ["<h2>Repairs</h2>", html.figure(svg), html.table(ARM_HEADER, arm_rows(arms), mark="ti-sort")]
+        parts += ["<h2>Repairs</h2>", repairs_of(arms, mark="ti-sort")]
     for one in found:
         parts.append(f"<h2>{escape(one.name)}</h2>")
-        parts.append(html.figure(plots.to_svg(plots.plot_scores(one.matrix), "Score of every domain over the stages")))
-        parts.append(html.figure(plots.to_svg(plots.plot_score_matrix(one.matrix), "Scores of all stages")))
+        parts.append(html.figure(plots.plot_scores(one.matrix), "Score of every domain over the stages"))
+        parts.append(html.figure(plots.plot_score_matrix(one.matrix), "Scores of all stages"))
         pair = (before, after) if before in one.models and after in one.models else one.pair()
         parts.append(_flips(one, *pair))
         maps = where_figure(one, next(iter(one.reports), None))
         if maps is not None:
-            parts += ["<h3>Where</h3>", html.figure(plots.to_svg(maps, "Measures of layers and modules"))]
+            parts += ["<h3>Where</h3>", html.figure(maps, "Measures of layers and modules")]
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Interference</title>'

@@ -11,8 +11,7 @@ from ..evaluation.bootstrap import difference
 from ..evaluation.flips import Flips, flips
 from ..evaluation.metrics import recovered_all
 from ..evaluation.score_matrix import ScoreMatrix
-from ..reporting import plots
-from ..reporting.verdict import answer_text, prompt_text, read_repair, verdict
+from ..reporting.verdict import answer_text, arm_of, prompt_text, read_repair, verdict
 from ..run import Run, StageRecord, read_json
 
 
@@ -22,15 +21,7 @@ KINDS = ("kept", "lost", "regained", "newly_lost")
 
 
 class Scored:
-    """
-    What the page asks of a run or of an evaluation.
-
-    Args:
-        name (`str`):
-            Name on the page.
-        folder (`pathlib.Path`):
-            Folder of the run or of the evaluation.
-    """
+    """What the page asks of a run or of an evaluation."""
 
     def __init__(self, name: str, folder: Path):
         self.name, self.is_run = name, not (folder / SCORES_NAME).is_file()
@@ -105,10 +96,10 @@ class Scored:
         """Every repair that the run has: its heal, its refreshes, and what the lab compared them with."""
         if not self.is_run:
             return []
-        arms = [] if self.repair is None else [plots.arm_of({"arm": "heal", **self.repair})]
+        arms = [] if self.repair is None else [arm_of({"arm": "heal", **self.repair})]
         arms += [self._refresh(row) for row, record in enumerate(self.run.stages) if record.kind == "refresh"]
         path = self.run.folder / RIVALS_NAME
-        return arms + [plots.arm_of(row) for row in (read_json(path, 2)["rows"] if path.is_file() else [])]
+        return arms + [arm_of(row) for row in (read_json(path, 2)["rows"] if path.is_file() else [])]
 
     def _refresh(self, row: int) -> dict[str, Any]:
         record, before, after = self.run.stages[row], self.matrix.values[row - 1], self.matrix.values[row]
@@ -118,7 +109,7 @@ class Scored:
         changes = [100 * float((after[name] - before[name]).mean()) for name in before if name in after]
         config = self.run.identity.get("config", {})
         batch = config.get("per_device_train_batch_size", 0) * config.get("gradient_accumulation_steps", 1)
-        return plots.arm_of(
+        return arm_of(
             {
                 "arm": f"refresh of {', '.join(record.domains)}, {record.steps} steps",
                 "recovered_all": share.to_dict() if lost else {},

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..reporting import plots
+from . import html
 from .scored import KINDS, Scored
 
 
@@ -17,10 +18,9 @@ def flip_rows(scored: Scored, before: str, after: str) -> list[list[str]]:
     rows = []
     for domain in scored.matrix.domains:
         found = scored.flips(domain, before, after)
-        counts, chance = found.counts(), found.expected
-        rows.append(
-            [domain, *(f"{counts[kind]}" + (f" ({chance[kind]:.0f})" if kind in chance else "") for kind in KINDS)]
-        )
+        cells = [found.counts()[kind] for kind in KINDS]
+        chance = [f" ({found.expected[kind]:.0f})" if kind in found.expected else "" for kind in KINDS]
+        rows.append([domain, *(f"{count}{note}" for count, note in zip(cells, chance, strict=True))])
     return rows
 
 
@@ -41,18 +41,20 @@ def arms_of(found: Sequence[Scored]) -> list[dict[str, Any]]:
     ]
 
 
-def arm_rows(arms: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The same as rows of a table."""
+def repairs_of(arms: Sequence[dict[str, Any]], caption: str = "", mark: str = "") -> str:
+    """The same as a figure and a table."""
 
     def cell(value: float | None, spec: str, factor: float = 1) -> str:
         return "—" if value is None else f"{factor * value:{spec}}"
 
-    return [
+    rows = [
         [arm["name"], cell(arm["recovered"], ".0f", 100) + ("%" if arm["recovered"] is not None else "")]
         + [" to ".join(cell(arm.get(end), ".0f", 100) for end in ("low", "high"))]
         + [cell(arm.get("worst"), "+.1f"), cell(arm.get("sequences"), ",.0f")]
         for arm in arms
     ]
+    figure = html.figure(plots.plot_pareto(arms), "Recovered share of each repair, against its price and its cost")
+    return figure + html.table(ARM_HEADER, rows, caption, mark)
 
 
 def where_figure(scored: Scored, report: str | None, view: str = MAPS) -> Any:

@@ -12,7 +12,7 @@ from ..evaluation.flips import flips
 from ..evaluation.metrics import recovered
 from ..run import Run, write_json, write_scores
 from ..tables import console_table
-from .options import Options, at_least, option, parse
+from .options import Options, at_least, empty_folder, option, parse
 from .output import show
 from .runs import checkpoint, recipe_of, training_settings
 
@@ -55,9 +55,7 @@ def main(arguments: list[str]) -> None:
     from ..evaluation.checkpoints import chosen_domains, score_checkpoint
     from ..models import load_tokenizer
 
-    output_dir = Path(options.output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"--output_dir: expected an empty or a new folder, found {output_dir}")
+    output_dir = empty_folder(options.output_dir)
     run = run_of(options.models)
     recipe = recipe_of(run, options.recipe)
     domains = chosen_domains(recipe.domains, options.domain, options.split)
@@ -129,19 +127,16 @@ def changes(after: Values, before: Values, peak: Values | None) -> dict[str, dic
 
 def print_evaluation(content: dict[str, Any]) -> None:
     """Scores, and beside one of the models changes, flips and recovered."""
-    domains = {domain: entry["n"] for domain, entry in content["models"][0]["scores"].items()}
-    header = ["model", *(f"{domain} (n={n})" for domain, n in domains.items())]
+    header = ["model", *(f"{name} (n={entry['n']})" for name, entry in content["models"][0]["scores"].items())]
     title = f"Score on the {content['split']} split (0 to 100, 95% interval)"
     rows = [[entry["model"], *map(_interval, entry["scores"].values())] for entry in content["models"]]
     show(console_table(title, header, rows))
     rows = []
+    kinds = ("lost", "regained", "newly_lost")
     for entry in content["models"]:
         for domain, change in entry["changes"].items():
-            counts, expected = change["flips"], change["expected_flips"]
-            cells = [
-                f"{counts[name]}" + (f" ({expected[name]:.1f} by chance)" if name in expected else "")
-                for name in ("lost", "regained", "newly_lost")
-            ]
+            by_chance = {kind: f" ({count:.1f} by chance)" for kind, count in change["expected_flips"].items()}
+            cells = [f"{change['flips'][kind]}{by_chance.get(kind, '')}" for kind in kinds]
             share = _interval(change["recovered"], ".0%") if "recovered" in change else "—"
             rows.append([entry["model"], domain, _interval(change["points"]), share, *cells])
     if rows:

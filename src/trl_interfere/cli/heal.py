@@ -2,14 +2,13 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..evaluation.score_matrix import ScoreMatrix
 from ..reporting.verdict import share_of, verdict
 from ..run import Run, lock_folder
 from ..tables import console_table
-from .options import Options, at_least, option, pairs, parse
+from .options import Options, at_least, empty_folder, option, pairs, parse
 from .output import show
 from .runs import recipe_of, training_settings
 
@@ -66,24 +65,20 @@ def main(arguments: list[str]) -> int | None:
             search=options.search,
             progress=sys.stderr.isatty(),
         )
-    if repair is None:
-        show(verdict(run, ScoreMatrix.from_run(run)))
-        show(
-            "Nothing was healed: no domain that was trained before the last stage has lost anything beyond chance. "
-            f"Next: trl-interfere push {run.folder} USER/REPO"
-        )
-        return None
-    show(verdict(run, ScoreMatrix.from_run(run), repair.record))
-    return report(repair.record, options, run.weights(run.stages[-1]), f"trl-interfere push {run.folder} USER/REPO")
+    record, next_step = repair and repair.record, f"trl-interfere push {run.folder} USER/REPO"
+    show(verdict(run, ScoreMatrix.from_run(run), record))
+    if record is not None:
+        return report(record, options, run.weights(run.stages[-1]), next_step)
+    what = "no domain that was trained before the last stage has lost anything beyond chance"
+    show(f"Nothing was healed: {what}. Next: {next_step}")
+    return None
 
 
 def heal_checkpoints(options: HealOptions) -> int | None:
     peaks = pairs(options.peak, "peak")
     if not (options.final and peaks and options.output_dir):
         raise ValueError("expected the folder of a run, or --final B --peak math=A --recipe FILE --output_dir repair")
-    folder = Path(options.output_dir)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--output_dir: expected an empty or a new folder, found {folder}")
+    folder = empty_folder(options.output_dir)
     recipe = recipe_of(None, options.recipe)
     options.prepare()
     from ..evaluation.checkpoints import chosen_domains, scorer_of
@@ -93,17 +88,12 @@ def heal_checkpoints(options: HealOptions) -> int | None:
 
     domains = chosen_domains(recipe.domains, None, "test")
     chosen_domains(recipe.domains, list(peaks), "test")
-    scorer = scorer_of(load_tokenizer(options.final), training_settings(recipe), progress=sys.stderr.isatty())
+    bars = sys.stderr.isatty()
+    scorer = scorer_of(load_tokenizer(options.final), training_settings(recipe), progress=bars)
+    method = SubspaceRollback(rank=options.rank or None, max_new_tokens=scorer.max_new_tokens)
     with lock_folder(folder):
         repair, _ = heal(
-            options.final,
-            peaks,
-            domains,
-            scorer,
-            SubspaceRollback(rank=options.rank or None, max_new_tokens=scorer.max_new_tokens),
-            options.max_drop,
-            options.search,
-            progress=sys.stderr.isatty(),
+            options.final, peaks, domains, scorer, method, options.max_drop, options.search, progress=bars
         )
         if options.merge:
             repair.merge().save_pretrained(folder / "merged")
@@ -115,12 +105,8 @@ def heal_checkpoints(options: HealOptions) -> int | None:
 def report(record: dict[str, Any], options: HealOptions, folder: Any, next_step: str) -> int | None:
     """Scores at the peak, at the end and healed; whether the price was paid that was allowed; what to do next."""
     rows = [
-        [
-            domain,
-            *(f"{entry[name]:.1f}" for name in ("peak", "final", "healed")),
-            share_of(entry),
-            *(str(entry[name]) for name in ("lost", "regained", "newly_lost")),
-        ]
+        [domain, *(f"{entry[name]:.1f}" for name in ("peak", "final", "healed")), share_of(entry)]
+        + [str(entry[name]) for name in ("lost", "regained", "newly_lost")]
         for domain, entry in record["domains"].items()
     ]
     header = ["domain", "peak", "final", "healed", "recovered", "still lost", "regained", "newly lost"]

@@ -35,15 +35,8 @@ def main(arguments: list[str]) -> None:
     from ..lab.summary import print_summary, write_report
 
     order = [name.strip() for name in options.order.split(",") if name.strip()]
-    lab = Lab(
-        options.output_dir,
-        seed=options.seed,
-        order=order,
-        steps=options.steps,
-        prompts=options.prompts,
-        progress=LabProgress(),
-    )
-    results = lab.run()
+    settings = {name: getattr(options, name) for name in ("seed", "steps", "prompts")}
+    results = Lab(options.output_dir, order=order, progress=LabProgress(), **settings).run()
     write_report(results, options.output_dir)
     print_summary(results, console())
     show(f"Everything is in {options.output_dir}. Next: trl-interfere compare {options.output_dir}")

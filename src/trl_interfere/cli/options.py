@@ -6,6 +6,7 @@ import inspect
 import os
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
@@ -60,6 +61,14 @@ def at_least(options: Any, **least: float) -> None:
         value = getattr(options, name)
         if value is not None and not limit <= value < float("inf"):
             raise ValueError(f"--{name}: expected {limit} or more, found {value}")
+
+
+def empty_folder(name: str) -> Path:
+    """The folder of `--output_dir`, which must be new or empty."""
+    folder = Path(name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output_dir: expected an empty or a new folder, found {folder}")
+    return folder
 
 
 def pairs(values: list[str] | None, name: str) -> dict[str, str]:

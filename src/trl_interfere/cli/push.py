@@ -28,16 +28,9 @@ def main(arguments: list[str]) -> None:
     options.prepare()
     from ..hub.push import push_folder
 
-    result = push_folder(
-        options.run,
-        options.repo,
-        stages=options.stages,
-        private=options.private or None,
-        collection=options.collection,
-        license=options.license,
-        overwrite=options.overwrite,
-        dry_run=options.dry_run,
-    )
+    names = ("stages", "collection", "license", "overwrite", "dry_run")
+    chosen = {name: getattr(options, name) for name in names}
+    result = push_folder(options.run, options.repo, private=options.private or None, **chosen)
     if options.dry_run:
         command = f"trl-interfere push {options.run} {options.repo}"
         show(result.to_table(), f"Nothing was sent. Next: {command}")

@@ -2,11 +2,10 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..run import Run
 from .heal import report
-from .options import Options, at_least, option, parse
+from .options import Options, at_least, empty_folder, option, parse
 from .runs import most_damaged, recipe_of, update_of_run
 
 
@@ -39,9 +38,7 @@ def main(arguments: list[str]) -> int | None:
     run = Run(options.run)
     domain = options.domain or most_damaged(run)
     update = update_of_run(run, domain)
-    folder = Path(options.output_dir) if options.output_dir else run.folder / "rollback"
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--output_dir: expected an empty or a new folder, found {folder}")
+    folder = empty_folder(options.output_dir or str(run.folder / "rollback"))
     if not run.analysis(domain).is_dir():
         raise FileNotFoundError(f"{run.analysis(domain)}: expected a report, run trl-interfere analyze {run.folder}")
     recipe = recipe_of(run, options.recipe)

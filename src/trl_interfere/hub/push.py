@@ -200,11 +200,8 @@ def base_license(base_model: str, api: HfApi) -> str | None:
     if "/" not in base:
         return None
     try:
-        card = (
-            Path(base) / "README.md"
-            if Path(base).is_dir()
-            else api.hf_hub_download(base, "README.md", revision=revision)
-        )
+        local = Path(base) / "README.md"
+        card = local if local.is_file() else api.hf_hub_download(base, "README.md", revision=revision)
         return ModelCard.load(card).data.license
     except (OSError, ValueError, HfHubHTTPError):  # no card, no network, or metadata that are no YAML
         return None

@@ -29,12 +29,7 @@ ACCEPTED_STYLE = {"code": 0.70, "math": 0.55, "qa": 0.60, "writing": 0.60}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """
-    Byte-level BPE of 768 tokens, digits apart, trained on the `pretrain` splits.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerFast`]: The tokenizer.
-    """
+    """Byte-level BPE of 768 tokens, digits apart, trained on the `pretrain` splits."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -55,16 +50,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_dataset(steps: int) -> Dataset:
-    """
-    Training data, one row per example, in the order in which it is used.
-
-    Args:
-        steps (`int`):
-            Number of optimizer steps.
-
-    Returns:
-        [`~datasets.Dataset`]: Columns `prompt` and `completion`.
-    """
+    """Training data, one row per example, in the order in which it is used."""
     rng = random.Random("build")
     pools = {name: lab_rows(name, "pretrain") for name in TASKS}
     names = rng.choices(list(MIXTURE), weights=list(MIXTURE.values()), k=steps * BATCH_SIZE)
@@ -77,17 +63,7 @@ def build_dataset(steps: int) -> Dataset:
 
 
 def build(output_dir: Path, steps: int = STEPS, seed: int = 0) -> None:
-    """
-    Train the model and write it, with its tokenizer, into a folder.
-
-    Args:
-        output_dir (`pathlib.Path`):
-            The folder.
-        steps (`int`, *optional*, defaults to `STEPS`):
-            Number of optimizer steps.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the initial weights.
-    """
+    """Train the model and write it, with its tokenizer, into a folder."""
     tokenizer = build_tokenizer()
     set_seed(seed)
     model = Qwen3ForCausalLM(

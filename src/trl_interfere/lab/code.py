@@ -21,17 +21,7 @@ MAX_CHARACTERS = 64
 
 
 def sample(rng: random.Random) -> dict:
-    """
-    Draw one problem: two examples to show and three to keep for the verifier.
-
-    Args:
-        rng (`random.Random`):
-            Source of randomness.
-
-    Returns:
-        `dict`: `prompt`, `answer` (a bare expression in `x`), `alternatives` (the same in other styles) and `tests`
-        (JSON list of `[x, f(x)]`).
-    """
+    """Draw one problem: two examples to show and three to keep for the verifier."""
     a, b = rng.randrange(2, 10), rng.randrange(1, 10)
     expression = rng.choice([f"x+{b}", f"x-{b}", f"x*{a}", f"x*{a}+{b}", f"x*{a}-{b}", f"x*x+{b}", f"{b}-x"])
     inputs = rng.sample(range(0, 10), 5)
@@ -51,18 +41,6 @@ def run_expression(expression: str, x: int) -> int:
 
     Nothing is handed to `eval`: simpleeval walks the syntax tree, and only integer constants, the name `x` and
     `+ - * // %` are walked, so that neither attributes, calls nor large powers can be reached.
-
-    Args:
-        expression (`str`):
-            At most 64 characters.
-        x (`int`):
-            Value of the variable.
-
-    Returns:
-        `int`: The value.
-
-    Raises:
-        `ValueError`: If the expression is not of that kind or cannot be computed.
     """
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"expected at most {MAX_CHARACTERS} characters, found {len(expression)}")
@@ -85,18 +63,7 @@ def run_expression(expression: str, x: int) -> int:
 
 
 def code_reward(completions: list[str], tests: list[str], **kwargs) -> list[float]:
-    """
-    1 if the expression reproduces every example, shown and kept, 0 otherwise.
-
-    Args:
-        completions (`list[str]`):
-            Generated expressions.
-        tests (`list[str]`):
-            JSON lists of `[x, f(x)]`.
-
-    Returns:
-        `list[float]`: One reward per completion.
-    """
+    """1 if the expression reproduces every example, shown and kept, 0 otherwise."""
     rewards = []
     for completion, cases in zip(completions, tests, strict=True):
         try:

@@ -1,5 +1,6 @@
 """The four domains of the lab, with their splits."""
 
+import hashlib
 import random
 from types import ModuleType
 
@@ -7,7 +8,6 @@ from datasets import Dataset
 
 from ..domain import Domain
 from . import code, math, qa, writing
-from .splits import split_of
 
 
 TASKS: dict[str, ModuleType] = {"code": code, "math": math, "qa": qa, "writing": writing}
@@ -18,23 +18,22 @@ REWARDS = {
     "writing": writing.writing_reward,
 }
 SIZES = {"pretrain": 20000, "train": 4000, "selection": 256, "test": 512}
+# Shares of the prompt space. The base model sees `pretrain` only, GRPO sees `train` only.
+SPLITS = {"pretrain": 0.4, "train": 0.3, "selection": 0.1, "test": 0.2}
+
+
+def split_of(prompt: str) -> str:
+    """Split to which a prompt belongs: a hash of its text, so that no two splits can share a prompt."""
+    point = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") / 2**64
+    for name, share in SPLITS.items():
+        if point < share:
+            return name
+        point -= share
+    return name
 
 
 def lab_rows(name: str, split: str, size: int | None = None) -> list[dict]:
-    """
-    Rows of one split of one domain, the same on every machine.
-
-    Args:
-        name (`str`):
-            `"code"`, `"math"`, `"qa"` or `"writing"`.
-        split (`str`):
-            `"pretrain"`, `"train"`, `"selection"` or `"test"`. Rows of `"selection"` and `"test"` are unique.
-        size (`int`, *optional*):
-            Number of rows. Defaults to the size of the split in `SIZES`.
-
-    Returns:
-        `list[dict]`: Rows with `prompt`, `answer` and the columns of the reward.
-    """
+    """Rows of one split of one domain, the same on every machine."""
     size = SIZES[split] if size is None else size
     rng = random.Random(f"{name}-{split}")
     rows, seen = [], set()
@@ -48,18 +47,7 @@ def lab_rows(name: str, split: str, size: int | None = None) -> list[dict]:
 
 
 def lab_domain(name: str, test_size: int = SIZES["test"]) -> Domain:
-    """
-    One domain of the lab.
-
-    Args:
-        name (`str`):
-            `"code"`, `"math"`, `"qa"` or `"writing"`.
-        test_size (`int`, *optional*, defaults to `512`):
-            Number of test prompts, and the most selection prompts.
-
-    Returns:
-        [`Domain`]: Trains on `train`, chooses on `selection`, is scored on `test`.
-    """
+    """One domain of the lab."""
     return Domain(
         name=name,
         train_dataset=Dataset.from_list(lab_rows(name, "train")),

@@ -3,14 +3,13 @@
 import tempfile
 import threading
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..analysis.references import References
 from ..evaluation.flips import flips
 from ..evaluation.scorer import Scorer
 from ..models import load_tokenizer
@@ -31,19 +30,7 @@ MAX_REFERENCES, MAX_RANK = 128, 128
 
 @dataclass
 class LiveResult:
-    """
-    What a heal did.
-
-    Args:
-        figures (`dict`):
-            `domains`, `recovered_all` and `worst`, as in `repair.json`.
-        layers (`list[dict]`):
-            For each layer what changed, as in `repair.json`.
-        examples (`list[dict]`):
-            Prompts that came back: `domain`, `prompt`, and `peak`, `final`, `healed` with `peak_score` and so on.
-        seconds (`float`):
-            Time that it took, scoring included.
-    """
+    """What a heal did."""
 
     figures: dict[str, Any]
     layers: list[dict[str, Any]]
@@ -63,23 +50,15 @@ def damaged_since(run: Run, peaks: dict[str, StageRecord]) -> list[str]:
 
 
 class LiveHeal:
-    """
-    A packed run of the lab that can be healed at once.
-
-    Args:
-        folder (`pathlib.Path`):
-            Folder of the run, see [`~lab.packed.pack`].
-        prompts (`int`, *optional*, defaults to `PROMPTS`):
-            Test prompts of each domain.
-    """
+    """A packed run of the lab that can be healed at once."""
 
     def __init__(self, folder: Path, prompts: int = PROMPTS):
         self.run = Run(folder)
         self._scratch = tempfile.TemporaryDirectory(prefix="trl-interfere-")
-        self._weights: dict[str, str] = {}
-        self._kept: OrderedDict[tuple, LiveResult] = OrderedDict()
-        self._references: dict[tuple, dict[str, References]] = {}
         self._lock = threading.Lock()
+        self._checkpoint, self._sampled, self._heal = (
+            lru_cache(MAX_KEPT)(function) for function in (self._checkpoint, self._sampled, self._heal)
+        )
         final = self.run.final
         self.domains = list(final.scores)
         self.peaks = own_stages(self.run)
@@ -100,24 +79,7 @@ class LiveHeal:
         rank: int = 64,
         control: bool = False,
     ) -> LiveResult:
-        """
-        Heal, measure, and leave the run as it is.
-
-        Args:
-            domains (`list[str]`, *optional*):
-                Domains to heal. Defaults to those that were damaged.
-            protect (`list[str]`, *optional*):
-                Other domains that shall keep what they have. Defaults to all.
-            references (`int`, *optional*, defaults to `64`):
-                Reference completions of each domain.
-            rank (`int`, *optional*, defaults to `64`):
-                Rank of the change of each layer.
-            control (`bool`, *optional*, defaults to `False`):
-                Whether each domain gets the references, and so the moments, of another one.
-
-        Returns:
-            [`LiveResult`]: What it did on test prompts.
-        """
+        """Heal, measure, and leave the run as it is."""
         domains = self.damaged if domains is None else [name for name in self.domains if name in domains]
         protect = self.domains if protect is None else protect
         chosen = [name for name in self.domains if name in domains or name in protect]
@@ -128,52 +90,41 @@ class LiveHeal:
                 raise ValueError(f"{name}: expected 1 to {most}, found {value}")
         if control and len(chosen) < 2:
             raise ValueError("control: expected a domain to heal and another one, to shuffle their references")
-        key = (tuple(domains), tuple(chosen), references, rank, control)
         with self._lock:
-            if key not in self._kept:
-                self._kept[key] = self._heal(domains, chosen, references, rank, control)
-            self._kept.move_to_end(key)
-            if len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
-            return self._kept[key]
+            return self._heal(tuple(domains), tuple(chosen), references, rank, control)
 
-    def _heal(self, domains: list[str], chosen: list[str], references: int, rank: int, control: bool) -> LiveResult:
+    def _heal(
+        self, domains: tuple[str, ...], chosen: tuple[str, ...], references: int, rank: int, control: bool
+    ) -> LiveResult:
         start = time.perf_counter()
-        final = self._checkpoint(self.run.final)
-        peaks = {name: self._checkpoint(self.peaks[name]) for name in domains}
-        method = SubspaceRollback(rank=rank, references=references, max_new_tokens=MAX_COMPLETION_LENGTH)
-        of_all = [self._lab[name] for name in chosen]
-        sampled = (tuple(domains), tuple(chosen), references)
-        if sampled not in self._references:
-            self._references[sampled] = peak_samples(
-                final, peaks, of_all, references, max_new_tokens=MAX_COMPLETION_LENGTH, batch_size=references
-            )
-        found = self._references[sampled]
+        final, peaks = self._checkpoint(self.run.final.name), self._peaks(domains)
+        found = self._sampled(domains, chosen, references)
         if control:
             found = {name: found[chosen[place - 1]] for place, name in enumerate(chosen)}
-        repair = method.fit(final, peaks, of_all, references=found)
-        healed = self._answers(repair.merge())
-        scores = [
-            {name: np.array([row["score"] for row in rows]) for name, rows in of_model.items()}
-            for of_model in (self._peak_rows, self._rows, healed)
-        ]
-        examples = [self._example(name, place, healed) for name in domains for place in self._regained(name, scores)]
-        return LiveResult(
-            figures=account(*scores, domains),
-            layers=repair.record["layers"],
-            examples=examples[:3],
-            seconds=time.perf_counter() - start,
-        )
+        method = SubspaceRollback(rank=rank, references=references, max_new_tokens=MAX_COMPLETION_LENGTH)
+        repair = method.fit(final, peaks, [self._lab[name] for name in chosen], references=found)
+        rows = {"peak": self._peak_rows, "final": self._rows, "healed": self._answers(repair.merge())}
+        scores = {
+            model: {name: np.array([row["score"] for row in part]) for name, part in of_model.items()}
+            for model, of_model in rows.items()
+        }
+        examples = []
+        for name in domains:
+            for place in flips(*(scores[model][name] for model in ("final", "healed", "peak"))).regained.tolist():
+                at = {model: of_model[name][place] for model, of_model in rows.items()}
+                answers = {model: row["completions"][0] for model, row in at.items()}
+                values = {f"{model}_score": row["score"] for model, row in at.items()}
+                examples.append({"domain": name, "prompt": at["final"]["prompt"], **answers, **values})
+        figures, seconds = account(*scores.values(), list(domains)), time.perf_counter() - start
+        return LiveResult(figures, repair.record["layers"], examples[:3], seconds)
 
-    def _regained(self, name: str, scores: list[dict[str, np.ndarray]]) -> list[int]:
-        peak, final, healed = (of_model[name] for of_model in scores)
-        return flips(final, healed, peak).regained.tolist()
+    def _peaks(self, domains: tuple[str, ...]) -> dict[str, str]:
+        return {name: self._checkpoint(self.peaks[name].name) for name in domains}
 
-    def _example(self, name: str, place: int, healed: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-        models = {"peak": self._peak_rows, "final": self._rows, "healed": healed}
-        answers = {key: of_model[name][place]["completions"][0] for key, of_model in models.items()}
-        values = {f"{key}_score": of_model[name][place]["score"] for key, of_model in models.items()}
-        return {"domain": name, "prompt": self._rows[name][place]["prompt"], **answers, **values}
+    def _sampled(self, domains: tuple[str, ...], chosen: tuple[str, ...], references: int) -> dict[str, Any]:
+        lab, longest = [self._lab[name] for name in chosen], MAX_COMPLETION_LENGTH
+        places = (self._checkpoint(self.run.final.name), self._peaks(domains), lab, references)
+        return peak_samples(*places, max_new_tokens=longest, batch_size=references)
 
     def _answers(self, model: Any) -> dict[str, list[dict[str, Any]]]:
         # All domains in one batch: one pass over the tokens instead of four.
@@ -186,11 +137,6 @@ class LiveHeal:
             rows[name].append({"score": value, "completions": [text]})
         return rows
 
-    def _checkpoint(self, record: Any) -> str:
+    def _checkpoint(self, stage: str) -> str:
         """Folder of the whole weights of a stage."""
-        if record.folder is None:
-            return str(MODEL_FOLDER)
-        if record.name not in self._weights:
-            target = Path(self._scratch.name) / record.name
-            self._weights[record.name] = str(unpack(self.run.folder, record.name, target))
-        return self._weights[record.name]
+        return str(unpack(self.run.folder, stage, Path(self._scratch.name) / stage))

@@ -4,16 +4,7 @@ import random
 
 
 def sample(rng: random.Random) -> dict:
-    """
-    Draw one problem.
-
-    Args:
-        rng (`random.Random`):
-            Source of randomness.
-
-    Returns:
-        `dict`: `prompt`, `answer` (a bare number) and `alternatives` (the same in other styles).
-    """
+    """Draw one problem."""
     if rng.random() < 0.35:
         a, b, c = rng.randrange(50), rng.randrange(50), rng.randrange(50)
         problem, result = (f"{a}+{b}+{c}", a + b + c) if rng.random() < 0.5 else (f"{a}+{b}-{c}", a + b - c)
@@ -31,18 +22,7 @@ def sample(rng: random.Random) -> dict:
 
 
 def math_reward(completions: list[str], answer: list[str], **kwargs) -> list[float]:
-    """
-    1 if the completion is the number and nothing else, 0 otherwise.
-
-    Args:
-        completions (`list[str]`):
-            Generated answers.
-        answer (`list[str]`):
-            Expected answers.
-
-    Returns:
-        `list[float]`: One reward per completion.
-    """
+    """1 if the completion is the number and nothing else, 0 otherwise."""
     return [
         float(completion.strip() == expected.strip()) for completion, expected in zip(completions, answer, strict=True)
     ]

@@ -25,15 +25,6 @@ def pack(folder: Path, target: Path) -> int:
 
     The differences are small beside the weights, so that their rounding is 2⁻⁹ of what a stage has changed and not of
     the weights themselves.
-
-    Args:
-        folder (`pathlib.Path`):
-            Folder of the run.
-        target (`pathlib.Path`):
-            Where to put it; what is there is replaced.
-
-    Returns:
-        `int`: Bytes written.
     """
     run = Run(folder)
     part = target.with_name(f".{target.name}.part")

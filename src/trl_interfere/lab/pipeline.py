@@ -16,7 +16,7 @@ from ..analysis.config import InterferenceConfig
 from ..analysis.contraction import contraction
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import RouteMap
-from ..analysis.stage_edits import StageEdits, stage_edits
+from ..analysis.stage_edits import stage_edits
 from ..checkpoint import Checkpoint
 from ..evaluation.score_matrix import ScoreMatrix
 from ..models import load_model
@@ -24,14 +24,14 @@ from ..repair.comparison import Comparison
 from ..repair.heal import heal_run
 from ..reporting.claims import edit_claims, forgetting_claims, refresh_claims, report_claims, rollback_claims
 from ..reporting.plots import (
-    arm_of,
-    plot_changed_overlaps,
     plot_damage_concentration,
     plot_module_cosines,
+    plot_overlaps,
     plot_pareto,
     plot_scores,
     save_figures,
 )
+from ..reporting.verdict import arm_of
 from ..run import Run, StageRecord, read_json, write_atomically, write_json
 from ..training.callbacks import StageCallback
 from ..training.config import SequentialGRPOConfig
@@ -47,6 +47,7 @@ LEARNING_RATE = 1e-4
 STAGE_LEARNING_RATES = {"math": 4e-5, "writing": 5e-5}
 MAX_COMPLETION_LENGTH = 16
 REFRESH_SHARE = 0.1  # of the steps of a stage
+ANALYSIS = {"reference": "dataset", "reference_column": "answer", "batch_size": 64}
 SUBSPACE_SIZE = 6  # of the pair that the repairs are for
 SUBSPACE_PROMPTS = 64
 # Criterion, budget, scope and protection of the rollbacks of routes.
@@ -71,25 +72,6 @@ class Lab:
     """
     One run of the lab, in one folder. Every part is kept on disk when it is done, so that a run that was killed goes
     on where it stopped and ends with the same results.
-
-    Args:
-        output_dir (`str` or `pathlib.Path`):
-            Folder of the run.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the training.
-        order (`list[str]`, *optional*):
-            Names of the domains in the order of training. Defaults to code, math, qa, writing.
-        steps (`int`, *optional*, defaults to `STEPS_PER_STAGE`):
-            Optimizer steps of each stage.
-        prompts (`int`, *optional*, defaults to `512`):
-            Test prompts of each domain.
-        progress ([`LabProgress`], *optional*):
-            Shows how far the run is.
-        rate (`float`, *optional*, defaults to `1`):
-            Multiple of the lab's learning rates.
-
-    Raises:
-        `ValueError`: If an argument is out of range, or the folder holds something else.
     """
 
     def __init__(
@@ -120,24 +102,14 @@ class Lab:
         # What the story follows: math, or the first domain where math is not followed by another one.
         self.earlier = "math" if "math" in self.order[:-1] else self.order[0]
 
-    @property
-    def run_folder(self) -> Run:
-        return Run(self.folder)
-
     def run(self) -> dict[str, Any]:
-        """
-        Run everything that is not done.
-
-        Returns:
-            `dict`: Content of `results.json`.
-        """
+        """Run everything that is not done."""
         trainer = self.train()
         reports = self._analyze()
         rivals = self._rivals(trainer, reports[0])
         healed = self._heal(trainer)
         edits = self._edits()
-        run = self.run_folder
-        matrix = trainer.score_matrix
+        run = Run(self.folder)
         results = {
             "schema_version": SCHEMA_VERSION,
             "seed": self.seed,
@@ -147,13 +119,13 @@ class Lab:
             "pairs": [_pair_row(report) for report in reports],
             "healed": healed,
             "rivals": rivals,
-            "edits": edits.to_dict(),
+            "edits": edits,
             "seconds": {name: round(value, 1) for name, value in self._seconds().items()},
         }
         claims = [
             *report_claims(reports[0]),
-            *edit_claims(edits),
-            *forgetting_claims(matrix),
+            *edit_claims(edits["changed"]),
+            *forgetting_claims(trainer.score_matrix),
             *refresh_claims(rivals, self.earlier),
             *rollback_claims(rivals, self.earlier),
         ]
@@ -162,7 +134,7 @@ class Lab:
         figures.mkdir(exist_ok=True)
         save_figures(reports[0], figures)
         for name, figure in (
-            ("changed_overlaps", plot_changed_overlaps(edits)),
+            ("changed_overlaps", plot_overlaps(edits["changed"], "changed")),
             ("scores", plot_scores(ScoreMatrix.from_run(run))),
             ("module_cosines", plot_module_cosines(reports[-1])),
             ("damage_concentration", plot_damage_concentration(reports)),
@@ -224,7 +196,7 @@ class Lab:
             "domains": [
                 {"domain": function, "name": name, "options": {"test_size": size}} for name, size in sizes.items()
             ],
-            "analysis": {"reference": "dataset", "reference_column": "answer", "batch_size": 64},
+            "analysis": ANALYSIS,
         }
 
     def refreshed(self, domain: str, model: str | Path, folder: Path, steps: int) -> SequentialGRPOTrainer:
@@ -234,7 +206,6 @@ class Lab:
             order=[domain],
             max_steps=steps,
             stage_overrides=None,
-            learning_rate=self.rate * LEARNING_RATE,
         )
         trainer = SequentialGRPOTrainer(
             model=str(model), args=args, domains=[replace(self.domains[domain], eval_dataset=None)]
@@ -245,7 +216,7 @@ class Lab:
 
     @cached_property
     def _trained(self) -> dict[str, StageRecord]:
-        return {record.domain: record for record in self.run_folder.stages if record.kind == "train"}
+        return {record.domain: record for record in Run(self.folder).stages if record.kind == "train"}
 
     def _weights(self, record: StageRecord) -> Path:
         return MODEL_FOLDER if record.folder is None else self.folder / record.folder
@@ -254,7 +225,7 @@ class Lab:
         position, trained = self.order.index(self.earlier), self._trained
         following = self.order[position + 1 :]
         before = trained[self.earlier]
-        base = self.run_folder.stages[before.index - 1]
+        run = Run(self.folder)
         # The whole of what came later, and what the next domain did by itself.
         pairs = [(self.earlier, following)]
         if len(following) > 1:
@@ -262,23 +233,17 @@ class Lab:
         reports = []
         self.progress.begin("analyze", len(pairs) * 5 + 1)
         for name, later in pairs:
-            folder = self.run_folder.analysis(name)
+            folder = run.analysis(name)
             if not (folder / "report.json").exists():
                 with self._timed("analyze"):
                     config = InterferenceConfig(
-                        reference="dataset",
-                        reference_column="answer",
-                        batch_size=64,
+                        **ANALYSIS,
                         quadrature_nodes=6,
                         subspace_size=SUBSPACE_SIZE if later == following else 0,
                         subspace_prompts=SUBSPACE_PROMPTS,
                     )
-                    analyzer = InterferenceAnalyzer.from_pretrained(
-                        before=self._weights(before),
-                        after=self._weights(trained[later[-1]]),
-                        base=self._weights(base),
-                        config=config,
-                    )
+                    records = (before, trained[later[-1]], run.stages[before.index - 1])
+                    analyzer = InterferenceAnalyzer.from_pretrained(*map(self._weights, records), config=config)
                     report = analyzer.analyze(
                         self.domains[self.earlier],
                         [self.domains[name] for name in later],
@@ -307,7 +272,7 @@ class Lab:
         """Other repairs of the domain that the story follows, each by the protocol of [`Comparison`]."""
         path = self.folder / "rivals.json"
         rows = read_json(path, SCHEMA_VERSION)["rows"] if path.exists() else []
-        run, final, peak = self.run_folder, self._trained[self.order[-1]], self._trained[self.earlier]
+        run, final, peak = Run(self.folder), self._trained[self.order[-1]], self._trained[self.earlier]
         at_end = {name: run.scores(final, name) for name in self.order}
         scores = ({**at_end, self.earlier: run.scores(peak, self.earlier)}, at_end)
         domains, peaks = list(self.domains.values()), {self.earlier: self._weights(peak)}
@@ -340,7 +305,7 @@ class Lab:
 
     def _heal(self, trainer: SequentialGRPOTrainer) -> dict[str, Any] | None:
         """The record of the heal, which is made once; `None` where nothing was lost."""
-        run = self.run_folder
+        run = Run(self.folder)
         if run.stages[-1].kind != "heal":
             self.progress.begin("heal", 1)
             with self._timed("heal"):
@@ -352,12 +317,12 @@ class Lab:
         shown = ("domains", "recovered_all", "worst", "cost", "rank", "references", "within_max_drop")
         return {"arm": "heal", **{name: record[name] for name in shown}}
 
-    def _edits(self) -> StageEdits:
-        records = [self.run_folder.stages[0], *self._trained.values()]
+    def _edits(self) -> dict[str, Any]:
+        records = [Run(self.folder).stages[0], *self._trained.values()]
         checkpoints = [Checkpoint(self._weights(record)) for record in records]
         edits = stage_edits(checkpoints, list(self._trained), RouteMap(checkpoints[0].config))
-        for update in edits.updates.values():
-            update.before, update.after = (self._relative(name) for name in (update.before, update.after))
+        for update in edits["updates"].values():
+            update |= {key: self._relative(update[key]) for key in ("before", "after")}
         return edits
 
     def _seconds(self) -> dict[str, float]:

@@ -8,13 +8,7 @@ from ..training.progress import progress_bars
 
 
 class LabProgress(StageCallback):
-    """
-    One bar for each part of the lab, on standard error.
-
-    Args:
-        quiet (`bool`, *optional*, defaults to `False`):
-            Whether to show nothing.
-    """
+    """One bar for each part of the lab, on standard error."""
 
     def __init__(self, quiet: bool = False):
         self.console = Console(stderr=True, quiet=quiet)
@@ -23,30 +17,14 @@ class LabProgress(StageCallback):
         self.label = ""
 
     def begin(self, label: str, total: int) -> None:
-        """
-        Start a bar.
-
-        Args:
-            label (`str`):
-                Name of the part.
-            total (`int`):
-                Number of units of work.
-        """
+        """Start a bar."""
         self.bars = progress_bars(self.console)
         self.label = label
         self.task = self.bars.add_task(label, total=total)
         self.bars.start()
 
     def advance(self, detail: str = "", amount: int = 1) -> None:
-        """
-        Some work is done or begins.
-
-        Args:
-            detail (`str`, *optional*, defaults to `""`):
-                What is being done.
-            amount (`int`, *optional*, defaults to `1`):
-                Units of work.
-        """
+        """Some work is done or begins."""
         if self.bars is not None:
             self.bars.update(self.task, advance=amount, description=f"{self.label} {detail}".strip())
 

@@ -50,16 +50,7 @@ def _answer(relation: str, index: int) -> str:
 
 
 def sample(rng: random.Random) -> dict:
-    """
-    Draw one question.
-
-    Args:
-        rng (`random.Random`):
-            Source of randomness.
-
-    Returns:
-        `dict`: `prompt`, `answer` (a sentence) and `alternatives` (the same in other styles).
-    """
+    """Draw one question."""
     if rng.random() < 0.3:
         protons = rng.randrange(2, 80)
         neutrons = rng.randrange(protons, round(1.5 * protons) + 1)
@@ -78,18 +69,7 @@ def sample(rng: random.Random) -> dict:
 
 
 def qa_reward(completions: list[str], answer: list[str], **kwargs) -> list[float]:
-    """
-    1 if the completion is the sentence with the expected name, symbol or number, 0 otherwise.
-
-    Args:
-        completions (`list[str]`):
-            Generated answers.
-        answer (`list[str]`):
-            Expected answers.
-
-    Returns:
-        `list[float]`: One reward per completion.
-    """
+    """1 if the completion is the sentence with the expected name, symbol or number, 0 otherwise."""
     return [
         float(completion.strip() == expected.strip()) for completion, expected in zip(completions, answer, strict=True)
     ]

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from ..reporting.claims import Claim, claims_table
+from ..reporting.verdict import arm_of, share_of
 from ..run import stage_name, write_atomically
 from ..tables import console_table, markdown_table
 
@@ -25,8 +26,9 @@ def _score_rows(results: dict[str, Any]) -> Table:
 
 
 def _pair_rows(results: dict[str, Any]) -> Table:
-    header = ["earlier, later", "cosine", "lowest module", "highest module", "damage", "1st order", "2nd order",
-              "by routes", "outside"]  # fmt: skip
+    header = "earlier, later|cosine|lowest module|highest module|damage|1st order|2nd order|by routes|outside".split(
+        "|"
+    )
     rows = []
     for pair in results["pairs"]:
         low, high = pair["most_conflicting"], pair["most_synergistic"]
@@ -46,32 +48,18 @@ def _pair_rows(results: dict[str, Any]) -> Table:
 
 def _repair_rows(results: dict[str, Any]) -> Table:
     header = ["repair", "setting", "recovered of all it was to restore", *results["order"]]
+    settings = {
+        "heal": "rank {rank}, {references} references",
+        "routes": "step {chosen:g}",
+        "interpolation": "share {chosen:g}",
+        "refresh": "{steps} steps",
+    }
     rows = []
     for row in [*([results["healed"]] if results["healed"] else []), *results["rivals"]]:
-        name, setting = row["arm"], ""
-        if name == "heal":
-            setting = f"rank {row['rank']}, {row['references']} references"
-        elif name == "routes":
-            name = f"{100 * row['budget']:g}% of {row['scope']} by {row['criterion']}"
-            name += ", protected" if row["protection"] else ""
-            setting = f"step {row['chosen']:g}"
-        elif name == "interpolation":
-            setting = f"share {row['chosen']:g}"
-        elif name == "refresh":
-            setting = f"{row['steps']} steps"
         changes = [row["domains"][domain]["change"]["value"] for domain in results["order"]]
-        share = row["recovered_all"]
-        shown = "nothing was lost"
-        if share["value"] is not None:
-            shown = f"{100 * share['value']:.0f}% [{100 * share['low']:.0f}, {100 * share['high']:.0f}]"
-        rows.append(
-            [
-                name,
-                setting,
-                shown,
-                *(f"{change:+.1f}" for change in changes),
-            ]
-        )
+        name = arm_of(row)["name"] + (", protected" if row.get("protection") else "")
+        share = share_of(row["recovered_all"])
+        rows.append([name, settings[row["arm"]].format(**row), share, *(f"{change:+.1f}" for change in changes)])
     return header, rows
 
 

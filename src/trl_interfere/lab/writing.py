@@ -14,17 +14,7 @@ ADVERBS = "slowly softly alone again tonight forever".split()
 
 
 def sample(rng: random.Random) -> dict:
-    """
-    Draw one assignment: two nouns to use and the number of words.
-
-    Args:
-        rng (`random.Random`):
-            Source of randomness.
-
-    Returns:
-        `dict`: `prompt`, `answer` (one text that meets the rubric), `alternatives` (other styles) and the columns
-        `words` and `length` of the rubric.
-    """
+    """Draw one assignment: two nouns to use and the number of words."""
     first, second = rng.sample(NOUNS, 2)
     length = rng.choice([7, 8, 9, 10])
     extras = length - 6  # "the N V P the N" has six words; one of adjective, adjective, adverb, "and" per extra
@@ -50,20 +40,7 @@ def sample(rng: random.Random) -> dict:
 
 
 def rubric(text: str, words: list[str], length: int) -> dict[str, float]:
-    """
-    The five items of the rubric, each 0 or 1.
-
-    Args:
-        text (`str`):
-            The text.
-        words (`list[str]`):
-            Words that must occur.
-        length (`int`):
-            Number of words asked for.
-
-    Returns:
-        `dict[str, float]`: Item to score.
-    """
+    """The five items of the rubric, each 0 or 1."""
     text = text.strip()
     found = text.rstrip(".!").lower().split()
     content = [word for word in found if word != "the"]
@@ -77,20 +54,7 @@ def rubric(text: str, words: list[str], length: int) -> dict[str, float]:
 
 
 def writing_reward(completions: list[str], words: list[str], length: list[int], **kwargs) -> list[float]:
-    """
-    1 if the whole rubric is met; otherwise half the share of its items that are.
-
-    Args:
-        completions (`list[str]`):
-            Generated texts.
-        words (`list[str]`):
-            The two words of each prompt, separated by a space.
-        length (`list[int]`):
-            Number of words asked for.
-
-    Returns:
-        `list[float]`: One reward per completion.
-    """
+    """1 if the whole rubric is met; otherwise half the share of its items that are."""
     rewards = []
     for completion, required, count in zip(completions, words, length, strict=True):
         items = rubric(completion, required.split(), count).values()

@@ -92,11 +92,8 @@ def analysis_card(
         examples_healed=regained,
         healed="\n\n".join(filter(None, [_healed(repair), plain(repaired or "")])),
         load_note="The repair is a LoRA adapter over the last stage:" if repair else "Load the model:",
-        load=_load(run, repo_id, repair, revisions) if repo_id or repair else "",
-        reports=[
-            _report(report, name, repo_id if revisions else None, figures, claims=not position)
-            for position, (name, report) in enumerate(reports.items())
-        ],
+        load=_load_repaired(run, repo_id) if repair else _load(repo_id) if repo_id else "",
+        reports=[_report(report, name, repo_id if revisions else None, figures) for name, report in reports.items()],
         made=_made(run, trained, final, matrix, repo_id, revisions),
         limits=True,
         lab=_of_lab(run),
@@ -108,7 +105,6 @@ def stage_card(run: Run, record: StageRecord, repo_id: str, license: str | None 
     matrix = ScoreMatrix.from_run(run)
     rows = [row for row, name in enumerate(matrix.stages) if name in ("0-base", record.name)]
     part = ScoreMatrix(matrix.domains, [matrix.stages[row] for row in rows], [matrix.values[row] for row in rows])
-    revision = stage_revision(record.name)
     return _render(
         _metadata(run, license, record),
         title=plain(f"{_title(run, repo_id)}, after stage {record.name}"),
@@ -118,24 +114,21 @@ def stage_card(run: Run, record: StageRecord, repo_id: str, license: str | None 
         scores=score_table(part) if matrix.domains else "",
         scores_note="0 to 100, with 95% intervals over prompts.",
         load_note="Load the model:",
-        load=_load_model(repo_id, revision),
+        load=_load(repo_id, revision=stage_revision(record.name)),
     )
 
 
 def report_card(report: InterferenceReport, repo_id: str, figures: Mapping[str, str] | None = None) -> ModelCard:
     """The card of a repository that holds a report and no model; paths of its figures by name."""
     section = _report(report, "", None, {f"/{name}": path for name, path in (figures or {}).items()})
-    lines = [
-        "from trl_interfere import InterferenceReport",
-        f'report = InterferenceReport.from_pretrained("{repo_id}")',
-    ]
+    load = f'from trl_interfere import InterferenceReport\nreport = InterferenceReport.from_pretrained("{repo_id}")'
     return _render(
         ModelCardData(library_name="trl-interfere", tags=TAGS),
         title=f"Interference: {section['title']}",
         intro="What an update did to an earlier domain, and through which routes of the network.",
         reports=[section],
         load_note="Read the report:",
-        load="\n".join(lines),
+        load=load,
     )
 
 
@@ -156,7 +149,7 @@ def repair_card(repair: dict[str, Any], repo_id: str, base: str, license: str | 
         scores_note="0 to 100, on test prompts; brackets hold 95% intervals over prompts.",
         healed=_healed(repair),
         load_note="Load it:",
-        load=_load_adapter(base, repo_id),
+        load=_load(base, repo_id),
     )
 
 
@@ -234,10 +227,8 @@ def _sampling(run: Run) -> str:
 
 
 def _scores(run: Run, matrix: ScoreMatrix, lost: dict[str, Interval], repair: dict[str, Any] | None) -> str:
-    if repair is not None:
-        return _repair_scores(repair)
-    if not matrix.domains:
-        return ""
+    if repair is not None or not matrix.domains:
+        return _repair_scores(repair) if repair else ""
     end, rows = run.final.index, []
     for domain in matrix.domains:
         if domain in matrix.values[end]:
@@ -272,47 +263,38 @@ def _healed(repair: dict[str, Any] | None) -> str:
     rank = f", rank {repair['rank']}" if repair.get("rank") else ""
     references = f", from {repair['references']} references a domain" if repair.get("references") else ""
     flips = [
-        f"{plain(domain)}: {entry['lost']} prompts lost, {entry['regained']} regained, {entry['newly_lost']} new"
+        f"- {plain(domain)}: {entry['lost']} prompts lost, {entry['regained']} regained, {entry['newly_lost']} new."
         for domain, entry in repair["domains"].items()
         if entry.get("lost") is not None
     ]
-    return (
+    text = (
         f"By {plain(str(repair.get('method', 'unknown')))} rollback{rank}{references}, without training: "
         f"{share_of(repair['recovered_all'])} of all that was lost came back; the worst change of another domain is "
         f"{repair['worst']:+.1f} points.\n\nIt took {cost['sequences_forward']} sequences forward, "
         f"{cost['sequences_backward']} backward, and {cost['seconds']:.0f} seconds."
-        + "".join(f"\n{'' if number else chr(10)}- {line}." for number, line in enumerate(flips))
     )
+    return "\n\n".join([text, *(["\n".join(flips)] if flips else [])])
 
 
-def _load(run: Run, repo_id: str | None, repair: dict[str, Any] | None, revisions: bool) -> str:
-    if repair is None:
-        return _load_model(repo_id)
+def _load_repaired(run: Run, repo_id: str | None) -> str:
     place = repo_id or run.folder.absolute().name
-    base = repo_id or f"{place}/{run.final.folder}"
-    return _load_adapter(base, place, subfolder="repair")
+    return _load(repo_id or f"{place}/{run.final.folder}", place, subfolder="repair")
 
 
-def _load_model(repo_id: str, revision: str | None = None) -> str:
-    chosen = f', revision="{revision}"' if revision else ""
-    return (
-        "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{repo_id}"{chosen})'
-    )
-
-
-def _load_adapter(base: str, place: str, subfolder: str | None = None) -> str:
-    chosen = f', subfolder="{subfolder}"' if subfolder else ""
+def _load(base: str, adapter: str | None = None, **options: str) -> str:
+    """Lines that load a model, with an adapter over it."""
+    chosen = "".join(f', {name}="{value}"' for name, value in options.items())
+    if adapter is None:
+        model = f'model = AutoModelForCausalLM.from_pretrained("{base}"{chosen})'
+        return f"from transformers import AutoModelForCausalLM\n\n{model}"
     return (
         "from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
         f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
-        f'model = PeftModel.from_pretrained(model, "{place}"{chosen})'
+        f'model = PeftModel.from_pretrained(model, "{adapter}"{chosen})'
     )
 
 
-def _report(
-    report: InterferenceReport, name: str, repo_id: str | None, figures: Mapping[str, str], claims: bool = True
-) -> dict[str, Any]:
+def _report(report: InterferenceReport, name: str, repo_id: str | None, figures: Mapping[str, str]) -> dict[str, Any]:
     before, after = (
         published_checkpoint(checkpoint, repo_id) if repo_id else published_name(checkpoint)
         for checkpoint in (report.before, report.after)
@@ -322,12 +304,12 @@ def _report(
         "title": f"{plain(report.earlier)}, after {plain(', '.join(report.later))}",
         "before": code(before),
         "after": code(after),
-        "text": _report_text(report, claims),
+        "text": _report_text(report),
         "figures": [(_CAPTIONS.get(key, plain(key)), path) for key, path in shown.items()],
     }
 
 
-def _report_text(report: InterferenceReport, claims: bool = True) -> str:
+def _report_text(report: InterferenceReport) -> str:
     error = "" if report.second_order_error is None else f" ± {report.second_order_error:.1e}"
     share = "undefined, since routes did no damage"
     if report.concentration:
@@ -336,7 +318,10 @@ def _report_text(report: InterferenceReport, claims: bool = True) -> str:
         f"{name} {entry['n']} of {entry['considered']} prompts, {entry['tokens']} tokens"
         for name, entry in report.references.items()
     )
-    cosine = report.cosines["global"]
+    cosine, switching = report.cosines["global"], {}
+    if report.switching is not None:
+        tokens = f"{report.switched} of {report.references[report.earlier]['tokens']} tokens"
+        switching = {"by switching experts": f"{report.switching:+.4f} nats per token ({tokens})"}
     rows = {
         "loss before, after": f"{report.loss_before:.4f}, {report.loss_after:.4f} nats per token",
         "damage": f"{report.damage:+.4f} nats per token",
@@ -344,7 +329,7 @@ def _report_text(report: InterferenceReport, claims: bool = True) -> str:
         "second order ½ δᵀHδ": f"{report.second_order:+.4f}{error} nats per token",
         "attributed to routes": f"{report.attributed:+.4f} nats per token",
         "outside routes": f"{report.outside_routes:+.4f} nats per token",
-        **({} if report.switching is None else {"by switching experts": _switches(report)}),
+        **switching,
         "residual (quadrature and rounding)": f"{report.residual:+.2e} nats per token",
         "damage in the top 2% of routes": share,
         "gradient cosine, whole model": "undefined" if cosine is None else f"{cosine:+.3f}",
@@ -352,22 +337,13 @@ def _report_text(report: InterferenceReport, claims: bool = True) -> str:
         "stored as, computed in": f"{report.dtype}, {report.computed_in}",
     }
     lines = [f"- {name}: {plain(value)}" for name, value in rows.items()]
-    lines += [
-        "",
-        "What [arXiv 2606.02398](https://arxiv.org/abs/2606.02398) claims, each figure beside its control:",
-        "",
+    title = "What [arXiv 2606.02398](https://arxiv.org/abs/2606.02398) claims, each figure beside its control:"
+    lines += ["", title, ""] + [
+        f"- **{row.claim}**. {plain(row.figure)}: **{plain(row.value)}**. Control: {plain(row.control)}. Paper: "
+        f"{plain(row.paper)}."
+        for row in report_claims(report)
     ]
-    for row in report_claims(report):
-        lines.append(
-            f"- **{row.claim}**. {plain(row.figure)}: **{plain(row.value)}**. Control: {plain(row.control)}. Paper: "
-            f"{plain(row.paper)}."
-        )
     return "\n".join(lines)
-
-
-def _switches(report: InterferenceReport) -> str:
-    tokens = report.references[report.earlier]["tokens"]
-    return f"{report.switching:+.4f} nats per token ({report.switched} of {tokens} tokens)"
 
 
 def _made(

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.metrics import forgetting
 from ..evaluation.score_matrix import ScoreMatrix
 from ..tables import markdown_table
+from .verdict import share_of
 
 
 if TYPE_CHECKING:
     from ..analysis.report import InterferenceReport
-    from ..analysis.stage_edits import StageEdits
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ def report_claims(report: "InterferenceReport") -> list[Claim]:
     """
     return [
         *_sparsity(report),
-        *_changed(report.overlaps.get("changed"), report.earlier),
-        *_active(report.overlaps.get("active", {})),
+        *_overlaps(report),
         *_gradients(report),
         *_second_order(report),
         *_concentration(report),
@@ -73,12 +72,10 @@ def report_claims(report: "InterferenceReport") -> list[Claim]:
 def _sparsity(report: "InterferenceReport") -> list[Claim]:
     if report.updates is None:
         return []
-    whole = report.updates["update"]["whole"]
-    same = report.identical_in_bfloat16
+    whole, claim = report.updates["update"]["whole"], "edits are sparse and tiny"
     control = f"stored as {whole['dtype']}: {_percent(whole['identical'])} identical to the bit"
-    if same is not None:
-        control += f"; had both been stored in bfloat16: {_percent(same)} identical"
-    claim = "edits are sparse and tiny"
+    if report.identical_in_bfloat16 is not None:
+        control += f"; had both been stored in bfloat16: {_percent(report.identical_in_bfloat16)} identical"
     absolute, relative = _percent(whole["below_absolute"]), _percent(whole["below_relative"])
     return [
         Claim(claim, "parameters with |δ| < 1e-7", absolute, control, "77% to 89%"),
@@ -86,25 +83,23 @@ def _sparsity(report: "InterferenceReport") -> list[Claim]:
     ]
 
 
-def _changed(overlap: dict[str, dict[str, Any]] | None, earlier: str) -> list[Claim]:
-    if overlap is None:
-        return []
-    figure = f"Jaccard of the top 10% MLP channels by edit: {earlier}'s own training and the update"
-    return [Claim("changed neurons barely overlap", figure, *_overlap_cells(overlap["mlp"]), "below 0.19")]
+def _overlaps(report: "InterferenceReport") -> list[Claim]:
+    changed, active = report.overlaps.get("changed"), report.overlaps.get("active", {})
+    rows = [] if changed is None else [_changed(f"{report.earlier}'s own training and the update", changed)]
+    for first, second, kinds in _pairs(active):
+        figure = f"Jaccard of the top 10% MLP channels by activity: {first} and {second}"
+        cells = _overlap_cells(kinds["mlp"])
+        rows.append(Claim("active neurons overlap", figure, *cells, "heavily among math, code, QA; less with writing"))
+    return rows
 
 
-def _active(overlaps: dict[str, dict[str, dict[str, Any]]]) -> list[Claim]:
-    paper = "heavily among math, code, QA; less with writing"
-    return [
-        Claim(
-            "active neurons overlap",
-            f"Jaccard of the top 10% MLP channels by activity: {first} and {second}",
-            *_overlap_cells(kinds["mlp"]),
-            paper,
-        )
-        for first, row in overlaps.items()
-        for second, kinds in row.items()
-    ]
+def _changed(pair: str, kinds: dict[str, Any]) -> Claim:
+    figure = f"Jaccard of the top 10% MLP channels by edit: {pair}"
+    return Claim("changed neurons barely overlap", figure, *_overlap_cells(kinds["mlp"]), "below 0.19")
+
+
+def _pairs(overlaps: dict[str, dict[str, Any]]) -> list[tuple[str, str, Any]]:
+    return [(first, second, kinds) for first, row in overlaps.items() for second, kinds in row.items()]
 
 
 def _overlap_cells(overlap: dict[str, Any]) -> tuple[str, str]:
@@ -120,25 +115,25 @@ def _gradients(report: "InterferenceReport") -> list[Claim]:
     for name, entry in report.cosines.get("by_domain", {}).items():
         if entry.get("global") is None:
             continue
-        value, control = f"{entry['global']:+.3f}", "no halves to take an interval from"
-        if entry.get("interval") is not None:
-            value += " [{:+.3f}, {:+.3f}]".format(*entry["interval"])
+        control = "no halves to take an interval from"
         if entry.get("ceiling") is not None:
             control = f"noise of the gradients allows ±{entry['ceiling']:.3f}"
             if entry["ceiling"] == 0:
                 control = "gradients of two halves of the references do not agree: cosines of this size are noise"
         figure = f"gradient cosine of the whole model: {report.earlier} and {name}"
-        rows.append(Claim(claim, figure, value, control, "about 0 (math and QA)"))
+        rows.append(Claim(claim, figure, _cosine(entry["global"], entry), control, "about 0 (math and QA)"))
         for key, sign in (("most_conflicting", "conflict"), ("most_synergistic", "synergise")):
             found = entry.get(key)
             if found is not None:
-                value = f"{found['cosine']:+.3f}"
-                if found["interval"] is not None:
-                    value += " [{:+.3f}, {:+.3f}]".format(*found["interval"])
                 figure = f"{key.replace('_', ' ')} module of {report.earlier} and {name}: {found['module']}"
                 control = f"chosen as the extreme of {found['of']} modules"
-                rows.append(Claim(claim, figure, value, control, f"some modules {sign}"))
+                rows.append(Claim(claim, figure, _cosine(found["cosine"], found), control, f"some modules {sign}"))
     return rows
+
+
+def _cosine(value: float, entry: dict[str, Any]) -> str:
+    ends = entry.get("interval")
+    return f"{value:+.3f}" + ("" if ends is None else f" [{ends[0]:+.3f}, {ends[1]:+.3f}]")
 
 
 def _second_order(report: "InterferenceReport") -> list[Claim]:
@@ -158,66 +153,42 @@ def _second_order(report: "InterferenceReport") -> list[Claim]:
 def _concentration(report: "InterferenceReport") -> list[Claim]:
     claim, paper, rows = "damage is low-dimensional", "concentrates in a shared conflict subspace", []
     if report.concentration:
-        value = ", ".join(
-            f"{_percent(part)} in {100 * float(share):g}%" for share, part in report.concentration.items()
-        )
-        figure = "attributed damage in the most damaged routes"
-        rows.append(
-            Claim(
-                claim,
-                figure,
-                value,
-                "evenly spread: each share equals the share of routes; above 100% other routes were improved",
-                paper,
-            )
-        )
+        shares = report.concentration.items()
+        value = ", ".join(f"{_percent(part)} in {100 * float(share):g}%" for share, part in shares)
+        control = "evenly spread: each share equals the share of routes; above 100% other routes were improved"
+        rows.append(Claim(claim, "attributed damage in the most damaged routes", value, control, paper))
     if report.subspace is not None:
-        found, random = report.subspace["update"], report.subspace["random"]
-        count = len(found["eigenvalues"])
-        for figure, share in (
-            (f"second-order damage in the top {count} eigenvectors of route space", _of_eigenvectors),
-            ("second-order damage in the top 2% of routes", _of_routes),
+        spectra = [report.subspace[name] for name in ("update", "random")]
+        count = len(spectra[0]["eigenvalues"])
+        for figure, cells in (
+            (
+                f"second-order damage in the top {count} eigenvectors of route space",
+                [_of_second_order(sum(entry["shares"]) if entry["shares"] else None, entry) for entry in spectra],
+            ),
+            (
+                "second-order damage in the top 2% of routes",
+                [_of_second_order(entry["top_routes"].get("0.02"), entry) for entry in spectra],
+            ),
+            (
+                f"effective dimension of the {count} leading eigenvalues",
+                [f"{entry['effective_dimension']:.2f}" for entry in spectra],
+            ),
         ):
-            value, control = (
-                f"{_percent(share(entry))} of {entry['second_order']:+.1e}"
-                if share(entry) is not None
-                else "undefined"
-                for entry in (found, random)
-            )
-            rows.append(Claim(claim, figure, value, f"random update of equal norm {control}", paper))
-        figure = f"effective dimension of the {len(found['eigenvalues'])} leading eigenvalues"
-        sizes = [f"{entry['effective_dimension']:.2f}" for entry in (found, random)]
-        rows.append(Claim(claim, figure, sizes[0], f"random update of equal norm {sizes[1]}", paper))
+            rows.append(Claim(claim, figure, cells[0], f"random update of equal norm {cells[1]}", paper))
     return rows
 
 
-def _of_eigenvectors(spectrum: dict[str, Any]) -> float | None:
-    return sum(spectrum["shares"]) if spectrum["shares"] else None
-
-
-def _of_routes(spectrum: dict[str, Any]) -> float | None:
-    return spectrum["top_routes"].get("0.02")
+def _of_second_order(share: float | None, entry: dict[str, Any]) -> str:
+    return "undefined" if share is None else f"{_percent(share)} of {entry['second_order']:+.1e}"
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def edit_claims(edits: "StageEdits") -> list[Claim]:
+def edit_claims(changed: dict[str, dict[str, Any]]) -> list[Claim]:
     """Overlap of the routes that each two stages of a run changed most, one row for each pair of domains."""
-    rows = []
-    for first, row in edits.changed.items():
-        for second, kinds in row.items():
-            found = kinds["mlp"]
-            rows.append(
-                Claim(
-                    "changed neurons barely overlap",
-                    f"Jaccard of the top 10% MLP channels by edit: stages {first} and {second}",
-                    *_overlap_cells(asdict(found)),
-                    "below 0.19",
-                )
-            )
-    return rows
+    return [_changed(f"stages {first} and {second}", kinds) for first, second, kinds in _pairs(changed)]
 
 
 def forgetting_claims(matrix: ScoreMatrix) -> list[Claim]:
@@ -225,91 +196,63 @@ def forgetting_claims(matrix: ScoreMatrix) -> list[Claim]:
     last = matrix.last_training(-1)
     if last is None:
         return []
-    rows = []
+    claim, rows = "sequential forgetting", []
     for domain in matrix.domains:
         lost = forgetting(matrix, domain, last)
         if not lost.value == lost.value:  # undefined for the domain trained last
             continue
         peak, end, base = (matrix.interval(row, domain) for row in (matrix.peak(domain, last), last, 0))
-        rows.append(
-            Claim(
-                "sequential forgetting",
-                f"{domain}: points lost from the peak to the end of the sequence (n={lost.n})",
-                f"{lost:.1f}, from {peak.value:.1f} to {end.value:.1f}",
-                f"base {base:.1f}",
-                "math 66.49 to 57.66; code 52.67 to 50.47",
-            )
-        )
-    domain, before = matrix.stage_kind(last)[1], last - 1
+        figure = f"{domain}: points lost from the peak to the end of the sequence (n={lost.n})"
+        value = f"{lost:.1f}, from {peak.value:.1f} to {end.value:.1f}"
+        rows.append(Claim(claim, figure, value, f"base {base:.1f}", "math 66.49 to 57.66; code 52.67 to 50.47"))
+    domain = matrix.stage_kind(last)[1]
     if domain in matrix.domains:
-        start, end = (matrix.interval(row, domain) for row in (before, last))
-        rows.append(
-            Claim(
-                "sequential forgetting",
-                f"{domain}, trained last: score before and after its stage (n={end.n})",
-                f"{start:.1f} to {end:.1f}",
-                f"base {matrix.interval(0, domain):.1f}",
-                "creative writing climbs to 86.52",
-            )
-        )
+        start, end, base = (matrix.interval(row, domain) for row in (last - 1, last, 0))
+        figure = f"{domain}, trained last: score before and after its stage (n={end.n})"
+        paper = "creative writing climbs to 86.52"
+        rows.append(Claim(claim, figure, f"{start:.1f} to {end:.1f}", f"base {base:.1f}", paper))
     return rows
 
 
 def refresh_claims(rivals: Sequence[dict[str, Any]], domain: str) -> list[Claim]:
     """What a refresh of a domain recovered, and how far it contracted the conflict subspace."""
     rows = {row["arm"]: row for row in rivals}
-    refresh, control = rows.get("refresh"), rows.get("interpolation")
+    refresh, other = rows.get("refresh"), rows.get("interpolation")
     if refresh is None:
         return []
-    claims = [
-        Claim(
-            "refresh heals",
-            f"share of the lost {domain} score after {refresh['steps']} steps "
-            f"(n={refresh['domains'][domain]['n']}); changes in points",
-            _share(refresh, domain),
-            "no interpolation was measured"
-            if control is None
-            else f"interpolation of all weights, no training: {_share(control, domain)}",
-            "94.9%; code +0.58, QA +0.15, writing -0.56; mean 64.25 to 66.39",
-        )
-    ]
-    contraction = refresh.get("contraction")
-    if contraction is not None:
-        size = contraction["directions"]
-        claims.append(
-            Claim(
-                "refresh contracts the conflict subspace (Theorem 1)",
-                f"‖P_S(θ_t - θ*_A)‖ / ‖P_S δ_B‖ after {refresh['steps']} steps, S of {size} directions",
-                f"{contraction['subspace']:.3f}",
-                f"{size} random directions of route space {contraction['random']:.3f}; "
-                f"all routes {contraction['routes']:.3f}",
-                "a bound (1 - αμ)^t below 1; no figure",
-            )
-        )
+    steps = f"after {refresh['steps']} steps"
+    figure = f"share of the lost {domain} score {steps} (n={refresh['domains'][domain]['n']}); changes in points"
+    control = "no interpolation was measured"
+    if other is not None:
+        control = f"interpolation of all weights, no training: {_share(other, domain)}"
+    paper = "94.9%; code +0.58, QA +0.15, writing -0.56; mean 64.25 to 66.39"
+    claims = [Claim("refresh heals", figure, _share(refresh, domain), control, paper)]
+    found = refresh.get("contraction")
+    if found is not None:
+        size = found["directions"]
+        figure = f"‖P_S(θ_t - θ*_A)‖ / ‖P_S δ_B‖ {steps}, S of {size} directions"
+        control = f"{size} random directions of route space {found['random']:.3f}; all routes {found['routes']:.3f}"
+        claim, paper = "refresh contracts the conflict subspace (Theorem 1)", "a bound (1 - αμ)^t below 1; no figure"
+        claims.append(Claim(claim, figure, f"{found['subspace']:.3f}", control, paper))
     return claims
 
 
 def rollback_claims(rivals: Sequence[dict[str, Any]], domain: str) -> list[Claim]:
     """What rolling routes back recovered, by `"damage"` at each budget, beside other criteria at their best steps."""
     paper = {(0.02, "mlp"): "20.4% of the loss; QA -0.06", (0.32, "joint"): "73.6% of the loss"}
-    routes = [row for row in rivals if row["arm"] == "routes"]
-    claims = []
+    routes, claims = [row for row in rivals if row["arm"] == "routes"], []
     for row in routes:
         if row["criterion"] != "damage":
             continue
         place = (row["budget"], row["scope"])
         others = [other for other in routes if (other["budget"], other["scope"]) == place and other is not row]
-        claims.append(
-            Claim(
-                "rollback, training-free",
-                f"share of the lost {domain} score: damage, {100 * row['budget']:g}% of {row['scope']}, "
-                f"best step {row['chosen']:.2g}; changes in points",
-                _share(row, domain),
-                "; ".join(f"{other['criterion']} {_share(other, domain)}" for other in others)
-                or "none at this budget",
-                paper.get(place, "not reported"),
-            )
+        control = "; ".join(f"{other['criterion']} {_share(other, domain)}" for other in others)
+        figure = (
+            f"share of the lost {domain} score: damage, {100 * row['budget']:g}% of {row['scope']}, "
+            f"best step {row['chosen']:.2g}; changes in points"
         )
+        cells = (_share(row, domain), control or "none at this budget", paper.get(place, "not reported"))
+        claims.append(Claim("rollback, training-free", figure, *cells))
     return claims
 
 
@@ -317,6 +260,4 @@ def _share(row: dict[str, Any], domain: str) -> str:
     """Recovered share of a domain with its interval, and what the others paid."""
     found = row["domains"][domain]
     changes = ", ".join(f"{name} {other['change']['value']:+.1f}" for name, other in row["domains"].items())
-    if found["recovered"] is None:
-        return f"nothing was lost; {changes}"
-    return f"{100 * found['recovered']:.0f}% [{100 * found['low']:.0f}, {100 * found['high']:.0f}]; {changes}"
+    return f"{'nothing was lost' if found['recovered'] is None else share_of(found)}; {changes}"

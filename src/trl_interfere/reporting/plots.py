@@ -1,10 +1,8 @@
 """Figures: each function takes data and returns a matplotlib figure, which the caller saves or shows."""
 
-import io
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from ..analysis.report import InterferenceReport
-from ..analysis.stage_edits import StageEdits
 from ..evaluation.score_matrix import ScoreMatrix
 
 
@@ -23,7 +20,7 @@ from ..evaluation.score_matrix import ScoreMatrix
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
 REFERENCE = "#767676"
-AMOUNT, SIGNED = "cividis", "PuOr"  # colour maps of shares and scores, and of what has a sign
+AMOUNT, SIGNED = "cividis", "PuOr"  # colour maps of shares and scores, and of signed values
 PARTS = ("attention", "mlp", "norm")
 KINDS = {"mlp": "MLP channels", "query": "query heads", "key_value": "key/value heads"}
 MAX_POINTS = 400  # of a curve
@@ -37,8 +34,7 @@ def plot_score_matrix(matrix: ScoreMatrix) -> Figure:
         for stage in matrix.values
     ]
     size = (1.6 + 1.2 * len(matrix.domains), 1.2 + 0.5 * len(matrix.stages))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure(*size)
     image = _map(axes, np.array(values), matrix.domains, matrix.stages, (0, 100), ".1f", missing="—")
     axes.set_title("Score (0 to 100) of each domain after each stage", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.8)
@@ -48,23 +44,13 @@ def plot_score_matrix(matrix: ScoreMatrix) -> Figure:
 def plot_scores(matrix: ScoreMatrix, healed: dict[str, float] | None = None) -> Figure:
     """
     Score of every domain over the stages, with 95% intervals over prompts, and of the healed model as the last point.
-
-    Args:
-        matrix ([`ScoreMatrix`]):
-            The scores.
-        healed (`dict[str, float]`, *optional*):
-            Score of each domain, 0 to 100, after a repair that is no stage of the matrix.
-
-    Returns:
-        [`matplotlib.figure.Figure`]: The figure.
     """
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure(7, 3.8)
     for number, domain in enumerate(matrix.domains):
         rows = [row for row, values in enumerate(matrix.values) if domain in values]
         found = [matrix.interval(row, domain) for row in rows]
         ends = np.abs([[one.value - one.low, one.high - one.value] for one in found]).reshape(-1, 2).T
-        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+        style = _style(number, 5)
         axes.errorbar(rows, [one.value for one in found], yerr=ends, capsize=2, label=_name(domain), **style)
         if healed and rows and domain in healed:
             axes.plot([rows[-1], len(matrix.stages)], [found[-1].value, healed[domain]], linestyle="--", **style)
@@ -84,8 +70,8 @@ def plot_module_cosines(report: InterferenceReport) -> Figure:
     values = cosine_map(report)
     outside = {name: value for name, value in modules.items() if not name.startswith("layers.")}
     bound = max([0.05, *map(abs, modules.values())])
-    figure = Figure(figsize=(6.5, 1.5 + 0.35 * min(len(values), MAX_LABELLED)), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 1.4))
+    height = 1.5 + 0.35 * min(len(values), MAX_LABELLED)
+    figure, (left, right) = _figure(6.5, height, ncols=2, width_ratios=(3, 1.4))
     image = _map(left, values, PARTS, range(len(values)), (-bound, bound), "+.2f", origin="lower")
     left.set_ylabel("layer")
     table = np.array(list(outside.values()) or [np.nan])[:, None]
@@ -140,25 +126,15 @@ def correction_maps(layers: Sequence[dict[str, Any]]) -> dict[str, tuple[list[st
 
 
 def plot_layer_maps(maps: dict[str, tuple[list[str], np.ndarray]]) -> Figure:
-    """
-    Measures of layers and modules side by side.
-
-    Args:
-        maps (`dict[str, tuple[list[str], numpy.ndarray]]`):
-            By title, with the unit in brackets: names of the modules, and values of shape `(layers, modules)`.
-
-    Returns:
-        [`matplotlib.figure.Figure`]: The figure.
-    """
+    """Measures side by side: by title, the names of modules, and values of shape `(layers, modules)`."""
     layers = max((len(values) for _, values in maps.values()), default=1)
     columns = min(2, max(1, len(maps)))
     rows = -(-len(maps) // columns) or 1
     height = 1.3 + 0.32 * min(layers, MAX_LABELLED)
-    figure = Figure(figsize=(4.9 * columns, height * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels[len(maps) :]:
+    figure, panels = _figure(4.9 * columns, height * rows, nrows=rows, ncols=columns, squeeze=False)
+    for axes in panels.ravel()[len(maps) :]:
         axes.set_axis_off()
-    for axes, (title, (modules, values)) in zip(panels, maps.items(), strict=False):
+    for axes, (title, (modules, values)) in zip(panels.ravel(), maps.items(), strict=False):
         largest = max(float(np.nanmax(np.abs(values), initial=0)), 1e-9)
         signed = np.nanmin(values, initial=0) < 0
         limits = (-largest, largest) if signed else (0, largest)
@@ -171,8 +147,7 @@ def plot_layer_maps(maps: dict[str, tuple[list[str], np.ndarray]]) -> Figure:
 
 def plot_damage_concentration(reports: Sequence[InterferenceReport]) -> Figure:
     """Share of the attributed damage that lies in the most damaged routes."""
-    figure = Figure(figsize=(5.5, 3.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure(5.5, 3.8)
     fewest = 100.0
     for report, color in zip(reports, COLORS, strict=False):
         damage = np.sort(report.routes["damage"])[::-1]
@@ -197,8 +172,7 @@ def plot_damage_concentration(reports: Sequence[InterferenceReport]) -> Figure:
 def plot_damage_by_layer(report: InterferenceReport) -> Figure:
     """Damage attributed to the routes of each layer."""
     sums = {kind: values for kind, values in report.by_layer("damage").items() if values.size}
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure(7, 3.8)
     width = 0.8 / max(1, len(sums))
     for index, ((kind, values), color) in enumerate(zip(sums.items(), COLORS, strict=False)):
         offset = (index - (len(sums) - 1) / 2) * width
@@ -228,10 +202,9 @@ def plot_sparsity(report: InterferenceReport) -> Figure:
     }
     kinds = dict(sorted(update["by_kind"].items(), key=lambda item: -item[1]["elements"])[:14])
     layers = [entry for name, entry in update["by_layer"].items() if name != "outside"]
-    figure = Figure(figsize=(10, 1.6 + 0.3 * max(len(kinds), 8)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for (definition, label), color, marker in zip(definitions.items(), COLORS, MARKERS, strict=False):
-        style = {"color": color, "marker": marker, "markersize": 4, "label": label}
+    figure, (left, right) = _figure(10, 1.6 + 0.3 * max(len(kinds), 8), ncols=2)
+    for number, (definition, label) in enumerate(definitions.items()):
+        style = {**_style(number, 4), "label": label}
         left.plot(range(len(layers)), [100 * entry[definition] for entry in layers], **style)
         right.plot([100 * entry[definition] for entry in kinds.values()], range(len(kinds)), linestyle="", **style)
     if report.identical_in_bfloat16 is not None:
@@ -251,27 +224,20 @@ def plot_sparsity(report: InterferenceReport) -> Figure:
     return figure
 
 
-def plot_overlaps(report: InterferenceReport) -> Figure:
-    """Overlap of the most active MLP channels of each two domains, beside what shuffles within layers would give."""
-    if not report.overlaps.get("active"):
+def plot_overlaps(overlaps: dict[str, dict[str, dict[str, dict[str, Any]]]] | None, word: str) -> Figure:
+    """
+    Overlap of the MLP channels of each two domains that are most active, or that stages changed most, beside what
+    shuffles within layers would give.
+    """
+    if not overlaps:
         raise ValueError("overlaps: expected a report with overlaps of two domains or more, found none")
-    return _overlaps(report.overlaps["active"], "active")
-
-
-def plot_changed_overlaps(edits: StageEdits) -> Figure:
-    """Overlap of the MLP channels that each two stages of a run changed most, beside shuffles within layers."""
-    return _overlaps(edits.to_dict()["changed"], "changed")
-
-
-def _overlaps(overlaps: dict[str, dict[str, dict[str, dict[str, Any]]]], word: str) -> Figure:
     entries = {(first, second): kinds["mlp"] for first, row in overlaps.items() for second, kinds in row.items()}
     names = list(dict.fromkeys(name for pair in entries for name in pair))
     values = np.full((len(names), len(names)), np.nan)
     for (first, second), entry in entries.items():
         values[names.index(second), names.index(first)] = entry["value"]
         values[names.index(first), names.index(second)] = entry["shuffled"]
-    figure = Figure(figsize=(10, 2.0 + 0.3 * max(len(entries), 6)), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
+    figure, (left, right) = _figure(10, 2.0 + 0.3 * max(len(entries), 6), ncols=2, width_ratios=(1, 1.5))
     image = _map(left, values, names, names, (0, 1), ".2f")
     left.set_title(f"{word} MLP channels: measured (below),\nby chance (above the diagonal)", fontsize=9)
     figure.colorbar(image, ax=left, shrink=0.8, label="Jaccard index")
@@ -295,12 +261,10 @@ def plot_eigenvalues(report: InterferenceReport) -> Figure:
     """Decay of the eigenvalues of the damage on route space, beside those of a random update of equal norm."""
     if report.subspace is None:
         raise ValueError("eigenvalues: expected a report with a conflict subspace (subspace_size > 0), found none")
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = _figure(9, 3.6, ncols=2)
     names = {"update": "the update", "random": "random update of equal norm"}
-    for (name, label), color, marker in zip(names.items(), COLORS, MARKERS, strict=False):
-        entry = report.subspace[name]
-        style = {"color": color, "marker": marker, "markersize": 4, "label": label}
+    for number, (name, label) in enumerate(names.items()):
+        entry, style = report.subspace[name], {**_style(number, 4), "label": label}
         numbers = np.arange(1, len(entry["eigenvalues"]) + 1)
         left.plot(numbers, np.abs(entry["eigenvalues"]), **style)
         if entry["shares"]:
@@ -317,39 +281,20 @@ def plot_eigenvalues(report: InterferenceReport) -> Figure:
     return figure
 
 
-def arm_of(row: dict[str, Any]) -> dict[str, Any]:
-    """A repair as [`plot_pareto`] takes it, from its record or from a row of [`~repair.comparison.Comparison`]."""
-    name, cost, share = row["arm"], row.get("cost") or {}, row["recovered_all"]
-    if name == "heal":
-        name = f"heal, {row.get('method', 'subspace')}" + (f" of rank {row['rank']}" if row.get("rank") else "")
-    elif name == "routes":
-        name = f"{100 * row['budget']:g}% of {row['scope']} by {row['criterion']}"
-    passes = cost.get("sequences_forward", 0) + 2 * cost.get("sequences_backward", 0)
-    figures = {"recovered": share.get("value"), "low": share.get("low"), "high": share.get("high")}
-    figures = {key: value if value is not None and np.isfinite(value) else None for key, value in figures.items()}
-    return {"name": name, **figures, "worst": row["worst"], "sequences": passes or None}
-
-
 def plot_pareto(arms: Sequence[dict[str, Any]]) -> Figure:
     """
     What each repair brought back, against what the worst-hit other domain paid and against what it cost.
 
-    Args:
-        arms (`Sequence[dict]`):
-            `name`, `recovered` (share) with `low` and `high`, `worst` (points) and `sequences` (forward and backward
-            passes of one sequence, a backward pass counted twice); each may be `None`.
-
-    Returns:
-        [`matplotlib.figure.Figure`]: The figure.
+    An arm has `name`, `recovered` (share) with `low` and `high`, `worst` (points) and `sequences` (passes of one
+    sequence, a backward pass counted twice); each may be `None`.
     """
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, (left, right) = _figure(9.6, 4.2, ncols=2, sharey=True)
     for number, arm in enumerate(arms):
         if arm["recovered"] is None:
             continue
         value = 100 * arm["recovered"]
         ends = [100 * arm[key] if arm.get(key) is not None else value for key in ("low", "high")]
-        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 6}
+        style = _style(number, 6)
         bars = np.abs(np.array(ends) - value)[:, None]
         for axes, place in ((left, arm.get("worst")), (right, arm.get("sequences"))):
             if place is not None:
@@ -367,12 +312,19 @@ def plot_pareto(arms: Sequence[dict[str, Any]]) -> Figure:
     right.set_xlabel("cost (passes of a sequence; backward counts twice)")
     if arms:
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    figure.hover = [f"{arm['name']}: {_percent(arm)}" for arm in arms]
+    shares = (arm["recovered"] for arm in arms)
+    shares = ("nothing was lost" if share is None else f"{100 * share:.0f}% recovered" for share in shares)
+    figure.hover = [f"{arm['name']}: {share}" for arm, share in zip(arms, shares, strict=True)]
     return figure
 
 
-def _percent(arm: dict[str, Any]) -> str:
-    return "nothing was lost" if arm["recovered"] is None else f"{100 * arm['recovered']:.0f}% recovered"
+def _figure(width: float, height: float, **options: Any) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(**options)
+
+
+def _style(number: int, size: int) -> dict[str, Any]:
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": size}
 
 
 def _map(
@@ -429,7 +381,7 @@ def _name(text: str, length: int = 40) -> str:
 PLOTS: dict[str, Callable[[InterferenceReport], Figure]] = {
     "module_cosines": plot_module_cosines,
     "sparsity": plot_sparsity,
-    "overlaps": plot_overlaps,
+    "overlaps": lambda report: plot_overlaps(report.overlaps.get("active"), "active"),
     "damage_concentration": lambda report: plot_damage_concentration([report]),
     "damage_by_layer": plot_damage_by_layer,
     "eigenvalues": plot_eigenvalues,
@@ -437,46 +389,17 @@ PLOTS: dict[str, Callable[[InterferenceReport], Figure]] = {
 
 
 def save_figures(report: InterferenceReport, folder: str | Path) -> list[Path]:
-    """
-    Write every figure that a report has the measures for, as PNG.
-
-    Args:
-        report ([`InterferenceReport`]):
-            The analysis.
-        folder (`str` or `pathlib.Path`):
-            The folder.
-
-    Returns:
-        `list[pathlib.Path]`: Their files.
-    """
+    """Write every figure that a report has the measures for, as PNG."""
     folder, files = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
-    missing = {
-        "sparsity": report.updates is None,
-        "eigenvalues": report.subspace is None,
-        "damage_by_layer": not report.route_counts,
-        "overlaps": not report.overlaps.get("active"),
+    needed = {
+        "sparsity": report.updates,
+        "eigenvalues": report.subspace,
+        "damage_by_layer": report.route_counts,
+        "overlaps": report.overlaps.get("active"),
     }
     for kind, plot in PLOTS.items():
-        if not missing.get(kind, False):
+        if needed.get(kind, True):
             files.append(folder / f"{kind}.png")
             plot(report).savefig(files[-1], dpi=150)
     return files
-
-
-def to_svg(figure: Figure, label: str) -> str:
-    """A figure as an element of a page; the points that `figure.hover` lists name themselves under the pointer."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "trl-interfere"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    # As wide as the page, but readable on a phone and not huge on a wall.
-    widths = [
-        f"{name}-width:{factor * 72 * figure.get_figwidth():.0f}px" for name, factor in (("min", 0.9), ("max", 1.6))
-    ]
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}" style="{";".join(widths)}"', 1)
-    for number, text in enumerate(getattr(figure, "hover", [])):
-        svg = svg.replace(f'<g id="hover-{number}">', f"<g><title>{escape(text)}</title>")
-    return svg
