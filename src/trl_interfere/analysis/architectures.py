@@ -262,7 +262,7 @@ LLAMA4 = _moe(
         "feed_forward.experts.gate_up_proj": Slices(2, ("mlp", "mlp"), experts_axis=0),
         "feed_forward.experts.down_proj": Slices(1, ("mlp",), experts_axis=0, writes=True),
     },
-    lambda config, layer: config.numlocal_experts if layer in config.moe_layers else 0,
+    lambda config, layer: config.num_local_experts if layer in config.moe_layers else 0,
     width="intermediate_size",
     dense="intermediate_size_mlp",
     shared=lambda config: config.intermediate_size,

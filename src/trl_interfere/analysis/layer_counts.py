@@ -12,7 +12,7 @@ def if_layer(kind: str, count: str) -> Callable[[PretrainedConfig, int], int]:
 
 
 def local_experts(config: PretrainedConfig, layer: int) -> int:
-    return config.numlocal_experts
+    return config.num_local_experts
 
 
 def qwen_experts(config: PretrainedConfig, layer: int) -> int:

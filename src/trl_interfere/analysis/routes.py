@@ -167,20 +167,9 @@ class RouteMap:
 
     def check(self, names: Iterable[str], where: str, all_known: bool = True) -> None:
         """
-        Check that the description covers a set of tensors.
-
-        Args:
-            names (`Iterable[str]`):
-                Names of all tensors of a model, in memory or in its files.
-            where (`str`):
-                Where they are, for the error.
-            all_known (`bool`, *optional*, defaults to `True`):
-                Whether both the names in memory and those in the files are among them, so that every name of a
-                description that was passed in has to be found.
-
-        Raises:
-            `ValueError`: If a route has no tensor to read with or none to write with, a bias of a tensor that routes
-                read with is not described, or a name of a description that was passed in is not found.
+        Refuse a description that does not cover the tensors of a model: each route needs one to read with and one to
+        write with, and a bias of one that routes read with is described as well. With `all_known`, names both in
+        memory and in the files are given, so that every name of a description that was passed in has to be found.
         """
         names, found = list(names), set()
         touched = {part: np.zeros(self.num_routes, dtype=bool) for part in ("read", "write")}
@@ -197,57 +186,41 @@ class RouteMap:
                     f"{where}: expected tensors through which the {kind} routes of layer {layer} {part}, one of "
                     f"{self._described(kind, part == 'write')}, found none"
                 )
+        tensors = self.description.tensors
         for name in names:
             place = self.place(name)
-            weight = (
-                None if place is None else self.description.tensors.get(f"{place[1].removesuffix('.bias')}.weight")
-            )
+            weight = place and tensors.get(f"{place[1].removesuffix('.bias')}.weight")
             if weight is not None and name.endswith(".bias") and not weight.writes and self.cut(name) is None:
                 raise ValueError(f"{where}: tensor {name}: expected in the description, as its weight is, found none")
-        if self.described:
-            lost = [
-                name
-                for name in self.description.tensors
-                if name not in found and (all_known or "*" not in name) and not name.endswith(".bias")
-            ]
-            if lost:
-                raise ValueError(f"{where}: expected the tensor {lost[0]} of the description in a layer, found none")
+        for name in tensors if self.described else ():
+            if name not in found and (all_known or "*" not in name) and not name.endswith(".bias"):
+                raise ValueError(f"{where}: expected the tensor {name} of the description in a layer, found none")
 
     def modules(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """
-        Module that each tensor is counted with.
+        Module that each tensor is counted with, e.g. `"layers.3.attention"`, `"layers.3.mlp"`, `"layers.3.norm"`,
+        `"layers.3.linear_attention"`, `"layers.3.other"`, `"embed_tokens"`, `"vision_tower"`.
 
         In a layer it follows from the routes that own the tensor or others of the same parent; a parent without routes
         is a norm if all its tensors are vectors, else it is called other. Outside layers it is the first part of the
         name.
-
-        Args:
-            shapes (`Mapping[str, tuple[int, ...]]`):
-                Shapes of all tensors, by name.
-
-        Returns:
-            `dict[str, str]`: E.g. `"layers.3.attention"`, `"layers.3.mlp"`, `"layers.3.linear_attention"`,
-            `"layers.3.norm"`, `"layers.3.other"`, `"embed_tokens"`, `"vision_tower"`.
         """
-        owner = {}
+        owner, vectors, modules = {}, {}, {}
         for name, slices in self.description.tensors.items():
-            kind = slices.kinds[0]
-            label = {"linear": "linear_attention", "mlp": "mlp", "shared": "mlp"}.get(kind, "attention")
-            owner[name.split(".")[0]] = label
+            labels = {"linear": "linear_attention", "mlp": "mlp", "shared": "mlp"}
+            owner[name.split(".")[0]] = labels.get(slices.kinds[0], "attention")
         places = {name: self.place(name) for name in shapes}
-        vectors: dict[tuple[int, str], bool] = {}
-        for name, place in places.items():
-            if place is not None:
-                parent = (place[0], place[1].split(".")[0])
-                vectors[parent] = vectors.get(parent, True) and "." in place[1] and len(shapes[name]) < 2
-        modules = {}
-        for name, place in places.items():
-            if place is None:
+        parents = {name: (place[0], place[1].split(".")[0]) for name, place in places.items() if place is not None}
+        for name, parent in parents.items():
+            vector = "." in places[name][1] and len(shapes[name]) < 2
+            vectors[parent] = vectors.get(parent, True) and vector
+        for name in shapes:
+            if name not in parents:
                 modules[name] = _PARENTS.sub("", name).split(".")[0]
             else:
-                parent = (place[0], place[1].split(".")[0])
-                label = owner.get(parent[1]) or ("norm" if vectors[parent] else "other")
-                modules[name] = f"layers.{place[0]}.{label}"
+                layer, part = parents[name]
+                label = owner.get(part) or ("norm" if vectors[layer, part] else "other")
+                modules[name] = f"layers.{layer}.{label}"
         return modules
 
     def sum_by_route(self, tensors: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, float]:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
 
 from ..evaluation.bootstrap import difference
 from ..evaluation.flips import flips
 from ..run import Run, lock_folder, write_atomically
 from .options import Options, option, parse
-from .output import progress_bar, show
+from .output import show
 from .runs import Update, domains_of, recipe_of, update_of_checkpoints, update_of_run
 
 
@@ -85,7 +87,7 @@ def analyze(update: Update, earlier: Any, later: list[Any], config: Any, options
         update.before, update.after, base=base, config=config, dtype=options.dtype
     )
     passes = analyzer.passes(later=len(later))
-    with progress_bar("gradient passes") as progress:
+    with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("start", total=sum(passes.values()))
 
         def begin(part: str) -> None:
@@ -115,12 +117,11 @@ def verdict(report: Any, run: Run | None, update: Update) -> list[str]:
         )
     layers = report.by_layer("damage")
     if report.damage > 0 and layers:
-        parts = {kind: float(np.sum(values)) for kind, values in layers.items()}
-        kind = max(parts, key=parts.get)
-        worst = np.argsort(layers[kind])[::-1][:3]
+        kind = max(layers, key=lambda kind: layers[kind].sum())
+        worst = sorted(np.argsort(layers[kind])[::-1][:3])
         lines.append(
-            f"Where: {parts[kind] / report.damage:.0%} of the damage passes through {kind} routes, most of it in "
-            f"layers {', '.join(str(layer) for layer in sorted(worst))}."
+            f"Where: {layers[kind].sum() / report.damage:.0%} of the damage passes through {kind} routes, most of it "
+            f"in layers {', '.join(map(str, worst))}."
         )
     lines.append(
         f"Loss on its references: {report.loss_before:.3f} before, {report.loss_after:.3f} after, damage "

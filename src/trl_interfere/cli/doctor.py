@@ -55,7 +55,7 @@ def devices() -> list[str]:
 
     if not torch.cuda.is_available():
         return [f"device: CPU, {torch.get_num_threads()} threads"]
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return [f"device {index}: {entry.name}, {entry.total_memory / 2**30:.0f} GiB" for index, entry in enumerate(found)]
 
 

@@ -7,7 +7,6 @@ import sys
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..tables import printable
 
@@ -33,15 +32,3 @@ def show(*parts: object) -> None:
         else:
             console(text).print(part)
     print(plain(text.getvalue()), end="", flush=True)
-
-
-def progress_bar(unit: str) -> Progress:
-    """A progress bar on stderr."""
-    return Progress(
-        TextColumn("{task.description:<38}"),
-        BarColumn(),
-        TextColumn(f"{{task.completed:.1f}}/{{task.total:.1f}} {unit}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
