@@ -163,7 +163,9 @@ def test_figures_of_the_card_are_files_of_the_push(healed_run):
         card = files["README.md"].decode()
         shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", card)
         assert len(shown) >= 3 and set(shown) <= set(files)
-        assert ModelCard(card).data.license == "apache-2.0"
+        assert ModelCard(card).data.license == "apache-2.0" and "interference.html" not in card
+    files = plan_run(Run(healed_run), REPO, page="<p>").branches["main"]
+    assert files["interference.html"] == b"<p>" and "(interference.html)" in files["README.md"].decode()
 
 
 def test_the_card_can_be_made_later_from_a_folder(copied):
@@ -264,6 +266,7 @@ def test_command(hub, healed_run, capsys):
         assert part in output
     main(["push", str(healed_run), REPO, "--private", "--no_stages"])
     assert set(hub.repo(REPO).branches) == {"main"} and hub.repo(REPO).private
+    assert "interference.html" in hub.files(REPO)
     assert f"Published: {hub.url}/{REPO}" in capsys.readouterr().out
     main(["push", str(healed_run / "analysis" / "math"), "tester/report"])
     assert "interference/report.json" in hub.files("tester/report")

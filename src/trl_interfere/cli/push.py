@@ -1,7 +1,9 @@
 """`trl-interfere push`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from ..run import STAGES_NAME
 from .options import Options, option, parse
 from .output import show
 
@@ -26,11 +28,15 @@ class PushOptions(Options):
 def main(arguments: list[str]) -> None:
     options = parse(PushOptions, arguments, "run repo", EXAMPLE)
     options.prepare()
+    from ..app.saved_page import save_page
+    from ..app.scored import Scored
     from ..hub.push import push_folder
 
+    folder = Path(options.run)
+    page = save_page([Scored(folder.name, folder)]) if (folder / STAGES_NAME).is_file() else None
     names = ("stages", "collection", "license", "overwrite", "dry_run")
     chosen = {name: getattr(options, name) for name in names}
-    result = push_folder(options.run, options.repo, private=options.private or None, **chosen)
+    result = push_folder(options.run, options.repo, private=options.private or None, page=page, **chosen)
     if options.dry_run:
         command = f"trl-interfere push {options.run} {options.repo}"
         show(result.to_table(), f"Nothing was sent. Next: {command}")

@@ -26,6 +26,7 @@ from .eval_results import eval_result_files
 
 Files = dict[str, Path | bytes]
 
+PAGE_NAME = "interference.html"
 _NOT_PUBLISHED = ("trainer_state.json", "resume_state_*", "generation_buffer_*", "entropy_ctrl_state.json")
 _REPORT_FILES = ("*.json", "*.safetensors", "*.md", "figures/*.png")
 
@@ -52,11 +53,16 @@ def size_of(content: Path | bytes) -> int:
 
 
 def plan_run(
-    run: Run, repo_id: str, stages: bool = True, license: str | None = None, only: Iterable[str] | None = None
+    run: Run,
+    repo_id: str,
+    stages: bool = True,
+    license: str | None = None,
+    only: Iterable[str] | None = None,
+    page: str | None = None,
 ) -> PushPlan:
     """
     What a push of a run would bring where; `only` plans the branches of these stages and leaves `main` alone, which
-    is the last one otherwise. Nothing is sent.
+    is the last one otherwise. `page` is a file of HTML for `main`. Nothing is sent.
     """
     trained = [record for record in run.stages if record.folder is not None]
     if not trained:
@@ -75,6 +81,9 @@ def plan_run(
         files |= {f"repair/{path}": content for path, content in _repair_files(run, run.repair, repo_id).items()}
     analysis, figures = _analysis_files(run)
     files |= analysis | eval_result_files(run)
+    if page is not None:
+        figures["page"] = PAGE_NAME
+        files[PAGE_NAME] = page.encode()
     card = analysis_card(run, repo_id, license=license, figures=figures, revisions=stages, final=run.final)
     plan.branches["main"] = files | {"README.md": str(card).encode()}
     return plan

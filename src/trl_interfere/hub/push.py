@@ -81,6 +81,7 @@ def push_folder(
     overwrite: bool = False,
     only: Iterable[str] | None = None,
     dry_run: bool = False,
+    page: str | None = None,
 ) -> PushResult | PushPlan:
     """
     Publish a run, or a report. The branches of the stages come first, and `main` gets everything in one commit.
@@ -106,6 +107,8 @@ def push_folder(
             Names of stages to publish as branches, without `main`.
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to return the plan and send nothing.
+        page (`str`, *optional*):
+            HTML of a page that the card links.
 
     Returns:
         [`PushResult`] or `PushPlan`: Where it has gone; with `dry_run` what would go where.
@@ -120,12 +123,12 @@ def push_folder(
         return push_report(folder, repo_id, private, token, dry_run)
     run, api = Run(folder), HfApi(token=token)
     if dry_run:
-        return plan_run(run, repo_id, stages, license, only)
+        return plan_run(run, repo_id, stages, license, only, page)
     if "/" not in repo_id:  # cards name the repository
         user = Target(api, repo_id).call("asking for the name of the account", api.whoami)["name"]
         repo_id = f"{user}/{repo_id}"
     license = license or base_license(str(run.identity.get("base_model", "")), api)
-    plan = plan_run(run, repo_id, stages, license, only)
+    plan = plan_run(run, repo_id, stages, license, only, page)
     command = ["trl-interfere", "push", str(folder), repo_id, *(["--private"] if private else [])]
     command += [] if collection is None else ["--collection", collection]
     target = Target(api, repo_id, shlex.join(command))
@@ -161,6 +164,8 @@ def push_report(
             Token. Defaults to the one of the environment or of `hf auth login`.
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to return the plan and send nothing.
+        page (`str`, *optional*):
+            HTML of a page that the card links.
 
     Returns:
         [`PushResult`] or `PushPlan`: Where it has gone; with `dry_run` what would go where.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..analysis.report import InterferenceReport, top_share
 from ..benchmark import parse_benchmark
@@ -38,8 +38,6 @@ def analysis_card(
     figures: Mapping[str, str] | None = None,
     revisions: bool = False,
     final: StageRecord | None = None,
-    repaired: str | None = None,
-    eval_results: list[EvalResult] | None = None,
 ) -> ModelCard:
     """
     The card of a run. Every figure in it stands in `stages.json`, the files of scores, `report.json` or `repair.json`,
@@ -53,15 +51,11 @@ def analysis_card(
         license (`str`, *optional*):
             Licence, which is that of the base model.
         figures (`dict[str, str]`, *optional*):
-            Paths of figures, relative to the card: `"scores"`, and `"<report>/<figure>"`.
+            Paths of figures, relative to the card: `"scores"`, `"<report>/<figure>"`, and `"page"`, the run as a page.
         revisions (`bool`, *optional*, defaults to `False`):
             Whether the stages are revisions of the repository.
         final ([`StageRecord`], *optional*):
             The stage with the weights on `main`. Defaults to the last one.
-        repaired (`str`, *optional*):
-            What was done to these weights afterwards, in words.
-        eval_results (`list[EvalResult]`, *optional*):
-            Scores for the legacy `model-index`.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: The card.
@@ -72,8 +66,6 @@ def analysis_card(
     matrix, repair = ScoreMatrix.from_run(run), read_repair(run)
     title = _title(run, repo_id)
     data = _metadata(run, license, final)
-    if eval_results:
-        data.model_name, data.eval_results = title, eval_results
     lost = losses(run, matrix) if run.stages else {}
     worst = next(iter(lost), None)
     examples, regained = flipped(run, worst) if worst else ([], False)
@@ -90,7 +82,7 @@ def analysis_card(
         examples=[_example(example) for example in examples],
         examples_domain=plain(worst or ""),
         examples_healed=regained,
-        healed="\n\n".join(filter(None, [_healed(repair), plain(repaired or "")])),
+        healed=_healed(repair),
         load_note="The repair is a LoRA adapter over the last stage:" if repair else "Load the model:",
         load=_load_repaired(run, repo_id) if repair else _load(repo_id) if repo_id else "",
         reports=[_report(report, name, repo_id if revisions else None, figures) for name, report in reports.items()],
