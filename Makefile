@@ -14,7 +14,8 @@ ENDS := accelerate|peft|transformers|trl
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help lab repair-study test test-all test-resume test-vllm test-lowest test-newest lint docs build clean distclean
+.PHONY: help lab repair-study study-smollm2 test test-all test-resume test-vllm test-lowest test-newest lint docs build \
+	clean distclean
 
 help:
 	@echo "make lab           run the lab into $(LAB_DIR)/; started again, it goes on where it stopped"
@@ -28,6 +29,7 @@ help:
 	@echo "make docs          build the documentation into site/"
 	@echo "make build         build wheel and sdist into dist/"
 	@echo "make repair-study  compare all repairs over seeds and orders, into docs/repair.md; goes on where it stopped"
+	@echo "make study-smollm2  train and heal SmolLM2-135M, into docs/study-smollm2.md; goes on where it stopped"
 	@echo "make clean         remove what build, docs, test and lint made"
 	@echo "make distclean     remove the virtual environments too; results of the lab stay"
 
@@ -36,6 +38,9 @@ lab: $(INSTALLED)
 
 repair-study: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/repair_study.py --jobs 2 $(ARGS)
+
+study-smollm2: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/smollm2_study.py --jobs 2 $(ARGS)
 
 test: $(DEV)
 	@command -v bwrap >/dev/null || echo "bubblewrap is missing: tests of the sandbox are skipped \

@@ -1,5 +1,5 @@
 """
-The analysis on an accelerator: what it agrees with, and what it takes beside what the hardware allows.
+Analysis, repair and training on an accelerator: what they agree with, and what they take.
 
     python benchmarks/accelerator.py --parts ceilings agreement analysis --shapes qwen3-4b
 
@@ -9,7 +9,12 @@ The analysis on an accelerator: what it agrees with, and what it takes beside wh
   routes on the accelerator, undone;
 - `analysis`: an analysis with random weights of a shape. Its seconds by part, beside what the part's gradient passes
   take (a pass is one `mean_gradient` over the references of a domain, measured before and after); the rate of a pass
-  as a share of the ceiling; the memory of the device in sets of weights, at its peak.
+  as a share of the ceiling; the memory of the device in sets of weights, at its peak;
+- `heal`: what a subspace rollback costs at a shape, see `heal_cost.py`;
+- `study`: the GRPO run of `smollm2_study.py` with `--steps` in each stage, healed. It needs the model of
+  `recipes/prepare_smollm2.py`, no internet, and goes on where it was stopped.
+
+Ten minutes of one GPU: `--parts heal study --shapes qwen3-4b qwen3-30b-a3b --layers 12`. We have not run these two.
 
 Operations of a pass are those of products of matrices: 6 for each weight of a layer and token (8 with checkpointing,
 which computes the layers forward once more), 6 for each weight of the output and completion token, and those of causal
@@ -30,7 +35,7 @@ GB = 1e9
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="what is done")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS)[:3], choices=list(PARTS), help="what is done")
     parser.add_argument("--shapes", nargs="+", default=["qwen3-4b"], help="shapes of the analysis")
     parser.add_argument("--device", default="cuda", help="the accelerator (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=64, help="references of each domain (default: %(default)s)")
@@ -39,6 +44,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="data type of the analysis (default: %(default)s)")
     parser.add_argument("--offload", action="store_true", help="both checkpoints stay in host memory")
     parser.add_argument("--checkpointing", action="store_true", help="backward passes recompute activations")
+    parser.add_argument("--steps", type=int, default=200, help="steps of a stage of `study` (default: %(default)s)")
+    parser.add_argument("--output-dir", default="smollm2-study-accelerator", help="folder of `study`")
     parser.add_argument("--layers", type=int, default=None, help="layers, if fewer than those of the shape")
     parser.add_argument("--matrix", type=int, default=8192, help="size of the products of `ceilings`")
     parser.add_argument("--rate", type=float, default=None, help="TFLOP/s, if `ceilings` is not among the parts")
@@ -296,10 +303,40 @@ def analysis_of(shape: str, arguments: argparse.Namespace, figures: dict) -> dic
     return found
 
 
+def heal(arguments: argparse.Namespace, figures: dict) -> dict[str, dict]:
+    """Seconds and memory of a fit, each shape in turn."""
+    from heal_cost import measure
+
+    settings = argparse.Namespace(
+        model=None, references=arguments.prompts, tokens=arguments.tokens, rank=64, rounds=1, clock="wall",
+        layers=arguments.layers, dtype=arguments.dtype,
+    )  # fmt: skip
+    return {shape: measure(shape, settings) for shape in arguments.shapes}
+
+
+def study(arguments: argparse.Namespace, figures: dict) -> dict:
+    """Scores of the stages and the repair."""
+    from pathlib import Path
+
+    from smollm2_page import scores
+    from smollm2_study import PARTS as STUDY_PARTS
+    from smollm2_study import rows_of, warm_up, work
+
+    folder = Path(arguments.output_dir).absolute()
+    warm_up(folder, threads=16)
+    for part in STUDY_PARTS[1:4]:
+        begin = synchronized(arguments.device)
+        work(folder, "grpo-0", part, threads=16, steps=arguments.steps)
+        print(f"study: {part} {synchronized(arguments.device) - begin:.0f} s", flush=True)
+    return scores(rows_of(folder))
+
+
 PARTS: dict[str, Callable[[argparse.Namespace, dict], dict]] = {
     "ceilings": ceilings,
     "agreement": agreement,
     "analysis": analysis,
+    "heal": heal,
+    "study": study,
 }
 
 

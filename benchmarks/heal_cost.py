@@ -13,7 +13,8 @@ counts with the final checkpoint. δ is random, of 5% of the norm of every tenso
   models. Nothing but the package is loaded then.
 
 The lab model is the one that ships with the package, and the large one random weights of the shape of
-SmolLM2-135M if `--model` names no other. `--clock processor` takes the processor time of this program, for machines
+SmolLM2-135M if `--model` names no other. A shape of `shapes.py` is measured on the accelerator, if there is one, and
+its memory is that of the device. `--clock processor` takes the processor time of this program, for machines
 that others use too. The last line is one JSON object, with the worse ratio of both models and the memory of the
 larger one.
 """
@@ -51,6 +52,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64, help="rank of the repair (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the lab model; the large one has one")
     parser.add_argument("--threads", type=int, default=1, help="threads (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="layers of a shape, if fewer")
+    parser.add_argument("--dtype", default="float32", help="data type of a shape and its passes")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what seconds are those of")
     arguments = parser.parse_args()
 
@@ -71,18 +74,26 @@ def main() -> None:
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """The figures of one model."""
     import torch
+    from accelerate import PartialState
 
     from trl_interfere import Domain, SubspaceRollback
     from trl_interfere.analysis.references import References
     from trl_interfere.models import load_model
 
-    clock = CLOCKS[arguments.clock]
+    device, shape = PartialState().device, name not in ("lab", "large")
+    on_device, dtype = device.type == "cuda", arguments.dtype if shape else "float32"
+
+    def clock() -> float:
+        if on_device:
+            torch.cuda.synchronize()
+        return CLOCKS[arguments.clock]()
+
     with tempfile.TemporaryDirectory() as folder:
-        places = write_checkpoints(name, arguments.model, Path(folder))
+        places = write_checkpoints(name, arguments, Path(folder))
         vocabulary, size = places.pop("vocabulary"), places.pop("size")
         domains = [Domain(domain, metric=lambda completions, **_: [0.0] * len(completions)) for domain in "abc"]
         references = {d.name: random_references(References, d.name, vocabulary, arguments) for d in domains}
-        rollback = SubspaceRollback(rank=arguments.rank)
+        rollback = SubspaceRollback(rank=arguments.rank, dtype=dtype)
         peaks = {"a": places["a"], "b": places["b"]}
 
         def fit() -> float:
@@ -92,17 +103,23 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
 
         with ResidentMemory() as memory:
             fit()
-        models = {place: load_model(path) for place, path in places.items()}
-        batches = {d: found.batches(rollback.batch_size, 0, torch.device("cpu")) for d, found in references.items()}
+        if on_device:
+            memory.peak = torch.cuda.max_memory_allocated()
+        batches = {d: found.batches(rollback.batch_size, 0, device) for d, found in references.items()}
 
         @torch.no_grad()
         def forward() -> float:
-            begin = clock()
-            for domain, of_domain in batches.items():
-                for batch in of_domain:
-                    for place in (domain if domain in peaks else "final", "final"):
-                        models[place](batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-            return clock() - begin
+            total = 0.0
+            for place, path in places.items():
+                model = load_model(path, dtype=dtype).to(device)
+                final = place == "final"  # all domains, and once more those that have no peak
+                mine = [*batches, *(batches.keys() - peaks.keys())] if final else [place]
+                begin = clock()
+                for domain in mine:
+                    for batch in batches[domain]:
+                        model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                total += clock() - begin
+            return total
 
         ratios = []
         for _ in range(arguments.rounds if name == "lab" else 1):
@@ -115,7 +132,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     return {"fit_over_forward": median(ratios), "peak_over_model": memory.peak / (2 * size), "size": size}
 
 
-def write_checkpoints(name: str, model: str | None, folder: Path) -> dict:
+def write_checkpoints(name: str, arguments: argparse.Namespace, folder: Path) -> dict:
     """Save the final checkpoint and two peaks; their folders, the size of the vocabulary and that of the weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -123,7 +140,12 @@ def write_checkpoints(name: str, model: str | None, folder: Path) -> dict:
     from trl_interfere.lab.build import MODEL_FOLDER
     from trl_interfere.models import load_model
 
-    if name == "lab" or model is not None:
+    model = arguments.model
+    if name not in ("lab", "large"):
+        from shapes import random_model
+
+        weights = random_model(name, getattr(torch, arguments.dtype), "cpu", arguments.layers)
+    elif name == "lab" or model is not None:
         weights = load_model(MODEL_FOLDER if name == "lab" else model)
     else:
         torch.manual_seed(0)
@@ -134,7 +156,7 @@ def write_checkpoints(name: str, model: str | None, folder: Path) -> dict:
     for place in ("a", "b", "final"):
         with torch.no_grad():
             for parameter in weights.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
                 parameter.add_(noise * (0.05 * parameter.norm() / noise.norm()))
         weights.save_pretrained(folder / place)
         places[place] = folder / place

@@ -152,7 +152,7 @@ def controls(run: StudyRun) -> list[dict]:
     """What the same construction does without the right moments or directions."""
     compare = run.comparison
     repair = SubspaceRollback(**{**PLAIN, "rank": 16}).fit(compare.final, compare.peaks, compare.domains)
-    rows = [compare.row("identity moments", _mean_of_stages(compare, list(repair.factors)))]
+    rows = [compare.row("identity moments", mean_of_stages(compare, list(repair.factors)))]
     generator = torch.Generator().manual_seed(run.seed)
     rows.append(compare.row("random directions", _random_directions(repair, generator).merge()))
     final, peaks = str(compare.final), {name: str(peak) for name, peak in compare.peaks.items()}
@@ -215,7 +215,7 @@ def _merged(stages: list[Path], method: str, scale: float) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _mean_of_stages(compare: Comparison, layers: list[str]) -> PreTrainedModel:
+def mean_of_stages(compare: Comparison, layers: list[str]) -> PreTrainedModel:
     """The least squares with the identity in place of all moments: the mean over domains of the layers' weights."""
     model = load_model(compare.final)
     others = [dict(load_model(compare.peaks.get(d.name, compare.final)).named_parameters()) for d in compare.domains]

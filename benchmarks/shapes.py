@@ -10,6 +10,8 @@ SHAPES = {
     "qwen3-4b": (2560, 9728, 36, 32, True),
     "qwen3-8b": (4096, 12288, 36, 32, False),
 }
+# 48 layers of 128 experts: 8 of them for a token.
+MOE_SHAPES = {"qwen3-30b-a3b": (2048, 768, 48, 32, 128, 8)}
 VOCABULARY = 151936
 
 
@@ -19,7 +21,7 @@ def random_model(shape: str, dtype, device: str = "cpu", layers: int | None = No
 
     Args:
         shape (`str`):
-            One of [`SHAPES`].
+            One of [`SHAPES`] or [`MOE_SHAPES`].
         dtype (`torch.dtype`):
             Data type of the weights.
         device (`str`, *optional*, defaults to `"cpu"`):
@@ -33,18 +35,25 @@ def random_model(shape: str, dtype, device: str = "cpu", layers: int | None = No
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    hidden, inner, depth, heads, tied = SHAPES[shape]
+    if shape in MOE_SHAPES:
+        hidden, inner, depth, heads, experts, chosen = MOE_SHAPES[shape]
+        kind, tied = "qwen3_moe", False
+        extra = {"moe_intermediate_size": inner, "num_experts": experts, "num_experts_per_tok": chosen}
+    else:
+        hidden, inner, depth, heads, tied = SHAPES[shape]
+        kind, extra = "qwen3", {}
     config = AutoConfig.for_model(
-        "qwen3",
+        kind,
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers or depth,
         num_attention_heads=heads,
-        num_key_value_heads=8,
+        num_key_value_heads=4 if extra else 8,
         head_dim=128,
         tie_word_embeddings=tied,
         max_position_embeddings=4096,
+        **extra,
     )
     torch.manual_seed(0)
     with torch.device(device):

@@ -50,7 +50,13 @@ def scorer_of(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any], p
         temperature=settings["score_temperature"],
         num_samples=settings["score_samples"],
         progress=progress,
+        autocast=_precision(settings),
     )
+
+
+def _precision(settings: Mapping[str, Any]) -> torch.dtype | None:
+    """Data type of the autocast of a training; TRL's default is bfloat16."""
+    return torch.float16 if settings["fp16"] else None if settings["bf16"] is False else torch.bfloat16
 
 
 def score_checkpoint(
@@ -69,7 +75,6 @@ def score_checkpoint(
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {list(ENGINES)}, found {engine!r}")
     trust = bool(settings["trust_remote_code"])
-    precision = "float16" if settings["fp16"] else "float32" if settings["bf16"] is False else "bfloat16"
     dtype = (settings["model_init_kwargs"] or {}).get("dtype", "float32")
     scorer = scorer_of(load_tokenizer(name, revision, trust_remote_code=trust), settings, progress)
     datasets = {domain.name: split_of(domain, split) for domain in domains}
@@ -79,7 +84,7 @@ def score_checkpoint(
             model = VLLMEngine(
                 name,
                 revision=revision,
-                dtype=dtype if precision == "float32" else precision,
+                dtype=dtype if scorer.autocast is None else str(scorer.autocast).removeprefix("torch."),
                 max_length=max(map(len, prompts)) + scorer.max_new_tokens,
                 trust_remote_code=trust,
                 max_num_seqs=scorer.batch_size,
@@ -90,6 +95,4 @@ def score_checkpoint(
         else:
             device = PartialState(cpu=bool(settings["use_cpu"])).device
             model = load_model(name, revision, dtype, trust_remote_code=trust, merge=False).to(device)
-            autocast = torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
-            stack.enter_context(autocast)
         return {domain.name: scorer.score(model, domain, datasets[domain.name]) for domain in domains}

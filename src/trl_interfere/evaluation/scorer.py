@@ -4,7 +4,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,8 @@ class Scorer:
             Seed of sampling.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar over prompts.
+        autocast (`torch.dtype`, *optional*):
+            Data type that the model's products are computed in. Defaults to that of its weights.
 
     Raises:
         `ValueError`: If an argument is out of range, or several greedy completions are asked for.
@@ -103,6 +105,7 @@ class Scorer:
         num_samples: int = 1,
         seed: int = 0,
         progress: bool = False,
+        autocast: torch.dtype | None = None,
     ):
         counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "num_samples": num_samples}
         for name, value in counts.items():
@@ -120,6 +123,7 @@ class Scorer:
         self.num_samples = num_samples
         self.seed = seed
         self.progress = progress
+        self.autocast = autocast
 
     def score(
         self,
@@ -206,7 +210,8 @@ class Scorer:
         )
         order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index]), index))
         completed: list[list[int]] = [[]] * len(encoded)
-        with _evaluation_mode(model), torch.random.fork_rng(), torch.no_grad():
+        precision = nullcontext() if self.autocast is None else torch.autocast(model.device.type, self.autocast)
+        with _evaluation_mode(model), torch.random.fork_rng(), torch.no_grad(), precision:
             torch.manual_seed(self.seed)
             starts = range(0, len(order), self.batch_size)
             for start in tqdm(starts, desc="score", unit="batch", leave=False, disable=not self.progress):

@@ -160,12 +160,11 @@ def account(peaks: Scores, final: Scores, healed: Scores, restored: Sequence[str
     """
     rows, damaged = {}, lost_beyond_interval(peaks, final)
     for name in final:
+        found = {key: score(v[name]) for key, v in (("peak", peaks), ("final", final), ("healed", healed))}
         change, turned = difference(healed[name], final[name]), flips(final[name], healed[name], peaks[name])
         rows[name] = {
-            **{
-                key: score(values[name]).value
-                for key, values in (("peak", peaks), ("final", final), ("healed", healed))
-            },
+            **{key: interval.value for key, interval in found.items()},
+            "intervals": {key: [interval.low, interval.high] for key, interval in found.items()},
             "damaged": name in damaged,
             **dict.fromkeys(("recovered", "low", "high")),
             "change": change.to_dict(),
