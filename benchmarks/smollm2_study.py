@@ -16,7 +16,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_RATE = 64, 32, 1e-4
 REFRESH_STEPS = 10
 USE_CPU = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if USE_CPU else "cuda")
-PRICED = ("heal", "heal, chat held", "identity moments", "refresh")
+PRICED = ("heal", "heal, chat held", "heal, ridge 0.1", "heal, one shot", "heal, full rank", "identity moments",
+          "refresh")  # fmt: skip
 SCHEMA_VERSION = 2
 PLAIN: dict[str, Any] = {"max_new_tokens": 16, "batch_size": 64}
 
@@ -112,6 +113,13 @@ class StudyRun:
     def scores(self) -> dict[str, dict[str, np.ndarray]]:
         """Score of each test prompt after each stage, from its base model on."""
         path = self.study / "scores.json"
+        if self.kind == "grpo":
+            run = Run(self.folder)
+            return {
+                record.domain or "base": {name: run.scores(record, name) for name in self.domains}
+                for record in run.stages
+                if record.kind == "train" or record.index == 0
+            }
         if not path.exists():
             found = {}
             for stage, place in {"base": self.base, **self.stages}.items():
@@ -199,24 +207,29 @@ def heal(run: StudyRun) -> list[dict]:
     return [run.comparison.subspace("heal", **PLAIN, rank=64)[0]]
 
 
-def settings(run: StudyRun) -> list[dict]:
-    """Its ranks, its numbers and kinds of references, and a chat domain that is held."""
-    compare, rows = run.comparison, []
-    for name, setting in (
-        ("heal, rank 16", {"rank": 16}),
-        ("heal, full rank", {"rank": None}),
-        ("heal, 16 references", {"rank": 64, "references": 16}),
-        ("heal, 256 references", {"rank": 64, "references": 256}),
-    ):
-        rows.append(compare.subspace(name, **PLAIN, **setting)[0])
-    tokenizer = load_tokenizer(str(compare.final))
-    config = InterferenceConfig(reference="dataset", reference_column="answer", max_prompts=64)
-    given = {d.name: collect_references(None, tokenizer, d, config, d.train_dataset) for d in compare.domains}
-    rows.append(compare.subspace("heal, answers as references", given, **PLAIN, rank=64)[0])
-    domains = [*compare.domains, compare.price.chat]
-    repair = SubspaceRollback(**PLAIN, rank=64).fit(compare.final, compare.peaks, domains)
-    rows.append(compare.row("heal, chat held", repair.merge(), repair.record["cost"]))
-    return rows
+SETTINGS: dict[str, dict[str, Any]] = {
+    "heal, chat held": {},
+    "heal, ridge 0.1": {"ridge": 0.1},
+    "heal, one shot": {"sequential": False},
+    "heal, full rank": {"rank": None},
+    "heal, rank 16": {"rank": 16},
+    "heal, 16 references": {"references": 16},
+    "heal, answers as references": {},
+    "heal, 256 references": {"references": 256},
+}
+
+
+def setting(run: StudyRun, name: str) -> list[dict]:
+    """One setting of the subspace rollback, everything else as in `heal`."""
+    compare, given, domains = run.comparison, None, list(run.comparison.domains)
+    if name == "heal, answers as references":
+        config = InterferenceConfig(reference="dataset", reference_column="answer", max_prompts=64)
+        given = {d.name: collect_references(None, run.scorer.tokenizer, d, config, d.train_dataset) for d in domains}
+    elif name == "heal, chat held":
+        domains.append(compare.price.chat)
+    method = SubspaceRollback(**{**PLAIN, "rank": 64, **SETTINGS[name]})
+    repair = method.fit(compare.final, compare.peaks, domains, given)
+    return [compare.row(name, repair.merge(), repair.record["cost"])]
 
 
 def controls(run: StudyRun) -> list[dict]:
@@ -281,8 +294,11 @@ def rivals(run: StudyRun) -> list[dict]:
 
 WORK: dict[str, Callable[[StudyRun], list[dict]]] = {
     "scores": scores, "heal": heal, "controls": controls, "refresh": refresh, "analysis": analysis, "rivals": rivals,
-    "settings": settings,
+    **{name: partial(setting, name=name) for name in SETTINGS},
 }  # fmt: skip
+
+
+study_run = cache(StudyRun)  # the models' answers on chat prompts are kept between parts
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -295,14 +311,19 @@ def work(folder: Path, name: str, part: str, threads: int, steps: int | None = N
     """Do one part of a run, if it is not done."""
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
-    run = StudyRun(folder.absolute(), name)
-    path = run.study / f"{part}-rows.json"
+    run = study_run(folder.absolute(), name)
+    if part == "settings":
+        for other in SETTINGS:
+            work(folder, name, other, threads)
+        return
+    path = run.study / f"{part.replace(', ', '-').replace(' ', '-')}-rows.json"
     if part == "train":
         train(run, {} if steps is None else {"max_steps": steps})
     elif not path.exists():
         print(f"{name}: {part}", flush=True)
         labels = {"run": name, "seed": run.seed, "restored": list(run.comparison.peaks)}
-        labels["command"] = f"python benchmarks/smollm2_study.py --runs {name} --parts {part}"
+        asked = "settings" if part in SETTINGS else part
+        labels["command"] = f"python benchmarks/smollm2_study.py --runs {name} --parts {asked}"
         write_json(path, {"schema_version": SCHEMA_VERSION, "rows": [{**labels, **row} for row in WORK[part](run)]})
 
 

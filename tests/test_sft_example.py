@@ -25,9 +25,10 @@ def test_supervised_stages_are_scored_analysed_and_healed(tmp_path):
     sums, reverse, final = (str(out / stage) for stage in ("0-sums", "1-reverse", "2-spell"))
 
     main(["evaluate", reverse, final, *recipe, str(out / "scores")])
-    main(["analyze", "--final", final, "--peak", f"reverse={reverse}", "--later", "spell", *recipe, str(out / "report")])
+    given = ["--final", final, "--peak", f"reverse={reverse}"]
+    main(["analyze", *given, "--later", "spell", *recipe, str(out / "report")])
     with pytest.raises(SystemExit) as stop:  # dearer than a point, in a model of this size
-        main(["heal", "--final", final, "--peak", f"sums={sums}", f"reverse={reverse}", *recipe, str(out / "repair")])
+        main(["heal", *given, f"sums={sums}", *recipe, str(out / "repair")])
     assert stop.value.code == 3
 
     before, after = (model["scores"]["reverse"]["value"] for model in read_scores(out))

@@ -6,6 +6,7 @@ import random
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_interfere.domain import Domain
+from trl_interfere.evaluation.checkpoints import scorer_of
 from trl_interfere.evaluation.scorer import Scorer, apply_metric, check_scorable
 from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.training.config import SequentialGRPOConfig
 
 
 PROMPTS = ["1+2=", "a", "ff 00 12?", "3=", "9999999999", "h?", "8+8+8=", "cd"]
@@ -42,6 +45,22 @@ def test_greedy_against_a_plain_loop(family, batch_size, make_model, tokenizer):
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
     assert scorer.complete(model, PROMPTS) == texts
     assert len(set(texts)) > len(PROMPTS) / 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"fp16": False, "bf16": None}, torch.bfloat16),  # TRL's default
+        ({"fp16": False, "bf16": False}, torch.float32),
+        ({"fp16": True, "bf16": None}, torch.float16),
+    ],
+)
+def test_completes_in_the_precision_of_the_training(settings, dtype, make_model, tokenizer):
+    defaults = {field.name: field.default for field in fields(SequentialGRPOConfig)}
+    scorer, model, seen = scorer_of(tokenizer, {**defaults, **settings}), make_model("llama").float(), set()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    scorer.complete_ids(model, PROMPTS[:2])
+    assert seen == {dtype}
 
 
 def test_ends_at_any_end_token(make_model, tokenizer):
