@@ -42,6 +42,8 @@ def _of(rows: list[Row], arm: str) -> Row | None:
 def scores(rows: list[Row]) -> list[list[str]]:
     """A line of each domain."""
     stages = {row["stage"]: row["domains"] for row in rows if row["arm"] == "stage"}
+    if not stages:
+        return []
     healed, refreshed = _of(rows, "heal"), _of(rows, "refresh")
     final = list(stages)[-1]
     lines = []
@@ -62,7 +64,8 @@ def _interval(value: float, low: float, high: float) -> str:
 
 def _arms(runs: dict[str, list[Row]]) -> str:
     """Every repair: recovered of all that was lost, and the lowest change of a domain, by run."""
-    names = list(dict.fromkeys(_name(row) for rows in runs.values() for row in rows if "recovered_all" in row))
+    found = {_name(row): row for rows in runs.values() for row in rows if "recovered_all" in row}
+    names = sorted(found, key=lambda name: (not name.startswith("heal"), name))
     lines = []
     for name in names:
         cells = []
@@ -76,7 +79,8 @@ def _arms(runs: dict[str, list[Row]]) -> str:
 def _name(row: Row) -> str:
     if row["arm"] == "routes":
         return f"routes, {100 * row['budget']:g}% of {row['scope']}, protected"
-    return f"refresh by GRPO, {row['steps']} steps" if row["arm"] == "refresh" else row["arm"]
+    kind = {"refresh": "GRPO", "distill": "distillation"}.get(row["arm"])
+    return row["arm"] if kind is None else f"refresh by {kind}, {row['steps']} steps"
 
 
 def _share(row: Row) -> str:

@@ -11,6 +11,7 @@ What is there is not done again, so that a study that was stopped goes on. Print
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -45,18 +46,20 @@ from trl_interfere.repair.subspace_rollback import SubspaceRollback
 from trl_interfere.reporting.claims import report_claims
 from trl_interfere.run import Run, read_json, write_json
 from trl_interfere.training.recipe_trainer import build_trainer, load_run
+from trl_interfere.training.refresh import distillation
+from trl_interfere.training.requested_refresh import RequestedRefresh
 
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
-PARTS = ("warm-up", "train", "scores", "heal", "controls", "refresh", "analysis", "rivals", "settings")
+PARTS = ("warm-up", "train", "scores", "heal", "controls", "refresh", "distill", "analysis", "rivals", "settings")
 WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_RATE = 64, 32, 1e-4
-REFRESH_STEPS = 10
+REFRESH_STEPS, DISTILL_RATE = 10, 1e-5
 USE_CPU = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if USE_CPU else "cuda")
 PRICED = ("heal", "heal, chat held", "heal, ridge 0.1", "heal, one shot", "heal, full rank", "identity moments",
-          "refresh")  # fmt: skip
+          "refresh", "distill")  # fmt: skip
 SCHEMA_VERSION = 2
 PLAIN: dict[str, Any] = {"max_new_tokens": 16, "batch_size": 64}
 
@@ -246,7 +249,7 @@ def refresh(run: StudyRun) -> list[dict]:
     """Ten steps of GRPO on the domain that lost most."""
     folder = run.study / "refresh"
     options = {"output_dir": str(folder), "order": [run.worst], "max_steps": REFRESH_STEPS, "seed": run.seed,
-               "save_strategy": "no", "use_cpu": USE_CPU}  # fmt: skip
+               "save_strategy": "no", "use_cpu": USE_CPU, "stage_overrides": {}}  # fmt: skip
     path = RECIPES / "smollm2-study.yaml"
     settings = load_run_file(path)
     settings.domains = [Domain(d.name, d.train_dataset, d.reward_funcs) for d in run.recipe.domains]
@@ -254,7 +257,30 @@ def refresh(run: StudyRun) -> list[dict]:
     trainer.train()
     sequences = REFRESH_STEPS * trainer.args.per_device_train_batch_size
     cost = {f"sequences_{kind}": sequences for kind in ("sampled", "forward", "backward")}
-    rows = [run.comparison.row("refresh", trainer.model.eval(), cost, steps=REFRESH_STEPS, domain=run.worst)]
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    rows = [run.comparison.row("refresh", model, cost, steps=REFRESH_STEPS, domain=run.worst)]
+    shutil.rmtree(folder)
+    return rows
+
+
+def distill(run: StudyRun) -> list[dict]:
+    """Ten steps of distillation: the stage of each restored domain teaches it."""
+    if run.kind == "sft":  # there is no run to go on with
+        return []
+    folder = run.study / "distill"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run.folder, folder, copy_function=os.link)
+    teachers = {name: Run(folder).trained(name).name for name in run.comparison.peaks}
+    stage = distillation(teachers, {"max_steps": REFRESH_STEPS, "learning_rate": DISTILL_RATE})
+    options = {"output_dir": str(folder), "seed": run.seed, "use_cpu": USE_CPU}
+    loaded = load_run(run.recipe_path, options, str(run.warm_up), load_run_file(run.recipe_path))
+    trainer = build_trainer(run.recipe_path, loaded=loaded)
+    trainer.add_callback(RequestedRefresh(folder, stage))
+    trainer.train(resume_from_checkpoint=True)
+    sequences = REFRESH_STEPS * trainer.args.per_device_train_batch_size
+    cost = {f"sequences_{kind}": sequences for kind in ("sampled", "forward", "backward")}
+    model = load_model(Run(folder).weights(Run(folder).stages[-1]))
+    rows = [run.comparison.row("distill", model, cost, steps=REFRESH_STEPS)]
     shutil.rmtree(folder)
     return rows
 
@@ -293,9 +319,15 @@ def rivals(run: StudyRun) -> list[dict]:
 
 
 WORK: dict[str, Callable[[StudyRun], list[dict]]] = {
-    "scores": scores, "heal": heal, "controls": controls, "refresh": refresh, "analysis": analysis, "rivals": rivals,
+    "scores": scores,
+    "heal": heal,
+    "controls": controls,
+    "refresh": refresh,
+    "distill": distill,
+    "analysis": analysis,
+    "rivals": rivals,
     **{name: partial(setting, name=name) for name in SETTINGS},
-}  # fmt: skip
+}
 
 
 study_run = cache(StudyRun)  # the models' answers on chat prompts are kept between parts

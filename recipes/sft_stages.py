@@ -61,8 +61,12 @@ def main() -> None:
         trainer.train()
         trainer.save_model()
         model = args.output_dir
-    training = {"max_completion_length": 16, "bf16": False}  # scores in the precision of the stages
-    recipe = {"model": "0-sums", "domains": domains, "training": training, "analysis": {"max_prompts": 32}}
+    recipe = {
+        "model": "0-sums",
+        "domains": domains,
+        "training": {"max_completion_length": 16, "bf16": False},  # scores in the precision of the stages
+        "analysis": {"reference": "dataset", "reference_column": "answer", "max_prompts": 32},
+    }
     (folder / "domains.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
 
 
