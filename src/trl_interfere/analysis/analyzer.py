@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +22,13 @@ from .config import InterferenceConfig
 from .cosines import GradientProducts
 from .damage import measure_damage
 from .gradients import Batches, Shard, Tensors, checkpointed, half_gradients, mean_loss, summed
-from .objectives import ForwardKL, Objective, grpo, nll
+from .objectives import ForwardKL, grpo, nll
 from .opposition import opposed_edits
 from .overlap import overlaps, pairwise_overlaps
 from .references import References, collect_references, collect_rollouts
 from .report import InterferenceReport
 from .routes import RouteMap
-from .weight_diff import identical_when_stored, update_statistics
+from .weight_diff import figures_of_files, identical_when_stored
 
 
 @dataclass
@@ -274,7 +273,10 @@ class InterferenceAnalyzer:
     ) -> InterferenceReport:
         config, route_map, later_names = self.config, self.route_map, [domain.name for domain in later]
         batches = {name: self._split(entry) for name, entry in references.items()}
-        updates, digests = self._files(progress)
+        updates = digests = None
+        if self.checkpoints is not None:
+            progress("files of the checkpoints")
+            updates, digests = figures_of_files(self.checkpoints)
         activity, loss_before, halves = self._gradients([earlier, *later, *others], batches, progress)
         cosines = GradientProducts(halves, route_map, self.before.device).figures(earlier.name, later_names)
         gradient = summed(halves[earlier.name]) if config.objective == "nll" else None
@@ -322,15 +324,7 @@ class InterferenceAnalyzer:
             later=later_names,
             dtype=str(self.before.config.dtype).removeprefix("torch."),
             computed_in=dtype,
-            references={
-                name: {
-                    "kind": config.reference,
-                    "n": len(entry.completions),
-                    "considered": entry.considered,
-                    "tokens": entry.num_tokens,
-                }
-                for name, entry in references.items()
-            },
+            references={name: {"kind": config.reference, **entry.counts} for name, entry in references.items()},
             loss_before=loss_before[earlier.name],
             loss_after=loss_after[earlier.name],
             first_order=first.total,
@@ -357,17 +351,6 @@ class InterferenceAnalyzer:
             routes=routes,
         )
 
-    def _files(self, progress: Callable[[str], None]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Statistics of the updates and digests of the checkpoints, from their files."""
-        if self.checkpoints is None:
-            return None, None
-        progress("files of the checkpoints")
-        found = update_statistics(self.checkpoints)
-        names = ("update",) if len(found) == 1 else ("earlier", "update")
-        places = ("base", "before", "after")[-len(self.checkpoints) :]
-        digests = {place: entry.digest() for place, entry in zip(places, self.checkpoints, strict=True)}
-        return {name: entry.to_dict() for name, entry in zip(names, found, strict=True)}, digests
-
     def _gradients(
         self, domains: list[Domain], batches: dict[str, _DomainBatches], progress: Callable[[str], None]
     ) -> tuple[dict[str, np.ndarray], dict[str, float], dict[str, list[Tensors]]]:
@@ -378,8 +361,12 @@ class InterferenceAnalyzer:
             for name, entry in batches.items():
                 activity[name] = route_activity(self.before, entry.all, self.route_map)
         progress(self._gradient_part)
-        objective, rollouts = self._objective(domains)
-        sources = batches if rollouts is None else {name: self._split(entry) for name, entry in rollouts.items()}
+        objective, sources = nll, batches
+        if self.config.objective == "kl":
+            objective = ForwardKL(self.base)
+        elif self.config.objective == "grpo":
+            written = [collect_rollouts(self.before, self.tokenizer, domain, self.config) for domain in domains]
+            objective, sources = grpo, {entry.domain: self._split(entry) for entry in written}
         losses, halves = {}, {}
         for name, entry in sources.items():
             if not shared:
@@ -406,16 +393,5 @@ class InterferenceAnalyzer:
     def _thinned(self, references: References, count: int) -> Batches:
         """Batches of some references, evenly spread over their lengths."""
         order = sorted(range(len(references.prompts)), key=lambda index: len(references.completions[index]))
-        chosen = [
-            order[index] for index in np.unique(np.linspace(0, len(order) - 1, min(count, len(order)), dtype=int))
-        ]
-        return self._split(references.take(chosen)).mine if chosen else []
-
-    def _objective(self, domains: list[Domain]) -> tuple[Objective, dict[str, References] | None]:
-        if self.config.objective == "kl":
-            return ForwardKL(self.base), None
-        if self.config.objective == "nll":
-            return nll, None
-        return grpo, {
-            domain.name: collect_rollouts(self.before, self.tokenizer, domain, self.config) for domain in domains
-        }
+        places = np.unique(np.linspace(0, len(order) - 1, min(count, len(order)), dtype=int))
+        return self._split(references.take([order[place] for place in places])).mine if len(places) else []

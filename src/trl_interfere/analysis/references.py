@@ -37,6 +37,11 @@ class References:
         pairs = zip(self.prompts, self.completions, strict=True)
         return sum(len(completion) - (not prompt) for prompt, completion in pairs)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What a report says of them."""
+        return {"n": len(self.completions), "considered": self.considered, "tokens": self.num_tokens}
+
     def batches(self, batch_size: int, pad_id: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
         """Padded batches, longest sequences first."""
         order = sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i]) - len(self.completions[i]))

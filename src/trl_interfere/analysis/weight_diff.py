@@ -193,6 +193,14 @@ def update_statistics(
     return statistics
 
 
+def figures_of_files(checkpoints: Sequence[Checkpoint]) -> tuple[dict[str, dict], dict[str, str]]:
+    """What a report holds of before and after, or of base, before and after: the updates, and digests of the files."""
+    found, places = update_statistics(checkpoints), ("base", "before", "after")[-len(checkpoints) :]
+    updates = zip(("earlier", "update")[-len(found) :], found, strict=True)
+    digests = {place: checkpoint.digest() for place, checkpoint in zip(places, checkpoints, strict=True)}
+    return {name: entry.to_dict() for name, entry in updates}, digests
+
+
 def identical_when_stored(
     before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> float:

@@ -57,8 +57,7 @@ def plot_scores(matrix: ScoreMatrix, healed: dict[str, float] | None = None) -> 
     labels = [_name(stage.partition("-")[2], 14).replace("-", "\n", 1) for stage in matrix.stages]
     labels += ["healed"] if healed else []
     axes.set_xticks(range(len(labels)), labels, fontsize=9)
-    axes.set_ylim(-3, 103)
-    axes.set_ylabel("score (0 to 100)")
+    axes.set(ylim=(-3, 103), ylabel="score (0 to 100)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=max(1, min(6, len(matrix.domains))), fontsize=9)
     return figure
@@ -158,12 +157,12 @@ def plot_damage_concentration(reports: Sequence[InterferenceReport]) -> Figure:
         shares = 100 * (places + 1) / len(damage)
         axes.plot(shares, 100 * np.cumsum(damage)[places] / damage.sum(), color=color, label=_name(label))
         fewest = min(fewest, shares[0])
-    axes.set_xscale("log")
+    axes.set(
+        xscale="log", xlabel="share of routes, most damaged first (%)", ylabel="share of the attributed damage (%)"
+    )
     even = np.geomspace(min(fewest, 1), 100, 200)  # on the logarithmic axis equal shares are a curve, not a line
     _reference(axes.plot(even, even, linestyle=":", label="evenly spread")[0])
     _reference(axes.axvline(2))
-    axes.set_xlabel("share of routes, most damaged first (%)")
-    axes.set_ylabel("share of the attributed damage (%)")
     axes.set_title("Damage concentration; above 100%: other routes were improved", fontsize=10)
     axes.legend(fontsize=8)
     return figure
@@ -179,8 +178,7 @@ def plot_damage_by_layer(report: InterferenceReport) -> Figure:
         axes.bar(np.arange(len(values)) + offset, values, width, color=color, label=KINDS.get(kind, kind))
     _reference(axes.axhline(0))
     _whole_numbers(axes)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("damage (nats per token)")
+    axes.set(xlabel="layer", ylabel="damage (nats per token)")
     axes.set_title(
         f"Damage of {_name(report.earlier)} by {_name(', '.join(report.later))}: {report.attributed:+.4f} by routes, "
         f"{report.outside_routes:+.4f} outside",
@@ -212,13 +210,10 @@ def plot_sparsity(report: InterferenceReport) -> Figure:
         _reference(left.axhline(same, linestyle=":", label=label))
         _reference(right.axvline(same, linestyle=":"))
     _whole_numbers(left)
-    left.set_xlabel("layer")
-    left.set_ylabel("share of the parameters (%)")
+    left.set(xlabel="layer", ylabel="share of the parameters (%)", ylim=(-3, 103))
     right.set_yticks(range(len(kinds)), [_name(kind) for kind in kinds])
     right.invert_yaxis()
-    right.set_xlabel("share of the parameters (%)")
-    left.set_ylim(-3, 103)
-    right.set_xlim(-3, 103)
+    right.set(xlabel="share of the parameters (%)", xlim=(-3, 103))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(f"What the update left as it was; stored as {update['whole']['dtype']}", fontsize=10)
     return figure
@@ -251,8 +246,7 @@ def plot_overlaps(overlaps: dict[str, dict[str, dict[str, dict[str, Any]]]] | No
         right.plot([entry["value"]], [position], "o", color=COLORS[0], markersize=5, label=labels[1])
     right.set_yticks(range(len(entries)), [_name(f"{first}, {second}") for first, second in entries], fontsize=8)
     right.invert_yaxis()
-    right.set_xlim(-0.02, 1.02)
-    right.set_xlabel("Jaccard index of the top 10%")
+    right.set(xlim=(-0.02, 1.02), xlabel="Jaccard index of the top 10%")
     right.legend(fontsize=8)
     return figure
 
@@ -269,8 +263,7 @@ def plot_eigenvalues(report: InterferenceReport) -> Figure:
         left.plot(numbers, np.abs(entry["eigenvalues"]), **style)
         if entry["shares"]:
             right.plot(numbers, 100 * np.cumsum(entry["shares"]), **style)
-    left.set_yscale("log")
-    left.set_ylabel("|eigenvalue| (nats per token)")
+    left.set(yscale="log", ylabel="|eigenvalue| (nats per token)")
     right.set_ylabel("share of the second-order damage (%)")
     _reference(right.axhline(100, linestyle=":"))
     for axes in (left, right):
