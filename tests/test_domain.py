@@ -61,33 +61,20 @@ def test_rewards_and_weights():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"name": "a/b"}, "domain name 'a/b': expected letters, digits, '-' and '_' only"),
-        ({"name": ""}, "domain name '': expected letters"),
-        ({"name": "math\n"}, r"domain name 'math\\n': expected letters"),
-        ({"name": ".."}, r"domain name '\.\.': expected letters"),
+        *(({"name": name}, "domain name '.*': expected letters") for name in ("a/b", "", "math\n", "..")),
+        *(({"reward_funcs": none, "eval_dataset": ROWS}, "domain 'math'.*reward function") for none in (None, [])),
+        ({"reward_weights": [1.0, 2.0]}, "domain 'math'.*1 reward weights.*found 2"),
+        ({"reward_weights": []}, "domain 'math'.*1 reward weights.*found 0"),
+        ({"reward_weights": [float("nan")]}, "domain 'math', reward_weights: "),
+        ({"reward_weights": 1.0}, "domain 'math', reward_weights: "),
         (
-            {"reward_funcs": None, "eval_dataset": ROWS},
-            "domain 'math': expected at least one reward function or a metric",
+            {"eval_dataset": Dataset.from_dict({"question": ["1"]})},
+            "domain 'math', eval_dataset: .*'prompt'.*'question'",
         ),
-        (
-            {"reward_funcs": [], "eval_dataset": ROWS},
-            "domain 'math': expected at least one reward function or a metric",
-        ),
-        ({"reward_weights": [1.0, 2.0]}, r"domain 'math': expected 1 reward weights .*, found 2"),
-        ({"reward_weights": [float("nan")]}, "domain 'math', reward_weights: expected finite"),
-        ({"reward_weights": 1.0}, "domain 'math', reward_weights: expected a list"),
-        ({"reward_weights": []}, r"domain 'math': expected 1 reward weights .*, found 0"),
-        (
-            {"eval_dataset": Dataset.from_dict({"question": ["1"], "answer": ["2"]})},
-            r"domain 'math', eval_dataset: expected a column 'prompt', found \['answer', 'question'\]",
-        ),
-        (
-            {"train_dataset": Dataset.from_dict({"prompt": []})},
-            "domain 'math', train_dataset: expected at least one row, found none",
-        ),
+        ({"train_dataset": Dataset.from_dict({"prompt": []})}, "domain 'math', train_dataset: "),
         (
             {"selection_dataset": Dataset.from_dict({"prompt": ["1", "2"], "domain": ["math", "algebra"]})},
-            r"domain 'math', selection_dataset: the column 'domain' is used .*\['algebra', 'math'\].*rename it",
+            r"domain 'math', selection_dataset: .*'domain'.*\['algebra', 'math'\]",
         ),
     ],
 )

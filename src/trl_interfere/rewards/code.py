@@ -75,19 +75,8 @@ class CodeReward:
         **kwargs: Any,
     ) -> list[float]:
         """
-        Rewards of completions.
-
-        Args:
-            completions (`list`):
-                Completions, plain or conversational.
-            tests (`list[str]`):
-                Tests of each problem, as JSON: `inputs` and `outputs`, or `calls` (texts of tests) with `function`,
-                `header` and `code` (the beginning of the program).
-            log_metric (`Callable`, *optional*):
-                Given by TRL.
-
-        Returns:
-            `list[float]`: One reward per completion.
+        Rewards of completions by the tests of each problem, as JSON: `inputs` and `outputs`, or `calls` (texts of
+        tests) with `function`, `header` and `code` (the beginning of the program).
         """
         verdicts = open_sandbox(self.sandbox).map(self.judge, completions, tests)
         forgeable = [verdict.passed and verdict.forgeable for verdict in verdicts]

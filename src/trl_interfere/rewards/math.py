@@ -32,18 +32,7 @@ class MathReward:
         self.thinking = thinking
 
     def __call__(self, completions: list, answer: list[str], **kwargs: Any) -> list[float]:
-        """
-        Rewards of completions.
-
-        Args:
-            completions (`list`):
-                Completions, plain or conversational.
-            answer (`list[str]`):
-                Expected answers.
-
-        Returns:
-            `list[float]`: One reward per completion.
-        """
+        """Rewards of completions, plain or conversational, by their expected answers."""
         texts = (answer_text(completion, self.thinking) for completion in completions)
         return [
             float(any(same_answer(given, str(expected)) for given in final_answers(text)))

@@ -48,20 +48,7 @@ class QAReward:
         self.thinking = thinking
 
     def __call__(self, completions: list, answer: list[str], options: list[list[str]], **kwargs: Any) -> list[float]:
-        """
-        Rewards of completions.
-
-        Args:
-            completions (`list`):
-                Completions, plain or conversational.
-            answer (`list[str]`):
-                Right letters.
-            options (`list[list[str]]`):
-                Options of each question.
-
-        Returns:
-            `list[float]`: One reward per completion.
-        """
+        """Rewards of completions, plain or conversational, by the right letters and the options of each question."""
         return [
             float(chosen_letter(answer_text(completion, self.thinking), len(choices)) == letter)
             for completion, letter, choices in zip(completions, answer, options, strict=True)

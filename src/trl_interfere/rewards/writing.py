@@ -36,20 +36,7 @@ class JudgeReward:
         self.judge, self.thinking, self.wins, self.concurrency = judge, thinking, wins, concurrency
 
     def __call__(self, prompts: list, completions: list, reference: list[str], **kwargs: Any) -> list[float]:
-        """
-        Rewards of completions.
-
-        Args:
-            prompts (`list`):
-                Prompts, plain or conversational.
-            completions (`list`):
-                Completions, plain or conversational.
-            reference (`list[str]`):
-                For each prompt the text to compare with.
-
-        Returns:
-            `list[float]`: One reward per completion. An empty one gets 0 and is not shown to the judge.
-        """
+        """Rewards of completions by texts to compare with. An empty one gets 0 and is not shown to the judge."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(self._reward, prompts, completions, reference))
 
@@ -85,20 +72,7 @@ class RubricReward:
         self.thinking, self.all_or_nothing = thinking, all_or_nothing
 
     def __call__(self, completions: list, prompts: list, rubric: list[str], **kwargs: Any) -> list[float]:
-        """
-        Rewards of completions.
-
-        Args:
-            completions (`list`):
-                Completions, plain or conversational.
-            prompts (`list`):
-                Prompts, plain or conversational.
-            rubric (`list[str]`):
-                Rubric of each assignment, as JSON.
-
-        Returns:
-            `list[float]`: One reward per completion.
-        """
+        """Rewards of completions by the rubric of each assignment, as JSON."""
         rewards = []
         for completion, prompt, content in zip(completions, prompts, rubric, strict=True):
             assignment = prompt if isinstance(prompt, str) else prompt[-1]["content"]
