@@ -1,8 +1,7 @@
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from local_server import Handler, serve
 
 from trl_interfere.rewards.code import CodeReward, check_output
 from trl_interfere.rewards.functions import check_function
@@ -10,55 +9,30 @@ from trl_interfere.rewards.piston import PistonSandbox
 from trl_interfere.rewards.sandbox import Limits, SandboxError
 
 
-class Piston(BaseHTTPRequestHandler):
+class Piston(Handler):
     """The protocol of Piston over the local sandbox."""
 
-    def log_message(self, *args):
-        pass
-
     def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server, body = self.server, self.body()
         server.requests.append((self.path, body))
         if server.statuses:
-            self.answer(server.statuses.pop(0), {"message": "no"})
+            self.answer({"message": "no"}, server.statuses.pop(0))
             return
         if body["run_timeout"] > server.run_timeout:
-            limit = f"run_timeout cannot exceed the configured limit of {server.run_timeout}"
-            self.answer(400, {"message": limit})
+            self.answer({"message": f"run_timeout cannot exceed the configured limit of {server.run_timeout}"}, 400)
             return
         limits = Limits(seconds=body["run_timeout"] / 1000, output=server.output_max_size)
         execution = server.sandbox.run(body["files"][0]["content"], body["stdin"], limits)
-        code, status = int(execution.status != "ok"), {"timeout": "TO", "output": "OL"}.get(execution.status)
-        run = {
-            "stdout": execution.stdout,
-            "stderr": execution.stderr,
-            "output": execution.stdout + execution.stderr,
-            "code": code,
-            "signal": None,
-            "status": status,
-        }
-        self.answer(200, {"language": "python", "version": "3.12.0", "run": run})
-
-    def answer(self, status, content):
-        text = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
+        status = {"timeout": "TO", "output": "OL"}.get(execution.status)
+        run = {"stdout": execution.stdout, "stderr": execution.stderr, "output": execution.stdout + execution.stderr}
+        run |= {"code": int(execution.status != "ok"), "signal": None, "status": status}
+        self.answer({"language": "python", "version": "3.12.0", "run": run})
 
 
 @pytest.fixture
 def piston(sandbox):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Piston)
-    server.requests, server.statuses, server.sandbox = [], [], sandbox
-    server.run_timeout, server.output_max_size = 20_000, 2**20
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serve(Piston, statuses=[], sandbox=sandbox, run_timeout=20_000, output_max_size=2**20) as server:
+        yield server
 
 
 def test_piston(piston):

@@ -61,6 +61,7 @@ class DomainScores:
         return self.samples.mean(axis=1)
 
 
+@dataclass(eq=False, repr=False)
 class Scorer:
     """
     Scores of a model on domains.
@@ -95,35 +96,24 @@ class Scorer:
         `ValueError`: If an argument is out of range, or several greedy completions are asked for.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_new_tokens: int = 256,
-        batch_size: int = 64,
-        chat_template_kwargs: dict | None = None,
-        temperature: float = 0.0,
-        num_samples: int = 1,
-        seed: int = 0,
-        progress: bool = False,
-        autocast: torch.dtype | None = None,
-    ):
-        counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "num_samples": num_samples}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature: expected 0 or more, found {temperature}")
-        if num_samples > 1 and temperature == 0:
-            raise ValueError(f"num_samples: expected 1 with temperature 0 (greedy), found {num_samples}")
-        self.tokenizer = tokenizer
-        self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
-        self.chat_template_kwargs = chat_template_kwargs or {}
-        self.temperature = temperature
-        self.num_samples = num_samples
-        self.seed = seed
-        self.progress = progress
-        self.autocast = autocast
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int = 256
+    batch_size: int = 64
+    chat_template_kwargs: dict | None = None
+    temperature: float = 0.0
+    num_samples: int = 1
+    seed: int = 0
+    progress: bool = False
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "batch_size", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature: expected 0 or more, found {self.temperature}")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(f"num_samples: expected 1 with temperature 0 (greedy), found {self.num_samples}")
 
     def score(
         self,
@@ -236,7 +226,11 @@ class Scorer:
         """Token ids of a prompt, by the chat template where it is conversational."""
         if is_conversational({"prompt": prompt}):
             return self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **self.chat_template_kwargs
+                prompt,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **(self.chat_template_kwargs or {}),
             )
         return self.tokenizer(prompt)["input_ids"]
 

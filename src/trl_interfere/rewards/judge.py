@@ -8,6 +8,7 @@ import re
 import sqlite3
 import threading
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class JudgeError(ValueError):
     """The judge cannot be asked, or its budget is used up."""
 
 
+@dataclass(eq=False, repr=False)
 class Judge:
     """
     Grades two texts against each other, in both orders.
@@ -74,27 +76,23 @@ class Judge:
         [`JudgeError`]: If the cache is no file of replies.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        api_key_env: str = "OPENAI_API_KEY",
-        cache: str | Path = "judge.sqlite",
-        max_requests: int | None = None,
-        max_tokens: int | None = None,
-        rubric: str = RUBRIC,
-        temperature: float = 0.0,
-        reply_tokens: int = 64,
-        max_characters: int = 24_000,
-        timeout: float = 120.0,
-        retries: int = 5,
-    ):
-        self.base_url, self.model, self.rubric = base_url, model, rubric
-        self.max_requests, self.max_tokens = max_requests, max_tokens
-        self.temperature, self.reply_tokens, self.max_characters = temperature, reply_tokens, max_characters
-        self.cache, self.timeout, self._client = Path(cache), timeout, session(retries)
+    base_url: str
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    cache: str | Path = "judge.sqlite"
+    max_requests: int | None = None
+    max_tokens: int | None = None
+    rubric: str = RUBRIC
+    temperature: float = 0.0
+    reply_tokens: int = 64
+    max_characters: int = 24_000
+    timeout: float = 120.0
+    retries: int = 5
+
+    def __post_init__(self):
+        self.cache, self._client = Path(self.cache), session(self.retries)
         # Without a key, none is sent: clients of the Hub would send its token, and nothing at all when it is offline.
-        key = os.environ.get(api_key_env)
+        key = os.environ.get(self.api_key_env)
         self._client.headers.update({"Authorization": f"Bearer {key}"} if key else {})
         self._lock, self._asking = threading.Lock(), defaultdict(threading.Lock)
         try:
