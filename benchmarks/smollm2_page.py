@@ -27,8 +27,11 @@ def write_page(rows: list[Row], docs: Path) -> dict[str, Any]:
     header = ["run, domain", "n", "base", "peak", "final", "healed", "refreshed"]
     table = markdown_table(header, [row for lines in found.values() for row in lines])
     for name, made in (
-        ("scores", table), ("arms", _arms(runs)), ("outside", _outside(runs)), ("analysis", _analysis(runs))
-    ):  # fmt: skip
+        ("scores", table),
+        ("arms", _arms(runs)),
+        ("outside", _outside(runs)),
+        ("analysis", _analysis(runs)),
+    ):
         begin, end = BEGIN.format(name), END.format(name)
         text = text[: text.index(begin) + len(begin)] + f"\n\n{made}\n\n" + text[text.index(end) :]
     page.write_text(text)
@@ -77,6 +80,8 @@ def _arms(runs: dict[str, list[Row]]) -> str:
 
 
 def _name(row: Row) -> str:
+    if row["arm"] == "stage":
+        return "base" if row["stage"] == "base" else "final"
     if row["arm"] == "routes":
         return f"routes, {100 * row['budget']:g}% of {row['scope']}, protected"
     kind = {"refresh": "GRPO", "distill": "distillation"}.get(row["arm"])
@@ -93,10 +98,9 @@ def _outside(runs: dict[str, list[Row]]) -> str:
     """Loss on general text and divergence on chat prompts, of every model that was asked."""
     lines = []
     for run, rows in runs.items():
-        for row in rows:
-            if row.get("general_loss") is not None:
-                name = _name(row) if row["arm"] != "stage" else "base" if row["stage"] == "base" else "final"
-                lines.append([f"{run}, {name}", f"{row['general_loss']:.4f}", f"{row['chat_kl']:.4f}"])
+        found = {_name(row): row for row in rows if row.get("general_loss") is not None}
+        for name in sorted(found, key=lambda name: (name not in ("base", "final"), not name.startswith("heal"), name)):
+            lines.append([f"{run}, {name}", *(f"{found[name][key]:.4f}" for key in ("general_loss", "chat_kl"))])
     return markdown_table(["run, model", "loss on general text", "KL from the final model, chat"], lines)
 
 
