@@ -182,19 +182,22 @@ def _training_table(arms: list[dict[str, Any]]) -> str:
 
 
 def _cost_figure(arms: list[dict[str, Any]]) -> Figure:
-    """Recovered of all against cost; the line joins the arms that no cheaper one reaches."""
+    """Recovered of all against cost, by the rows of the table; the line joins the arms that no cheaper one reaches."""
     figure = Figure(figsize=(9.6, 5), layout="constrained")
     axes = figure.subplots()
-    for arm in arms:
+    for row, arm in enumerate(arms, 1):
         value = 100 * arm["recovered"]
         bars = np.abs(100 * np.array([arm["low"], arm["high"]]) - value)[:, None]
         color = "C1" if arm["front"] else "0.6"
         axes.errorbar(arm["work"], value, yerr=bars, marker="o", capsize=2, color=color, linestyle="")
-        axes.annotate(arm["name"], (arm["work"], value), (4, 3), textcoords="offset points", fontsize=7)
+        axes.annotate(str(row), (arm["work"], value), (4, 3), textcoords="offset points", fontsize=7)
+        axes.plot([], [], linestyle="", label=f"{row}  {arm['name']}")
     front = sorted((arm["work"], 100 * arm["recovered"]) for arm in arms if arm["front"])
     axes.step(*zip(*front, strict=True), where="post", color="C1", linewidth=1)
     axes.axhline(100, color="grey", linestyle=":")
     axes.set_xscale("symlog", linthresh=100)
+    axes.set_xlim(left=-20)
+    figure.legend(loc="outside right center", fontsize=7, handlelength=0, frameon=False)
     axes.set_xlabel("cost (passes of a sequence: sampled, forward, and backward twice)")
     axes.set_ylabel("recovered of all (%)")
     axes.spines[["top", "right"]].set_visible(False)
