@@ -1,5 +1,6 @@
 """A checkpoint in a vLLM engine completes and scores as it does with transformers."""
 
+import copy
 import json
 
 import numpy as np
@@ -13,7 +14,8 @@ from trl_interfere.cli import main
 from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.evaluation.vllm_engine import VLLMEngine
 from trl_interfere.lab.build import MODEL_FOLDER
-from trl_interfere.lab.domains import lab_rows
+from trl_interfere.lab.domains import lab_domain, lab_rows
+from trl_interfere.repair.subspace_rollback import SubspaceRollback
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -102,6 +104,27 @@ def test_greedy_tokens_of_an_adapter(adapter, plain, prompts):
     with VLLMEngine(folder, max_length=96) as engine:
         found = scorer.complete_ids(engine, prompts)
     assert found == scorer.complete_ids(model, prompts) != scorer.complete_ids(plain, prompts)
+
+
+def test_a_repair_beside_the_model_that_it_heals(tmp_path, plain, prompts):
+    final = copy.deepcopy(plain)
+    with torch.no_grad():
+        for name, parameter in final.named_parameters():
+            if "mlp" in name:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    final.save_pretrained(tmp_path / "final")
+    TOKENIZER.save_pretrained(tmp_path / "final")
+    domains = [lab_domain(name, 16) for name in ("math", "writing")]
+    rollback = SubspaceRollback(rank=16, references=16, max_new_tokens=16)
+    repair = rollback.fit(tmp_path / "final", {"math": MODEL_FOLDER}, domains)
+    repair.save_pretrained(tmp_path / "repair")
+    scorer = Scorer(TOKENIZER, max_new_tokens=16)
+    with VLLMEngine(tmp_path / "repair", max_length=96) as engine:
+        healed = scorer.complete_ids(engine, prompts)
+        engine._adapter = None
+        damaged = scorer.complete_ids(engine, prompts)
+    assert damaged == scorer.complete_ids(final, prompts)
+    assert healed == scorer.complete_ids(repair.merge(), prompts) != damaged
 
 
 def test_the_command_gives_the_same_scores(tmp_path, adapter):
