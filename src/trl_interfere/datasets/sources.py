@@ -74,7 +74,7 @@ class DataOptions(TypedDict, total=False):
     """
     Options that all domains take.
 
-    Args:
+    Attributes:
         sizes (`Mapping[str, int]`, *optional*):
             Rows of `train`, `selection` and `test`, see `SIZES`. Of a `test_source` that is a data set, all rows are
             the test if `test` is not given.

@@ -164,8 +164,6 @@ def push_report(
             Token. Defaults to the one of the environment or of `hf auth login`.
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to return the plan and send nothing.
-        page (`str`, *optional*):
-            HTML of a page that the card links.
 
     Returns:
         [`PushResult`] or `PushPlan`: Where it has gone; with `dry_run` what would go where.
