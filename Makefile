@@ -94,7 +94,9 @@ $(DEV): pyproject.toml constraints.txt
 	@mkdir -p $(@D)
 	grep -vE '^($(ENDS))==' constraints.txt > $(@D)/constraints.txt
 	[ $* = newest ] || sed -nE 's/^ +"($(ENDS))>=([0-9.]+).*/\1==\2/p' pyproject.toml >> $(@D)/constraints.txt
-	CONSTRAINTS=$(@D)/constraints.txt .ci/install $(@D) -e ".[dev]"
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -c constraints.txt uv
+	PATH="$$PWD/$(@D)/bin:$$PATH" CONSTRAINTS=$(@D)/constraints.txt .ci/install $(@D) -e ".[dev]"
 	@touch $@
 
 # The documentation is made by static analysis of the sources: its environment holds the docs extra and no torch.

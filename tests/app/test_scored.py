@@ -55,7 +55,7 @@ def test_arms(lab, tmp_path):
     (heal,) = lab.arms()
     repair = json.loads((DATA / "repair" / "repair.json").read_text())
     assert heal["recovered"] == repair["recovered_all"]["value"] and heal["worst"] == repair["worst"]
-    assert heal["sequences"] == repair["cost"]["sequences_forward"]
+    assert heal["sequences"] == 512 + 256  # forward, and sampled
     folder = shutil.copytree(DATA, tmp_path / "refreshed", ignore=shutil.ignore_patterns("stages", "analysis"))
     content = json.loads((folder / "stages.json").read_text())
     content["stages"][-1].update(kind="refresh", domain="math", steps=10)

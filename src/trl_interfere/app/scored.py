@@ -114,8 +114,7 @@ class Scored:
                 "arm": f"refresh of {', '.join(record.domains)}, {record.steps} steps",
                 "recovered_all": share.to_dict() if lost else {},
                 "worst": min(changes, default=None),
-                # Sampled and through the model forward: two passes each, and one backward.
-                "cost": {"sequences_forward": 2 * batch * record.steps, "sequences_backward": batch * record.steps},
+                "cost": {f"sequences_{k}": batch * record.steps for k in ("sampled", "forward", "backward")},
             }
         )
 

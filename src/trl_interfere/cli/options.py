@@ -117,8 +117,11 @@ def parse(
         formatter_class=_Help,
         allow_abbrev=False,
     )
+    negated = {action.dest for action in parser._actions if action.option_strings[0].startswith("--no_")}
     for action in parser._actions:
-        if action.dest in names:
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"do not {action.help}"
+        elif action.dest in {*names, *negated}:  # what stands first, and what is so by default
             action.help = argparse.SUPPRESS
     flags = {action.dest for action in parser._actions if action.nargs == "?"}
     if "--config" in arguments[-1:]:

@@ -278,8 +278,8 @@ def plot_pareto(arms: Sequence[dict[str, Any]]) -> Figure:
     """
     What each repair brought back, against what the worst-hit other domain paid and against what it cost.
 
-    An arm has `name`, `recovered` (share) with `low` and `high`, `worst` (points) and `sequences` (passes of one
-    sequence, a backward pass counted twice); each may be `None`.
+    An arm has `name`, `recovered` (share) with `low` and `high`, `worst` (points) and `sequences` (see
+    [`~reporting.verdict.passes`]); each may be `None`.
     """
     figure, (left, right) = _figure(9.6, 4.2, ncols=2, sharey=True)
     for number, arm in enumerate(arms):
@@ -300,9 +300,9 @@ def plot_pareto(arms: Sequence[dict[str, Any]]) -> Figure:
     left.set_ylabel("recovered share of all that was lost (%)")
     _reference(left.axvline(0))
     right.set_xscale("symlog", linthresh=10)
-    right.set_xlim(0, 3 * max([10, *(arm["sequences"] for arm in arms if arm.get("sequences"))]))
+    right.set_xlim(-2, 3 * max([10, *(arm["sequences"] for arm in arms if arm.get("sequences"))]))
     left.set_xlabel("worst change of another domain (points)")
-    right.set_xlabel("cost (passes of a sequence; backward counts twice)")
+    right.set_xlabel("cost (passes of a sequence: sampled, forward, backward twice)")
     if arms:
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     shares = (arm["recovered"] for arm in arms)

@@ -75,6 +75,12 @@ def share_of(entry: dict[str, Any]) -> str:
     return f"{100 * value:.0f}%" + ("" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]")
 
 
+def passes(cost: dict[str, float]) -> float:
+    """Cost in passes of one sequence: a sampled completion and a forward pass count once, a backward pass twice."""
+    weights = {"sampled": 1, "forward": 1, "backward": 2}
+    return sum(weight * cost.get(f"sequences_{kind}", 0) for kind, weight in weights.items())
+
+
 def arm_of(row: dict[str, Any]) -> dict[str, Any]:
     """A repair as `plot_pareto` takes it, from its record or from a row of [`~repair.comparison.Comparison`]."""
     name, cost, share = row["arm"], row.get("cost") or {}, row["recovered_all"]
@@ -82,10 +88,9 @@ def arm_of(row: dict[str, Any]) -> dict[str, Any]:
         name = f"heal, {row.get('method', 'subspace')}" + (f" of rank {row['rank']}" if row.get("rank") else "")
     elif name == "routes":
         name = f"{100 * row['budget']:g}% of {row['scope']} by {row['criterion']}"
-    passes = cost.get("sequences_forward", 0) + 2 * cost.get("sequences_backward", 0)
     figures = {"recovered": share.get("value"), "low": share.get("low"), "high": share.get("high")}
     figures = {key: value if value is not None and math.isfinite(value) else None for key, value in figures.items()}
-    return {"name": name, **figures, "worst": row["worst"], "sequences": passes or None}
+    return {"name": name, **figures, "worst": row["worst"], "sequences": passes(cost) or None}
 
 
 def flipped(run: Run, domain: str, count: int = 3) -> tuple[list[dict[str, Any]], bool]:
