@@ -148,7 +148,7 @@ def test_two_checkpoints_with_no_run_and_no_report(visit, tmp_path):
             lost = sum(before > after for before, after in zip(*scores, strict=True))
             row = page.locator("#flips tbody tr").filter(has_text="sums").inner_text().split()
             assert lost > 2 and str(lost) in row, row
-            page.goto("about:blank")  # before the server ends
+            page.close()  # before the server ends
         finally:
             process.terminate()
 
