@@ -63,8 +63,8 @@ def test_rewards_and_weights():
     [
         *(({"name": name}, "domain name '.*': expected letters") for name in ("a/b", "", "math\n", "..")),
         *(({"reward_funcs": none, "eval_dataset": ROWS}, "domain 'math'.*reward function") for none in (None, [])),
-        ({"reward_weights": [1.0, 2.0]}, "domain 'math'.*1 reward weights.*found 2"),
-        ({"reward_weights": []}, "domain 'math'.*1 reward weights.*found 0"),
+        ({"reward_weights": [1.0, 2.0]}, "domain 'math'.*reward_weights: expected 1 "),
+        ({"reward_weights": []}, "domain 'math'.*reward_weights: expected 1 "),
         ({"reward_weights": [float("nan")]}, "domain 'math', reward_weights: "),
         ({"reward_weights": 1.0}, "domain 'math', reward_weights: "),
         (

@@ -336,7 +336,7 @@ def test_run_files_that_cannot_be_used(content, message, folder):
         ({"eval_dataset": {**DATA, "skip": 6}}, "eval_dataset: .*skip and limit"),
         ({"name": "q/a"}, "name 'q/a'"),
         ({"reward_funcs": []}, "domain 'qa'.*reward function"),
-        ({"reward_weights": [1, 2]}, "domain 'qa'.*reward weights"),
+        ({"reward_weights": [1, 2]}, "domain 'qa'.*reward_weights"),
         ({"reward_funcs": "exact_mach"}, "reward_funcs: 'exact_mach'.*exact_match"),
         ({"reward_funcs": "no_such_package.reward"}, "reward_funcs: .*'no_such_package.reward'.*ModuleNotFoundError"),
         ({"reward_funcs": {"exact_match": 1.0}}, "reward_funcs: "),

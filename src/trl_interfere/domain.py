@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,8 @@ class Domain:
             raise ValueError(f"domain name {self.name!r}: expected letters, digits, '-' and '_' only")
         if self.name.startswith("refresh-"):
             raise ValueError(f"domain name {self.name!r}: expected a name that does not begin with 'refresh-'")
-        if self.reward_funcs is None:
-            self.reward_funcs = []
-        elif not isinstance(self.reward_funcs, list):
-            self.reward_funcs = [self.reward_funcs]
+        if not isinstance(self.reward_funcs, list):
+            self.reward_funcs = [] if self.reward_funcs is None else [self.reward_funcs]
         scored = self.eval_dataset is not None or self.selection_dataset is not None
         if scored and not self.reward_funcs and self.metric is None:  # else an environment may own the reward
             raise ValueError(f"domain {self.name!r}: expected at least one reward function or a metric, found neither")
@@ -80,18 +78,18 @@ class Domain:
                 parse_benchmark(self.benchmark)
             except ValueError as error:
                 raise ValueError(f"domain {self.name!r}, {error}") from error
-        if not isinstance(self.reward_weights, (list, tuple, type(None))):
-            raise ValueError(f"domain {self.name!r}, reward_weights: expected a list, found {self.reward_weights!r}")
-        if self.reward_weights is None:
-            self.reward_weights = [1.0] * len(self.reward_funcs)
-        if len(self.reward_weights) != len(self.reward_funcs):
+        n, weights = len(self.reward_funcs), self.reward_weights
+        self.reward_weights = [1.0] * n if weights is None else weights
+        if (
+            not isinstance(self.reward_weights, (list, tuple))
+            or len(self.reward_weights) != n
+            or any(isinstance(weight, bool) or not isinstance(weight, (int, float)) for weight in self.reward_weights)
+            or not all(map(math.isfinite, self.reward_weights))
+        ):
             raise ValueError(
-                f"domain {self.name!r}: expected {len(self.reward_funcs)} reward weights (one per reward function), "
-                f"found {len(self.reward_weights)}"
+                f"domain {self.name!r}, reward_weights: expected {n} finite numbers, one per reward function, found "
+                f"{weights!r}"
             )
-        for weight in self.reward_weights:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise ValueError(f"domain {self.name!r}, reward_weights: expected finite numbers, found {weight!r}")
         for field in ("train_dataset", "eval_dataset", "selection_dataset"):
             if getattr(self, field) is not None:
                 setattr(self, field, self._checked(getattr(self, field), field))
@@ -138,10 +136,7 @@ def check_columns(domain: Domain) -> None:
         for function in functions:
             if isinstance(function, (str, nn.Module)):
                 continue
-            try:
-                parameters = inspect.signature(function).parameters.values()
-            except (TypeError, ValueError):  # not every callable tells its signature
-                continue
+            parameters = parameters_of(function).values()
             where = f"domain {domain.name!r}, {getattr(function, '__name__', type(function).__name__)}"
             named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
             for parameter in named:
@@ -151,10 +146,18 @@ def check_columns(domain: Domain) -> None:
                         f"{sorted(dataset.column_names)}"
                     )
             surplus = handed - {parameter.name for parameter in named}
-            if surplus and not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            if parameters and surplus and not any(p.kind == p.VAR_KEYWORD for p in parameters):
                 raise ValueError(
                     f"{where}: expected a function that takes **kwargs, found one that does not take {sorted(surplus)}"
                 )
+
+
+def parameters_of(function: Callable) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a function, none where it does not tell its signature."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def _check_reserved(columns: Iterable[str], where: str) -> None:

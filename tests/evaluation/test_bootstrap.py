@@ -36,27 +36,18 @@ def test_difference_is_paired():
 
 
 def test_seeds():
-    values = np.random.default_rng(0).uniform(size=50)
+    values, state = np.random.default_rng(0).uniform(size=50), np.random.get_state()[1].tolist()
     assert score(values, seed=3) == score(values, seed=3)
+    assert np.random.get_state()[1].tolist() == state
     first, second = score(values, seed=3), score(values, seed=4)
     assert first.value == second.value and first != second
-
-
-def test_resampling_leaves_the_global_generator_alone():
-    state = np.random.get_state()[1].tolist()
-    score(np.random.default_rng(0).uniform(size=50))
-    assert np.random.get_state()[1].tolist() == state
+    assert score(np.array([True, False, True, True])) == score([1, 0, 1, 1])
 
 
 @pytest.mark.parametrize("value, n", [(0.25, 8), (1.0, 2), (0.5, 1)])
 def test_what_does_not_vary_has_no_width(value, n):
     assert score(np.full(n, value)) == Interval(100 * value, 100 * value, 100 * value, n)
     assert difference(np.full(n, value), np.full(n, 0.25)) == Interval(*[100 * (value - 0.25)] * 3, n)
-
-
-def test_integers_and_booleans():
-    assert score(np.array([True, False, True, True])) == score(np.array([1, 0, 1, 1])) == score([1.0, 0.0, 1.0, 1.0])
-    assert difference([True, True], [False, False]).value == 100
 
 
 @pytest.mark.parametrize("samples", [([0.0, 1.0], [1.0]), ([], [])])
@@ -71,9 +62,6 @@ def test_average_of_domains(close_to_loops):
     close_to_loops(average(samples), samples)
     assert average(samples, seed=1) != average(samples, seed=2)
     assert average(samples[:1]) == score(samples[0])
-
-
-def test_average_without_variation_or_domains():
     assert average([[1.0, 1.0], [0.5]]) == Interval(75.0, 75.0, 75.0, 3)
     nothing = average([])
     assert np.isnan([nothing.value, nothing.low, nothing.high]).all() and nothing.n == 0
@@ -82,7 +70,4 @@ def test_average_without_variation_or_domains():
 def test_format():
     assert f"{Interval(1.25, 0.5, 2.0, 7):.1f}" == "1.2 [0.5, 2.0]"
     assert f"{Interval(0.5, 0.25, 1.0, 7):.0%}" == "50% [25%, 100%]"
-
-
-def test_to_dict():
     assert Interval(1.0, 0.5, 2.0, 7).to_dict() == {"value": 1.0, "low": 0.5, "high": 2.0, "n": 7}

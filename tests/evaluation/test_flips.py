@@ -33,11 +33,6 @@ def test_a_prompt_with_several_samples_counts_by_its_mean():
     assert flips(before, np.array([0.4, 0.5])).counts() == {"kept": 0, "lost": 1, "regained": 1, "newly_lost": 1}
 
 
-def test_a_second_draw_is_counted():
-    found = flips(BEFORE, AFTER, redraw=1 - BEFORE)
-    assert found.expected == {"kept": 0, "regained": 4, "newly_lost": 4, "lost": 4}
-
-
 @pytest.mark.parametrize("k", [2, 5, 8])
 @pytest.mark.parametrize("a, b", [(0.3, 0.4), (2.0, 1.0)])
 def test_expected_flips_are_those_of_second_draws(k, a, b):
@@ -49,13 +44,11 @@ def test_expected_flips_are_those_of_second_draws(k, a, b):
         assert found.expected == pytest.approx(counted, rel=0.1)
 
 
-def test_samples_that_agree_do_not_flip():
-    before = np.repeat(BEFORE[:, None], 4, axis=1)
-    assert flips(before, AFTER).expected == {"kept": 4, "regained": 0, "newly_lost": 0, "lost": 0}
-
-
-def test_one_rate_for_all_prompts():
-    before = np.tile([1, 0], (6, 1))
+def test_expected_flips_by_hand():
+    assert flips(BEFORE, AFTER, redraw=1 - BEFORE).expected == {"kept": 0, "regained": 4, "newly_lost": 4, "lost": 4}
+    agreed = np.repeat(BEFORE[:, None], 4, axis=1)
+    assert flips(agreed, AFTER).expected == {"kept": 4, "regained": 0, "newly_lost": 0, "lost": 0}
+    before = np.tile([1, 0], (6, 1))  # one rate for all prompts
     assert flips(before, before).expected["lost"] == pytest.approx(6 * 0.25, rel=1e-4)
 
 

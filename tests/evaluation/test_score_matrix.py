@@ -22,31 +22,29 @@ def test_intervals():
     assert matrix.interval(0, "math").value == 12.5
     assert matrix.interval(-1, "qa").value == 100
     assert matrix.interval(1, "math") == score(np.array([1.0, 1.0, 1.0, 0.0]))
+    assert matrix.peak("math") == 1 and matrix.peak("qa") == 2  # the first highest stage
 
 
-def test_peak_is_the_first_highest_stage():
-    assert filled().peak("math") == 1
-    assert filled().peak("qa") == 2
+def printed(matrix):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(matrix.to_table())
+    return console.export_text()
 
 
 def test_table():
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(filled().to_table())
-    text = console.export_text()
+    text = printed(filled())
     assert "math (n=4)" in text and "qa (n=2)" in text
     rows = [line for line in text.splitlines() if "0-base" in line or "2-qa" in line]
     assert "12.5 [0.0, 37.5]" in rows[0] and "50.0 [0.0, 100.0]" in rows[0]
     assert "100.0 [100.0, 100.0]" in rows[1]
-
-
-def test_empty_table():
     assert [column.header for column in ScoreMatrix(["math"]).to_table().columns] == ["stage", "math (n=0)"]
+    lines = repr(filled()).splitlines()
+    assert lines[0].split("  ")[0] == "stage" and "math (n=4)" in lines[0]
+    assert lines[1].startswith("0-base") and "12.5 [0.0, 37.5]" in lines[1] and len(lines) == 4
 
 
 def test_rows_without_a_value(matrix):
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(matrix.to_table())
-    text = console.export_text()
+    text = printed(matrix)
     assert "law (n=50)" in text
     assert ["—" in line for line in text.splitlines() if line.startswith("│")] == [True] * 4 + [False] * 4
     means = [values["law"].mean() for values in matrix.values[4:]]
@@ -96,10 +94,3 @@ def test_to_dict(matrix):
     assert [entry["stage"] for entry in content["stages"]] == matrix.stages
     assert content["stages"][0]["scores"]["math"] == matrix.interval(0, "math").to_dict()
     assert "law" not in content["stages"][3]["scores"] and "law" in content["stages"][4]["scores"]
-
-
-def test_printed():
-    lines = repr(filled()).splitlines()
-    assert lines[0].split("  ")[0] == "stage" and "math (n=4)" in lines[0]
-    assert lines[1].startswith("0-base") and "12.5 [0.0, 37.5]" in lines[1] and len(lines) == 4
-    assert str(filled()) == repr(filled())

@@ -19,31 +19,55 @@ from trl_interfere.evaluation.metrics import (
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
 
 
-def lost(matrix, domain, final):
-    """Highest earlier row minus the row asked for, by a plain loop."""
+OWN = {"math": 1, "code": 2, "law": 5, "qa": 6}  # the stages of the fixture, by hand
+
+
+def change(statistic, matrix, domain, stage):
+    """What a statistic is the mean of, by plain loops."""
+    now = matrix.values[stage]
+    if statistic is backward_transfer:
+        return now[domain] - matrix.values[OWN[domain]][domain]
+    if statistic is forward_transfer:
+        return matrix.values[OWN[domain] - 1][domain] - matrix.values[0][domain]
     peak = None
-    for values in matrix.values[:final]:
+    for values in matrix.values[:stage]:
         if domain in values and (peak is None or sum(values[domain]) > sum(peak)):
             peak = values[domain]
-    return peak - matrix.values[final][domain]
-
-
-@pytest.mark.parametrize("stage", [5, 6, 7])
-@pytest.mark.parametrize("domain", ["math", "code", "poems"])
-def test_forgetting_of_one_domain(domain, stage, matrix, close_to_loops):
-    close_to_loops(forgetting(matrix, domain, stage), [lost(matrix, domain, stage)])
-    assert forgetting(matrix, domain, stage - 8) == forgetting(matrix, domain, stage)
+    return peak - now[domain]
 
 
 @pytest.mark.parametrize(
-    "stage, domains",
-    [(2, ["math"]), (3, ["math"]), (4, ["math", "code"]), (5, ["math", "code"]), (7, ["math", "code", "law"])],
+    "statistic, domain, stage",
+    [
+        *((forgetting, domain, stage) for domain in ("math", "code", "poems") for stage in (5, 6, 7)),
+        *((backward_transfer, *case) for case in (("math", 2), ("math", 7), ("code", 4), ("law", 6), ("law", 7))),
+        *((forward_transfer, domain, 7) for domain in ("code", "qa")),
+    ],
 )
-def test_average_forgetting(stage, domains, matrix, close_to_loops):
-    close_to_loops(forgetting(matrix, stage=stage), [lost(matrix, domain, stage) for domain in domains])
+def test_statistics_of_one_domain(statistic, domain, stage, matrix, close_to_loops):
+    close_to_loops(statistic(matrix, domain, stage), [change(statistic, matrix, domain, stage)])
+    assert statistic(matrix, domain, stage - 8) == statistic(matrix, domain, stage)
 
 
-def test_undefined_forgetting(matrix):
+@pytest.mark.parametrize(
+    "statistic, stage, domains",
+    [
+        (forgetting, 2, ["math"]),
+        (forgetting, 4, ["math", "code"]),
+        (forgetting, 7, ["math", "code", "law"]),
+        (backward_transfer, 2, ["math"]),
+        (backward_transfer, 4, ["math", "code"]),
+        (backward_transfer, 7, ["math", "code", "law"]),
+        (forward_transfer, 5, ["code"]),
+        (forward_transfer, 6, ["code", "qa"]),
+        (forward_transfer, 7, ["code", "qa"]),
+    ],
+)
+def test_averages(statistic, stage, domains, matrix, close_to_loops):
+    close_to_loops(statistic(matrix, stage=stage), [change(statistic, matrix, domain, stage) for domain in domains])
+
+
+def test_undefined_statistics(matrix):
     undefined = [
         forgetting(matrix, "qa"),  # trained last, although a refresh came after it
         forgetting(matrix, "written"),  # never scored
@@ -52,6 +76,17 @@ def test_undefined_forgetting(matrix):
         forgetting(matrix, "math", 0),
         forgetting(matrix, stage=0),
         forgetting(matrix, stage=1),
+        backward_transfer(matrix, "qa"),  # trained last
+        backward_transfer(matrix, "poems"),  # never trained
+        backward_transfer(matrix, "written"),  # never scored
+        backward_transfer(matrix, "math", 0),
+        backward_transfer(matrix, stage=1),
+        forward_transfer(matrix, "math"),  # trained first
+        forward_transfer(matrix, "poems"),
+        forward_transfer(matrix, "law"),  # not scored on the base model
+        forward_transfer(matrix, "qa", 5),  # not trained yet
+        forward_transfer(matrix, stage=1),
+        forward_transfer(ScoreMatrix(["math"], ["1-code", "2-math"], [{"math": np.zeros(3)}] * 2), "math"),  # no base
     ]
     assert all(np.isnan(interval.value) and interval.n == 0 for interval in undefined)
     with pytest.raises(ValueError, match="stage: expected the position of one of 8 stages, found 8"):
@@ -72,53 +107,6 @@ def test_forgetting_is_paired_and_signed():
     assert forgetting(matrix, "math", 2).value == pytest.approx(-5)
 
 
-OWN = {"math": 1, "code": 2, "law": 5, "qa": 6}  # the stages of the fixture, by hand
-
-
-def row(matrix, stage, domain):
-    return matrix.values[stage][domain]
-
-
-@pytest.mark.parametrize("domain, stage", [("math", 2), ("math", 7), ("code", 4), ("law", 6), ("law", 7)])
-def test_backward_transfer_to_one_domain(domain, stage, matrix, close_to_loops):
-    change = row(matrix, stage, domain) - row(matrix, OWN[domain], domain)
-    close_to_loops(backward_transfer(matrix, domain, stage), [change])
-
-
-@pytest.mark.parametrize("stage, domains", [(2, ["math"]), (4, ["math", "code"]), (7, ["math", "code", "law"])])
-def test_average_backward_transfer(stage, domains, matrix, close_to_loops):
-    changes = [row(matrix, stage, domain) - row(matrix, OWN[domain], domain) for domain in domains]
-    close_to_loops(backward_transfer(matrix, stage=stage), changes)
-
-
-@pytest.mark.parametrize("domain", ["code", "qa"])
-def test_forward_transfer_to_one_domain(domain, matrix, close_to_loops):
-    change = row(matrix, OWN[domain] - 1, domain) - row(matrix, 0, domain)
-    close_to_loops(forward_transfer(matrix, domain), [change])
-
-
-@pytest.mark.parametrize("stage, domains", [(2, ["code"]), (5, ["code"]), (6, ["code", "qa"]), (7, ["code", "qa"])])
-def test_average_forward_transfer(stage, domains, matrix, close_to_loops):
-    changes = [row(matrix, OWN[domain] - 1, domain) - row(matrix, 0, domain) for domain in domains]
-    close_to_loops(forward_transfer(matrix, stage=stage), changes)
-
-
-def test_undefined_transfer(matrix):
-    undefined = [
-        backward_transfer(matrix, "qa"),  # trained last
-        backward_transfer(matrix, "poems"),  # never trained
-        backward_transfer(matrix, "written"),  # never scored
-        backward_transfer(matrix, "math", 0),
-        backward_transfer(matrix, stage=1),
-        forward_transfer(matrix, "math"),  # trained first
-        forward_transfer(matrix, "poems"),
-        forward_transfer(matrix, "law"),  # not scored on the base model
-        forward_transfer(matrix, "qa", 5),  # not trained yet
-        forward_transfer(matrix, stage=1),
-    ]
-    assert all(np.isnan(interval.value) and interval.n == 0 for interval in undefined)
-
-
 def test_a_domain_that_is_trained_twice():
     shares = {
         "0-base": (0.1, 0.2),
@@ -137,11 +125,6 @@ def test_a_domain_that_is_trained_twice():
     assert forward_transfer(matrix, "code").value == pytest.approx(10)
 
 
-def test_without_a_base_row():
-    matrix = ScoreMatrix(["math"], ["1-code", "2-math"], [{"math": np.zeros(3)}, {"math": np.ones(3)}])
-    assert np.isnan(forward_transfer(matrix, "math").value)
-
-
 def test_recovered_by_hand():
     peak = np.array([1.0, 1.0, 1.0, 0.0])
     damaged = np.array([0.0, 0.5, 0.0, 0.0])
@@ -149,6 +132,7 @@ def test_recovered_by_hand():
     assert recovered(repaired, damaged, peak).value == pytest.approx((1.75 - 0.5) / (3 - 0.5))
     assert recovered(damaged, damaged, peak).value == 0
     assert recovered(peak, damaged, peak) == Interval(1.0, 1.0, 1.0, 4)
+    assert recovered(np.full(5, 0.5), np.zeros(5), np.ones(5)) == Interval(0.5, 0.5, 0.5, 5)
     assert recovered([1.0] * 4, damaged, peak).value == pytest.approx(3.5 / 2.5)
     assert recovered([0.0] * 4, damaged, peak).value == pytest.approx(-0.5 / 2.5)
 
@@ -179,11 +163,6 @@ def test_recovered_is_undefined_where_nothing_was_lost(damaged, peak):
     assert np.isnan([interval.value, interval.low, interval.high]).all() and interval.n == 2
 
 
-def test_recovered_of_constant_samples():
-    interval = recovered(np.full(5, 0.5), np.zeros(5), np.ones(5))
-    assert interval == Interval(0.5, 0.5, 0.5, 5)
-
-
 def test_resamples_in_which_nothing_was_lost_do_not_count():
     # One prompt of three was lost: without it, which happens in 8 of 27 resamples, there is nothing to recover.
     interval = recovered([0.5, 1.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0])
@@ -195,14 +174,9 @@ def test_every_domain_that_was_not_repaired(matrix, close_to_loops):
     assert list(changes) == ["math", "qa", "poems", "law"]
     for domain, interval in changes.items():
         close_to_loops(interval, [matrix.values[7][domain] - matrix.values[6][domain]])
-
-
-def test_domains_without_a_score_at_either_stage(matrix):
+    # Domains without a score at either stage are left out.
     assert list(collateral(matrix, since=2, stage=5)) == ["math", "code", "qa", "poems"]
     assert list(collateral(matrix, since=5, stage=2, repaired=["qa", "math"])) == ["code", "poems"]
-
-
-def test_unknown_stages(matrix):
     with pytest.raises(ValueError, match="stage: expected the position of one of 8 stages, found 9"):
         collateral(matrix, since=9)
 

@@ -95,21 +95,24 @@ def test_chat_template_kwargs(tokenizer):
     assert scorer.encode_prompt([{"role": "user", "content": "1"}]) == tokenizer("1h")["input_ids"]
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"repetition_penalty": 3.0},
-        {"no_repeat_ngram_size": 1},
-        {"min_new_tokens": 12},
-        {"min_length": 24},
-        {"num_beams": 3},
-    ],
-)
+SETTINGS = {
+    "repetition_penalty": 3.0,
+    "no_repeat_ngram_size": 1,
+    "min_new_tokens": 12,
+    "min_length": 24,
+    "num_beams": 3,
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_greedy_whatever_the_generation_config_of_the_model(setting, make_model, tokenizer):
     expected = Scorer(tokenizer, max_new_tokens=12).complete_ids(make_model(seed=4), PROMPTS)
     model = make_model(seed=4)
-    model.generation_config.update(**setting, do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
+    model.generation_config.update(
+        **{setting: SETTINGS[setting]}, do_sample=True, temperature=0.6, top_k=20, top_p=0.9
+    )
     assert Scorer(tokenizer, max_new_tokens=12).complete_ids(model, PROMPTS) == expected
+    assert getattr(model.generation_config, setting) == SETTINGS[setting]  # it is put back
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -170,55 +173,16 @@ def test_dropout_is_off_while_scoring(make_model, tokenizer):
     assert Scorer(tokenizer, max_new_tokens=8).complete_ids(model.train(), PROMPTS) == expected
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"max_new_tokens": 0},
-        {"batch_size": -1},
-        {"num_samples": 0},
-        {"num_samples": 4},  # greedy
-        {"temperature": -0.5},
-        {"temperature": float("nan")},
-    ],
-)
-def test_settings_out_of_range(settings, tokenizer):
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        Scorer(tokenizer, **settings)
-
-
-def test_prompts_are_batched_by_length(make_model, tokenizer, monkeypatch):
-    model, widths = make_model(), []
-    generate = model.generate
-
-    def recorded(input_ids, **kwargs):
-        widths.append(tuple(input_ids.shape))
-        return generate(input_ids=input_ids, **kwargs)
-
-    monkeypatch.setattr(model, "generate", recorded)
-    Scorer(tokenizer, max_new_tokens=2, batch_size=3).complete_ids(model, PROMPTS)
-    lengths = sorted(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
-    assert widths == [(3, lengths[2]), (3, lengths[5]), (2, lengths[7])]
-
-
-def test_metric_gets_the_columns_in_order(make_model, tokenizer):
-    rows = Dataset.from_dict({"prompt": ["1", "2222", "33"], "answer": ["x", "y", "z"]})
-    seen = {}
-
-    def metric(prompts, completions, answer, domain, **kwargs):
-        seen.update(prompts=prompts, completions=completions, answer=answer, domain=domain)
-        return [0.0, 0.5, 1.0]
-
-    domain = Domain("numbers", eval_dataset=rows, metric=metric)
-    model = make_model()
-    scores = Scorer(tokenizer, max_new_tokens=4, batch_size=2).score(model, domain, domain.eval_dataset)
-    assert scores.values.tolist() == [0.0, 0.5, 1.0]
-    assert seen["prompts"] == ["1", "2222", "33"] and seen["answer"] == ["x", "y", "z"]
-    assert seen["domain"] == ["numbers"] * 3
-    assert (
-        seen["completions"]
-        == scores.completions
-        == Scorer(tokenizer, max_new_tokens=4).complete(model, seen["prompts"])
-    )
+def test_settings_out_of_range(tokenizer):
+    for name, values in {
+        "max_new_tokens": [0],
+        "batch_size": [-1],
+        "num_samples": [0, 4],
+        "temperature": [-1],
+    }.items():
+        for value in (*values, *([float("nan")] if name == "temperature" else [])):
+            with pytest.raises(ValueError, match=name):  # four samples of a greedy model are one
+                Scorer(tokenizer, **{name: value})
 
 
 def lengths(completions, **kwargs):
@@ -244,19 +208,15 @@ def test_weighted_rewards():
     assert apply_metric(domain, ROWS, ["a", "bb", ""]).tolist() == [1, 2, 0]
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        torch.tensor([1.0, 0.5, 2.0]),
+def test_kinds_of_values():
+    for values in (
         torch.tensor([1.0, 0.5, 2.0], dtype=torch.bfloat16, requires_grad=True),
         [torch.tensor(1), torch.tensor(0.5), torch.tensor(2.0, dtype=torch.float64)],
         np.array([1.0, 0.5, 2.0], dtype=np.float32),
         (1, np.float32(0.5), 2.0),
-    ],
-)
-def test_kinds_of_values(values):
-    domain = Domain("numbers", metric=lambda completions, **kwargs: values)
-    assert apply_metric(domain, ROWS, ["a", "b", "c"]).tolist() == [1, 0.5, 2]
+    ):
+        domain = Domain("numbers", metric=lambda completions, values=values, **kwargs: values)
+        assert apply_metric(domain, ROWS, ["a", "b", "c"]).tolist() == [1, 0.5, 2]
 
 
 def test_async_rewards_where_an_event_loop_runs():
@@ -320,9 +280,7 @@ def test_names_are_those_of_trl(tmp_path):
 
 def test_completions_of_conversations_are_messages():
     def metric(completions, **kwargs):
-        return [
-            completion[-1]["content"] == "a" and completion[-1]["role"] == "assistant" for completion in completions
-        ]
+        return [completion == [{"role": "assistant", "content": "a"}] for completion in completions]
 
     rows = [{"prompt": [{"role": "user", "content": "1"}]}] * 2
     assert apply_metric(Domain("numbers", metric=metric), rows, ["a", "b"]).tolist() == [1.0, 0.0]
@@ -341,17 +299,14 @@ def of_environments(completions, environments, **kwargs):
     [
         (broken, ", broken: .*KeyError: 'answer'"),
         (lambda completions: [1.0] * 3, "TypeError"),
-        (lambda completions, **kwargs: [1.0] * 2, "3 values.*found 2"),
-        (lambda completions, **kwargs: [1.0] * 4, "3 values.*found 4"),
-        (lambda completions, **kwargs: [0.0, 1.0, float("nan")], "finite.*nan for prompt 2"),
-        (lambda completions, **kwargs: [0.0, float("-inf"), 0.0], "finite.*-inf for prompt 1"),
-        (lambda completions, **kwargs: None, "None"),
-        (lambda completions, **kwargs: 1.0, "float"),
-        (lambda completions, **kwargs: torch.tensor(1.0), "float"),
-        (lambda completions, **kwargs: torch.ones(2), "3 values.*found 2"),
-        (lambda completions, **kwargs: torch.ones(3, 1), "one number per completion"),
-        (lambda completions, **kwargs: ["good", "bad", "good"], "good"),
-        (lambda completions, **kwargs: [[1.0, 2.0]] * 3, "one number per completion"),
+        *(
+            (lambda completions, values=values, **kwargs: values, "3 finite values")
+            for values in ([1.0] * 2, [1.0] * 4, [0.0, 1.0, float("nan")], [0.0, float("-inf"), 0.0], torch.ones(2))
+        ),
+        *(
+            (lambda completions, values=values, **kwargs: values, "one number per completion")
+            for values in (None, 1.0, torch.tensor(1.0), torch.ones(3, 1), ["good"] * 3, [[1.0, 2.0]] * 3)
+        ),
         (torch.nn.Linear(1, 1), "a reward model"),
         ("some/reward-model", "a reward model"),
         (of_environments, "environments.*metric"),

@@ -42,10 +42,8 @@ def bootstrap(
     """
     Percentile bootstrap of a statistic of paired per-prompt values (Efron and Tibshirani, 1993, chapter 13).
 
-    Prompts are resampled, and every sample keeps the same prompts: the interval of a difference between two models on
-    one set of prompts is a paired one. Where nothing varies it is the value itself.
+    Every sample keeps the same prompts. Where nothing varies the interval is the value itself.
     """
-    _check_paired(*samples)
     n = len(samples[0])
     value = float(statistic(*samples, axis=0))
     if n < 2 or all(np.ptp(sample) == 0 for sample in samples):
@@ -53,27 +51,13 @@ def bootstrap(
     return _percentiles(value, _resampled(statistic, samples, resamples, np.random.default_rng(seed)), n)
 
 
-def _check_paired(*samples: np.ndarray) -> None:
-    lengths = [len(sample) for sample in samples]
-    if not lengths[0] or len(set(lengths)) > 1:
-        raise ValueError(f"expected the same prompts in every sample, found {lengths} values")
-
-
 def _resampled(
     statistic: Callable[..., np.ndarray], samples: Sequence[np.ndarray], resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # resamples without a value are left out below
-        return stats.bootstrap(
-            samples,
-            statistic,
-            paired=True,
-            vectorized=True,
-            n_resamples=resamples,
-            batch=200,
-            method="percentile",
-            rng=rng,
-        ).bootstrap_distribution
+        settings = {"paired": True, "vectorized": True, "n_resamples": resamples, "batch": 200, "rng": rng}
+        return stats.bootstrap(samples, statistic, method="percentile", **settings).bootstrap_distribution
 
 
 def _percentiles(value: float, distribution: np.ndarray, n: int) -> Interval:
@@ -89,8 +73,10 @@ def score(values: np.ndarray, seed: int = 0) -> Interval:
 
 def difference(after: np.ndarray, before: np.ndarray, seed: int = 0) -> Interval:
     """Change of the score on the same prompts, in points of 100: mean of `100 * (after - before)`."""
-    _check_paired(after, before)
-    return score(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64), seed=seed)
+    after, before = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
+    if not len(after) == len(before) > 0:
+        raise ValueError(f"expected the same prompts in every sample, found {[len(after), len(before)]} values")
+    return score(after - before, seed=seed)
 
 
 def average(samples: Sequence[np.ndarray], seed: int = 0) -> Interval:

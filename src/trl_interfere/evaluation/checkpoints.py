@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..domain import Domain
@@ -19,29 +18,21 @@ SPLITS = {"test": "eval_dataset", "selection": "selection_dataset"}
 ENGINES = ("transformers", "vllm")
 
 
-def split_of(domain: Domain, split: str) -> Dataset | None:
-    """Prompts of a split: `test` is TRL's `eval_dataset`."""
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {list(SPLITS)}, found {split!r}")
-    return getattr(domain, SPLITS[split])
-
-
 def chosen_domains(domains: list[Domain], names: list[str] | None, split: str) -> list[Domain]:
     """The domains of these names, or all that have prompts of the split."""
-    available = {domain.name: split_of(domain, split) is not None for domain in domains}
-    for name in names or []:
-        if name not in available:
-            raise ValueError(f"domain: unknown domain {name!r}, expected some of {sorted(available)}")
-        if not available[name]:
-            raise ValueError(f"domain: domain {name!r} has no {split} prompts")
-    chosen = [domain for domain in domains if available[domain.name] and domain.name in (names or available)]
-    if not chosen:
-        raise ValueError(f"domain: expected at least one with {split} prompts, found {sorted(available)} without")
-    return chosen
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {list(SPLITS)}, found {split!r}")
+    available = [domain for domain in domains if getattr(domain, SPLITS[split]) is not None]
+    known = [domain.name for domain in available]
+    if not known or {*(names or [])} - {*known}:
+        raise ValueError(f"domain: expected some with {split} prompts {sorted(known)}, found {names}")
+    return [domain for domain in available if domain.name in (names or known)]
 
 
 def scorer_of(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any], progress: bool = False) -> Scorer:
     """The scorer with which a run of these settings of [`SequentialGRPOConfig`] scores its stages."""
+    # The autocast of the training; TRL's default is bfloat16.
+    autocast = torch.float16 if settings["fp16"] else None if settings["bf16"] is False else torch.bfloat16
     return Scorer(
         tokenizer,
         max_new_tokens=settings["score_max_new_tokens"] or settings["max_completion_length"],
@@ -50,13 +41,8 @@ def scorer_of(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any], p
         temperature=settings["score_temperature"],
         num_samples=settings["score_samples"],
         progress=progress,
-        autocast=_precision(settings),
+        autocast=autocast,
     )
-
-
-def _precision(settings: Mapping[str, Any]) -> torch.dtype | None:
-    """Data type of the autocast of a training; TRL's default is bfloat16."""
-    return torch.float16 if settings["fp16"] else None if settings["bf16"] is False else torch.bfloat16
 
 
 def score_checkpoint(
@@ -77,7 +63,7 @@ def score_checkpoint(
     trust = bool(settings["trust_remote_code"])
     dtype = (settings["model_init_kwargs"] or {}).get("dtype", "float32")
     scorer = scorer_of(load_tokenizer(name, revision, trust_remote_code=trust), settings, progress)
-    datasets = {domain.name: split_of(domain, split) for domain in domains}
+    datasets = {domain.name: getattr(domain, SPLITS[split]) for domain in domains}
     with ExitStack() as stack:
         if engine == "vllm":
             prompts = (scorer.encode_prompt(prompt) for dataset in datasets.values() for prompt in dataset["prompt"])

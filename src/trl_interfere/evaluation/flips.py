@@ -82,50 +82,50 @@ def flips(
     given = {"before": before, "after": after, "peak": peak, "redraw": redraw}
     scores = {name: np.asarray(values, dtype=np.float64) for name, values in given.items() if values is not None}
     for name, values in scores.items():
-        if values.ndim not in (1, 2) or len(values) != len(scores["before"]) or not values.size:
+        if values.ndim not in (1, 2) or len(values) != len(scores["before"]) or not np.isfinite(values).all():
             raise ValueError(
-                f"{name}: expected one row for each of {len(scores['before'])} prompts, found the shape {values.shape}"
+                f"{name}: expected finite scores of each of {len(scores['before'])} prompts, found {values} of shape "
+                f"{values.shape}"
             )
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name}: expected finite scores, found {values[~np.isfinite(values)][0]}")
-    right = {name: values.reshape(len(values), -1).mean(axis=1) >= 0.5 for name, values in scores.items()}
-    everything = np.full(len(right["before"]), True)
-    reference = right.get("peak", right["before"])
-    among = everything if peak is None else reference  # the prompts that can be regained
+    scores = {name: values.reshape(len(values), -1) for name, values in scores.items()}
+    right = {name: values.mean(axis=1) >= 0.5 for name, values in scores.items()}
+    first, last = right["before"], right["after"]
+    reference = right.get("peak", first)
+    could = np.full(len(first), True) if peak is None else reference  # be regained
     redrawn = right.get("redraw")
-    expected = {
-        "kept": _expected(scores["before"], redrawn, everything, True, True),
-        "lost": _expected(
-            scores.get("peak", scores["before"]), None if peak is not None else redrawn, everything, True, False
-        ),
-        "regained": _expected(scores["before"], redrawn, among, False, True),
-        "newly_lost": _expected(scores["before"], redrawn, everything, True, False),
+    wrong = _wrong_again(scores["before"], redrawn)
+    wrong_at_peak = wrong if peak is None else _wrong_again(scores["peak"])
+    wrong_of_lost = _wrong_again(scores["before"][could], None if redrawn is None else redrawn[could])
+    chances = {
+        "kept": (wrong, first, False),
+        "lost": (wrong_at_peak, reference, True),
+        "regained": (wrong_of_lost, ~first[could], False),
+        "newly_lost": (wrong, first, True),
     }
     return Flips(
-        kept=np.flatnonzero(right["before"] & right["after"]),
-        lost=np.flatnonzero(reference & ~right["after"]),
-        regained=np.flatnonzero(among & ~right["before"] & right["after"]),
-        newly_lost=np.flatnonzero(right["before"] & ~right["after"]),
-        expected={name: number for name, number in expected.items() if number is not None},
+        kept=np.flatnonzero(first & last),
+        lost=np.flatnonzero(reference & ~last),
+        regained=np.flatnonzero(could & ~first & last),
+        newly_lost=np.flatnonzero(first & ~last),
+        expected={
+            name: float((chance if lost else 1 - chance)[among].sum())
+            for name, (chance, among, lost) in chances.items()
+            if chance is not None
+        },
     )
 
 
-def _expected(
-    samples: np.ndarray, redrawn: np.ndarray | None, among: np.ndarray, first: bool, second: bool
-) -> float | None:
-    """Expected number of prompts that are right (or not) in the samples and right (or not) in a second draw."""
-    samples = samples.reshape(len(samples), -1)[among]
-    chosen = (samples.mean(axis=1) >= 0.5) == first
+def _wrong_again(samples: np.ndarray, redrawn: np.ndarray | None = None) -> np.ndarray | None:
+    """Probability of each prompt to be wrong in a second draw; `None` where its samples do not tell it."""
     if redrawn is not None:
-        return float((chosen & (redrawn[among] == second)).sum())
+        return 1.0 - redrawn
     k, right = samples.shape[1], samples.sum(axis=1)
     if k == 1 or not np.isin(samples, (0, 1)).all():
         return None
     mean, within = samples.mean(), np.mean(right * (k - right)) / (k * (k - 1))
     if not within:  # the samples of a prompt always agree
-        return float(chosen.sum() * (first == second))
+        return 1.0 * (right == 0)
     share = min(within / (mean * (1 - mean)), 1 - 1e-6)  # 1 where all prompts have one rate
     strength = share / (1 - share)
     fewest_right = (k + 1) // 2
-    wrong = betabinom.cdf(fewest_right - 1, k, mean * strength + right, (1 - mean) * strength + k - right)
-    return float((1 - wrong if second else wrong)[chosen].sum())
+    return betabinom.cdf(fewest_right - 1, k, mean * strength + right, (1 - mean) * strength + k - right)

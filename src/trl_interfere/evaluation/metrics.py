@@ -1,7 +1,7 @@
 """Forgetting, transfer, recovered and collateral: what a score matrix says, by the formulas of the literature."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,9 @@ def forgetting(matrix: ScoreMatrix, domain: str | None = None, stage: int = -1) 
     f_j = max_(l < k) R_(l,j) - R_(k,j)        F_k = 1/(k-1) sum_(j < k) f_j
     ```
 
-    (Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018: the forgetting measure), with `R_(l,j)` the
-    score of domain j after stage l, and k the stage asked for. The base model counts as stage 0, since it may know a
-    domain before it is trained on it. A refresh counts as a stage l, but not as the training of a new domain. A
-    negative value is a gain. The peak is found once, on all prompts, and the difference from it is paired. Undefined
-    (`nan`) for the domain trained last, and where a score is missing.
+    (Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018), with `R_(l,j)` the score of domain j after
+    stage l, 0 for the base model, and k the stage asked for. A negative value is a gain. The difference from the peak
+    is paired. Undefined (`nan`) for the domain trained last, and where a score is missing.
     """
     final, latest = matrix.position(stage), matrix.last_training(stage)
     losses = []
@@ -45,10 +43,9 @@ def backward_transfer(matrix: ScoreMatrix, domain: str | None = None, stage: int
     BWT = 1/(T-1) sum_(i < T) R_(T,i) - R_(i,i)
     ```
 
-    (Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, equation 3), with `R_(j,i)` the score of domain i
-    after the stage of domain j, and T the stage asked for. Where a domain was trained several times, `R_(i,i)` is its
-    score after the last of them; refreshes are repairs and do not count. A negative value is damage. Undefined (`nan`)
-    for the domain trained last, for one that was not trained, and where a score is missing.
+    (Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, equation 3), with `R_(i,i)` the score of domain i
+    after its last own training (a refresh is none), and T the stage asked for. A negative value is damage. Undefined
+    (`nan`) for the domain trained last, for one that was not trained, and where a score is missing.
     """
     final, latest = matrix.position(stage), matrix.last_training(stage)
     changes = []
@@ -67,10 +64,9 @@ def forward_transfer(matrix: ScoreMatrix, domain: str | None = None, stage: int 
     FWT = 1/(T-1) sum_(i > 1) R_(i-1,i) - b_i
     ```
 
-    (Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, equation 4), with `R_(i-1,i)` the score of domain i
-    right before its first training. There `b_i` is the score at random initialisation; here it is the score of the
-    base model, where the run begins. Undefined (`nan`) for the domain trained first, for one that was not trained, and
-    where a score is missing.
+    (Gradient Episodic Memory, equation 4), with `R_(i-1,i)` the score of domain i right before its first training and
+    `b_i` that of the base model, instead of a random one. Undefined (`nan`) for the domain trained first, for one that
+    was not trained, and where a score is missing.
     """
     final = matrix.position(stage)
     based = matrix.stage_kind(0)[0] == "base"
@@ -132,7 +128,7 @@ def recovered_all(
     gains = {name: repaired[name] - damaged[name] for name in damaged}
     losses = {name: peak[name] - damaged[name] for name in damaged}
     gain, loss = (sum(values.mean() for values in parts.values()) for parts in (gains, losses))
-    if not damaged or not loss > 0:
+    if not loss > 0:
         return Interval(np.nan, np.nan, np.nan, 0)
     rng = np.random.default_rng(seed)
     gained, lost = np.zeros(2000), np.zeros(2000)
@@ -148,17 +144,11 @@ def collateral(matrix: ScoreMatrix, since: int, repaired: Iterable[str] = (), st
     """
     Change of every domain that was not repaired, between the damaged and the repaired model.
 
-    ```
-    collateral_j = R_(repaired,j) - R_(damaged,j)   for every j that was not repaired
-    ```
-
-    The paper (arXiv 2606.02398) reports it beside the recovered share. A negative value is the price of the repair.
+    A negative value is the price of the repair. The paper (arXiv 2606.02398) reports it beside the recovered share.
     """
     before, after = matrix.values[matrix.position(since)], matrix.values[matrix.position(stage)]
-    others = (domain for domain in matrix.domains if domain not in set(repaired))
-    return {
-        domain: difference(after[domain], before[domain]) for domain in others if domain in before and domain in after
-    }
+    others = [name for name in matrix.domains if name not in {*repaired} and name in before and name in after]
+    return {name: difference(after[name], before[name]) for name in others}
 
 
 @dataclass
@@ -202,36 +192,26 @@ class ScoreSummary:
     def from_matrix(cls, matrix: ScoreMatrix, stage: int = -1) -> "ScoreSummary":
         """The figures after one stage; negative positions count from the end."""
         final = matrix.position(stage)
-        values = matrix.values[final]
-        scored = [domain for domain in matrix.domains if domain in values]
+        scored = [domain for domain in matrix.domains if domain in matrix.values[final]]
         figures = {"score": {domain: matrix.interval(final, domain) for domain in scored}}
         figures["average"] = {"score": matrix.average_score(final)}
         for statistic in (forgetting, backward_transfer, forward_transfer):
             figures[statistic.__name__] = {domain: statistic(matrix, domain, final) for domain in scored}
             figures["average"][statistic.__name__] = statistic(matrix, stage=final)
-        since, repaired = _repairs(matrix, final)
+        since, repaired = matrix.last_training(final), _repaired(matrix, final)
         figures["recovered"] = {
-            domain: recovered(
-                values[domain], matrix.values[since][domain], matrix.values[matrix.peak(domain, since)][domain]
-            )
+            domain: recovered(*(matrix.values[row][domain] for row in (final, since, matrix.peak(domain, since))))
             for domain in repaired
-            if domain in values
+            if domain in scored
         }
         figures["collateral"] = collateral(matrix, since, repaired, final) if repaired else {}
-        return cls(
-            stage=matrix.stages[final],
-            **{
-                name: {key: interval for key, interval in by_key.items() if np.isfinite(interval.value)}
-                for name, by_key in figures.items()
-            },
-        )
+        for name, by_key in figures.items():
+            figures[name] = {key: interval for key, interval in by_key.items() if np.isfinite(interval.value)}
+        return cls(stage=matrix.stages[final], **figures)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: `stage`, and the intervals of each statistic by domain (of `average`: by statistic)."""
-        figures = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
-        return {"stage": self.stage} | {
-            name: {key: interval.to_dict() for key, interval in by_key.items()} for name, by_key in figures.items()
-        }
+        return asdict(self)
 
     def to_table(self) -> Table:
         """One row per domain and one of averages, a dash where a figure is undefined."""
@@ -248,16 +228,16 @@ class ScoreSummary:
         )
 
 
-def _repairs(matrix: ScoreMatrix, final: int) -> tuple[int | None, list[str]]:
-    """Position of the last training, and the domains that were refreshed or healed since then."""
+def _repaired(matrix: ScoreMatrix, final: int) -> list[str]:
+    """Domains that were refreshed or healed since the last training: a heal repairs all that had lost something."""
     since = matrix.last_training(final)
-    kinds = [] if since is None else [matrix.stage_kind(row) for row in range(since + 1, final + 1)]
-    scored = [] if since is None else [domain for domain in matrix.domains if domain in matrix.values[since]]
-    repaired = {domain for _, domain in kinds}
-    if None in repaired:  # a heal repairs every domain that has lost something
-        repaired |= {
-            domain
-            for domain in scored
-            if matrix.values[matrix.peak(domain, since)][domain].mean() > matrix.values[since][domain].mean()
-        }
-    return since, [domain for domain in scored if domain in repaired]
+    if since is None:
+        return []
+    refreshed = {matrix.stage_kind(row)[1] for row in range(since + 1, final + 1)}
+    before = matrix.values[since]
+
+    def lost(domain: str) -> bool:
+        return matrix.values[matrix.peak(domain, since)][domain].mean() > before[domain].mean()
+
+    healed = None in refreshed
+    return [name for name in matrix.domains if name in before and (name in refreshed or (healed and lost(name)))]

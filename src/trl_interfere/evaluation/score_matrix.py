@@ -43,9 +43,6 @@ class ScoreMatrix:
                 The run.
             domains (`list[str]`, *optional*):
                 Names of the domains. Defaults to all that were scored.
-
-        Returns:
-            [`ScoreMatrix`]: Stages x domains.
         """
         matrix = cls(run.domains if domains is None else domains)
         for record in run.stages:
@@ -72,16 +69,7 @@ class ScoreMatrix:
         return score(values[domain])
 
     def average_score(self, stage: int = -1) -> Interval:
-        """
-        Average score over the domains that were scored after one stage.
-
-        ```
-        ACC_T = 1/D sum_i R_(T,i)
-        ```
-
-        with `R_(T,i)` the score of domain i after stage T (Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS
-        2017, equation 2).
-        """
+        """Average score after one stage, 0 to 100 (Gradient Episodic Memory, equation 2: ACC = 1/D sum_i R_i)."""
         values = self.values[self.position(stage)]
         return average([values[domain] for domain in self.domains if domain in values])
 
@@ -110,16 +98,11 @@ class ScoreMatrix:
 
     def to_dict(self) -> dict[str, Any]:
         """The matrix as JSON values, without the per-prompt scores."""
-        return {
-            "domains": list(self.domains),
-            "stages": [
-                {
-                    "stage": stage,
-                    "scores": {domain: score(values[domain]).to_dict() for domain in self.domains if domain in values},
-                }
-                for stage, values in zip(self.stages, self.values, strict=True)
-            ],
-        }
+        stages = []
+        for row, (stage, values) in enumerate(zip(self.stages, self.values, strict=True)):
+            scores = {domain: self.interval(row, domain).to_dict() for domain in self.domains if domain in values}
+            stages.append({"stage": stage, "scores": scores})
+        return {"domains": list(self.domains), "stages": stages}
 
     def rows(self) -> list[list[str]]:
         """Cells of a table, the header first: scores with their 95% intervals, a dash where there is none."""

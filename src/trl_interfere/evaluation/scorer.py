@@ -1,8 +1,7 @@
 """Scoring a model on domains."""
 
 import asyncio
-import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,23 +17,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 
-from ..domain import Domain
+from ..domain import Domain, parameters_of
 from .vllm_engine import VLLMEngine
-
-
-# Settings of generation that a model's own configuration would fill in otherwise, at values that do nothing.
-_NEUTRAL = {
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_new_tokens": 0,  # goes before min_length
-    "num_beams": 1,
-}
 
 
 @dataclass
@@ -186,13 +170,10 @@ class Scorer:
                 encoded, self.max_new_tokens, end_ids, self.temperature, self.seed, self.progress
             )
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else end_ids[0]
-        generation_config = GenerationConfig(
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0} if self.temperature else {}
+        config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
-            do_sample=self.temperature > 0,
-            temperature=self.temperature or 1.0,
-            top_k=0 if self.temperature > 0 else 50,  # 50 is not looked at, and the only value not warned of
-            min_p=0.0 if self.temperature > 0 else None,
-            **_NEUTRAL,
+            **sampling,
             pad_token_id=pad_id,
             eos_token_id=end_ids,
             bos_token_id=self.tokenizer.bos_token_id,
@@ -201,7 +182,7 @@ class Scorer:
         order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index]), index))
         completed: list[list[int]] = [[]] * len(encoded)
         precision = nullcontext() if self.autocast is None else torch.autocast(model.device.type, self.autocast)
-        with _evaluation_mode(model), torch.random.fork_rng(), torch.no_grad(), precision:
+        with _generating(model, config), torch.random.fork_rng(), torch.no_grad(), precision:
             torch.manual_seed(self.seed)
             starts = range(0, len(order), self.batch_size)
             for start in tqdm(starts, desc="score", unit="batch", leave=False, disable=not self.progress):
@@ -212,11 +193,7 @@ class Scorer:
                 for row, index in enumerate(batch):
                     ids[row, width - len(encoded[index]) :] = torch.tensor(encoded[index])
                     mask[row, width - len(encoded[index]) :] = 1
-                output = model.generate(
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    generation_config=generation_config,
-                )
+                output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
                 for index, new in zip(batch, output[:, width:].tolist(), strict=True):
                     end = next((i for i, token in enumerate(new) if token in end_ids), len(new) - 1)
                     completed[index] = new[: end + 1]
@@ -236,26 +213,29 @@ class Scorer:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = model.training
+def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """A model without dropout, and with no settings of generation but these: its own would fill in what they leave."""
+    training, held = model.training, model.generation_config
     model.eval()
+    model.generation_config = config
     try:
         yield
     finally:
+        model.generation_config = held
         model.train(training)
 
 
 def check_scorable(domain: Domain, multi_turn: str | None = None) -> None:
     """
-    Refuse a domain that completions of one turn cannot score: one without `metric`, with rewards that need a reward
-    model or environments, or that is trained in several turns, by an argument of the trainer such as `tools`.
+    Refuse a domain that completions of one turn cannot score: without `metric`, and with rewards of models, of
+    environments, or of several turns by an argument of the trainer such as `tools`.
     """
     if domain.metric is not None:
         return
     for function in domain.reward_funcs:
         if isinstance(function, (str, nn.Module)):
             multi_turn = multi_turn or "a reward model"
-        elif "environments" in _parameters(function):
+        elif "environments" in parameters_of(function):
             multi_turn = multi_turn or "environments"
     if multi_turn:
         raise ValueError(
@@ -264,22 +244,14 @@ def check_scorable(domain: Domain, multi_turn: str | None = None) -> None:
         )
 
 
-def _parameters(function: Callable) -> Iterable[str]:
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):  # not every callable tells its signature
-        return ()
-
-
 def apply_metric(
     domain: Domain, rows: list[dict], completions: list[str], completion_ids: list[list[int]] | None = None
 ) -> np.ndarray:
     """
     Values of a domain's metric for given completions: one per row, for rewards their weighted sum.
 
-    Functions are called with everything that [`~trl.GRPOTrainer`] calls them with, so that one that works in training
-    works here: the columns of the dataset, `completion_ids`, `trainer_state` (which is `None`, as nothing is trained),
-    and a `log_extra` and a `log_metric` that do nothing. `None` counts as 0.
+    Functions are called with everything that [`~trl.GRPOTrainer`] calls them with; `trainer_state` is `None`, and
+    `log_extra` and `log_metric` do nothing. `None` counts as 0.
     """
     check_scorable(domain)
     prompts = [row["prompt"] for row in rows]
@@ -309,15 +281,10 @@ def _call(name: str, function: Callable, n: int, arguments: dict[str, Any]) -> n
         raise ValueError(f"{label}: raised {type(error).__name__}: {error}") from error
     if isinstance(values, torch.Tensor):
         values = values.tolist()
-    if not isinstance(values, (list, tuple, np.ndarray)):
-        raise ValueError(f"{label}: expected a list with one number per completion, found {type(values).__name__}")
-    if len(values) != n:
-        raise ValueError(f"{label}: expected {n} values, one per completion, found {len(values)}")
     try:
         values = np.array([0.0 if value is None else float(value) for value in values], dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{label}: expected a list with one number per completion ({error})") from error
-    if not np.isfinite(values).all():
-        index = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ValueError(f"{label}: expected finite values, found {values[index]} for prompt {index}")
+    if len(values) != n or not np.isfinite(values).all():
+        raise ValueError(f"{label}: expected {n} finite values, one per completion, found {values.tolist()!r:.200}")
     return values
