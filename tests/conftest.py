@@ -81,6 +81,7 @@ _SHARED = {
 FURTHER = {
     "apertus": {},
     "arcee": {},
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_state": 4},
     "bloom": {"n_head": 4},
     "cohere": {},
     "cohere2": {},
@@ -119,6 +120,7 @@ FURTHER = {
     "granitemoe": _EXPERTS,
     "helium": {"head_dim": 4},
     "hunyuan_v1_dense": {"head_dim": 6},
+    "jamba": _EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 4},
     "llama4_text": _EXPERTS
     | {"head_dim": 6, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 10},
@@ -132,6 +134,7 @@ FURTHER = {
     "olmo3": {},
     "opt": {"ffn_dim": 12, "word_embed_proj_dim": 16},
     "phi": {},
+    "phimoe": _EXPERTS,
     "qwen3_5_moe_text": _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 6},
     "qwen3_5_text": _LINEAR,
     "qwen3_next": _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 6},
@@ -490,6 +493,7 @@ def make_report():
             outside_routes=0.05,
             later_loss_before={"qa": 2.0, "writing": 1.5},
             later_loss_after={"qa": 1.0, "writing": 0.1 + 0.2},
+            outside_weights={"embed_tokens": 0.25, "norm": 0.001},
             cosines={
                 "global": -0.125,
                 "modules": {"layers.0.mlp": -0.5, "layers.0.attention": 0.75, "layers.1.norm": 0.1, "norm": 0.0},

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import math
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .adapters import AdapterFactors
-from .models import adapter_base, local_folder, model_class
+from .adapters import AdapterFactors, ExpertAdapterError
+from .models import adapter_base, load_model, local_folder, model_class
 
 
 # Data types by their names in safetensors, and the integers that hold their bits.
@@ -182,6 +185,22 @@ class Checkpoint:
             return False
         pairs = zip(first.parts(), second.parts(), strict=True)
         return all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def open_merged(name: str | Path, trust_remote_code: bool = False) -> Checkpoint:
+    """
+    A checkpoint; an adapter of parameters that hold all experts, which files hold one by one, is merged into whole
+    weights in float32, in a folder that lasts as long as the object.
+    """
+    try:
+        return Checkpoint(name, trust_remote_code=trust_remote_code)
+    except ExpertAdapterError:
+        folder = tempfile.mkdtemp()
+        load_model(name, trust_remote_code=trust_remote_code).save_pretrained(folder)
+        checkpoint = Checkpoint(folder)
+        checkpoint.name = str(name)
+        weakref.finalize(checkpoint, shutil.rmtree, folder)
+        return checkpoint
 
 
 def published_name(checkpoint: str | Path) -> str:

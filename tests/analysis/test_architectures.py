@@ -118,8 +118,11 @@ def test_adapters_of_expert_parameters_are_analysed(make_model, make_domain, tok
     analyzer = InterferenceAnalyzer.from_pretrained(tmp_path / "base", tmp_path / "adapter", config=CONFIG)
     report = analyzer.analyze(make_domain("math"), make_domain("qa", prompts=["ab?"]))
     sizes = report.routes["edit_size"]
-    assert (sizes[analyzer.route_map.of_layer("mlp", 0)] > 0).all() and report.updates is None
+    assert (sizes[analyzer.route_map.of_layer("mlp", 0)] > 0).all()
     assert (sizes[analyzer.route_map.of_kind("key_value")] == 0).all()
+    kinds = {name: share["norm"] for name, share in report.updates["update"]["by_kind"].items()}
+    assert kinds["mlp.experts.*.gate_proj.weight"] > 0 and kinds["self_attn.k_proj.weight"] == 0
+    assert sum(size**2 for size in kinds.values()) == pytest.approx((sizes**2).sum(), rel=1e-6)
 
 
 def test_page_names_every_model_type():

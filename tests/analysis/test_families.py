@@ -34,6 +34,8 @@ EACH = [pytest.param(family, marks=() if family in TOLD else pytest.mark.slow) f
 IDS = torch.tensor([[4, 9, 13, 5, 20, 7, 11, 3]])
 # Norms over all heads let each head act on the others.
 NORMS_OVER_HEADS = {"olmo2", "olmo3"}
+# What these have in the place of attention, or beside it.
+SCANNED = {"falcon_h1": ["mamba"], "bamba": ["mamba"], "jamba": ["mamba"], "lfm2": ["conv"]}
 CONFIG = InterferenceConfig(
     reference="dataset",
     quadrature_nodes=12,
@@ -102,7 +104,11 @@ def test_every_element_is_counted_once_in_memory_and_on_disk(family, make_model,
     route_map.check([*in_memory, *on_disk], family)
     ones = {name: torch.ones_like(tensor) for name, tensor in in_memory.items()}
     sums, outside = route_map.sum_by_route(ones)
-    assert sums.min() > 0 and sums.sum() + outside == sum(tensor.numel() for tensor in ones.values())
+    whole = sum(tensor.numel() for tensor in ones.values())
+    assert sums.min() > 0 and sums.sum() + outside == whole
+    shares = route_map.outside({name: tensor.shape for name, tensor in ones.items()})
+    assert sum(shares.values()) == pytest.approx(outside / whole, rel=1e-12)
+    assert set(SCANNED.get(family, ())) < shares.keys()
     expected, expected_outside = route_map.sum_by_route(in_memory)
     sums, outside = route_map.sum_by_route(on_disk)
     np.testing.assert_allclose(sums, expected, rtol=1e-12, atol=1e-12)
@@ -155,6 +161,7 @@ def test_figures_against_autograd(family, make_model, moved, make_domain, tokeni
     print(f"{family:22}", "  ".join(f"{name} {error:.1e}" for name, error in errors.items()), f"printed {printed:.1e}")
     assert errors.pop("second order") < max(printed, 1e-6) < 0.05
     assert max(errors.values()) < (1e-3 if "ReLU" in str(before) else 1e-4), errors  # a kink is felt by the quadrature
+    assert 0 < sum(report.outside_weights.values()) < 1
     assert all(np.isfinite(values).all() for values in report.routes.values())
     assert (report.routes["edit_size"] > 0).all()
 

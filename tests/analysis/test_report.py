@@ -89,8 +89,8 @@ def test_an_overlap_of_nothing_is_undefined(report, tmp_path):
 def test_repr_and_table(report):
     report.computed_in, report.route_counts = "float32", {"mlp": [3, 5], "query": [4, 4], "key_value": [2, 2]}
     assert repr(report) == (
-        "InterferenceReport(qa, writing on math: damage +0.6000 nats per token, 83% of it through routes; computed in "
-        "float32)"
+        "InterferenceReport(qa, writing on math: damage +0.6000 nats per token, 83% of it through routes; 25% of "
+        "the weights outside routes; computed in float32)"
     )
     table = report.to_pandas()
     assert list(table.loc[4, ["kind", "layer", "position"]]) == ["mlp", 1, 1]

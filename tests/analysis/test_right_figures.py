@@ -43,12 +43,14 @@ def test_losses_of_half_precision_are_summed_in_float32(dtype, make_model, moved
         assert objective(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_routers_that_switch_experts(seed, make_model, moved, make_domain, tokenizer):
-    before = make_model("qwen3-moe", seed=seed, num_experts=8, num_experts_per_tok=2)
+@pytest.mark.parametrize("family, seed", [*(("qwen3-moe", seed) for seed in range(10)), ("phimoe", 0), ("phimoe", 1)])
+def test_routers_that_switch_experts(family, seed, make_model, moved, make_domain, tokenizer):
+    experts = "num_local_experts" if family == "phimoe" else "num_experts"
+    before = make_model(family, seed=seed, num_experts_per_tok=2, **{experts: 8})
     after = moved(before, scale=0.05, seed=seed)
     domain = make_domain("math")
-    analyzer = InterferenceAnalyzer(before, after, tokenizer, config=replace(CONFIG, subspace_size=2))
+    config = replace(CONFIG, subspace_size=2, quadrature_nodes=24 if family == "phimoe" else 12)
+    analyzer = InterferenceAnalyzer(before, after, tokenizer, config=config)
     report = analyzer.analyze(domain, make_domain("qa", prompts=["ab?"]))
     references = analyzer.references(domain, [])["math"]
     sequences = list(zip(references.prompts, references.completions, strict=True))
@@ -71,6 +73,7 @@ def test_routing_is_free_again_afterwards(make_model, moved, make_domain, tokeni
     before = make_model("mixtral")
     ids = torch.tensor([[4, 9, 13, 5, 20, 7]])
     expected = before(ids).logits
+    before.set_experts_implementation("grouped_mm")  # which knows no float64: the analysis takes another
     InterferenceAnalyzer(before, moved(before), tokenizer, config=CONFIG).analyze(
         make_domain("math"), make_domain("qa", prompts=["ab?"])
     )

@@ -207,6 +207,8 @@ def test_kinds_that_take_turns():
         ("bloom", "transformer.h.0.self_attention.dense.bias", "layers.0.attention"),
         ("falcon_h1", "model.layers.0.feed_forward.up_proj.weight", "layers.0.mlp"),
         ("falcon_h1", "model.layers.0.mamba.A_log", "layers.0.other"),
+        ("jamba", "model.layers.1.feed_forward.experts.down_proj", "layers.1.mlp"),
+        ("bamba", "model.layers.0.feed_forward.down_proj.weight", "layers.0.mlp"),
         ("lfm2", "model.layers.0.conv.in_proj.weight", "layers.0.other"),
         ("granitemoe", "model.layers.0.block_sparse_moe.router.weight", "layers.0.mlp"),
         ("qwen3_5_text", "model.layers.0.linear_attn.A_log", "layers.0.linear_attention"),

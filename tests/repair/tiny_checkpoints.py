@@ -36,9 +36,13 @@ FAMILIES = {
     "phi3": ("phi3", {}, [["self_attn.qkv_proj"], ["self_attn.o_proj"], ["mlp.gate_up_proj"], ["mlp.down_proj"]]),
     "gpt2": ("gpt2", {"n_inner": 24}, [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]),
     # Of these the package has no route map.
-    "gpt_neox": ("gpt_neox", {}, OLD),
-    "bloom": ("bloom", {}, [[name.replace("attention.", "self_attention.") for name in names] for names in OLD]),
-    "olmo2": ("olmo2", {}, ATTENTION + MLP),
+    "persimmon": ("persimmon", {}, [[name.replace("attention", "self_attn") for name in names] for names in OLD]),
+    "falcon": ("falcon", {}, [[name.replace("attention", "self_attention") for name in names] for names in OLD]),
+    "gpt_neo": (
+        "gpt_neo",
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
+        [[f"attn.attention.{name}_proj" for name in "qkv"], ["attn.attention.out_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
+    ),
     "qwen3-moe": ("qwen3_moe", EXPERTS, [*ATTENTION, ["mlp.experts"]]),
     "gpt_oss": (
         "gpt_oss",
@@ -55,7 +59,7 @@ STREAMED = {
         {"head_dim": 6, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "qwen3-moe-mixed": ("qwen3_moe", EXPERTS | {"mlp_only_layers": [1]}),
-    "falcon": ("falcon", {}),
+    "gpt_neox": ("gpt_neox", {}),
 }
 # Sequences of unequal lengths by domain; the last domain lost nothing.
 TOKENS = torch.Generator().manual_seed(0)

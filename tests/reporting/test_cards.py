@@ -251,6 +251,7 @@ def test_cards_and_pages_of_a_report(make_report):
     assert "(interference/figures/module_cosines.png)" in text and 'from_pretrained("u/r")' in text
     for shown in (text, report_markdown(report)):
         assert "- damage: +0.6000 nats per token" in shown and "Control:" in shown
+        assert "- weights outside routes: 25.1% (embed&#95;tokens 25.0%)" in shown
 
 
 def test_a_run_without_analysis_and_repair(folder):

@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
-from ..adapters import ExpertAdapterError
-from ..checkpoint import Checkpoint, check_comparable
+from ..checkpoint import Checkpoint, check_comparable, open_merged
 from ..domain import Domain
 from ..models import exact_experts, load_model, load_tokenizer
 from .activity import ActivityMeter, route_activity
@@ -142,11 +141,8 @@ class InterferenceAnalyzer:
         """
         config = config or InterferenceConfig()
         given = [name for name in (base, before, after) if name is not None]
-        try:
-            checkpoints = [Checkpoint(name, trust_remote_code=trust_remote_code) for name in given]
-        except ExpertAdapterError:  # its update is not one of the tensors in the files of its model
-            checkpoints = None
-        for checkpoint in (checkpoints or [])[:-1]:
+        checkpoints = [open_merged(name, trust_remote_code=trust_remote_code) for name in given]
+        for checkpoint in checkpoints[:-1]:
             check_comparable(checkpoint, checkpoints[-1])
 
         def load(name: str | Path | None, computes: bool) -> PreTrainedModel | None:
@@ -345,6 +341,7 @@ class InterferenceAnalyzer:
             digests=digests,
             identical_in_bfloat16=identical_when_stored(path.start, path.end, torch.bfloat16),
             overlaps=overlap,
+            outside_weights=route_map.outside({name: entry.shape for name, entry in path.start.items()}),
             route_counts={kind: list(counts) for kind, counts in route_map.counts.items()},
             config=config.to_dict(),
             versions={"trl-interfere": __version__, **{name: version(name) for name in ("torch", "transformers")}},

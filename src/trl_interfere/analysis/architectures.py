@@ -14,6 +14,7 @@ from .layer_counts import (
     gemma_keys,
     gemma_width,
     if_layer,
+    jamba_experts,
     lfm2_width,
     linear_blocks,
     local_experts,
@@ -331,6 +332,13 @@ LFM2 = Architecture(
     counts={**_LINEAR_COUNTS, "mlp": lfm2_width, "linear": lambda config, layer: 0},
 )
 FALCON_H1 = Architecture({**_attention(), **_mlp("feed_forward.")})
+BAMBA = Architecture(FALCON_H1.tensors, {**LFM2.counts, "mlp": "intermediate_size"})
+JAMBA = _moe(
+    {**FALCON_H1.tensors, **_experts("feed_forward.experts", _split_experts("feed_forward.experts"))},
+    jamba_experts,
+    width="intermediate_size",
+    counts=LFM2.counts,
+)
 
 
 # The dense MLP stands beside the experts, where a Gemma 4 has any, as a shared one does.
@@ -360,8 +368,10 @@ _TYPES = (
     (MPT, "mpt"),
     (LFM2, "lfm2"),
     (FALCON_H1, "falcon_h1"),
+    (BAMBA, "bamba"),
+    (JAMBA, "jamba"),
     (GEMMA4, "gemma3n_text gemma4_text"),
-    (MIXTRAL, "mixtral"),
+    (MIXTRAL, "mixtral phimoe"),
     (GRANITE_MOE, "granitemoe"),
     (QWEN3_MOE, "qwen3_moe"),
     (QWEN3_5, "qwen3_5_text"),

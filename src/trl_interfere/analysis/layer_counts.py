@@ -28,6 +28,11 @@ def deepseek_shared(config: PretrainedConfig) -> int:
     return (config.n_shared_experts or 0) * config.moe_intermediate_size
 
 
+def jamba_experts(config: PretrainedConfig, layer: int) -> int:
+    experts = config.layers_num_experts[layer]
+    return experts if experts > 1 else 0
+
+
 def linear_blocks(config: PretrainedConfig) -> np.ndarray:
     """Heads of a gated delta rule in a tensor that holds all keys, all queries, then all values."""
     heads, step = config.linear_num_key_heads, np.gcd(config.linear_key_head_dim, config.linear_value_head_dim)

@@ -115,6 +115,8 @@ class InterferenceReport:
             Number of completion tokens of the earlier domain that change experts.
         digests (`dict[str, str]`, *optional*):
             SHA-256 of the weights of each checkpoint.
+        outside_weights (`dict[str, float]`, *optional*):
+            Share of all weights that no route owns, by the part that holds them: `"embed_tokens"`, `"mamba"`, ...
     """
 
     before: str | None
@@ -149,6 +151,7 @@ class InterferenceReport:
     switching: float | None = None
     switched: int | None = None
     digests: dict[str, str] | None = None
+    outside_weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def damage(self) -> float:
@@ -189,9 +192,12 @@ class InterferenceReport:
 
     def __repr__(self) -> str:
         routes = "" if self.damage == 0 else f", {self.attributed / self.damage:.0%} of it through routes"
+        outside = f"; {sum(self.outside_weights.values()):.0%} of the weights outside routes" * bool(
+            self.outside_weights
+        )
         return (
             f"InterferenceReport({', '.join(self.later)} on {self.earlier}: damage {self.damage:+.4f} nats per token"
-            f"{routes}; computed in {self.computed_in or 'an unknown type'})"
+            f"{routes}{outside}; computed in {self.computed_in or 'an unknown type'})"
         )
 
     def to_pandas(self) -> "DataFrame":

@@ -1,6 +1,8 @@
 """Routes: the smallest units of computation, and the slices of the tensors that each of them owns."""
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -222,6 +224,18 @@ class RouteMap:
                 label = owner.get(part) or ("norm" if vectors[layer, part] else "other")
                 modules[name] = f"layers.{layer}.{label}"
         return modules
+
+    def outside(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+        """
+        Share of all elements that no route owns, by the part of a layer or of the model that holds them, the largest
+        first, e.g. `{"mamba": 0.31, "embed_tokens": 0.1, "input_layernorm": 0.001}`.
+        """
+        sizes, parts = {name: math.prod(shape) for name, shape in shapes.items()}, Counter()
+        for name, size in sizes.items():
+            if self.cut(name) is None:
+                place = self.place(name)
+                parts[(_PARENTS.sub("", name) if place is None else place[1]).split(".")[0]] += size
+        return {part: size / sum(sizes.values()) for part, size in parts.most_common()}
 
     def sum_by_route(self, tensors: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, float]:
         """

@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 from .gradients import Batches
 
 
+_TOP_K, _MAXIMA = (torch.topk, torch.Tensor.topk), (torch.max, torch.Tensor.max)
+
+
 class HeldRouting:
     """
     The experts that the routers of a model choose, recorded batch by batch and put in place of later choices.
@@ -20,13 +23,14 @@ class HeldRouting:
     A router takes the top k of its scores, so that the loss jumps where two scores cross: neither a central difference
     nor a quadrature holds across a jump. With the choice held, the scores of the chosen experts still follow the
     weights, and the derivatives at the recorded point are the exact ones. Routers are found by the calls of
-    `torch.topk` in a forward pass of `batch`; a model that makes none has no routers.
+    `torch.topk` in a forward pass of `batch`, or of a maximum without gradient, which with a threshold is the choice
+    of Phi-MoE; a model that makes none has no routers.
     """
 
     def __init__(self, model: PreTrainedModel, batch: dict[str, torch.Tensor]):
         self.model = model
         self.routers = _find_routers(model, batch)
-        # Choices by batch and router, one for each call of topk.
+        # Choices by batch and router: the indices, or the mask of a threshold, of each call that makes one.
         self._recorded: dict[tuple[int, str], list[torch.Tensor]] = {}
         self._batch = 0
         self._switched = torch.zeros(0, dtype=torch.bool)
@@ -58,7 +62,7 @@ class HeldRouting:
 
     @contextmanager
     def _patched(self, choose: Callable) -> Iterator[None]:
-        """Context in which `choose` stands for `torch.topk` within the routers."""
+        """Context in which `choose` stands for every choice within the routers."""
 
         def observe(model, args, kwargs) -> None:
             self._batch = _key(kwargs["input_ids"])
@@ -69,7 +73,7 @@ class HeldRouting:
             def instead(function, *given, **named):
                 return choose(function, (self._batch, name), next(calls), *given, **named)
 
-            with _TopK(instead):
+            with _Choices(instead):
                 return forward(*args, **kwargs)
 
         handle = self.model.register_forward_pre_hook(observe, with_kwargs=True)
@@ -88,41 +92,53 @@ class HeldRouting:
 
     def _record(self, function, key: tuple[int, str], call: int, *args, **kwargs):
         found = function(*args, **kwargs)
-        self._recorded.setdefault(key, [])[call:] = [found.indices.to(torch.int16)]
+        chosen = found if isinstance(found, torch.Tensor) else found.indices.to(torch.int16)
+        self._recorded.setdefault(key, [])[call:] = [chosen]
         return found
 
-    def _replay(self, function, key: tuple[int, str], call: int, input, k, dim: int = -1, **kwargs):
-        indices = self._recorded[key][call].long()
-        return torch.return_types.topk((input.gather(dim, indices), indices))
+    def _replay(self, function, key: tuple[int, str], call: int, input, k=None, dim: int = -1, **kwargs):
+        chosen = self._recorded[key][call]
+        if chosen.dtype == torch.bool:
+            return chosen
+        return torch.return_types.topk((input.gather(dim, chosen.long()), chosen.long()))
 
     def _compare(self, function, key: tuple[int, str], call: int, *args, **kwargs):
-        found, recorded = function(*args, **kwargs), self._recorded[key][call].long()
-        differ = (found.indices.sort(dim=-1).values != recorded.sort(dim=-1).values).flatten(0, -2).any(dim=-1)
+        found, recorded = function(*args, **kwargs), self._recorded[key][call]
+        if recorded.dtype == torch.bool:
+            differ = found != recorded
+        else:
+            differ = found.indices.sort(dim=-1).values != recorded.long().sort(dim=-1).values
+        differ = differ.flatten(0, -2).any(dim=-1)
         if len(differ) == len(self._switched):
             self._switched |= differ.cpu()
         return found
 
 
-class _TopK(TorchFunctionMode):
-    """Context in which another function stands for `torch.topk`, and gets it as its first argument."""
+class _Choices(TorchFunctionMode):
+    """
+    Context in which another function stands for `torch.topk`, a maximum that keeps its axis, and `>`, and gets the
+    function that was called as its first argument.
+    """
 
     def __init__(self, instead: Callable):
         super().__init__()
         self.instead = instead
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (torch.topk, torch.Tensor.topk):
-            return self.instead(function, *args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if function in (*_TOP_K, torch.Tensor.gt) or (function in _MAXIMA and kwargs.get("keepdim")):
+            return self.instead(function, *args, **kwargs)
+        return function(*args, **kwargs)
 
 
 def _find_routers(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> list[str]:
-    """Innermost modules that call `torch.topk` in a forward pass of one sequence."""
+    """Innermost modules that call `torch.topk`, or a maximum without gradient, in a forward pass of one sequence."""
     stack: list[str] = []
     found: dict[str, None] = {}
 
     def note(function, *args, **kwargs):
-        found.update(dict.fromkeys(stack[-1:]))
+        if function in _TOP_K or (function in _MAXIMA and not torch.is_grad_enabled()):
+            found.update(dict.fromkeys(stack[-1:]))
         return function(*args, **kwargs)
 
     def leave(*_) -> None:
@@ -133,7 +149,7 @@ def _find_routers(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> lis
         handles.append(module.register_forward_pre_hook(lambda module, args, name=name: stack.append(name)))
         handles.append(module.register_forward_hook(leave))
     try:
-        with _TopK(note), torch.no_grad():
+        with _Choices(note), torch.enable_grad():
             _run(model, {key: value[:1] for key, value in batch.items()})
     finally:
         for handle in handles:

@@ -314,6 +314,9 @@ def _report_text(report: InterferenceReport) -> str:
     if report.switching is not None:
         tokens = f"{report.switched} of {report.references[report.earlier]['tokens']} tokens"
         switching = {"by switching experts": f"{report.switching:+.4f} nats per token ({tokens})"}
+    shares = {part: share for part, share in report.outside_weights.items() if share >= 0.005}
+    named = ", ".join(f"{part} {share:.1%}" for part, share in shares.items())
+    outside = {"weights outside routes": f"{sum(report.outside_weights.values()):.1%} ({named})"} if named else {}
     rows = {
         "loss before, after": f"{report.loss_before:.4f}, {report.loss_after:.4f} nats per token",
         "damage": f"{report.damage:+.4f} nats per token",
@@ -321,6 +324,7 @@ def _report_text(report: InterferenceReport) -> str:
         "second order ½ δᵀHδ": f"{report.second_order:+.4f}{error} nats per token",
         "attributed to routes": f"{report.attributed:+.4f} nats per token",
         "outside routes": f"{report.outside_routes:+.4f} nats per token",
+        **outside,
         **switching,
         "residual (quadrature and rounding)": f"{report.residual:+.2e} nats per token",
         "damage in the top 2% of routes": share,
