@@ -7,8 +7,9 @@ Makes four runs with random scores of 2,000 prompts for each of four domains aft
 report of a model of 36 layers and about 350,000 routes (9,728 MLP channels, 32 query and 8 key/value heads in each
 layer, as Qwen3-4B has), and calls every view in a process of its own: `first_seconds` is the time of the first view,
 reading included, `longest_seconds` that of the longest other one, `peak_mb` the most memory that the process held,
-imports included. `heal_seconds` is the longest of three live heals of the lab, each of other references (its threads
-are those of OMP_NUM_THREADS). Prints one JSON object on the last line.
+imports included. `heal_seconds` is the longest of three live heals of the lab, each of other references, and
+`rollback_seconds` that of a live rollback of routes. Seconds are those of the processor, all threads together, so that
+they are the same on a busy machine. Prints one JSON object on the last line.
 """
 
 import argparse
@@ -155,31 +156,40 @@ def draw(folder: Path) -> None:
     views = {
         "verdict": lambda: page.verdict(names),
         "choices": lambda: page.choices(names),
-        "prompts": lambda: page.flips(names, "math", *pair, "all"),
+        "flips": lambda: page.flips(names, "math", *pair),
+        "prompts": lambda: page.prompts(names, "math", *pair, "all"),
         "answers": lambda: page.answers(names, "math", 7),
         "repairs": lambda: page.repairs(names),
         "where": lambda: page.where(names, "math", MAPS),
         "concentration": lambda: page.where(names, "math", "damage_concentration"),
     }
     for view, show in views.items():
-        start = time.perf_counter()
-        message, *_ = show()
-        seconds[view] = round(time.perf_counter() - start, 2)
-        if isinstance(message, str) and "alert" in message:
-            raise ValueError(f"{view}: {message}")
+        start = time.process_time()
+        shown = show()
+        seconds[view] = round(time.process_time() - start, 2)
+        if 'role="alert"' in str(shown):
+            raise ValueError(f"{view}: {shown}")
     first = seconds.pop("verdict")
     longest = max(seconds, key=seconds.get)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    figures = {"first_seconds": first, "longest_seconds": seconds[longest], "longest_view": longest}
+    figures = {
+        "first_seconds": first,
+        "longest_seconds": seconds[longest],
+        "longest_view": longest,
+    }
     print(json.dumps({**figures, "peak_mb": round(peak)}))
 
 
 def live() -> None:
     from trl_interfere.lab.live import LiveHeal
 
-    bench = LiveHeal(LAB)
-    seconds = [bench.heal(["math"], references=references).seconds for references in (32, 64, 128)]
-    print(json.dumps({"heal_seconds": round(max(seconds), 2)}))
+    bench, seconds = LiveHeal(LAB), []
+    repairs = [lambda count=count: bench.heal(["math"], references=count) for count in (32, 64, 128)]
+    for repair in (*repairs, lambda: bench.rollback("math", 0.32)):
+        start = time.process_time()
+        repair()
+        seconds.append(round(time.process_time() - start, 2))
+    print(json.dumps({"heal_seconds": max(seconds[:-1]), "rollback_seconds": seconds[-1]}))
 
 
 if __name__ == "__main__":

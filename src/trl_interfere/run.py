@@ -262,7 +262,8 @@ class Run:
         path = resolve_inside(self.folder, entry["file"])
         try:
             with open(path, encoding="utf-8") as file:
-                rows = [{"prompt": None, "completions": [], **json.loads(line)} for line in file]
+                rows = json.loads(f"[{','.join(file)}]")  # faster than line by line
+            rows = [{"prompt": None, "completions": [], **row} for row in rows]
             if not all(math.isfinite(row["score"]) for row in rows):
                 raise ValueError("a score that is not finite")
         except FileNotFoundError as error:
@@ -413,22 +414,21 @@ def write_scores(
     folder: Path, stage: str, domain: str, values: np.ndarray, completions: list[str], prompts: list[Any] | None = None
 ) -> str:
     """
-    Write the score, the prompt and the completions of each prompt, the same number for each.
+    Write the score, the prompt and the completions of each prompt, and the score of each completion where there are
+    several: `values` of shape `(n,)` or `(n, k)`.
 
     Returns:
         `str`: The file, relative to the folder.
     """
     file = Path("scores") / stage / f"{domain}.jsonl"
+    values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
     each = len(completions) // len(values)
-    prompts = [None] * len(values) if prompts is None else prompts
-    lines = (
-        json.dumps(
-            {"score": float(value), "prompt": prompt, "completions": completions[row * each : (row + 1) * each]},
-            default=str,
-        )
-        for row, (value, prompt) in enumerate(zip(values, prompts, strict=True))
-    )
-    write_atomically(folder / file, "".join(line + "\n" for line in lines))
+    lines = []
+    for row, (score, prompt) in enumerate(zip(values.mean(axis=1), prompts or [None] * len(values), strict=True)):
+        written = {"score": score, "prompt": prompt, "completions": completions[row * each : (row + 1) * each]}
+        samples = {"samples": values[row].tolist()} if values.shape[1] > 1 else {}
+        lines.append(json.dumps(written | samples, default=str) + "\n")
+    write_atomically(folder / file, "".join(lines))
     return file.as_posix()
 
 

@@ -52,7 +52,8 @@ def evaluation(tmp_path_factory):
         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
         entry = {"value": 50.0, "low": 0.0, "high": 100.0, "n": 4, "file": file}
         models.append({"model": f"user/m{number}", "scores": {"sums": entry}})
-    (folder / "scores.json").write_text(json.dumps({"schema_version": 2, "peak": None, "models": models}))
+    content = {"schema_version": 2, "peak": None, "sampling": {"score_temperature": 0.0}, "models": models}
+    (folder / "scores.json").write_text(json.dumps(content))
     return folder
 
 

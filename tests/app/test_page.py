@@ -22,6 +22,27 @@ def address(serve, hostile, evaluation):
     return serve([hostile, evaluation], lab=DATA)
 
 
+# Lowest contrast of a text with the ground that it stands on (WCAG 2.2).
+CONTRAST = """() => {
+  const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+  const light = (color) => channels(color).slice(0, 3).map((c) => c / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, at) => sum + c * [0.2126, 0.7152, 0.0722][at], 0);
+  const ground = (one) => {
+    for (; one; one = one.parentElement) {
+      const color = getComputedStyle(one).backgroundColor;
+      if ((channels(color)[3] ?? 1) > 0) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const texts = [...document.querySelectorAll(".ti-lead, .ti-detail, .ti-table th, .ti-table td, .ti-answer *")];
+  return Math.min(...texts.filter((one) => one.checkVisibility()).map((one) => {
+    const [low, high] = [light(getComputedStyle(one).color), light(ground(one))].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  }));
+}"""
+
+
 def opened(address, tab, **query):
     return f"{address}?" + "&".join(f"{key}={quote(str(value))}" for key, value in {"tab": tab, **query}.items())
 
@@ -33,8 +54,8 @@ def show(page, tab):
 def test_walk(visit, address, shoot, tmp_path, chromium):
     """Verdict, a lost prompt that came back, the price, and the page as a file that is opened from disk."""
     page = visit(address)
-    assert page.locator("#verdict").inner_text().split("\n")[-1].startswith("math lost 25.0 of 63.5 points")
-    page.wait_for_selector("#lines img")
+    assert page.locator("#verdict .ti-lead").inner_text().startswith("math lost 25.0 of 63.5 points")
+    page.wait_for_selector("#verdict svg")
     shoot(page, "verdict")
     show(page, "Prompts")
     page.wait_for_selector("#flips table")
@@ -48,11 +69,11 @@ def test_walk(visit, address, shoot, tmp_path, chromium):
     shoot(page, "prompts")
     link = page.url
     show(page, "Repairs")
-    page.wait_for_selector("#pareto svg")
-    assert page.locator("#pareto svg title").first.text_content().startswith("heal, subspace of rank 64: 99%")
+    page.wait_for_selector("#repairs svg")
+    assert page.locator("#repairs svg title").first.text_content().startswith("heal, subspace of rank 64: 99%")
     shoot(page, "repairs")
     show(page, "Where")
-    page.wait_for_selector("#maps img")
+    page.wait_for_selector("#where svg")
     shoot(page, "where")
     with page.expect_download() as download:
         page.click("#save")
@@ -69,13 +90,22 @@ def test_heal_live_and_its_control(visit, address, shoot):
     page = visit(opened(address, "live"), wait="#live-text table")
     first = page.locator("#live-text .ti-lead").inner_text()
     assert page.locator("#live-examples .ti-answer").count() == 9
-    page.wait_for_selector("#live-maps img")
+    page.wait_for_selector("#live-maps svg")
     shoot(page, "live")
     page.click("#live-control")
     page.wait_for_function("() => document.querySelector('#live-text')?.innerText.startsWith('Control')")
     second = page.locator("#live-text .ti-lead").inner_text()
     shares = [int(text.split("%")[0].split()[-1]) for text in (first, second)]
     assert shares[0] > shares[1] + 20
+    page.get_by_label("route rollback").check()
+    page.locator("#live-heal label").filter(has_text="code").click()  # the first domain with a report is math
+    page.click("#live-start")
+    page.wait_for_function("() => document.querySelector('#live-maps')?.innerHTML.includes('rolled back')")
+    rolled = page.locator("#live-text .ti-lead").inner_text()
+    assert shares[1] < int(rolled.split("%")[0]) < shares[0]
+    assert "rollback lab-out --domain math --budget 0.32" in page.locator("body").inner_text()
+    shoot(page, "live-routes")
+    page.get_by_label("heal", exact=True).check()
     while page.locator("#live-heal input:checked").count():
         page.locator("#live-heal input:checked").first.click()
     page.click("#live-start")
@@ -87,16 +117,17 @@ def test_heal_live_and_its_control(visit, address, shoot):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_screen(visit, address, shoot, scheme):
     for tab, wait in {
-        "verdict": "#matrix img",
+        "verdict": "#verdict svg",
         "prompts": "#flips table",
-        "repairs": "#pareto svg",
+        "repairs": "#repairs svg",
         "live": "#live-text table",
-        "where": "#maps img",
+        "where": "#where svg",
     }.items():
         phone = {"viewport": {"width": 390, "height": 844}, "color_scheme": scheme}
         page = visit(opened(address, tab, __theme=scheme), wait=wait, **phone)
         page.wait_for_timeout(500)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), tab
+        assert page.evaluate(CONTRAST) >= 4.5, tab
         shoot(page, f"{tab}-phone-{scheme}")
 
 
@@ -159,7 +190,7 @@ def test_hostile_run(visit, address, shoot, tmp_path):
     for place in ("#answers", "#flips", "#prompts"):
         assert "<script>" in page.locator(place).inner_text(), place
     shoot(page, "hostile-prompts")
-    for tab, wait in {"Verdict": "#lines img", "Repairs": "#pareto svg", "Where": "#maps img"}.items():
+    for tab, wait in {"Verdict": "#verdict svg", "Repairs": "#repairs svg", "Where": "#where svg"}.items():
         show(page, tab)
         page.wait_for_selector(wait)
         shoot(page, f"hostile-{tab.lower()}")

@@ -7,7 +7,10 @@ from page_data import DATA, HOSTILE
 
 from trl_interfere.app import html
 from trl_interfere.app.scored import Scored
-from trl_interfere.app.views import arms_of, flip_rows, repairs_of, where_figure
+from trl_interfere.app.views import arms_of, flips_table, repairs_of, where_figure
+from trl_interfere.evaluation.bootstrap import score
+from trl_interfere.evaluation.flips import flips
+from trl_interfere.run import Run, StageRecord
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +34,11 @@ def test_a_healed_run(lab):
     }
     became = [row[1] for row in rows]
     assert {kind: became.count(kind) for kind in expected} == expected and len(rows) == 512
-    math = next(row for row in flip_rows(lab, "4-writing", "5-heal") if row[0] == "math")
     figures = repair["domains"]["math"]
-    assert math[2:] == [str(figures[kind]) for kind in ("lost", "regained", "newly_lost")]
+    counts = lab.flips("math", "4-writing", "5-heal").counts()
+    assert {kind: figures[kind] for kind in ("lost", "regained", "newly_lost")}.items() <= counts.items()
+    change = f"{figures['change']['value']:+.1f} [{figures['change']['low']:+.1f}, {figures['change']['high']:+.1f}]"
+    assert change in flips_table(lab, "4-writing", "5-heal")
 
 
 def test_answers_of_every_stage(lab):
@@ -43,12 +48,36 @@ def test_answers_of_every_stage(lab):
     assert found[2]["text"] == json.loads(line)["completions"][0] and found[2]["score"] == json.loads(line)["score"]
 
 
-def test_chance_stands_in_brackets_where_samples_tell_it(lab, monkeypatch):
+def test_what_chance_alone_flips(lab, evaluation, monkeypatch):
+    """One sample bounds it, several samples give it, and greedy answers flip by none."""
+    right = sum(row["score"] >= 0.5 for row in lab.rows("4-writing", "math"))
+    most = right * (512 - right) / 512
+    chance = lab.by_chance("math", "4-writing", "5-heal")
+    assert chance["newly_lost"] == chance["regained"] == f"≤ {most:.0f}" and chance["kept"] == f"≥ {right - most:.0f}"
+    assert f"({chance['lost']})" in flips_table(lab, "4-writing", "5-heal")
     samples = np.random.default_rng(0).integers(0, 2, size=(8, 4)).astype(float)
     monkeypatch.setattr(lab, "samples", lambda model, domain: samples)
-    (row, *_) = flip_rows(lab, "4-writing", "5-heal")
-    chance = lab.flips("code", "4-writing", "5-heal").expected["newly_lost"]
-    assert row[4] == f"0 ({chance:.0f})" and chance > 0
+    expected = lab.flips("math", "4-writing", "5-heal").expected
+    assert lab.by_chance("math", "4-writing", "5-heal") == {kind: f"{count:.0f}" for kind, count in expected.items()}
+    greedy = Scored("strangers", evaluation)
+    assert greedy.by_chance("sums", *greedy.pair()) == {"kept": "2", "lost": "0", "regained": "0", "newly_lost": "0"}
+
+
+def test_samples_are_kept_and_read(tmp_path):
+    run = Run.new(tmp_path, {})
+    samples = np.array([[1, 0, 0], [1, 1, 0]], dtype=float)
+    for index, values in enumerate((samples, 1 - samples)):
+        record = StageRecord(
+            index, "train" if index else "base", "sums" if index else None, None, 0, 0.0, {}, 0, {}, {}
+        )
+        file = run.write_scores(record.name, "sums", values, list("uvwxyz"))
+        record.scores["sums"] = {**score(values.mean(axis=1)).to_dict(), "file": file}
+        run.append(record)
+    scored = Scored("run", tmp_path)
+    assert np.array_equal(scored.samples("0-base", "sums"), samples)
+    assert np.array_equal(run.scores("0-base", "sums"), samples.mean(axis=1))
+    expected = flips(samples, 1 - samples, 1 - samples if scored.peak("sums") == "1-sums" else samples).expected
+    assert scored.by_chance("sums", "0-base", "1-sums") == {kind: f"{count:.0f}" for kind, count in expected.items()}
 
 
 def test_arms(lab, tmp_path):
@@ -111,7 +140,7 @@ def test_text_of_a_run_is_escaped(hostile):
     parts = [
         html.verdicts([(HOSTILE, scored.verdict)]),
         html.answers(HOSTILE, 0, *scored.answers(HOSTILE, 0)),
-        html.table([HOSTILE], flip_rows(scored, "4-writing", "5-heal"), HOSTILE),
+        flips_table(scored, "4-writing", "5-heal"),
         html.notice(HOSTILE),
     ]
     for part in parts:

@@ -31,9 +31,18 @@ def test_math_comes_back_and_nearly_nothing_without_its_own_references(live):
     assert row["completions"][0] == example["peak"]
 
 
+def test_routes_are_the_second_choice(live):
+    routes, random = (live.rollback("math", 0.32, control=control) for control in (False, True))
+    assert routes.record["criterion"] == "damage" and random.record["criterion"] == "random"
+    recovered = [one.figures["recovered_all"]["value"] for one in (random, routes, live.heal(["math"], references=32))]
+    assert recovered == sorted(recovered) and recovered[1] > recovered[0] + 0.1
+    with pytest.raises(ValueError, match="domains: expected one with a report"):
+        live.rollback("qa", 0.32)
+
+
 def test_a_lower_rank_changes_less(live):
     high, low = live.heal(["math"], references=16), live.heal(["math"], references=16, rank=1)
-    assert low.layers != high.layers and len(low.layers) == len(high.layers)
+    assert low.record["layers"] != high.record["layers"]
     assert low.figures["recovered_all"]["value"] < high.figures["recovered_all"]["value"]
 
 

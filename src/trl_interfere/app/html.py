@@ -18,6 +18,11 @@ def notice(text: str, bad: bool = True) -> str:
     return f'<div class="ti-notice" role="{role}">{sign} {escape(text[:600])}</div>'
 
 
+def interval(change: dict[str, float]) -> str:
+    """A change in points with its interval."""
+    return "{value:+.1f} [{low:+.1f}, {high:+.1f}]".format_map(change)
+
+
 def verdicts(found: Iterable[tuple[str, str]]) -> str:
     """Name and verdict of each run."""
     parts = (f'<h3>{escape(name)}</h3><p class="ti-lead">{escape(text)}</p>' for name, text in found)

@@ -2,7 +2,9 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -16,7 +18,7 @@ from .catalog import Catalog
 from .live_tab import live_tab
 from .saved_page import save_page
 from .scored import Scored
-from .views import FLIP_HEADER, FLIP_NOTE, MAPS, arms_of, flip_rows, repairs_of, where_figure
+from .views import MAPS, arms_of, flips_table, repairs_of, scores_of, where_figure
 
 
 TABS = ("verdict", "prompts", "repairs", "live", "where")
@@ -24,6 +26,7 @@ FLIPS = ("all", "lost", "regained", "newly lost", "gained", "kept", "wrong in bo
 MAX_RUNS = 6
 MAX_PROMPTS = 5000  # in the table
 EMPTY = "Choose a run above, or name user/repo on the Hub."
+KEYS = ("tab", "run", "domain", "from", "to", "prompt", "kind", "report", "figure")  # of the address
 
 # The address of the page follows the view; a Space lives in a frame, and its parent shows the address.
 _SHOW_LINK = """(query) => {
@@ -34,6 +37,20 @@ _SHOW_LINK = """(query) => {
   return query;
 }"""
 _CLICK = "() => document.querySelector('#file a, a#file, button#file, #file button')?.click()"
+
+
+def _view(handler: Callable[..., str]) -> Callable[..., str]:
+    """A handler of the chosen runs that shows what is wrong in place of its view; nothing without a run."""
+
+    @wraps(handler)
+    def safe(self, names, *chosen):
+        found, _ = self.open(names)
+        try:
+            return handler(self, found, *chosen) if found else ""
+        except (ValueError, OSError) as error:
+            return html.notice(str(error))
+
+    return safe
 
 
 class Page:
@@ -52,85 +69,55 @@ class Page:
                 problems.append(str(error))
         return found, html.notice(" · ".join(problems)) if names else html.notice(EMPTY, bad=False)
 
-    def verdict(self, names):
-        """Message, verdicts, and the figures of the first run."""
+    def choices(self, names) -> list[Any]:
+        """The message, and domains, models and reports of the first run."""
         found, message = self.open(names)
         if not found:
-            return message, "", gr.Plot(visible=False), gr.Plot(visible=False)
-        first = found[0]
-        text = html.verdicts((one.name, one.verdict) for one in found)
-        return (
-            message,
-            text,
-            gr.Plot(plots.plot_scores(first.matrix), visible=True),
-            gr.Plot(plots.plot_score_matrix(first.matrix), visible=True),
-        )
-
-    def choices(self, names):
-        """Domains, models and reports of the first run."""
-        found, _ = self.open(names)
-        if not found:
-            return [gr.Dropdown(choices=[], value=None) for _ in range(4)]
+            return [message, *(gr.Dropdown(choices=[], value=None) for _ in range(4))]
         first, (before, after) = found[0], found[0].pair()
-        domain, *_ = sorted(first.matrix.domains, key=lambda name: -len(first.flips(name, before, after).lost))
-        report = next(iter(first.reports), None)
-        return [
-            gr.Dropdown(choices=first.matrix.domains, value=domain),
-            gr.Dropdown(choices=first.models, value=before),
-            gr.Dropdown(choices=first.models, value=after),
-            gr.Dropdown(choices=list(first.reports), value=report),
-        ]
+        most = max(first.matrix.domains, key=lambda name: len(first.flips(name, before, after).lost))
+        offered = [(first.matrix.domains, most), (first.models, before), (first.models, after)]
+        offered.append((list(first.reports), next(iter(first.reports), None)))
+        return [message, *(gr.Dropdown(choices=choices, value=value) for choices, value in offered)]
 
-    def flips(self, names, domain, before, after, kind):
-        """The matrix of flips, the table of the prompts of a domain, and nothing opened."""
-        found, message = self.open(names)
-        if not found or domain not in found[0].matrix.domains:
-            return message, pd.DataFrame(), ""
-        try:
-            matrix, rows = flip_rows(found[0], before, after), found[0].prompts(domain, before, after)
-        except (ValueError, OSError) as error:
-            return html.notice(str(error)), pd.DataFrame(), ""
-        rows = [row for row in rows if kind in ("all", row[1])]
-        header = ["prompt", "became", f"score, {before}", f"score, {after}", "text"]
-        caption = f"Prompts from {before} to {after}, with the peak of each domain beside them"
-        note = (
-            f"{FLIP_NOTE} {min(len(rows), MAX_PROMPTS)} of {len(rows)} prompts of {domain} are listed; choose one "
-            "to read all answers."
-        )
-        matrix = html.table(FLIP_HEADER, matrix, caption) + f'<p class="ti-detail">{html.escape(note)}</p>'
-        return message + matrix, pd.DataFrame(rows[:MAX_PROMPTS], columns=header), ""
+    @_view
+    def verdict(self, found):
+        """The verdict on each run, and the scores of the first one."""
+        return html.verdicts((one.name, one.verdict) for one in found) + scores_of(found[0])
 
-    def answers(self, names, domain, number) -> str:
+    @_view
+    def flips(self, found, domain, before, after):
+        """Numbers of prompts that flipped, by domain."""
+        return flips_table(found[0], before, after) if domain in found[0].matrix.domains else ""
+
+    def prompts(self, names, domain, before, after, kind) -> pd.DataFrame:
+        """The prompts of a domain that became what is asked for."""
+        header, rows = ["prompt", "became", f"score, {before}", f"score, {after}", "text"], []
+        found, _ = self.open(names)
+        if found and domain in found[0].matrix.domains:
+            with suppress(ValueError, OSError):  # the view above says what is wrong
+                rows = [row for row in found[0].prompts(domain, before, after) if kind in ("all", row[1])]
+        return pd.DataFrame(rows[:MAX_PROMPTS], columns=header)
+
+    @_view
+    def answers(self, found, domain, number):
         """What every stage wrote on a prompt."""
-        found, message = self.open(names)
-        if not found or number is None:
-            return message
-        try:
-            count = len(found[0].rows(found[0].models[-1], domain))
-            if not 0 <= int(number) < count:
-                raise ValueError(f"prompt: expected 0 to {count - 1}, found {number}")
-            return html.answers(domain, int(number), *found[0].answers(domain, int(number)))
-        except (ValueError, OSError) as error:
-            return html.notice(str(error))
+        return "" if number is None else html.answers(domain, int(number), *found[0].answers(domain, int(number)))
 
-    def repairs(self, names):
+    @_view
+    def repairs(self, found):
         """The repairs of all chosen runs: figure and table."""
-        found, message = self.open(names)
-        arms = arms_of(found)
-        if not arms:
-            return message + html.notice("No run of these has a repair: trl-interfere heal RUN", bad=False), ""
-        return message, repairs_of(arms, "Every repair, with 95% intervals")
+        if arms := arms_of(found):
+            return repairs_of(arms, "Every repair, with 95% intervals")
+        return html.notice("No run of these has a repair: trl-interfere heal RUN", bad=False)
 
-    def where(self, names, report, view):
+    @_view
+    def where(self, found, report, view):
         """Maps of layers and modules, or another figure of a report."""
-        found, message = self.open(names)
-        try:
-            figure = where_figure(found[0], report, view) if found else None
-        except (ValueError, OSError) as error:
-            figure, message = None, html.notice(str(error))
-        if found and figure is None and not message:
-            message = html.notice("There is no report and no repair: trl-interfere analyze RUN", bad=False)
-        return message, gr.Plot(figure, visible=figure is not None)
+        figure = where_figure(found[0], report, view)
+        if figure is None:
+            return html.notice("There is no report and no repair: trl-interfere analyze RUN", bad=False)
+        return html.figure(figure, view)
 
     def find(self, words, names):
         """Look for repositories on the Hub."""
@@ -158,131 +145,144 @@ class Page:
 def build_page(folders: Sequence[Path] = (), lab: Path | None = None, hub: bool = True) -> gr.Blocks:
     """The page."""
     page = Page(Catalog([*([lab] if lab else []), *folders], hub=hub))
-    catalog, first = page.catalog, page.catalog.names[:1]
     with gr.Blocks(title="Interference", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.HTML(
-            "<h1>What did later training break, and did it come back?</h1>"
-            '<p class="ti-detail">A model was trained on one domain after the other. Scores are 0 to 100 on test '
-            "prompts; brackets are 95% intervals over prompts.</p>"
-        )
-        with gr.Row():
-            names = gr.Dropdown(
-                catalog.names,
-                value=first,
-                multiselect=True,
-                max_choices=MAX_RUNS,
-                allow_custom_value=hub,
-                label="Runs; the first one is shown in Prompts and Where" + (" (or type user/repo)" if hub else ""),
-                elem_id="runs",
-                scale=4,
-            )
-            save = gr.Button("Save as HTML", elem_id="save", scale=1)
-        file = gr.DownloadButton(visible="hidden", elem_id="file")
-        with gr.Accordion("Find runs on the Hub", open=False, visible=hub):
-            words = gr.Textbox(label="Part of a name", max_length=96)
-            search, outcome = gr.Button("Search"), gr.HTML()
-        with gr.Tabs() as tabs:
-            with gr.Tab("Verdict", id="verdict"):
-                message, text = gr.HTML(elem_id="message", padding=False), gr.HTML(elem_id="verdict", padding=False)
-                lines = gr.Plot(label="Score of every domain over the stages", show_label=False, elem_id="lines")
-                matrix = gr.Plot(label="Scores of all stages", show_label=False, elem_id="matrix")
-            with gr.Tab("Prompts", id="prompts"):
-                with gr.Row():
-                    domain = gr.Dropdown([], label="Domain", elem_id="domain")
-                    before = gr.Dropdown([], label="From", elem_id="before")
-                    after = gr.Dropdown([], label="To", elem_id="after")
-                flips = gr.HTML(elem_id="flips", padding=False)
-                kind = gr.Radio(FLIPS, value="all", label="Prompts that are", elem_id="kind")
-                prompts = gr.Dataframe(
-                    interactive=False, show_search="filter", wrap=True, max_height=420, elem_id="prompts", type="array"
-                )
-                number = gr.Number(label="Prompt to read", precision=0, value=None, elem_id="number")
-                answers = gr.HTML(elem_id="answers", padding=False)
-            with gr.Tab("Repairs", id="repairs"):
-                priced, pareto = gr.HTML(elem_id="priced", padding=False), gr.HTML(elem_id="pareto", padding=False)
-            with gr.Tab("Heal live", id="live", visible=lab is not None):
-                start_live = live_tab(lab) if lab is not None else None
-            with gr.Tab("Where", id="where"):
-                with gr.Row():
-                    report = gr.Dropdown([], label="Report", elem_id="report")
-                    view = gr.Dropdown([MAPS, *plots.PLOTS], value=MAPS, label="Figure", elem_id="view")
-                place, maps = gr.HTML(elem_id="place", padding=False), gr.Plot(show_label=False, elem_id="maps")
-        address = gr.Textbox(visible="hidden", elem_id="address")
-        tab = gr.State("verdict")
-
-        shown = {"show_progress": "minimal", "trigger_mode": "always_last"}
-        models = [names, domain, before, after]
-        draw_verdict = {"fn": page.verdict, "inputs": names, "outputs": [message, text, lines, matrix], **shown}
-        choose = {"fn": page.choices, "inputs": names, "outputs": [domain, before, after, report]}
-        draw_flips = {"fn": page.flips, "inputs": [*models, kind], "outputs": [flips, prompts, answers], **shown}
-        draw_repairs = {"fn": page.repairs, "inputs": names, "outputs": [priced, pareto], **shown}
-        draw_where = {"fn": page.where, "inputs": [names, report, view], "outputs": [place, maps], **shown}
-        read = {"fn": page.answers, "inputs": [names, domain, number], "outputs": answers, **shown}
-        linked = {"fn": link, "inputs": [tab, *models, number], "outputs": address, "show_progress": "hidden"}
-
-        def follow(event):
-            event.then(**linked).then(None, address, address, js=_SHOW_LINK)
-
-        def draw_all(event):
-            return event.then(**draw_verdict).then(**draw_flips).then(**read).then(**draw_repairs).then(**draw_where)
-
-        follow(draw_all(names.input(**choose)))
-        follow(gr.on([domain.input, before.input, after.input, kind.input], **draw_flips))
-        follow(gr.on([report.input, view.input], **draw_where))
-        follow(number.submit(**read))
-        prompts.select(_chosen, None, number).then(**read).then(**linked).then(None, address, address, js=_SHOW_LINK)
-        search.click(page.find, [words, names], [names, outcome])
-        save.click(page.save, [names, before, after], [file, message]).success(None, js=_CLICK)
-        for item in tabs.children:
-            follow(item.select(lambda name=item.id: name, None, tab, show_progress="hidden"))
-        if start_live is not None:
-            tabs.children[TABS.index("live")].select(**start_live)
-
-        def restore(request: gr.Request):
-            query = request.query_params
-            asked = query.getlist("run")[:MAX_RUNS] or first
-            offered = list(dict.fromkeys([*catalog.names, *asked]))  # also what cannot be read: the message names it
-            wanted = query.get("tab") if query.get("tab") in TABS else "verdict"
-            chosen = page.choices(asked)
-            for choice, key in zip(chosen, ("domain", "from", "to"), strict=False):
-                if query.get(key) in [value for _, value in choice.choices]:
-                    choice.value = query[key]
-            given = query.get("prompt", "")
-            return (
-                gr.Tabs(selected=wanted),
-                gr.Dropdown(choices=offered, value=asked),
-                *chosen,
-                wanted,
-                (int(given) if given.isdecimal() and len(given) < 9 else None),
-            )
-
-        loaded = blocks.load(
-            restore, None, [tabs, names, domain, before, after, report, tab, number], show_progress="hidden"
-        )
-        draw_all(loaded)
-        if start_live is not None:
-
-            def asked(domains, protect, references, rank, request: gr.Request):
-                if request.query_params.get("tab") != "live":
-                    return [gr.skip() for _ in start_live["outputs"]]
-                return start_live["fn"](domains, protect, references, rank)
-
-            blocks.load(asked, start_live["inputs"], start_live["outputs"], show_progress="minimal")
+        parts = _lay_out(page.catalog, lab)
+        _connect(page, parts, blocks)
     return blocks
 
 
-def _chosen(event: gr.SelectData) -> int:
+def _lay_out(catalog: Catalog, lab: Path | None) -> dict[str, Any]:
+    """Put all parts on the page; by name those that the handlers read or write."""
+    gr.HTML(
+        "<h1>What did later training break, and did it come back?</h1>"
+        '<p class="ti-detail">A model was trained on one domain after the other. Scores are 0 to 100 on test '
+        "prompts; brackets are 95% intervals over prompts.</p>"
+    )
+    with gr.Row():
+        run = gr.Dropdown(
+            catalog.names,
+            value=catalog.names[:1],
+            multiselect=True,
+            max_choices=MAX_RUNS,
+            allow_custom_value=catalog.hub,
+            label="Runs; the first one is shown in Prompts and Where" + " (or type user/repo)" * catalog.hub,
+            elem_id="runs",
+            scale=4,
+        )
+        save = gr.Button("Save as HTML", elem_id="save", scale=1)
+    file = gr.DownloadButton(visible="hidden", elem_id="file")
+    with gr.Accordion("Find runs on the Hub", open=False, visible=catalog.hub):
+        words = gr.Textbox(label="Part of a name", max_length=96)
+        search, outcome = gr.Button("Search"), gr.HTML()
+    message, view = _html("message"), {}
+    with gr.Tabs() as tabs:
+        with gr.Tab("Verdict", id="verdict"):
+            view["verdict"] = _html("verdict")
+        with gr.Tab("Prompts", id="prompts"):
+            with gr.Row():
+                domain = gr.Dropdown([], label="Domain", elem_id="domain")
+                before = gr.Dropdown([], label="From", elem_id="before")
+                after = gr.Dropdown([], label="To", elem_id="after")
+            view["flips"] = _html("flips")
+            kind = gr.Radio(FLIPS, value="all", label="Prompts that are", elem_id="kind")
+            prompts = gr.Dataframe(
+                interactive=False, show_search="filter", wrap=True, max_height=420, elem_id="prompts", type="array"
+            )
+            prompt = gr.Number(label="Prompt to read", precision=0, value=None, elem_id="number")
+            view["answers"] = _html("answers")
+        with gr.Tab("Repairs", id="repairs"):
+            view["repairs"] = _html("repairs")
+        with gr.Tab("Heal live", id="live", visible=lab is not None):
+            live = None if lab is None else live_tab(lab)
+        with gr.Tab("Where", id="where"):
+            with gr.Row():
+                report = gr.Dropdown([], label="Report", elem_id="report")
+                figure = gr.Dropdown([MAPS, *plots.PLOTS], value=MAPS, label="Figure", elem_id="figure")
+            view["where"] = _html("where")
+    address, tab = gr.Textbox(visible="hidden", elem_id="address"), gr.State("verdict")
+    chosen = dict(zip(KEYS, (tab, run, domain, before, after, prompt, kind, report, figure), strict=True))
+    return {
+        **{"chosen": chosen, "view": view, "prompts": prompts, "live": live, "tabs": tabs, "message": message},
+        **{"save": save, "file": file, "words": words, "search": search, "outcome": outcome, "address": address},
+    }
+
+
+def _html(name: str) -> gr.HTML:
+    return gr.HTML(elem_id=name, padding=False)
+
+
+def _connect(page: Page, parts: dict[str, Any], blocks: gr.Blocks) -> None:
+    """Say what follows when something is chosen."""
+    chosen, view, live, tabs, message = (parts[name] for name in ("chosen", "view", "live", "tabs", "message"))
+    tab, run, domain, before, after, prompt, kind, report, figure = chosen.values()
+    models, shown = [run, domain, before, after], {"show_progress": "minimal", "trigger_mode": "always_last"}
+
+    def draws(name: str, *inputs: Any) -> dict[str, Any]:
+        return {"fn": getattr(page, name), "inputs": [run, *inputs], "outputs": view[name], **shown}
+
+    offer = {"fn": page.choices, "inputs": run, "outputs": [message, domain, before, after, report]}
+    count = draws("flips", domain, before, after)
+    show_prompts = {"fn": page.prompts, "inputs": [*models, kind], "outputs": parts["prompts"], **shown}
+    read, draw_where = draws("answers", domain, prompt), draws("where", report, figure)
+    linked = {"fn": link, "inputs": [*chosen.values()], "outputs": parts["address"], "show_progress": "hidden"}
+
+    def follow(event: Any) -> None:
+        event.then(**linked).then(None, parts["address"], parts["address"], js=_SHOW_LINK)
+
+    def draw_all(event: Any) -> Any:
+        for draw in (draws("verdict"), count, show_prompts, read, draws("repairs"), draw_where):
+            event = event.then(**draw)
+        return event
+
+    follow(draw_all(run.input(**offer)))
+    follow(gr.on([domain.input, before.input, after.input], **count).then(**show_prompts).then(**read))
+    follow(kind.input(**show_prompts))
+    follow(gr.on([report.input, figure.input], **draw_where))
+    follow(prompt.submit(**read))
+    follow(parts["prompts"].select(_row_number, None, prompt).then(**read))
+    parts["search"].click(page.find, [parts["words"], run], [run, parts["outcome"]])
+    parts["save"].click(page.save, [run, before, after], [parts["file"], message]).success(None, js=_CLICK)
+    for item in tabs.children:
+        follow(item.select(lambda name=item.id: name, None, tab, show_progress="hidden"))
+
+    def restore(request: gr.Request):
+        query, known = request.query_params, page.catalog.names
+        asked = query.getlist("run")[:MAX_RUNS] or known[:1]
+        text, *offered = page.choices(asked)
+        for choice, key in zip(offered, ("domain", "from", "to", "report"), strict=True):
+            if query.get(key) in [value for _, value in choice.choices]:
+                choice.value = query[key]
+        wanted, became, drawn = (
+            query.get(key) if query.get(key) in known else known[0]
+            for key, known in (("tab", TABS), ("kind", FLIPS), ("figure", [MAPS, *plots.PLOTS]))
+        )
+        runs = gr.Dropdown(choices=list(dict.fromkeys([*known, *asked])), value=asked)  # the message names the bad
+        number = query.get("prompt", "")
+        number = int(number) if number.isdecimal() and len(number) < 9 else None
+        return gr.Tabs(selected=wanted), wanted, runs, text, *offered, number, became, drawn
+
+    restored = [tabs, tab, run, message, domain, before, after, report, prompt, kind, figure]
+    draw_all(blocks.load(restore, None, restored, show_progress="hidden"))
+    if live is not None:
+        tabs.children[TABS.index("live")].select(**live)
+
+        def asked(request: gr.Request, *settings: Any):
+            skipped = [gr.skip() for _ in live["outputs"]]
+            return live["fn"](*settings) if request.query_params.get("tab") == "live" else skipped
+
+        blocks.load(asked, live["inputs"], live["outputs"], show_progress="minimal")
+
+
+def _row_number(event: gr.SelectData) -> int:
     return int(event.row_value[0])
 
 
-def link(tab, names, domain, before, after, number) -> str:
-    """Query that restores a view."""
-    pairs = [("tab", tab), *(("run", name) for name in names or [])]
-    pairs += [("domain", domain), ("from", before), ("to", after), ("prompt", number)]
-    return urlencode([(key, value) for key, value in pairs if value is not None])
+def link(*values: Any) -> str:
+    """Query that restores a view, from the values of `KEYS`."""
+    return urlencode({key: value for key, value in zip(KEYS, values, strict=True) if value is not None}, doseq=True)
 
 
-def launch(blocks: gr.Blocks, **arguments) -> Any:
+def launch(blocks: gr.Blocks, **arguments: Any) -> Any:
     """Start the page."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     theme = gr.themes.Base(

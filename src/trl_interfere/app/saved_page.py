@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from ..reporting import plots
 from . import html
 from .scored import Scored
-from .views import FLIP_HEADER, FLIP_NOTE, arms_of, flip_rows, repairs_of, where_figure
+from .views import arms_of, flips_table, repairs_of, scores_of, where_figure
 
 
 MAX_OPEN = 40  # prompts of each domain that can be read
@@ -47,9 +46,7 @@ def save_page(found: Sequence[Scored], before: str | None = None, after: str | N
     if arms:
         parts += ["<h2>Repairs</h2>", repairs_of(arms, mark="ti-sort")]
     for one in found:
-        parts.append(f"<h2>{escape(one.name)}</h2>")
-        parts.append(html.figure(plots.plot_scores(one.matrix), "Score of every domain over the stages"))
-        parts.append(html.figure(plots.plot_score_matrix(one.matrix), "Scores of all stages"))
+        parts += [f"<h2>{escape(one.name)}</h2>", scores_of(one)]
         pair = (before, after) if before in one.models and after in one.models else one.pair()
         parts.append(_flips(one, *pair))
         maps = where_figure(one, next(iter(one.reports), None))
@@ -66,11 +63,7 @@ def save_page(found: Sequence[Scored], before: str | None = None, after: str | N
 
 
 def _flips(one: Scored, before: str, after: str) -> str:
-    parts = [
-        html.table(
-            FLIP_HEADER, flip_rows(one, before, after), f"Prompts from {before} to {after}. {FLIP_NOTE}", "ti-sort"
-        )
-    ]
+    parts = [flips_table(one, before, after, "ti-sort")]
     for domain in one.matrix.domains:
         rows = one.prompts(domain, before, after)
         turned = [row for row in rows if row[1] in ("regained", "newly lost", "lost")]

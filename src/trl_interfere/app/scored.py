@@ -8,7 +8,7 @@ import numpy as np
 
 from ..analysis.report import InterferenceReport
 from ..evaluation.bootstrap import difference
-from ..evaluation.flips import Flips, flips
+from ..evaluation.flips import Flips, flips, most_by_chance
 from ..evaluation.metrics import recovered_all
 from ..evaluation.score_matrix import ScoreMatrix
 from ..reporting.verdict import answer_text, arm_of, prompt_text, read_repair, verdict
@@ -27,9 +27,7 @@ class Scored:
         self.name, self.is_run = name, not (folder / SCORES_NAME).is_file()
         self.run = Run(folder) if self.is_run else _evaluation(folder)
         self.models = [record.name for record in self.run.stages]
-        self.matrix = ScoreMatrix(self.run.domains)
-        for record in self.run.stages:
-            self.matrix.append(record.name, {name: self.run.scores(record, name) for name in record.scores})
+        self.matrix = ScoreMatrix.from_run(self.run)
         self.repair = read_repair(self.run) if self.is_run else None
         self._rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
@@ -38,11 +36,10 @@ class Scored:
         """The sentence that comes first."""
         if self.is_run:
             return verdict(self.run, self.matrix, self.repair)
-        counts = [self.flips(domain, self.models[0], self.models[-1]).counts() for domain in self.matrix.domains]
-        parts = [
-            f"{domain}: {count['newly_lost']} prompts lost and {count['regained']} gained"
-            for domain, count in zip(self.matrix.domains, counts, strict=True)
-        ]
+        parts = []
+        for domain in self.matrix.domains:
+            counts = self.flips(domain, *self.pair()).counts()
+            parts.append(f"{domain}: {counts['newly_lost']} prompts lost and {counts['regained']} gained")
         return f"From {self.models[0]} to {self.models[-1]}: {'; '.join(parts)}."
 
     def pair(self) -> tuple[str, str]:
@@ -58,17 +55,38 @@ class Scored:
             self._rows[model, domain] = self.run.rows(model, domain)
         return self._rows[model, domain]
 
+    def scores(self, model: str, domain: str) -> np.ndarray:
+        """Score of each prompt."""
+        values = self.matrix.values[self.run.stage(model).index]
+        if domain not in values:
+            raise ValueError(f"{model}: expected a model that was scored on {domain}, which {[*values]} it was")
+        return values[domain]
+
+    def peak(self, domain: str) -> str | None:
+        """The model at the peak of a domain; of an evaluation the one that was named as such."""
+        if not self.is_run:
+            return self.run.about["peak"]
+        return self.models[self.matrix.peak(domain, self.run.final.index)]
+
     def flips(self, domain: str, before: str, after: str) -> Flips:
         """Prompts kept, lost, regained and newly lost between two models; of a run beside the peak of the domain."""
-        peak = self.run.peak(domain).name if self.is_run else self.run.about["peak"]
-        samples = [None if model is None else self.samples(model, domain) for model in (before, after, peak)]
-        return flips(*samples)
+        models = [model for model in (before, after, self.peak(domain)) if model is not None]
+        return flips(*(self.samples(model, domain) for model in models))
+
+    def by_chance(self, domain: str, before: str, after: str) -> dict[str, str]:
+        """By kind, how many prompts a second sample from the unchanged model would flip, or a bound on it."""
+        right, most = int((self.scores(before, domain) >= 0.5).sum()), most_by_chance(self.scores(before, domain))
+        if self.run.identity.get("config", {}).get("score_temperature") == 0:
+            return {**dict.fromkeys(KINDS, "0"), "kept": str(right)}
+        at_peak = most_by_chance(self.scores(self.peak(domain) or before, domain))
+        bounds = {"kept": f"≥ {right - most:.0f}", "lost": f"≤ {at_peak:.0f}"}
+        bounds |= dict.fromkeys(("regained", "newly_lost"), f"≤ {most:.0f}")
+        return bounds | {k: f"{count:.0f}" for k, count in self.flips(domain, before, after).expected.items()}
 
     def samples(self, model: str, domain: str) -> np.ndarray:
         """Scores of the samples of each prompt where they were kept, else their mean."""
-        rows = self.rows(model, domain)
-        kept = [row.get("samples") for row in rows]
-        return np.array(kept if all(kept) else [row["score"] for row in rows], dtype=np.float64)
+        kept = [row.get("samples") for row in self.rows(model, domain)]
+        return np.array(kept, dtype=np.float64) if all(kept) else self.scores(model, domain)
 
     def prompts(self, domain: str, before: str, after: str) -> list[list[Any]]:
         """A row for each prompt: number, what became of it, both scores, and its text."""
@@ -86,10 +104,13 @@ class Scored:
         found, prompt = [], ""
         for record in self.run.stages:
             if domain in record.scores:
-                row = self.rows(record.name, domain)[number]
+                rows = self.rows(record.name, domain)
+                if not 0 <= number < len(rows):
+                    raise ValueError(f"prompt: expected 0 to {len(rows) - 1}, found {number}")
+                row = rows[number]
                 prompt = prompt or prompt_text(row["prompt"])
-                found.append({"model": record.name, "text": answer_text(row), "score": row["score"]})
-                found[-1]["reason"] = str(row.get("reason") or "")
+                answer = {"model": record.name, "text": answer_text(row), "score": row["score"]}
+                found.append({**answer, "reason": str(row.get("reason") or "")})
         return prompt, found
 
     def arms(self) -> list[dict[str, Any]]:
@@ -131,7 +152,7 @@ class Scored:
 def _evaluation(folder: Path) -> Run:
     """The checkpoints of an evaluation as the stages of a run."""
     content = read_json(folder / SCORES_NAME, 2)
-    run = Run.new(folder, {})
+    run = Run.new(folder, {"config": content.get("sampling", {})})
     for index, entry in enumerate(content["models"]):
         record = StageRecord(index, "train", Path(entry["model"]).name, None, 0, 0.0, entry["scores"], 0, {}, {})
         run.stages.append(record)

@@ -3,32 +3,37 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..evaluation.bootstrap import difference
 from ..reporting import plots
 from . import html
 from .scored import KINDS, Scored
 
 
 MAPS = "layers and modules"
-FLIP_HEADER = ["domain", "kept", "lost", "regained", "newly lost"]
+FLIP_HEADER = ["domain", *(kind.replace("_", " ") for kind in KINDS), "change (points) [95%]"]
+FLIP_NOTE = (
+    "Lost: right at the peak, wrong after. Regained: right at the peak, wrong before, right after. Newly lost: right "
+    "before, wrong after. In brackets: how many a second sample from the unchanged model would flip. One sample of "
+    "each prompt tells only the most (≤) or the least (≥) of it; greedy answers flip by no chance."
+)
 ARM_HEADER = ["repair", "recovered", "95% interval", "worst change (points)", "cost (passes)"]
 
 
-def flip_rows(scored: Scored, before: str, after: str) -> list[list[str]]:
-    """A row for each domain: counts, and in brackets what resampling alone would give where the samples tell it."""
+def scores_of(one: Scored) -> str:
+    """Figures of the scores of all stages."""
+    lines = html.figure(plots.plot_scores(one.matrix), "Score of every domain over the stages")
+    return lines + html.figure(plots.plot_score_matrix(one.matrix), "Scores of all stages")
+
+
+def flips_table(one: Scored, before: str, after: str, mark: str = "") -> str:
+    """A row for each domain: prompts of each kind, in brackets those that flip by chance, and the change in points."""
     rows = []
-    for domain in scored.matrix.domains:
-        found = scored.flips(domain, before, after)
-        cells = [found.counts()[kind] for kind in KINDS]
-        chance = [f" ({found.expected[kind]:.0f})" if kind in found.expected else "" for kind in KINDS]
-        rows.append([domain, *(f"{count}{note}" for count, note in zip(cells, chance, strict=True))])
-    return rows
-
-
-FLIP_NOTE = (
-    "Lost: right at the peak, wrong after. Regained: right at the peak, wrong before, right after. Newly lost: right "
-    "before, wrong after. In brackets: how many a second sample from the unchanged model would flip; one sample a "
-    "prompt does not tell it."
-)
+    for domain in one.matrix.domains:
+        counts, chance = one.flips(domain, before, after).counts(), one.by_chance(domain, before, after)
+        cells = [f"{counts[kind]} ({chance[kind]})" for kind in KINDS]
+        scores = (one.scores(model, domain) for model in (after, before))
+        rows.append([domain, *cells, html.interval(difference(*scores).to_dict())])
+    return html.table(FLIP_HEADER, rows, f"Prompts from {before} to {after}. {FLIP_NOTE}", mark)
 
 
 def arms_of(found: Sequence[Scored]) -> list[dict[str, Any]]:
@@ -48,7 +53,7 @@ def repairs_of(arms: Sequence[dict[str, Any]], caption: str = "", mark: str = ""
         return "—" if value is None else f"{factor * value:{spec}}"
 
     rows = [
-        [arm["name"], cell(arm["recovered"], ".0f", 100) + ("%" if arm["recovered"] is not None else "")]
+        [arm["name"], cell(arm["recovered"], ".0%")]
         + [" to ".join(cell(arm.get(end), ".0f", 100) for end in ("low", "high"))]
         + [cell(arm.get("worst"), "+.1f"), cell(arm.get("sequences"), ",.0f")]
         for arm in arms
@@ -67,6 +72,5 @@ def where_figure(scored: Scored, report: str | None, view: str = MAPS) -> Any:
         maps["gradient cosine (-1 to 1)"] = (list(plots.PARTS), plots.cosine_map(found))
         if found.route_counts:
             maps["damage (nats per token)"] = plots.damage_map(found)
-    if scored.repair is not None and scored.repair.get("layers"):
-        maps |= plots.correction_maps(scored.repair["layers"])
+    maps |= plots.repair_maps(scored.repair or {})
     return plots.plot_layer_maps(maps) if maps else None

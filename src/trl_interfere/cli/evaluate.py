@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
         )
         figures, label = {}, f"{position}-{Path(model).name}"
         for domain, scores in found.items():
-            file = write_scores(output_dir, label, domain, scores.values, scores.completions, scores.prompts)
+            file = write_scores(output_dir, label, domain, scores.samples, scores.completions, scores.prompts)
             figures[domain] = {**score(scores.values).to_dict(), "file": file}
         entries.append({"model": model, "scores": figures})
         values.append({domain: scores.samples for domain, scores in found.items()})

@@ -115,6 +115,16 @@ def flips(
     )
 
 
+def most_by_chance(scores: np.ndarray) -> float:
+    """
+    The most prompts that a second sample from the unchanged model is expected to turn from right to wrong, or from
+    wrong to right, by one score of each prompt alone: with rates `q_p` of being right, and `m` their mean,
+    `sum_p q_p (1 - q_p) <= n m (1 - m)` (Jensen's inequality), equal where all prompts have one rate.
+    """
+    right = np.asarray(scores) >= 0.5
+    return len(right) * right.mean() * (1 - right.mean())
+
+
 def _wrong_again(samples: np.ndarray, redrawn: np.ndarray | None = None) -> np.ndarray | None:
     """Probability of each prompt to be wrong in a second draw; `None` where its samples do not tell it."""
     if redrawn is not None:

@@ -1,22 +1,25 @@
-"""Heal the lab's model while one waits, with any choice of domains, references and rank, beside a control."""
+"""Repair the lab's model while one waits, with any choice of domains and settings, beside a control."""
 
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..analysis.report import InterferenceReport
 from ..evaluation.flips import flips
 from ..evaluation.scorer import Scorer
 from ..models import load_tokenizer
 from ..repair.heal import account
 from ..repair.peak_samples import peak_samples
+from ..repair.repair import Repair
+from ..repair.route_rollback import RouteRollback
 from ..repair.subspace_rollback import SubspaceRollback
-from ..run import Run, StageRecord
+from ..run import Run
 from .build import MODEL_FOLDER
 from .domains import REWARDS, lab_domain
 from .packed import unpack
@@ -30,45 +33,30 @@ MAX_REFERENCES, MAX_RANK = 128, 128
 
 @dataclass
 class LiveResult:
-    """What a heal did."""
+    """What a repair did: its figures, its record, prompts that came back, and how long it took."""
 
     figures: dict[str, Any]
-    layers: list[dict[str, Any]]
+    record: dict[str, Any]
     examples: list[dict[str, Any]]
     seconds: float
 
 
-def own_stages(run: Run) -> dict[str, StageRecord]:
-    """The stage that stands for each earlier domain in a repair, as in `heal`: that of its own training."""
-    own = {name: run.trained(name) for name in run.final.scores}
-    return {name: record for name, record in own.items() if record is not None and record.index < run.final.index}
-
-
-def damaged_since(run: Run, peaks: dict[str, StageRecord]) -> list[str]:
-    """Domains that score less at the end than after their own stage."""
-    return [name for name, own in peaks.items() if run.scores(own, name).mean() > run.scores(run.final, name).mean()]
-
-
 class LiveHeal:
-    """A packed run of the lab that can be healed at once."""
+    """A packed run of the lab that can be repaired at once; the run stays as it is."""
 
     def __init__(self, folder: Path, prompts: int = PROMPTS):
-        self.run = Run(folder)
-        self._scratch = tempfile.TemporaryDirectory(prefix="trl-interfere-")
-        self._lock = threading.Lock()
-        self._checkpoint, self._sampled, self._heal = (
-            lru_cache(MAX_KEPT)(function) for function in (self._checkpoint, self._sampled, self._heal)
-        )
+        self.run, self.prompts = Run(folder), prompts
         final = self.run.final
         self.domains = list(final.scores)
-        self.peaks = own_stages(self.run)
-        self.damaged = damaged_since(self.run, self.peaks)
-        self._rows = {name: self.run.rows(final, name)[:prompts] for name in self.domains}
-        self._peak_rows = {name: self.run.rows(self.peaks.get(name, final), name)[:prompts] for name in self.domains}
-        self._lab = {name: lab_domain(name, prompts) for name in self.domains}
-        tokenizer = load_tokenizer(str(MODEL_FOLDER))
-        self._scorer = Scorer(
-            tokenizer, max_new_tokens=MAX_COMPLETION_LENGTH, batch_size=4 * prompts, temperature=1.0, seed=0
+        # The stage that stands for each earlier domain, as in `heal`: that of its own training.
+        own = {name: self.run.trained(name) for name in self.domains}
+        self.peaks = {name: record for name, record in own.items() if record and record.index < final.index}
+        scores = {name: [self.run.scores(stage, name).mean() for stage in (own[name], final)] for name in self.peaks}
+        self.damaged = [name for name, (peak, end) in scores.items() if peak > end]
+        self._scratch = tempfile.TemporaryDirectory(prefix="trl-interfere-")
+        self._lock = threading.Lock()
+        self._checkpoint, self._sampled, self._heal, self._rollback = (
+            lru_cache(MAX_KEPT)(function) for function in (self._checkpoint, self._sampled, self._heal, self._rollback)
         )
 
     def heal(
@@ -79,7 +67,7 @@ class LiveHeal:
         rank: int = 64,
         control: bool = False,
     ) -> LiveResult:
-        """Heal, measure, and leave the run as it is."""
+        """A subspace rollback; as its control every domain gets the references of another one."""
         domains = self.damaged if domains is None else [name for name in self.domains if name in domains]
         protect = self.domains if protect is None else protect
         chosen = [name for name in self.domains if name in domains or name in protect]
@@ -93,17 +81,46 @@ class LiveHeal:
         with self._lock:
             return self._heal(tuple(domains), tuple(chosen), references, rank, control)
 
+    def rollback(self, domain: str, budget: float, control: bool = False) -> LiveResult:
+        """A rollback of the routes that carry the damage of a domain; as its control as many random ones."""
+        if domain not in self.reports:
+            raise ValueError(f"domains: expected one with a report, {list(self.reports)}, found {domain!r}")
+        with self._lock:
+            return self._rollback(domain, budget, control)
+
+    @cached_property
+    def reports(self) -> dict[str, InterferenceReport]:
+        """By domain, the report on what happened to it from its own stage to the end."""
+        found = {}
+        for name, own in self.peaks.items():
+            if (folder := self.run.analysis(name)).is_dir():
+                report = InterferenceReport.from_pretrained(folder)
+                if [Path(place).name for place in (report.before, report.after)] == [own.name, self.run.final.name]:
+                    found[name] = replace(report, digests=None)  # those of weights before they were packed
+        return found
+
     def _heal(
         self, domains: tuple[str, ...], chosen: tuple[str, ...], references: int, rank: int, control: bool
     ) -> LiveResult:
         start = time.perf_counter()
-        final, peaks = self._checkpoint(self.run.final.name), self._peaks(domains)
         found = self._sampled(domains, chosen, references)
         if control:
             found = {name: found[chosen[place - 1]] for place, name in enumerate(chosen)}
         method = SubspaceRollback(rank=rank, references=references, max_new_tokens=MAX_COMPLETION_LENGTH)
-        repair = method.fit(final, peaks, [self._lab[name] for name in chosen], references=found)
-        rows = {"peak": self._peak_rows, "final": self._rows, "healed": self._answers(repair.merge())}
+        places = self._checkpoint(self.run.final.name), self._peaks(domains)
+        return self._result(
+            method.fit(*places, [self._lab[name] for name in chosen], references=found), domains, start
+        )
+
+    def _rollback(self, domain: str, budget: float, control: bool) -> LiveResult:
+        start = time.perf_counter()
+        ranked = {"criterion": "random"} if control else {"criterion": "damage", "protection": 1.0}
+        before, after = (self._checkpoint(record.name) for record in (self.peaks[domain], self.run.final))
+        method = RouteRollback(budget=budget, scope="joint", **ranked)
+        return self._result(method.fit(self.reports[domain], before=before, after=after), (domain,), start)
+
+    def _result(self, repair: Repair, domains: tuple[str, ...], start: float) -> LiveResult:
+        rows = {"peak": self._rows_at_peak, "final": self._rows, "healed": self._answers(repair.merge())}
         scores = {
             model: {name: np.array([row["score"] for row in part]) for name, part in of_model.items()}
             for model, of_model in rows.items()
@@ -116,15 +133,32 @@ class LiveHeal:
                 values = {f"{model}_score": row["score"] for model, row in at.items()}
                 examples.append({"domain": name, "prompt": at["final"]["prompt"], **answers, **values})
         figures, seconds = account(*scores.values(), list(domains)), time.perf_counter() - start
-        return LiveResult(figures, repair.record["layers"], examples[:3], seconds)
+        return LiveResult(figures, repair.record, examples[:3], seconds)
 
     def _peaks(self, domains: tuple[str, ...]) -> dict[str, str]:
         return {name: self._checkpoint(self.peaks[name].name) for name in domains}
 
     def _sampled(self, domains: tuple[str, ...], chosen: tuple[str, ...], references: int) -> dict[str, Any]:
-        lab, longest = [self._lab[name] for name in chosen], MAX_COMPLETION_LENGTH
-        places = (self._checkpoint(self.run.final.name), self._peaks(domains), lab, references)
-        return peak_samples(*places, max_new_tokens=longest, batch_size=references)
+        places = (self._checkpoint(self.run.final.name), self._peaks(domains), [self._lab[name] for name in chosen])
+        return peak_samples(*places, references, max_new_tokens=MAX_COMPLETION_LENGTH, batch_size=references)
+
+    @cached_property
+    def _lab(self) -> dict[str, Any]:
+        return {name: lab_domain(name, self.prompts) for name in self.domains}
+
+    @cached_property
+    def _rows(self) -> dict[str, list[dict[str, Any]]]:
+        return {name: self.run.rows(self.run.final, name)[: self.prompts] for name in self.domains}
+
+    @cached_property
+    def _rows_at_peak(self) -> dict[str, list[dict[str, Any]]]:
+        own = {name: self.run.rows(record, name)[: self.prompts] for name, record in self.peaks.items()}
+        return {name: own.get(name, self._rows[name]) for name in self.domains}
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        settings = {"max_new_tokens": MAX_COMPLETION_LENGTH, "batch_size": 4 * self.prompts, "temperature": 1.0}
+        return Scorer(load_tokenizer(str(MODEL_FOLDER)), **settings)
 
     def _answers(self, model: Any) -> dict[str, list[dict[str, Any]]]:
         # All domains in one batch: one pass over the tokens instead of four.

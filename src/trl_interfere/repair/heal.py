@@ -289,7 +289,7 @@ def _keep(run: Run, repair: Repair, tests: dict[str, DomainScores], merge: bool,
     part.rename(folder)
     name, scores = stage_name(index, "heal", None), {}
     for domain, found in tests.items():
-        file = run.write_scores(name, domain, found.values, found.completions, found.prompts)
+        file = run.write_scores(name, domain, found.samples, found.completions, found.prompts)
         scores[domain] = {**score(found.values).to_dict(), "file": file}
     overrides = {"rank": repair.record["rank"], "weights": repair.record["weights"]}
     seconds, versions = repair.record["cost"]["seconds"], {"trl-interfere": __version__}

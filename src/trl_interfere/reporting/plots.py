@@ -124,6 +124,18 @@ def correction_maps(layers: Sequence[dict[str, Any]]) -> dict[str, tuple[list[st
     return maps
 
 
+def repair_maps(record: dict[str, Any]) -> dict[str, tuple[list[str], np.ndarray]]:
+    """[`correction_maps`] of a subspace rollback; of a route rollback how many routes of each kind it moves."""
+    if "routes" not in record:
+        return correction_maps(record["layers"]) if record.get("layers") else {}
+    kinds = list(record["routes"])
+    table = np.zeros((1 + max(int(layer) for found in record["routes"].values() for layer in found), len(kinds)))
+    for column, kind in enumerate(kinds):
+        for layer, places in record["routes"][kind].items():
+            table[int(layer), column] = len(places)
+    return {"routes that are rolled back (number)": ([KINDS.get(kind, kind) for kind in kinds], table)}
+
+
 def plot_layer_maps(maps: dict[str, tuple[list[str], np.ndarray]]) -> Figure:
     """Measures side by side: by title, the names of modules, and values of shape `(layers, modules)`."""
     layers = max((len(values) for _, values in maps.values()), default=1)
@@ -137,7 +149,8 @@ def plot_layer_maps(maps: dict[str, tuple[list[str], np.ndarray]]) -> Figure:
         largest = max(float(np.nanmax(np.abs(values), initial=0)), 1e-9)
         signed = np.nanmin(values, initial=0) < 0
         limits = (-largest, largest) if signed else (0, largest)
-        image = _map(axes, values, modules, range(len(values)), limits, ".2g", origin="lower", fontsize=7)
+        spec = ".2g" if largest < 100 else ".0f"
+        image = _map(axes, values, modules, range(len(values)), limits, spec, origin="lower", fontsize=7)
         axes.set_title(_name(title, 60), fontsize=9)
         axes.set_ylabel("layer")
         figure.colorbar(image, ax=axes, shrink=0.8)

@@ -442,7 +442,7 @@ class SequentialGRPOTrainer(StageTrainer):
                 entry = None
                 if self.accelerator.is_main_process:
                     with writing(self.run.folder / "scores" / record.name):
-                        kept = result.values, result.completions, result.prompts
+                        kept = result.samples, result.completions, result.prompts
                         file = self.run.write_scores(record.name, domain.name, *kept)
                     entry = {**score(result.values).to_dict(), "file": file}
                 record.scores[domain.name] = self._from_main(entry)  # callbacks must decide alike in every process
