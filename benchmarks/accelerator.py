@@ -125,7 +125,7 @@ def agreement(arguments: argparse.Namespace, figures: dict) -> dict[str, dict[st
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_interfere import InterferenceAnalyzer, InterferenceConfig
-    from trl_interfere.lab.build import MODEL_FOLDER
+    from trl_interfere.lab import MODEL_FOLDER
     from trl_interfere.lab.domains import lab_domain
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
@@ -207,7 +207,7 @@ def analysis_of(shape: str, arguments: argparse.Namespace, figures: dict) -> dic
 
     from trl_interfere import InterferenceAnalyzer, InterferenceConfig
     from trl_interfere.analysis.gradients import checkpointed, mean_gradient, num_tokens
-    from trl_interfere.lab.build import MODEL_FOLDER
+    from trl_interfere.lab import MODEL_FOLDER
 
     device, on_cpu = arguments.device, arguments.device == "cpu"
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)

@@ -102,7 +102,7 @@ def load(name: str, folder: Path) -> tuple:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from trl_interfere.lab.pipeline import MODEL_FOLDER
+    from trl_interfere.lab import MODEL_FOLDER
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     if name == "lab":

@@ -137,7 +137,7 @@ def write_checkpoints(name: str, arguments: argparse.Namespace, folder: Path) ->
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from trl_interfere.lab.build import MODEL_FOLDER
+    from trl_interfere.lab import MODEL_FOLDER
     from trl_interfere.models import load_model
 
     model = arguments.model

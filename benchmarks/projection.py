@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from trl_interfere import Domain, Scorer, StageCallback
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.pipeline import MAX_COMPLETION_LENGTH
 from trl_interfere.models import load_tokenizer
 from trl_interfere.repair.peak_samples import reference_prompts

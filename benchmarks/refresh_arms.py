@@ -12,7 +12,7 @@ from projection import Projected
 from transformers import PreTrainedModel, PrinterCallback
 
 from trl_interfere import Domain, Run, SequentialGRPOTrainer, StageCallback
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.pipeline import LEARNING_RATE, MAX_COMPLETION_LENGTH, STAGE_LEARNING_RATES, Lab
 from trl_interfere.models import load_model
 from trl_interfere.repair.heal import heal_run, lost_beyond_interval

@@ -28,7 +28,7 @@ from trl_interfere.analysis.analyzer import InterferenceAnalyzer
 from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.references import collect_references
 from trl_interfere.analysis.report import InterferenceReport
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.pipeline import MAX_COMPLETION_LENGTH, Lab
 from trl_interfere.models import load_model, load_tokenizer
 from trl_interfere.repair.comparison import Comparison

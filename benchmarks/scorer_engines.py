@@ -46,7 +46,7 @@ def work(arguments: argparse.Namespace) -> None:
 
     from trl_interfere.evaluation.scorer import Scorer
     from trl_interfere.evaluation.vllm_engine import VLLMEngine
-    from trl_interfere.lab.build import MODEL_FOLDER
+    from trl_interfere.lab import MODEL_FOLDER
     from trl_interfere.models import load_model, load_tokenizer
 
     name = str(arguments.model or MODEL_FOLDER)

@@ -72,7 +72,7 @@ def save_with_tokenizer(model, folder: Path) -> None:
     """
     from transformers import AutoTokenizer
 
-    from trl_interfere.lab.build import MODEL_FOLDER
+    from trl_interfere.lab import MODEL_FOLDER
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -224,7 +224,7 @@ def main() -> None:
         work(arguments)
         return
     if arguments.shape is None and arguments.model is None:
-        from trl_interfere.lab.build import MODEL_FOLDER
+        from trl_interfere.lab import MODEL_FOLDER
 
         arguments.model = MODEL_FOLDER
     cores = sorted(os.sched_getaffinity(0))[-arguments.threads :]

@@ -7,7 +7,7 @@ import yaml
 from tiny_runs import DEVICE
 
 from trl_interfere.cli import main
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
 
 

@@ -4,7 +4,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_interfere.adapters import AdapterFactors
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 
 
 def updates_of(folder):

@@ -18,7 +18,7 @@ from trl_interfere import InterferenceReport, Run
 from trl_interfere.cli import COMMANDS, main
 from trl_interfere.evaluation.bootstrap import difference
 from trl_interfere.evaluation.flips import flips
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
 from trl_interfere.repair.repair import Repair
 

@@ -9,7 +9,7 @@ import pytest
 
 from trl_interfere import InterferenceReport
 from trl_interfere.cli import main
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.run import read_json
 
 

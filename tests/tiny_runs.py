@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer, StageCallback
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
 from trl_interfere.lab.math import math_reward
 from trl_interfere.training.schedule import Stage

@@ -12,7 +12,7 @@ import torch
 from page_data import DATA, HOSTILE
 
 from trl_interfere.cli.compare import main as compare
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
 from trl_interfere.models import load_model, load_tokenizer
 

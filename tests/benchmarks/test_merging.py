@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from trl_interfere.analysis.references import References
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.models import load_model
 
 

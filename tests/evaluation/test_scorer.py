@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_interfere.domain import Domain
 from trl_interfere.evaluation.checkpoints import scorer_of
 from trl_interfere.evaluation.scorer import Scorer, apply_metric, check_scorable
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.training.config import SequentialGRPOConfig
 
 

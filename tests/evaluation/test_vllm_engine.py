@@ -11,7 +11,7 @@ from tiny_runs import build
 from trl_interfere.domain import Domain
 from trl_interfere.evaluation.checkpoints import score_checkpoint
 from trl_interfere.evaluation.vllm_engine import VLLMEngine, _check_adapter
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.training.config import SequentialGRPOConfig
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer, StageCallback
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
 from trl_interfere.training.refresh import distillation
 from trl_interfere.training.schedule import Stage

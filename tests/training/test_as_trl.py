@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_interfere import Domain, SequentialGRPOTrainer
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.math import math_reward
 from trl_interfere.training.checks import check_run, check_turns, with_prompts
 from trl_interfere.training.rehearsal import rehearse

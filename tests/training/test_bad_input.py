@@ -31,7 +31,7 @@ from tiny_runs import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_interfere import Domain, SequentialGRPOTrainer
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.training.recipe_trainer import build_trainer
 
 

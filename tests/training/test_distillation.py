@@ -11,7 +11,7 @@ from test_refresh import DROPPED, history
 from tiny_runs import AskOnce, Interrupt, assert_same, build, math_domain, text_reward, weights, writing_domain
 
 from trl_interfere import RefreshCallback
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.models import load_model
 from trl_interfere.training.callbacks import HealCallback
 from trl_interfere.training.distillation import TEACHER, Distillation, mixed, reverse_kl

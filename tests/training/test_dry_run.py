@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
 from trl_interfere.lab.math import math_reward
 from trl_interfere.recipe import RunFile

@@ -22,7 +22,7 @@ from tiny_runs import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
 
 

@@ -9,7 +9,7 @@ from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer
 from trl_interfere.evaluation.bootstrap import difference
 from trl_interfere.evaluation.metrics import recovered
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.run import StageRecord
 from trl_interfere.training.callbacks import StageCallback
 from trl_interfere.training.refresh import RefreshCallback

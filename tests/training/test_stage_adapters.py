@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_interfere import SequentialGRPOTrainer
 from trl_interfere.adapters import AdapterFactors
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 
 
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_interfere.cli import main
 from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.evaluation.vllm_engine import VLLMEngine
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_domain, lab_rows
 from trl_interfere.repair.subspace_rollback import SubspaceRollback
 

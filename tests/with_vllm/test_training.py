@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from tiny_runs import AskOnce, Interrupt, assert_same, build, math_domain, text_reward, weights, writing_domain
 
 from trl_interfere.evaluation.scorer import Scorer
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.training.refresh import distillation
 
 

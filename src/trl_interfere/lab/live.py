@@ -20,7 +20,7 @@ from ..repair.repair import Repair
 from ..repair.route_rollback import RouteRollback
 from ..repair.subspace_rollback import SubspaceRollback
 from ..run import Run
-from .build import MODEL_FOLDER
+from . import MODEL_FOLDER
 from .domains import REWARDS, lab_domain
 from .packed import unpack
 

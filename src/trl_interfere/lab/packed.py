@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..run import REPORT_NAME, STAGES_NAME, Run, write_atomically
-from .build import MODEL_FOLDER
+from . import MODEL_FOLDER
 from .domains import lab_rows
 
 

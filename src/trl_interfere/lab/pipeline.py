@@ -36,7 +36,7 @@ from ..run import Run, StageRecord, read_json, write_atomically, write_json
 from ..training.callbacks import StageCallback
 from ..training.config import SequentialGRPOConfig
 from ..training.trainer import SequentialGRPOTrainer
-from .build import MODEL_FOLDER
+from . import MODEL_FOLDER
 from .domains import SIZES, TASKS, lab_domain
 from .progress import LabProgress
 

@@ -1,5 +1,5 @@
 """
-Rebuilds the model that ships with the lab: `python -m trl_interfere.lab.build [--output-dir FOLDER]`.
+Rebuilds the model that ships with the lab: `python recipes/build_lab_model.py [--output-dir FOLDER]`.
 
 A tokenizer is trained and a small Qwen3 model is fine-tuned from random weights on prompts of the `pretrain` splits.
 Each answer is written in one of three styles at random: bare, as a sentence, or as an exclamation; the reward of each
@@ -17,10 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from .domains import TASKS, lab_rows
+from trl_interfere.lab import MODEL_FOLDER
+from trl_interfere.lab.domains import TASKS, lab_rows
 
 
-MODEL_FOLDER = Path(__file__).parent / "model"
 STEPS = 1500
 BATCH_SIZE = 256
 # Share of each domain in the training data, and of its answers that are in the style its reward accepts.
