@@ -50,12 +50,12 @@ def main() -> None:
 
     from trl_interfere import InterferenceReport
     from trl_interfere.cli import main as command
-    from trl_interfere.hub.push import push_report
+    from trl_interfere.hub.push import push_folder
 
     command(["analyze", "--recipe", str(recipe_file(args.recipe)), "--output_dir", args.output_dir, *others])
     if args.repo is None:
         return
-    result = push_report(args.output_dir, args.repo, private=args.private or None)
+    result = push_folder(args.output_dir, args.repo, private=args.private or None)
     print(f"published: {result.url}")
     report, pulled = (InterferenceReport.from_pretrained(place) for place in (args.output_dir, result.repo_id))
     same = pulled.routes.keys() == report.routes.keys() and all(

@@ -22,7 +22,7 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 
 from trl_interfere import Run, StageCallback
-from trl_interfere.training import trainer as stage_loop
+from trl_interfere.training import stage_loop
 from trl_interfere.training.refresh import distillation
 
 

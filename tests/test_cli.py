@@ -277,14 +277,16 @@ def test_refresh(damaged, run):
     assert len(Run(damaged).stages) == 4
 
 
-def test_a_refresh_that_makes_things_worse_says_so_and_is_dropped(damaged, run):
+def test_a_refresh_that_makes_things_worse_says_so_and_is_dropped(damaged, run, hub):
     worse = ("--domain", "writing", "--steps", 4, "--learning_rate", 0.05)
+    worse += ("--push_to_hub", "--hub_model_id", "tester/run")
     before = Run(damaged).stages
     code, out, _ = run("refresh", damaged, *worse)
     assert code == 3 and "worse" in out and str(damaged / "stages" / "2-writing") in out
-    assert Run(damaged).stages == before and not list(damaged.glob("*/3-*"))
+    assert Run(damaged).stages == before and not list(damaged.glob("*/3-*")) and hub.repos == {}
     assert "3-refresh" not in (damaged / "README.md").read_text()
     assert run("refresh", damaged, *worse, "--keep")[0] == 3 and Run(damaged).stages[-1].name == "3-refresh-writing"
+    assert "stage-3-refresh-writing" in hub.repo("tester/run").branches  # asked for
 
 
 def test_a_refresh_by_distillation(damaged, run):

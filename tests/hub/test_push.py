@@ -16,7 +16,7 @@ from trl_interfere import InterferenceReport, Repair, Run
 from trl_interfere.cli import main
 from trl_interfere.hub.callback import write_card
 from trl_interfere.hub.plan import plan_run
-from trl_interfere.hub.push import PushError, push_folder, push_report
+from trl_interfere.hub.push import PushError, push_folder
 from trl_interfere.models import load_model
 
 
@@ -238,9 +238,10 @@ def test_a_folder_without_a_run(hub, tmp_path):
     assert hub.repos == {}
 
 
-def test_report(hub, make_report):
+def test_report(hub, make_report, tmp_path):
     report = make_report(20, before="/home/me/out/stages/1-math", after="/home/me/out/stages/2-qa")
-    first = push_report(report, REPO, private=True)
+    report.save_pretrained(tmp_path / "report")
+    first = push_folder(tmp_path / "report", REPO, private=True)
     files = hub.files(REPO)
     assert {"README.md", "interference/report.json", "interference/routes.safetensors"} <= files.keys()
     assert b"/home/me" not in b"".join(files.values())
@@ -249,10 +250,11 @@ def test_report(hub, make_report):
     assert first.commits == {"main": hub.repo(REPO).resolve("main").id}
 
 
-def test_a_report_leaves_the_card_of_a_model_alone(hub, healed_run, make_report):
+def test_a_report_leaves_the_card_of_a_model_alone(hub, healed_run, make_report, tmp_path):
     push_folder(healed_run, REPO, stages=False)
     card = hub.files(REPO)["README.md"]
-    push_report(make_report(20), REPO)
+    make_report(20).save_pretrained(tmp_path / "report")
+    push_folder(tmp_path / "report", REPO)
     assert hub.files(REPO)["README.md"] == card
     assert InterferenceReport.from_pretrained(REPO).loss_after == 0.7
 

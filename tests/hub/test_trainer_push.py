@@ -59,8 +59,6 @@ def test_push_to_hub(hub, tmp_path):
     assert set(result.commits) == {"main", "stage-1-math", "stage-2-writing"}
     assert hub.repo(REPO).private and hub.files(REPO)["model.safetensors"] == weights(tmp_path, "2-writing")
     assert trainer.push_to_hub().commits == result.commits
-    with pytest.raises(ValueError, match="blocking=True"):
-        trainer.push_to_hub(blocking=False)
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save"])

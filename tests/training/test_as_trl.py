@@ -18,7 +18,18 @@ from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.math import math_reward
 from trl_interfere.training.checks import check_run, check_turns, with_prompts
 from trl_interfere.training.rehearsal import rehearse
-from trl_interfere.training.stage_state import KEPT_BY_TRL, StageTrainer
+from trl_interfere.training.stage_state import StageTrainer
+
+
+# What `GRPOTrainer` assigns outside `__init__` and a stage does not reset, with the reason.
+KEPT_BY_TRL = {
+    "_batch_environments": "set anew with each batch",
+    "environments": "set anew with each batch",
+    "_sync_tool_dicts": "set anew with each batch",
+    "_async_tool_dicts": "set anew with each batch",
+    "_signature_columns": "the same for every domain",
+    "_total_train_tokens": "num_tokens counts over the whole run",
+}
 
 
 def plain(folder, domain, **settings):

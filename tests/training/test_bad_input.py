@@ -3,11 +3,8 @@
 import contextlib
 import hashlib
 import json
-import os
 import resource
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -16,7 +13,6 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from safetensors.torch import load_file
 from tiny_runs import (
     SETTINGS,
     Interrupt,
@@ -118,9 +114,9 @@ class FullDisk(TrainerCallback):
             self._fill()
 
 
-def on_a_full_disk(size, step, folder, **more):
+def on_a_full_disk(size, step, folder):
     try:
-        go_on(folder, callbacks=[FullDisk(size, step), *more.values()])
+        go_on(folder, callbacks=[FullDisk(size, step)])
     finally:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -233,113 +229,108 @@ def answer_metric(completions, answer, **kwargs):
     return [0.0 for _ in completions]
 
 
+def both(**settings):
+    return lambda folder: build(folder / "new", domains=domains(), **settings)
+
+
 # name: (what happens to a folder with one finished stage, the message then or, for the last, on resume)
 BEFORE_THE_START = {
-    "empty dataset": (
-        lambda folder: Domain("math", dataset(0), text_reward),
-        "domain 'math', train_dataset: expected at least one row, found none",
+    "no domains": (
+        lambda folder: SequentialGRPOTrainer("model", config(folder / "new"), []),
+        "^domains: .*found none",
     ),
+    "empty dataset": (lambda folder: Domain("math", dataset(0), text_reward), "'math', train_dataset: .*one row"),
     "no prompt column": (
         lambda folder: Domain("math", Dataset.from_dict({"question": ["1+1="]}), text_reward),
-        r"domain 'math', train_dataset: expected a column 'prompt', found \['question'\]",
+        r"'math', train_dataset: .*'prompt', found \['question'\]",
     ),
     "fewer prompts than a batch": (
         partial(new, domain={"train_dataset": dataset(1)}),
-        "domain 'writing', train_dataset: expected at least 2 prompts, the number in one generation batch, found 1",
+        "'writing', train_dataset: expected at least 2 prompts, .*found 1",
+    ),
+    "nothing to train on": (
+        partial(new, domain={"train_dataset": None}, order=["writing"]),
+        "'writing' has no train_dataset",
     ),
     "missing column of a reward": (
         partial(new, domain={"reward_funcs": answer_metric}),
-        r"domain 'writing', answer_metric: expected a column 'answer' in train_dataset, found \['domain', 'prompt'",
+        r"'writing', answer_metric: expected a column 'answer' in train_dataset",
     ),
     "reward without **kwargs": (
         partial(new, domain={"reward_funcs": bare_reward}),
-        r"domain 'writing', bare_reward: expected a function that takes \*\*kwargs, found one that does not take",
+        "bare_reward: .*kwargs",
     ),
     "duplicate domains": (
         lambda folder: build(folder / "new", domains=[math_domain(), math_domain()]),
-        r"domains: expected unique names, found \['math', 'math'\]",
+        r"^domains: .*unique.*\['math', 'math'\]",
     ),
-    "domain named like a refresh": (
-        lambda folder: math_domain(name="refresh-math"),
-        "domain name 'refresh-math': expected a name that does not begin with 'refresh-'",
-    ),
-    "unknown domain in order": (
-        partial(new, order=["math", "chess"]),
-        r"order: unknown domain 'chess', expected one of \['math', 'writing'\]",
-    ),
+    "domain named like a refresh": (lambda folder: math_domain(name="refresh-math"), "domain name 'refresh-math'"),
+    "unknown domain in order": (both(order=["math", "chess"]), "^order: .*'chess'"),
     "unknown option of a stage": (
-        partial(new, stage_overrides={"math": {"max_step": 3}}),
-        r"stage_overrides\['math'\]: 'max_step' cannot differ between stages, did you mean 'max_steps'\?",
+        both(stage_overrides={"math": {"max_step": 3}}),
+        r"stage_overrides\['math'\].*'max_step', did you mean 'max_steps'",
     ),
+    "option of no stage": (both(stage_overrides={"math": {"temperature": 2.0}}), r"stage_overrides.*'temperature'"),
     "stage option of the wrong type": (
-        partial(new, stage_overrides={"math": {"max_steps": "many"}}),
-        r"stage_overrides\['math'\], max_steps: expected a whole number, found 'many'",
+        both(stage_overrides={"math": {"max_steps": "many"}}),
+        r"stage_overrides\['math'\], max_steps: .*'many'",
     ),
-    "batch not divisible": (
-        partial(new, per_device_train_batch_size=6),
-        r"generation_batch_size \(6\) must be divisible by num_generations \(4\)",
+    "stage option out of range": (
+        both(stage_overrides={"math": {"learning_rate": -1}}),
+        r"stage_overrides\['math'\], learning_rate: .*-1",
     ),
+    "batch not divisible": (both(per_device_train_batch_size=6), r"\(6\) must be divisible by num_generations \(4\)"),
     "batch of a stage not divisible": (
-        partial(new, stage_overrides={"writing": {"num_generations": 3}}),
-        r"stage_overrides\['writing'\]: expected a generation batch \(8\) divisible by num_generations.*found .*=3",
+        both(stage_overrides={"writing": {"num_generations": 3}}),
+        r"stage_overrides\['writing'\]: .*num_generations=3",
     ),
     "evaluation without a dataset": (
         partial(new, eval_strategy="steps", eval_steps=1, domain={"eval_dataset": None}),
-        "eval_strategy: expected an eval_dataset of domain 'writing', found none",
+        "^eval_strategy: .*'writing', found none",
     ),
     "reward model without a metric": (
         partial(new, domain={"reward_funcs": torch.nn.Linear(1, 1), "metric": None}),
-        "domain 'writing': a reward model cannot score completions outside training, set `metric`",
+        "'writing': .*`metric`",
     ),
-    "refused option": (partial(new, data_seed=1), "data_seed: 1 is not supported, GRPO draws its prompts by `seed`"),
-    "model without weights": (without_weights, r"no file named model\.safetensors.*found in directory .*/model"),
+    "refused option": (both(data_seed=1), "^data_seed: 1 is not supported"),
+    "model without weights": (without_weights, r"model\.safetensors.*found in directory .*/model"),
     "output_dir is a file": (in_a_file, "/new: cannot be written to"),
-    "no chat template": (
-        without_template,
-        "domain 'writing', train_dataset: expected plain prompts, since the tokenizer has no chat template",
-    ),
+    "no chat template": (without_template, "'writing', train_dataset: .*chat template"),
     "unknown option in YAML": (
         partial(from_yaml, training={"learning_rat": 1.0}),
-        r"run\.yaml, training: unknown option 'learning_rat', did you mean 'learning_rate'\?",
+        r"run\.yaml, training: .*'learning_rat', did you mean 'learning_rate'",
     ),
     "a second run in the folder": (
         lambda folder: build(folder, domains=domains(), **RUN).train(),
-        r"stages\.json: this folder holds a run\. Pass resume_from_checkpoint=True",
+        r"stages\.json: this folder holds a run.*resume_from_checkpoint=True",
     ),
-    "rewards None for all of a short stage": (
-        too_short,
-        r"stage 2-writing, step 3, domain 'writing': .*found None from all reward functions \['words_reward'\]",
-    ),
-    "reward model that returns NaN": (
-        nan_model,
-        "stage 1-math, step 1, domain 'math': reward model .* returned nan, expected finite numbers",
-    ),
+    "rewards None for all of a short stage": (too_short, r"stage 2-writing, step 3, .*None.*words_reward"),
+    "reward model that returns NaN": (nan_model, "stage 1-math, step 1, domain 'math': reward model .*nan"),
 }
 IN_THE_SECOND_STAGE = {
     "manifest of another run": (
         partial(go_on, learning_rate=2e-3),
-        r'stages\.json: this folder belongs to another run.*-  "learning_rate": 0\.001.*\+  "learning_rate": 0\.002',
+        r'stages\.json: .*another run.*-  "learning_rate": 0\.001.*\+  "learning_rate": 0\.002',
     ),
     "reward returns NaN": (
         partial(go_on, reward=in_step(7, lambda completions: [0.5, float("nan")] * 4)),
-        WRITING.format(7) + "returned nan for completion 1, expected a finite number, or None",
+        WRITING.format(7) + "returned nan for completion 1",
     ),
     "rewards None for all": (
         partial(go_on, reward=in_step(4, lambda completions: [None] * len(completions))),
-        r"stage 2-writing, step 6, domain 'writing': expected a reward for some completions, found None from all "
-        r"reward functions \['words_reward'\] for all completions of 3 generation batches in a row",
+        r"stage 2-writing, step 6, domain 'writing': .*words_reward.* 3 generation batches in a row",
     ),
     "reward of the wrong length": (
         partial(go_on, reward=in_step(7, lambda completions: [0.0])),
-        WRITING.format(7) + "returned 1 rewards, expected 8, one per completion",
+        WRITING.format(7) + "returned 1 rewards, expected 8",
     ),
     "reward returns words": (
         partial(go_on, reward=in_step(7, lambda completions: ["good"] * len(completions))),
-        WRITING.format(7) + "returned 'good' for completion 0, expected a number or None",
+        WRITING.format(7) + "returned 'good' for completion 0",
     ),
     "reward returns nothing": (
         partial(go_on, reward=in_step(7, lambda completions: None)),
-        WRITING.format(7) + "returned NoneType, expected a list with one reward per completion",
+        WRITING.format(7) + "returned NoneType",
     ),
     "reward raises": (
         partial(go_on, reward=in_step(7, fail)),
@@ -351,41 +342,30 @@ IN_THE_SECOND_STAGE = {
     ),
     "disk full in the weights of a checkpoint": (
         partial(on_a_full_disk, MEGABYTE, 4),
-        r"checkpoints/2-writing/checkpoint-6: cannot be written \(.*File too large.*and resume the run",
+        r"2-writing/checkpoint-6: cannot be written \(.*File too large",
     ),
     "disk full in a stage": (
         partial(on_a_full_disk, MEGABYTE, None),
-        r"stages/2-writing: cannot be written \(.*File too large.*What had finished before is untouched",
+        r"stages/2-writing: cannot be written \(.*File too large",
     ),
-    "disk full in the manifest": (
-        without_a_manifest,
-        r"stages\.json: cannot be written \(.*No space left on device",
-    ),
+    "disk full in the manifest": (without_a_manifest, r"stages\.json: cannot be written \(.*No space left on device"),
 }
+STAGE = "stages/1-math/model.safetensors"
 IN_THE_FOLDER = {
-    "checkpoint of fewer processes": (
-        of_two_processes,
-        "expected a checkpoint of 1 processes",
-    ),
-    "weights of a stage deleted": (
-        partial(damaged, "stages/1-math/model.safetensors", Path.unlink),
-        "stages/1-math: the weights of this stage cannot be read",
-    ),
-    "weights of a stage cut off": (
-        partial(damaged, "stages/1-math/model.safetensors", cut),
-        "stages/1-math: the weights of this stage cannot be read",
-    ),
+    "checkpoint of fewer processes": (of_two_processes, "expected a checkpoint of 1 processes"),
+    "weights of a stage deleted": (partial(damaged, STAGE, Path.unlink), "stages/1-math: .*cannot be read"),
+    "weights of a stage cut off": (partial(damaged, STAGE, cut), "stages/1-math: .*cannot be read"),
     "scores of a stage cut off": (
         partial(damaged, "scores/1-math/writing.jsonl", cut),
         r"scores/1-math/writing.jsonl: expected",
     ),
     "manifest edited: domain": (
         partial(edited, change("stages.1.domain", "chess")),
-        r"stages\.json: stage 1, domain: expected 'math' as the schedule says, found 'chess'",
+        r"stages\.json: stage 1, domain: expected 'math' .*found 'chess'",
     ),
     "manifest edited: folder": (
         partial(edited, change("stages.1.folder", "scores")),
-        r"stages\.json: stage 1, folder: expected 'stages/1-math' as the schedule says, found 'scores'",
+        r"stages\.json: stage 1, folder: expected 'stages/1-math' .*found 'scores'",
     ),
 }
 CASES = {**BEFORE_THE_START, **IN_THE_SECOND_STAGE, **IN_THE_FOLDER}
@@ -416,60 +396,6 @@ def test_bad_input(tmp_path, earned, request, name):
     if name in IN_THE_SECOND_STAGE:
         assert_same(weights(go_on(folder)), request.getfixturevalue("whole"))
         assert json.loads((folder / "stages.json").read_text())["stages"][2]["steps"] == 8
-
-
-ON_A_SMALL_DISK = """
-import sys
-from pathlib import Path
-from safetensors.torch import save_file
-from transformers import TrainerCallback
-from test_bad_input import RUN, domains, go_on, weights
-
-disk, result = map(Path, sys.argv[1:])
-filler = disk / "filler"
-
-class Fill(TrainerCallback):
-    def __init__(self, step, left):
-        self.step, self.left = step, left
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if args.output_dir.endswith("2-writing") and state.global_step + 1 == self.step:
-            import shutil
-            filler.write_bytes(bytes(shutil.disk_usage(disk).free - self.left))
-
-for step, left in ((2, 2_000_000), (5, 6_000_000), (8, 500_000)):
-    try:
-        go_on(disk / "run", callbacks=[Fill(step, left)])
-        raise SystemExit(f"no error at step {step}")
-    except OSError as error:
-        print("FOUND", error, flush=True)
-    filler.unlink()
-save_file(weights(go_on(disk / "run")), result)
-"""
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_three_times(tmp_path, whole):
-    disk, result = tmp_path / "disk", tmp_path / "weights.safetensors"
-    disk.mkdir()
-    mount = f"mount -t tmpfs -o size=120m tmpfs {disk}"
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "sh", "-c", mount]).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    (tmp_path / "run.py").write_text(ON_A_SMALL_DISK)
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    command = f"{mount} && exec {sys.executable} {tmp_path}/run.py {disk} {result}"
-    process = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", command],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    messages = [line for line in process.stdout.splitlines() if line.startswith("FOUND")]
-    assert len(messages) == 3 and all("cannot be written" in line for line in messages)
-    assert all("2-writing" in line for line in messages)
-    assert_same(load_file(result), whole)
 
 
 def test_a_tokenizer_without_a_pad_token_works(tmp_path):

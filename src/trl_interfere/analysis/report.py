@@ -265,7 +265,7 @@ class InterferenceReport:
         revision: str | None = None,
     ) -> str:
         """
-        Push the report under `interference/` of a model repository. [`~trl_interfere.hub.push.push_report`] adds a
+        Push the report under `interference/` of a model repository. [`~trl_interfere.hub.push.push_folder`] adds a
         card and figures.
 
         Args:

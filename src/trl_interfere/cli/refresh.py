@@ -71,8 +71,9 @@ def main(arguments: list[str]) -> int | None:
     path = options.recipe or run.recipe
     settings["output_dir"] = str(run.folder)
     loaded = load_run(path, settings, options.model, recipe)
-    trainer = build_trainer(path, loaded=loaded)
-    trainer.add_callback(HubCallback())
+    publish, loaded[1].push_to_hub = loaded[1].push_to_hub, False  # not before it is known to be no worse
+    trainer, hub = build_trainer(path, loaded=loaded), HubCallback()
+    trainer.add_callback(hub)
     trainer.remove_callback(RefreshCallback)  # what the recipe says about refreshes belongs to the training
     with_progress(trainer)
     overrides = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
@@ -91,6 +92,8 @@ def main(arguments: list[str]) -> int | None:
         dropped = run.drop()
         update_card(run.folder)
         show(f"Stage {dropped} is dropped (--keep keeps it). Next: trl-interfere heal {run.folder}")
+    elif publish:
+        hub.push()
     return code
 
 

@@ -78,15 +78,7 @@ class HubCallback(StageCallback):
             private (`bool`, *optional*):
                 Whether a new repository is private. Defaults to `args.hub_private_repo`.
             **kwargs:
-                Further arguments of [`~trl_interfere.hub.push.push_folder`], e.g. `dry_run=True`.
-
-        Returns:
-            [`~trl_interfere.hub.push.PushResult`] or `PushPlan`: Where it has gone; with
-            `dry_run` what would go where.
-
-        Raises:
-            `FileNotFoundError`: If no stage has finished.
-            [`~trl_interfere.hub.push.PushError`]: If the Hub fails.
+                Further arguments of [`~trl_interfere.hub.push.push_folder`], which this calls.
         """
         private = self.args.hub_private_repo if private is None else private
         return push_folder(self.run.folder, self._name, token=token or self.args.hub_token, private=private, **kwargs)

@@ -9,9 +9,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from rich.table import Table
 
 from ..analysis.report import REPORT_FOLDER, REPORT_NAME, InterferenceReport
+from ..benchmark import parse_benchmark
 from ..checkpoint import published_name
 from ..evaluation.score_matrix import ScoreMatrix
 from ..models import MODEL_FILES
@@ -21,7 +24,6 @@ from ..reporting.verdict import REPAIR_NAME, read_repair
 from ..revision import stage_revision
 from ..run import STAGES_NAME, Run, StageRecord, resolve_inside
 from ..tables import console_table
-from .eval_results import eval_result_files
 
 
 Files = dict[str, Path | bytes]
@@ -42,14 +44,13 @@ class PushPlan:
         """Branch, path and size of each file."""
         rows = []
         for branch, files in self.branches.items():
-            sizes = {path: size_of(content) for path, content in sorted(files.items())}
+            sizes = {
+                path: len(content) if isinstance(content, bytes) else content.stat().st_size
+                for path, content in sorted(files.items())
+            }
             rows += [[branch, path, f"{size:,}"] for path, size in sizes.items()]
             rows.append([branch, f"{len(sizes)} files", f"{sum(sizes.values()):,}"])
         return console_table(f"What goes to {self.repo_id}", ["branch", "file", "bytes"], rows)
-
-
-def size_of(content: Path | bytes) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def plan_run(
@@ -80,7 +81,7 @@ def plan_run(
     if (run.repair / REPAIR_NAME).is_file():
         files |= {f"repair/{path}": content for path, content in _repair_files(run, run.repair, repo_id).items()}
     analysis, figures = _analysis_files(run)
-    files |= analysis | eval_result_files(run)
+    files |= analysis | _eval_result_files(run)
     if page is not None:
         figures["page"] = PAGE_NAME
         files[PAGE_NAME] = page.encode()
@@ -160,6 +161,29 @@ def _analysis_files(run: Run) -> tuple[Files, dict[str, str]]:
         files |= own
         figures |= {f"{name}/{figure}": path for figure, path in shown.items()}
     return files, figures
+
+
+def _eval_result_files(run: Run) -> dict[str, bytes]:
+    """`.eval_results/*.yaml`, which the Hub shows on pages of models and benchmarks: a file for each benchmark."""
+    config = run.identity.get("config", {})
+    sampling = f"temperature {config['score_temperature']:g}" if "score_temperature" in config else "see the card"
+    files = {}
+    for domain, name in run.about.get("benchmarks", {}).items():
+        if domain not in run.final.scores:
+            continue
+        entry = run.final.scores[domain]
+        dataset, revision, task = parse_benchmark(name)
+        interval = f"95% interval [{entry['low']:.1f}, {entry['high']:.1f}]"
+        result = EvalResultEntry(
+            dataset_id=dataset,
+            task_id=task,
+            value=entry["value"],
+            dataset_revision=revision,
+            notes=f"after stage {run.final.name}; n={entry['n']}, {interval}; {sampling}",
+        )
+        text = yaml.safe_dump(eval_result_entries_to_yaml([result]), sort_keys=False)
+        files[f".eval_results/{domain}.yaml"] = text.encode()
+    return files
 
 
 def _report_files(folder: Path, root: Path, place: str) -> tuple[Files, dict[str, str]]:

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,8 +12,7 @@ from typing import TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..analysis.report import REPORT_FOLDER, REPORT_NAME, InterferenceReport
-from ..reporting.plots import save_figures
+from ..analysis.report import REPORT_FOLDER, REPORT_NAME
 from ..revision import split_revision, stage_revision
 from ..run import STAGES_NAME, Run
 from .plan import Files, PushPlan, model_files, plan_report, plan_run
@@ -30,16 +28,8 @@ _REASONS = {
     429: "the Hub asks for fewer requests: wait a few minutes",
 }
 # Files that a push removes from a branch if they are not among its own.
-_MANAGED = {
-    "main": (
-        "*.safetensors",
-        "*.safetensors.index.json",
-        "adapters/*",
-        "repair/*",
-        f"{REPORT_FOLDER}/*",
-        ".eval_results/*",
-    )
-}
+_MODEL = ("*.safetensors", "*.safetensors.index.json", "adapters/*")
+_MANAGED = {"main": (*_MODEL, "repair/*", f"{REPORT_FOLDER}/*", ".eval_results/*")}
 
 Result = TypeVar("Result")
 
@@ -84,7 +74,8 @@ def push_folder(
     page: str | None = None,
 ) -> PushResult | PushPlan:
     """
-    Publish a run, or a report. The branches of the stages come first, and `main` gets everything in one commit.
+    Publish a run. The branches of the stages come first, and `main` gets everything in one commit. A report goes under
+    `interference/` of `main`.
 
     Args:
         folder (`str` or `pathlib.Path`):
@@ -118,75 +109,35 @@ def push_folder(
             model.
         [`PushError`]: If the Hub fails. The message has the command that goes on.
     """
-    folder = Path(folder)
-    if (folder / REPORT_NAME).is_file() and not (folder / STAGES_NAME).is_file():
-        return push_report(folder, repo_id, private, token, dry_run)
-    run, api = Run(folder), HfApi(token=token)
-    if dry_run:
-        return plan_run(run, repo_id, stages, license, only, page)
-    if "/" not in repo_id:  # cards name the repository
-        user = Target(api, repo_id).call("asking for the name of the account", api.whoami)["name"]
-        repo_id = f"{user}/{repo_id}"
-    license = license or base_license(str(run.identity.get("base_model", "")), api)
-    plan = plan_run(run, repo_id, stages, license, only, page)
+    folder, api = Path(folder), HfApi(token=token)
     command = ["trl-interfere", "push", str(folder), repo_id, *(["--private"] if private else [])]
     command += [] if collection is None else ["--collection", collection]
+    is_report = (folder / REPORT_NAME).is_file() and not (folder / STAGES_NAME).is_file()
+    if not dry_run and "/" not in repo_id:  # cards name the repository
+        user = Target(api, repo_id).call("asking for the name of the account", api.whoami)["name"]
+        command[3] = repo_id = f"{user}/{repo_id}"
     target = Target(api, repo_id, shlex.join(command))
-    target.create(private)
-    if only is None and not overwrite:
-        target.refuse_another_model()
-    for branch, files in plan.branches.items():
-        message = "Model, analysis and card" if branch == "main" else f"Branch {branch}"
-        target.send(branch, files, message, _MANAGED.get(branch, ("[!.]*",)))
-    if collection is not None:
-        target.add_to_collection(collection)
-    return target.result
-
-
-def push_report(
-    report: InterferenceReport | str | Path,
-    repo_id: str,
-    private: bool | None = None,
-    token: str | None = None,
-    dry_run: bool = False,
-) -> PushResult | PushPlan:
-    """
-    Publish a report under `interference/`. The card of a model is left alone.
-
-    Args:
-        report ([`InterferenceReport`] or `str` or `pathlib.Path`):
-            The report, or its folder.
-        repo_id (`str`):
-            The repository, `user/repo`; it is made if there is none.
-        private (`bool`, *optional*):
-            Whether a new repository is private.
-        token (`str`, *optional*):
-            Token. Defaults to the one of the environment or of `hf auth login`.
-        dry_run (`bool`, *optional*, defaults to `False`):
-            Whether to return the plan and send nothing.
-
-    Returns:
-        [`PushResult`] or `PushPlan`: Where it has gone; with `dry_run` what would go where.
-
-    Raises:
-        `ValueError`: If there is no report.
-        [`PushError`]: If the Hub fails.
-    """
-    if isinstance(report, InterferenceReport):
-        with tempfile.TemporaryDirectory() as folder:
-            report.save_pretrained(folder)
-            save_figures(report, Path(folder) / "figures")
-            return push_report(folder, repo_id, private, token, dry_run)
-    plan = plan_report(report, repo_id)
+    if is_report:
+        plan = plan_report(folder, repo_id)
+    else:
+        run = Run(folder)
+        if not dry_run:
+            license = license or base_license(str(run.identity.get("base_model", "")), api)
+        plan = plan_run(run, repo_id, stages, license, only, page)
     if dry_run:
         return plan
-    target = Target(HfApi(token=token), repo_id, shlex.join(["trl-interfere", "push", str(report), repo_id]))
     target.create(private)
-    files = plan.branches["main"]
-    remote = target.remote_files("main")[0]
-    if any(path.endswith(".safetensors") and "/" not in path for path in remote) and "README.md" in remote:
-        del files["README.md"]
-    target.send("main", files, "Report")
+    if is_report:
+        remote = target.remote_files("main")[0]
+        if "README.md" in remote and any(path.endswith(".safetensors") and "/" not in path for path in remote):
+            del plan.branches["main"]["README.md"]  # the card of a model is left alone
+    elif only is None and not overwrite:
+        target.refuse_another_model()
+    for branch, files in plan.branches.items():
+        message = f"Branch {branch}" if branch != "main" else "Report" if is_report else "Model, analysis and card"
+        target.send(branch, files, message, () if is_report else _MANAGED.get(branch, ("[!.]*",)))
+    if collection is not None:
+        target.add_to_collection(collection)
     return target.result
 
 
@@ -194,7 +145,7 @@ def push_checkpoint(folder: Path, repo_id: str, stage: str, message: str, args) 
     """Bring the weights of a checkpoint in the middle of a stage to the branch of the stage."""
     target = Target(HfApi(token=args.hub_token), repo_id)
     target.create(args.hub_private_repo)
-    target.send(stage_revision(stage), model_files(folder, folder), message, ("*.safetensors*", "adapters/*"))
+    target.send(stage_revision(stage), model_files(folder, folder), message, _MODEL)
 
 
 def base_license(base_model: str, api: HfApi) -> str | None:
@@ -297,9 +248,8 @@ class Target:
         refused = status is not None and status < 500
         reason = _REASONS.get(status, "the Hub refuses it" if refused else "the Hub cannot be reached")
         detail = str(getattr(cause, "server_message", None) or ("" if status else cause))
-        detail = re.sub(
-            r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1?...", detail
-        )  # signatures, with which anybody could write
+        # Signatures, with which anybody could write, are cut.
+        detail = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1?...", detail)
         done = ", ".join(self.result.commits) or "none"
         text = f"{self.result.repo_id}: {label} failed, {reason}" + (f" ({detail})" if detail else "")
         text += f". Finished branches: {done}" + ("" if "main" in self.result.commits else "; main is as it was")

@@ -1,13 +1,11 @@
 """Callbacks that are told about stages and may ask for more of them."""
 
-import math
-
 from transformers import TrainerCallback
 
 from ..evaluation.score_matrix import ScoreMatrix
 from ..repair.heal import lost_beyond_interval
 from ..run import Run, StageRecord
-from .config import SequentialGRPOConfig
+from .config import SequentialGRPOConfig, check_range
 from .schedule import Stage
 
 
@@ -122,18 +120,15 @@ class HealCallback(StageCallback):
     ):
         if at not in ("end", "stage"):
             raise ValueError(f"at: expected 'end' or 'stage', found {at!r}")
-        if isinstance(max_drop, bool) or not isinstance(max_drop, (int, float)) or not 0 <= max_drop < math.inf:
-            raise ValueError(f"max_drop: expected points of 100, 0 or more, found {max_drop!r}")
-        if rank is not None and (type(rank) is not int or rank < 1):
-            raise ValueError(f"rank: expected a whole number, at least 1, or None, found {rank!r}")
+        check_range("max_drop", max_drop, 0)
+        if rank is not None:
+            check_range("rank", rank, 1, whole=True)
         self.at, self.max_drop, self.rank, self.domains = at, max_drop, rank, domains
 
     def request_stage(
         self, stages: list[StageRecord], score_matrix: ScoreMatrix, schedule_finished: bool
     ) -> Stage | None:
-        for name in self.domains or []:
-            if name not in score_matrix.domains:
-                raise ValueError(f"HealCallback, domains: expected some of {score_matrix.domains}, found {name!r}")
+        check_domains("HealCallback, domains", self.domains, score_matrix)
         # Once after a stage of training: refreshes may follow the heal.
         last = next((record.kind for record in reversed(stages) if record.kind != "refresh"), None)
         if last != "train" or (self.at == "end" and not schedule_finished):
@@ -146,3 +141,10 @@ class HealCallback(StageCallback):
             return None
         names = self.domains and [name for name in lost if name in self.domains]
         return Stage(None, "heal", {"rank": self.rank, "max_drop": self.max_drop, "names": names})
+
+
+def check_domains(where: str, names: list[str] | None, score_matrix: ScoreMatrix) -> None:
+    """Refuse domains that are not scored."""
+    for name in names or []:
+        if name not in score_matrix.domains:
+            raise ValueError(f"{where}: expected some of {score_matrix.domains}, found {name!r}")

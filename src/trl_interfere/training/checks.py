@@ -1,15 +1,17 @@
 """What a run is refused for before anything is loaded; `--dry-run` refuses the same."""
 
 import logging
+from collections import ChainMap
 from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset
+from trl.data_utils import is_conversational
 from trl.import_utils import is_vllm_available
 
 from ..domain import Domain, check_columns
-from .config import STAGE_OPTIONS, SequentialGRPOConfig
+from .config import SequentialGRPOConfig
 from .schedule import Stage, build_schedule
 
 
@@ -27,17 +29,15 @@ def check_run(domains: list[Domain], args: SequentialGRPOConfig, extras: dict[st
     for name in args.order or []:
         if name in by_name and name not in trainable:
             raise ValueError(f"order: domain {name!r} has no train_dataset")
-    schedule = build_schedule(trainable, args.order, args.stage_overrides, STAGE_OPTIONS)
+    schedule = build_schedule(trainable, args.order, args.stage_overrides)
     for stage in schedule:
-        settings = args.stage_settings(stage.overrides, f"stage_overrides[{stage.domain!r}]")
+        settings = ChainMap(args.stage_settings(stage.overrides, f"stage_overrides[{stage.domain!r}]"), vars(args))
         domain = by_name[stage.domain]
-        evaluated = settings.get("eval_strategy", args.eval_strategy) != "no"
+        evaluated = settings["eval_strategy"] != "no"
         if (evaluated or args.eval_on_start) and domain.eval_dataset is None:
             option = "eval_strategy" if evaluated else "eval_on_start"
             raise ValueError(f"{option}: expected an eval_dataset of domain {domain.name!r}, found none")
-        prompts = settings.get("generation_batch_size", args.generation_batch_size) // settings.get(
-            "num_generations", args.num_generations
-        )
+        prompts = settings["generation_batch_size"] // settings["num_generations"]
         if isinstance(domain.train_dataset, Dataset) and len(domain.train_dataset) < prompts:
             raise ValueError(
                 f"domain {domain.name!r}, train_dataset: expected at least {prompts} prompts, the number in one "
@@ -90,3 +90,15 @@ def with_prompts(domains: list[Domain], args: SequentialGRPOConfig, environment:
             raise ValueError(f"max_steps: expected a number, as domain {domain.name!r} has no train_dataset")
     rows = [{"prompt": [{"role": "user", "content": ""}]}] * (args.generation_batch_size // args.num_generations)
     return [replace(d, train_dataset=Dataset.from_list(rows)) if d in owned else d for d in domains]
+
+
+def check_template(domains: list[Domain], tokenizer: Any) -> None:
+    """Refuse conversations that the tokenizer has no chat template for, before the first of them is met."""
+    for domain in domains if getattr(tokenizer, "chat_template", None) is None else []:
+        for field in ("train_dataset", "eval_dataset"):
+            dataset = getattr(domain, field)
+            if isinstance(dataset, Dataset) and is_conversational({"prompt": dataset[0].get("prompt", "")}):
+                raise ValueError(
+                    f"domain {domain.name!r}, {field}: expected plain prompts or a `processing_class` with a chat "
+                    "template, found conversations"
+                )

@@ -7,6 +7,8 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from ..recipe import typed
+
 
 @dataclass
 class SequentialGRPOConfig(GRPOConfig):
@@ -42,48 +44,21 @@ class SequentialGRPOConfig(GRPOConfig):
             stay active and frozen. Otherwise one adapter goes through all stages.
     """
 
-    order: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of the domains in the order of training. Defaults to the order of the domains."},
-    )
-    stage_overrides: dict | str | None = field(
-        default=None,
-        metadata={"help": 'Settings of single stages by domain name, e.g. {"qa": {"max_steps": 50}}.'},
-    )
-    score_batch_size: int = field(
-        default=64, metadata={"help": "Number of prompts generated for at once when a domain is scored."}
-    )
-    score_max_new_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Maximum completion length in scoring. Defaults to `max_completion_length`."},
-    )
-    score_temperature: float = field(
-        default=0.0, metadata={"help": "Temperature of sampling when a domain is scored; 0 is greedy."}
-    )
-    score_samples: int = field(
-        default=1, metadata={"help": "Completions of each prompt in scoring; their scores are averaged."}
-    )
-    keep_checkpoints: bool = field(
-        default=False,
-        metadata={"help": "Whether to keep the `checkpoint-*` folders of a stage after it has finished."},
-    )
-    kl_reference: str = field(
-        default="base",
-        metadata={
-            "help": "Model that the KL penalty measures from: before the first stage, or at the start of each.",
-            "choices": ["base", "stage"],
-        },
-    )
-    adapter_per_stage: bool = field(
-        default=False,
-        metadata={"help": "With LoRA, whether each stage trains an adapter of its own on top of the earlier ones."},
-    )
+    order: list[str] | None = None
+    stage_overrides: dict | str | None = None
+    score_batch_size: int = 64
+    score_max_new_tokens: int | None = None
+    score_temperature: float = 0.0
+    score_samples: int = 1
+    keep_checkpoints: bool = False
+    kl_reference: str = field(default="base", metadata={"choices": ["base", "stage"]})
+    adapter_per_stage: bool = False
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["stage_overrides"]
 
     def __post_init__(self):
-        for name, (least, most, whole) in RANGES.items():
-            _check_range(name, getattr(self, name), least, most, whole)
+        for name, limits in RANGES.items():
+            check_range(name, getattr(self, name), *limits)
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps: expected a number of steps, or -1 to count passes, found {self.max_steps}")
         try:
@@ -127,24 +102,24 @@ class SequentialGRPOConfig(GRPOConfig):
         Raises:
             `ValueError`: If a value has the wrong type, or the batch settings do not fit together.
         """
-        settings = {name: self._stage_value(name, value, where) for name, value in overrides.items()}
-        for name in RANGES.keys() & settings.keys():
-            _check_range(f"{where}, {name}", settings[name], *RANGES[name])
+        if isinstance(overrides.get("scale_rewards"), bool):  # what GRPOConfig makes of it
+            overrides = {**overrides, "scale_rewards": "group" if overrides["scale_rewards"] else "none"}
+        settings = typed(type(self), overrides, where)
+        for name, value in settings.items():
+            if isinstance(getattr(self, name), Enum):
+                try:
+                    settings[name] = type(getattr(self, name))(value)
+                except ValueError as error:
+                    raise ValueError(f"{where}, {name}: {error}") from error
+            elif name in RANGES:
+                check_range(f"{where}, {name}", value, *RANGES[name])
 
         def get(name: str) -> Any:
             return settings.get(name, getattr(self, name))
 
-        batch = (
-            "gradient_accumulation_steps",
-            "num_generations",
-            "per_device_train_batch_size",
-            "steps_per_generation",
-        )
-        if any(name in settings for name in batch):
-            if (
-                "steps_per_generation" not in settings
-                and self.steps_per_generation == self.gradient_accumulation_steps
-            ):
+        if settings.keys() & {*_BATCH_OPTIONS}:
+            follows = self.steps_per_generation == self.gradient_accumulation_steps
+            if "steps_per_generation" not in settings and follows:
                 settings["steps_per_generation"] = get("gradient_accumulation_steps")
             size = get("per_device_train_batch_size") * self.world_size * get("steps_per_generation")
             if size % get("num_generations") or get("num_generations") < 2:
@@ -163,28 +138,10 @@ class SequentialGRPOConfig(GRPOConfig):
                 )
         return settings
 
-    def _stage_value(self, name: str, value: Any, where: str) -> Any:
-        current = getattr(self, name)
-        try:
-            if name == "scale_rewards":
-                return {True: "group", False: "none"}.get(value, value)
-            if isinstance(current, Enum):
-                # YAML reads a bare `no` as False
-                return type(current)("no" if value is False else value)
-            if isinstance(current, float):
-                return float(value)  # YAML reads 1e-5 as text
-            if isinstance(current, int) and (isinstance(value, bool) or int(value) != float(value)):
-                raise ValueError
-            return int(value) if isinstance(current, int) else value
-        except (TypeError, ValueError) as error:
-            kind = (
-                "one of " + str([member.value for member in type(current)])
-                if isinstance(current, Enum)
-                else ("a whole number" if isinstance(current, int) else "a number")
-            )
-            raise ValueError(f"{where}, {name}: expected {kind}, found {value!r}") from error
 
-
+_BATCH_OPTIONS = (
+    "gradient_accumulation_steps", "num_generations", "per_device_train_batch_size", "steps_per_generation",
+)  # fmt: skip
 # The least and the most that a number may be, and whether it must be whole. transformers and TRL take any.
 _AT_LEAST_1 = (1, 2**31, True)
 RANGES = {
@@ -210,15 +167,18 @@ RANGES = {
     "temperature": (1e-6, 1e6, False),
     "weight_decay": (0.0, math.inf, False),
 }
+_MAY_BE_NONE = ("eval_steps", "max_completion_length", "score_max_new_tokens")
 
 
-def _check_range(name: str, value: Any, least: float, most: float, whole: bool) -> None:
-    if value is None and name.rpartition(" ")[2] in ("eval_steps", "max_completion_length", "score_max_new_tokens"):
+def check_range(name: str, value: Any, least: float, most: float = math.inf, whole: bool = False) -> None:
+    """Refuse what is no number, or none from `least` to `most`; infinity is none."""
+    if value is None and name.rpartition(" ")[2] in _MAY_BE_NONE:
         return
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not number or not least <= value <= most or value == math.inf:
         kind = "a whole number" if whole else "a number"
-        raise ValueError(f"{name}: expected {kind}, at least {least:g}, found {value!r}")
+        bounds = f"at least {least:g}" if most > 1e5 else f"from {least:g} to {most:g}"
+        raise ValueError(f"{name}: expected {kind}, {bounds}, found {value!r}")
 
 
 # Settings that may differ between stages. Everything else (beta, the reward weights, the vLLM engine, ...) is fixed

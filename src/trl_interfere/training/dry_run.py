@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.filesize import decimal
-from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..recipe import RunFile, build_dataclass
 from ..run import STAGES_NAME, Run
+from ..tables import console_table
 from .checks import check_run
 from .config import SequentialGRPOConfig
 from .schedule import Stage
@@ -44,75 +43,48 @@ class StagePlan:
 @dataclass
 class RunPlan:
     """
-    A run, before it starts. Stages that callbacks may ask for are not in it. `finished` is `None` if there is no run
-    in `output_dir`; `disk` holds bytes at their peak, by what they hold.
+    A run, before it starts. Stages that callbacks may ask for are not in it. `disk` holds bytes at their peak, by what
+    they hold; `notes` are lines of text.
     """
 
     output_dir: str
     stages: list[StagePlan]
-    finished: list[str] | None
-    refresh: dict[str, Any] | None
-    evaluated: bool
     score_rounds: int
     score_prompts: int
     score_tokens: int
     disk: dict[str, int]
     free: int
+    notes: list[str]
 
     def render(self) -> Group:
         """The plan for the terminal."""
         todo = [plan for plan in self.stages if not plan.done]
-        schedule = Table(
-            title=f"{len(todo)} of {len(self.stages)} stages to do",
-            caption="Tokens are upper bounds.",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        for name in ("stage", "kind", "domain"):
-            schedule.add_column(name, overflow="fold")
-        for name in ("steps", "learning\nrate", "prompts", "tokens\ngenerated", "tokens\ntrained on"):
-            schedule.add_column(name, justify="right", no_wrap=True)
-        for position, plan in enumerate(self.stages, start=1):
-            schedule.add_row(
-                f"{position} done" if plan.done else str(position),
-                plan.stage.kind,
-                plan.stage.domain,
-                f"{plan.steps:,}",
-                f"{plan.learning_rate:g}",
-                f"{plan.prompts:,}",
-                f"{plan.generated_tokens:,}",
-                f"{plan.trained_tokens:,}",
-            )
-        names = ("steps", "prompts", "generated_tokens", "trained_tokens")
-        steps, *totals = (f"{sum(getattr(plan, name) for plan in todo):,}" for name in names)
-        schedule.add_section()
-        schedule.add_row("to do", "", "", steps, "", *totals)
-
-        needed = sum(self.disk.values())
-        disk = Table(title=f"Disk for {self.output_dir}, about", box=SIMPLE_HEAD, pad_edge=False)
-        disk.add_column("content")
-        disk.add_column("size", justify="right")
-        for content, size in self.disk.items():
-            disk.add_row(content, decimal(size))
-        disk.add_section()
-        disk.add_row("together", decimal(needed))
-        disk.add_row("free", decimal(self.free))
-
-        lines = [
-            f"Scoring: {self.score_prompts:,} prompts, {self.score_rounds} times over, "
-            f"at most {self.score_tokens:,} tokens generated."
+        names = ("steps", "learning_rate", "prompts", "generated_tokens", "trained_tokens")
+        rows = [
+            [f"{position} {plan.stage.domain}{', done' if plan.done else ''}"]
+            + [
+                f"{getattr(plan, name):,g}" if name == "learning_rate" else f"{getattr(plan, name):,}"
+                for name in names
+            ]
+            for position, plan in enumerate(self.stages, start=1)
         ]
-        if self.evaluated:
-            lines.append("The evaluations of eval_strategy come on top.")
-        if self.refresh is not None:
-            settings = ", ".join(f"{name} {value}" for name, value in self.refresh.items())
-            lines.append(f"Refresh stages come on top, if they are asked for ({settings or 'default settings'}).")
-        if self.finished is not None:
-            done = ", ".join(self.finished) or "nothing"
-            lines.append(f"{self.output_dir} holds a run that --resume continues. Finished: {done}.")
-        if needed > self.free:
-            lines.append(f"Warning: the disk may be too small by {decimal(needed - self.free)}.")
-        return Group(schedule, *lines, disk)
+        sums = ["" if name == "learning_rate" else f"{sum(getattr(plan, name) for plan in todo):,}" for name in names]
+        header = ["stage", "steps", "learning rate", "prompts", "tokens generated", "tokens trained on"]
+        needed = sum(self.disk.values())
+        sizes = {**self.disk, "together": needed, "free": self.free}
+        return Group(
+            console_table(f"{len(todo)} of {len(self.stages)} stages to do", header, [*rows, ["to do", *sums]]),
+            "Tokens are upper bounds.",
+            f"Scoring: {self.score_prompts:,} prompts, {self.score_rounds} times over, "
+            f"at most {self.score_tokens:,} tokens generated.",
+            *self.notes,
+            *([f"Warning: the disk may be too small by {decimal(needed - self.free)}."] if needed > self.free else []),
+            console_table(
+                f"Disk for {self.output_dir}, about",
+                ["content", "size"],
+                [[content, decimal(size)] for content, size in sizes.items()],
+            ),
+        )
 
 
 def stage_steps(settings: Mapping[str, Any], dataset: Dataset | IterableDataset) -> int:
@@ -145,71 +117,67 @@ def plan_run(run: RunFile, args: SequentialGRPOConfig) -> RunPlan:
         `ValueError`: If the run could not start.
     """
     schedule = check_run(run.domains, args)
-    datasets = {domain.name: domain.train_dataset for domain in run.domains if domain.train_dataset is not None}
-    _check_folder(Path(args.output_dir))
-    earlier = Run(args.output_dir) if (Path(args.output_dir) / STAGES_NAME).exists() else None
-    finished = None if earlier is None else earlier.stages
-    current = [] if earlier is None or earlier.current is None else [earlier.current]
-    trained = sum(record.kind == "train" for record in [*(finished or []), *current])
+    folder = Path(args.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"output_dir: expected a folder that can be written to, found {existing}")
+    earlier = Run(folder) if (folder / STAGES_NAME).exists() else None
+    records = [] if earlier is None else earlier.records
+    trained = sum(record.kind == "train" for record in records)
+    datasets = {domain.name: domain.train_dataset for domain in run.domains}
     weights = model_bytes(run, args)
     moments = 0 if args.save_only_model else 2 * weights  # those of Adam
-    stages, folders = [], 0
-    kept = peak = (0, 0)  # bytes and number of checkpoints
+    stages, folders, kept, peak = [], 0, 0, 0
     for position, stage in enumerate(schedule):
         settings = ChainMap(args.stage_settings(stage.overrides), vars(args))
-        group = settings["generation_batch_size"] // settings["num_generations"]
-        dataset = datasets[stage.domain]
-        steps = stage_steps(settings, dataset)
-        slices = steps * settings["gradient_accumulation_steps"]
-        generations = math.ceil(slices / (settings["steps_per_generation"] * settings["num_iterations"]))
-        batch = settings["per_device_train_batch_size"] * args.world_size
-        completion = settings["max_completion_length"]
-        stages.append(
-            StagePlan(
-                stage=stage,
-                steps=steps,
-                learning_rate=settings["learning_rate"],
-                prompts=generations * group,
-                generated_tokens=generations * settings["generation_batch_size"] * completion,
-                trained_tokens=slices * batch * completion,
-                done=position < trained,
-            )
-        )
+        steps = stage_steps(settings, datasets[stage.domain])
+        stages.append(_stage_plan(stage, settings, steps, args.world_size, position < trained))
         if position < trained:
             continue
         adapters = position + 1 if args.adapter_per_stage else 1
         folders += weights * (2 * adapters if args.adapter_per_stage else 1)  # each adapter, and their sum
-        written = _checkpoints(settings, steps, dataset)
-        limit = settings["save_total_limit"] or written
         size = adapters * weights + moments
-        # A new checkpoint is written before the oldest one goes.
-        held = min(written, limit + 1)
-        peak = max(peak, (kept[0] + held * size, kept[1] + held))
-        if args.keep_checkpoints:
-            kept = kept[0] + min(written, limit) * size, kept[1] + min(written, limit)
-    todo = [plan for plan in stages if not plan.done]
+        written = _checkpoints(settings, steps, datasets[stage.domain])
+        limit = settings["save_total_limit"] or written
+        peak = max(peak, kept + min(written, limit + 1) * size)  # a new one is written before the oldest one goes
+        kept += min(written, limit) * size if args.keep_checkpoints else 0
+    todo = sum(not plan.done for plan in stages)
+    score_rounds = todo + (earlier is None) + (earlier is not None and earlier.current is not None)
     score_prompts = sum(len(domain.eval_dataset) for domain in run.domains if domain.eval_dataset is not None)
-    score_rounds = len(todo) + (not finished) + sum(record.kind != "base" for record in current)
     completion = args.score_max_new_tokens or args.max_completion_length
     score_tokens = score_rounds * score_prompts * args.score_samples * completion
-    folder = Path(args.output_dir).absolute()
+    notes = []
+    if any(stage.overrides.get("eval_strategy", args.eval_strategy) != "no" for stage in schedule):
+        notes.append("The evaluations of eval_strategy come on top.")
+    if run.refresh is not None:
+        notes.append("Refresh stages come on top, if they are asked for.")
+    if earlier is not None:
+        done = ", ".join(record.name for record in records) or "nothing"
+        notes.append(f"{args.output_dir} holds a run that --resume continues. Finished: {done}.")
     return RunPlan(
         output_dir=args.output_dir,
         stages=stages,
-        finished=None
-        if finished is None
-        else [record.name for record in finished] + [f"{record.name} (not yet scored)" for record in current],
-        refresh=run.refresh,
-        evaluated=any(stage.overrides.get("eval_strategy", args.eval_strategy) != "no" for stage in schedule),
         score_rounds=score_rounds,
         score_prompts=score_prompts,
         score_tokens=score_tokens,
-        disk={
-            f"stage folders: {len(todo)}": folders,
-            f"checkpoints at a time: {peak[1]}": peak[0],
-            "scores": score_tokens * _BYTES_PER_TOKEN,
-        },
-        free=shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free,
+        disk={"stage folders": folders, "checkpoints at a time": peak, "scores": score_tokens * _BYTES_PER_TOKEN},
+        free=shutil.disk_usage(existing).free,
+        notes=notes,
+    )
+
+
+def _stage_plan(stage: Stage, settings: Mapping[str, Any], steps: int, world: int, done: bool) -> StagePlan:
+    slices = steps * settings["gradient_accumulation_steps"]
+    generations = math.ceil(slices / (settings["steps_per_generation"] * settings["num_iterations"]))
+    size, completion = settings["generation_batch_size"], settings["max_completion_length"]
+    return StagePlan(
+        stage=stage,
+        steps=steps,
+        learning_rate=settings["learning_rate"],
+        prompts=generations * (size // settings["num_generations"]),
+        generated_tokens=generations * size * completion,
+        trained_tokens=slices * settings["per_device_train_batch_size"] * world * completion,
+        done=done,
     )
 
 
@@ -245,9 +213,3 @@ def _checkpoints(settings: Mapping[str, Any], steps: int, dataset: Dataset | Ite
         return math.ceil(steps / stage_steps({**settings, "max_steps": -1, "num_train_epochs": 1}, dataset))
     every = settings["save_steps"]
     return math.ceil(steps / (math.ceil(steps * every) if every < 1 else every))
-
-
-def _check_folder(folder: Path) -> None:
-    found = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not found.is_dir() or not os.access(found, os.W_OK):
-        raise ValueError(f"output_dir: expected a folder that can be written to, found {found}")

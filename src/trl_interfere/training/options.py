@@ -1,6 +1,7 @@
 """Settings of the training on the command line."""
 
 import json
+import re
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Iterable
 from dataclasses import fields
@@ -14,14 +15,19 @@ from .config import SequentialGRPOConfig
 
 def options_parser() -> HfArgumentParser:
     """Parser of all settings of [`SequentialGRPOConfig`], spelt with `_` or `-`."""
-    return HfArgumentParser(
+    parser = HfArgumentParser(
         SequentialGRPOConfig,
         prog="trl-interfere train",
-        usage="%(prog)s --config FILE [options]",
+        usage="%(prog)s FILE [options]",
         add_help=False,
         allow_abbrev=False,
         exit_on_error=False,
     )
+    described = dict(re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.+\n)+)", SequentialGRPOConfig.__doc__, re.MULTILINE))
+    for action in parser._actions:
+        if action.dest in described:
+            action.help = " ".join(described[action.dest].split()).replace("%", "%%")
+    return parser
 
 
 def parse_options(arguments: list[str], known: Iterable[str] = ()) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Progress of a run on standard error."""
 
 import math
-import time
 from datetime import timedelta
 
 from rich.console import Console
@@ -25,27 +24,18 @@ def progress_bars(console: Console, **kwargs) -> Progress:
 
 class StageProgress(StageCallback):
     """
-    Says on standard error which stage runs, how far it is, and how long it and the whole run will take.
-
-    On a terminal it shows one bar for the stage and one for the run, elsewhere a line every `interval` seconds. Add it
-    in the main process only. The time left of the run counts the steps of the schedule: a refresh that nobody has
-    asked for yet is not in it.
+    Says on standard error which stage runs, how far it is, and how long it and the whole run will take: on a terminal
+    by a bar for the stage and one for the run, elsewhere by a line for each log of the training. Add it in the main
+    process only. The time left of the run counts the steps of the schedule, and no refresh that nobody has asked for.
     """
 
-    def __init__(self, steps: list[int], bars: bool = True, interval: float = 60.0, console: Console | None = None):
-        self.steps = steps
-        self.interval = interval
+    def __init__(self, steps: list[int], bars: bool = True, console: Console | None = None):
+        self.steps, self.trained, self.stage_task = steps, 0, None
         self.console = console or Console(stderr=True, soft_wrap=True, highlight=False)
         # The mean over all steps so far, as a step may take minutes.
-        self.bars = progress_bars(
-            self.console,
-            disable=not (bars and self.console.is_terminal),
-            speed_estimate_period=math.inf,
-            transient=True,
-        )
+        off = not (bars and self.console.is_terminal)
+        self.bars = progress_bars(self.console, disable=off, speed_estimate_period=math.inf, transient=True)
         self.run_task = self.bars.add_task("run", total=None)
-        self.stage_task = None
-        self.trained = 0
 
     def request_stage(self, stages, score_matrix, schedule_finished):
         # Nothing is asked for, but this is where a resumed run shows how far it is.
@@ -69,25 +59,24 @@ class StageProgress(StageCallback):
         self.bars.update(self.run_task, completed=done, total=total)
         self.stage_task = self.bars.add_task(self.label, total=state.max_steps, completed=state.global_step)
         self.bars.start()
-        self.spoke = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.stage_task is not None and "reward" in (logs or {}):
-            self.bars.update(self.stage_task, description=f"{self.label}, reward {logs['reward']:.3g}")
+            text = f"{self.label}, reward {logs['reward']:.3g}"
+            self.bars.update(self.stage_task, description=text)
+            if self.bars.disable:
+                left = self.bars.tasks[0].time_remaining
+                left = "" if left is None else f", {timedelta(seconds=round(left))} left of the run"
+                self.console.print(f"{text}, step {state.global_step} of {state.max_steps}{left}")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bars.advance(self.stage_task)
         self.bars.advance(self.run_task)
-        if self.bars.disable and time.monotonic() - self.spoke >= self.interval:
-            self.spoke = time.monotonic()
-            run, stage = self.bars.tasks
-            self.console.print(
-                f"{stage.description}, step {state.global_step} of {state.max_steps}, "
-                f"{_left(stage.time_remaining)} left, run {_left(run.time_remaining)}"
-            )
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.close()
+        self.bars.stop()
+        self.bars.remove_task(self.stage_task)
+        self.stage_task = None
 
     def on_stage_end(self, record, score_matrix):
         scores = ", ".join(
@@ -97,14 +86,3 @@ class StageProgress(StageCallback):
             for score in [score_matrix.interval(-1, domain)]
         )
         self.console.print(f"after {record.name}: {scores}", markup=False)
-
-    def close(self) -> None:
-        """Take the bars off the terminal."""
-        self.bars.stop()
-        if self.stage_task is not None:
-            self.bars.remove_task(self.stage_task)
-            self.stage_task = None
-
-
-def _left(seconds: float | None) -> str:
-    return "?" if seconds is None else str(timedelta(seconds=round(seconds)))

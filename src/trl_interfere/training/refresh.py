@@ -1,7 +1,6 @@
 """The refresh: a short training pass on domains that a later stage has damaged."""
 
 import copy
-import difflib
 import logging
 import math
 
@@ -10,8 +9,8 @@ from ..evaluation.metrics import collateral, recovered
 from ..evaluation.score_matrix import ScoreMatrix
 from ..recipe import check_names
 from ..run import StageRecord
-from .callbacks import StageCallback
-from .config import STAGE_OPTIONS
+from .callbacks import StageCallback, check_domains
+from .config import STAGE_OPTIONS, check_range
 from .schedule import Stage
 
 
@@ -89,45 +88,30 @@ class RefreshCallback(StageCallback):
         method: str = "grpo",
         reward_weight: float = 0.0,
     ):
-        if domains is not None and not (
-            isinstance(domains, (list, tuple)) and all(isinstance(name, str) for name in domains)
-        ):
+        if isinstance(domains, str):
             raise ValueError(f"domains: expected a list of names, found {domains!r}")
-        if not _is_number(max_drop) or not 0 <= max_drop < math.inf:
-            raise ValueError(f"max_drop: expected points of 100, 0 or more, found {max_drop!r}")
-        if at not in ("end", "stage"):
-            raise ValueError(f"at: expected 'end' or 'stage', found {at!r}")
-        for name, value in (("max_steps", max_steps), ("patience", patience)):
-            if not _is_number(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a whole number, at least 1, found {value!r}")
-        if not _is_number(until_recovered) or not 0 < until_recovered <= 1:
-            raise ValueError(f"until_recovered: expected a share above 0 and up to 1, found {until_recovered!r}")
         steps_per_check = max_steps if steps_per_check is None else steps_per_check
-        if not _is_number(steps_per_check, int) or not 1 <= steps_per_check <= max_steps:
-            raise ValueError(f"steps_per_check: expected 1 to {max_steps} (max_steps), found {steps_per_check!r}")
         overrides = {} if overrides is None else overrides
+        for name, value, known in (("at", at, ("end", "stage")), ("method", method, ("grpo", "distill"))):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {known}, found {value!r}")
+        check_range("max_drop", max_drop, 0)
+        check_range("max_steps", max_steps, 1, whole=True)
+        check_range("patience", patience, 1, whole=True)
+        check_range("until_recovered", until_recovered, 1e-6, 1)
+        check_range("steps_per_check", steps_per_check, 1, max_steps, whole=True)
+        check_range("reward_weight", reward_weight, 0)
         if not isinstance(overrides, dict):
             raise ValueError(f"overrides: expected settings by name, found {overrides!r}")
-        for name in ("max_steps", "num_train_epochs"):
-            if name in overrides:
-                raise ValueError(f"overrides: the length of a refresh is set by steps_per_check, found {name!r}")
+        for name in {"max_steps", "num_train_epochs"} & overrides.keys():
+            raise ValueError(f"overrides: the length of a refresh is set by steps_per_check, found {name!r}")
         check_names(overrides, STAGE_OPTIONS, "overrides")
-        if method not in ("grpo", "distill"):
-            raise ValueError(f"method: expected 'grpo' or 'distill', found {method!r}")
-        if not _is_number(reward_weight) or not 0 <= reward_weight < math.inf:
-            raise ValueError(f"reward_weight: expected 0 or more, found {reward_weight!r}")
         if method == "grpo" and reward_weight:
             raise ValueError("reward_weight: expected method='distill', to which rewards are added")
-        self.domains = domains
-        self.max_drop = max_drop
-        self.at = at
-        self.max_steps = max_steps
-        self.until_recovered = until_recovered
-        self.patience = patience
-        self.steps_per_check = steps_per_check
-        self.overrides = overrides
-        self.method = method
-        self.reward_weight = reward_weight
+        self.domains, self.max_drop, self.at = domains, max_drop, at
+        self.max_steps, self.until_recovered, self.patience = max_steps, until_recovered, patience
+        self.steps_per_check, self.overrides = steps_per_check, overrides
+        self.method, self.reward_weight = method, reward_weight
 
     def on_stage_end(self, record: StageRecord, score_matrix: ScoreMatrix) -> None:
         for domain in record.domains if record.kind == "refresh" else []:
@@ -143,11 +127,7 @@ class RefreshCallback(StageCallback):
     def request_stage(
         self, stages: list[StageRecord], score_matrix: ScoreMatrix, schedule_finished: bool
     ) -> Stage | None:
-        for name in self.domains or []:
-            if name not in score_matrix.domains:
-                nearest = difflib.get_close_matches(name, score_matrix.domains, n=1)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected some of {score_matrix.domains}"
-                raise ValueError(f"RefreshCallback, domains: {name!r} is not a domain with an eval_dataset, {hint}")
+        check_domains("RefreshCallback, domains", self.domains, score_matrix)
         trained = [row for row, record in enumerate(stages) if record.kind == "train"]
         if not trained or (self.at == "end" and not schedule_finished):
             return None
@@ -223,7 +203,3 @@ def distillation(
     settings = {**({} if reward_weight else {"num_generations": 2}), **overrides}
     settings |= {"teachers": teachers, "reward_weight": reward_weight}
     return Stage(only, "refresh", settings, reason or {})
-
-
-def _is_number(value: object, kind: type = float) -> bool:
-    return isinstance(value, (int, kind)) and not isinstance(value, bool)

@@ -1,11 +1,7 @@
 """A refresh that is asked for by name, on a run that has finished."""
 
-import json
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..evaluation.score_matrix import ScoreMatrix
 from ..run import Run, StageRecord, stage_name
@@ -22,46 +18,27 @@ class RequestedRefresh(StageCallback):
     """
 
     def __init__(self, folder: str | Path, stage: Stage):
-        run, steps = Run(folder), stage.overrides["max_steps"]
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, found {steps}")
-        self.stage, self.label = stage, " and ".join(stage.domains)
+        run, self.stage = Run(folder), stage
         # One that is trained and not yet scored is the one that is asked for.
         self.wanted = 1 + sum(map(self._is_mine, run.stages))
-        planned = self._stopped(run)
-        if planned not in (None, steps):
-            raise ValueError(
-                f"steps: a refresh of {self.label} with {planned} steps was stopped in {folder}; expected {planned}, "
-                f"to go on with it, found {steps}"
-            )
         current = run.current
         if current is not None and self._is_mine(current):
             for name, value in stage.overrides.items():
                 if current.overrides.get(name) != value:
                     raise ValueError(
-                        f"{name}: a refresh of {self.label} with {name} {current.overrides.get(name, 'unset')} was "
-                        f"stopped in {folder} before it was scored; expected that, to go on with it, found {value}"
+                        f"{name}: a refresh of {' and '.join(stage.domains)} with {name} "
+                        f"{current.overrides.get(name, 'unset')} was stopped in {folder} before it was scored; "
+                        f"expected that, to go on with it, found {value}"
                     )
-
-    def _stopped(self, run: Run) -> int | None:
-        """Steps of the refresh that an earlier process was stopped in, if there is one."""
-        if run.current is not None:
-            return run.current.overrides.get("max_steps") if self._is_mine(run.current) else None
-        own = stage_name(len(run.stages), "refresh", self.stage.domain)
-        prefix = stage_name(len(run.stages), "refresh", None)
-        for path in sorted((run.folder / "checkpoints").glob(f"{prefix}*/checkpoint-*/{TRAINER_STATE_NAME}")):
-            stage = path.parent.parent
-            with suppress(json.JSONDecodeError):  # half-written: the trainer skips it with a warning
-                steps = json.loads(path.read_text())["max_steps"]
-                if stage.name == own:
-                    return steps
-                other = stage.name.removeprefix(prefix).removeprefix("-") or "several domains"
+        own, prefix = (stage_name(len(run.stages), "refresh", name) for name in (stage.domain, None))
+        for checkpoint in (run.folder / "checkpoints").glob(f"{prefix}*/checkpoint-*"):
+            other = checkpoint.parent
+            if other.name != own:
                 raise ValueError(
-                    f"domain: a refresh of {other} with {steps} steps was stopped in {run.folder}; expected {other}, "
-                    f"to go on with it, found {self.label}. If the training asked for it, `train --resume` goes on; "
-                    f"to give it up, remove {stage}"
+                    f"domain: the refresh {other.name} was stopped in {run.folder}; expected its domains, to go on "
+                    f"with it, found {' and '.join(stage.domains)}. If the training asked for it, `train --resume` "
+                    f"goes on; to give it up, remove {other}"
                 )
-        return None
 
     def _is_mine(self, record: StageRecord) -> bool:
         return record.kind == "refresh" and record.domains == self.stage.domains

@@ -26,27 +26,16 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 
 def _fault(checkpoint: Path) -> str | None:
-    for name in ("trainer_state.json", "resume_state_0.json"):
+    states = (checkpoint / name for name in ("trainer_state.json", "resume_state_0.json"))
+    for path in (*states, *checkpoint.rglob("*.safetensors"), *checkpoint.rglob("*.pt*")):
         try:
-            json.loads((checkpoint / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return f"{name} is missing" + (", as with save_only_model" if name.startswith("resume") else "")
-        except (OSError, ValueError) as error:
-            return f"{name}: {error}"
-    for path in checkpoint.rglob("*"):
-        if path.suffix == ".safetensors":
-            try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
                 with safe_open(path, framework="pt"):
                     pass
-            except (OSError, SafetensorError) as error:
-                return f"{path.name}: {error}"
-        # torch.save writes zip archives, whose directory comes last
-        elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
-            return f"{path.name} is cut off"
+            elif path.is_file():  # torch.save writes zip archives, whose directory comes last
+                zipfile.ZipFile(path).close()
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            return f"{path.name}: {error}"
     return None
-
-
-def epochs_done(checkpoint: str | Path) -> int:
-    """Whole passes over the prompts before a checkpoint."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    return int(state.get("epoch") or 0)

@@ -1,7 +1,8 @@
 """Reward functions that see the rows of their own domain only, and whose values are checked."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,26 +41,26 @@ def mask_reward(reward: Any, domain: str, several: bool) -> Any:
         scattered = dict(zip(rows, values, strict=True))
         return [scattered.get(row) for row in range(n)]
 
-    def failed(error: Exception) -> RewardError:
-        return RewardError(f"{label} raised {type(error).__name__}: {error}")
+    @contextmanager
+    def named() -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise RewardError(f"{label} raised {type(error).__name__}: {error}") from error
 
     if is_async_callable(reward):
 
         async def masked(prompts, **kwargs):
             rows, selected = select(prompts, {"prompts": prompts, **kwargs})
-            try:
+            with named():
                 values = await reward(**selected) if rows else []
-            except Exception as error:
-                raise failed(error) from error
             return scatter(rows, _numbers(values, len(rows), label), len(prompts))
     else:
 
         def masked(prompts, **kwargs):
             rows, selected = select(prompts, {"prompts": prompts, **kwargs})
-            try:
+            with named():
                 values = reward(**selected) if rows else []
-            except Exception as error:
-                raise failed(error) from error
             return scatter(rows, _numbers(values, len(rows), label), len(prompts))
 
     masked.__name__ = f"{domain}/{name}" if several else name
@@ -79,19 +80,14 @@ def _numbers(values: Any, n: int, label: str) -> list[float | None]:
     values = list(values)
     if len(values) != n:
         raise RewardError(f"{label} returned {len(values)} rewards, expected {n}, one per completion")
-    numbers: list[float | None] = []
     for index, value in enumerate(values):
         try:
-            if isinstance(value, str):
-                raise TypeError
-            numbers.append(None if value is None else float(value))
+            fits = value is None or (not isinstance(value, str) and math.isfinite(float(value)))
         except (TypeError, ValueError):
-            raise RewardError(
-                f"{label} returned {value!r} for completion {index}, expected a number or None"
-            ) from None
-        if numbers[-1] is not None and not math.isfinite(numbers[-1]):
+            fits = False
+        if not fits:
             raise RewardError(
                 f"{label} returned {value!r} for completion {index}, expected a finite number, or None where it does "
                 "not apply"
             )
-    return numbers
+    return [None if value is None else float(value) for value in values]

@@ -1,11 +1,12 @@
 """The ordered stages of a run."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..recipe import check_names
 from ..run import stage_domains
+from .config import STAGE_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Stage:
 
 
 def build_schedule(
-    domains: Iterable[str], order: list[str] | None, overrides: dict[str, dict] | None, options: Iterable[str]
+    domains: Iterable[str], order: list[str] | None, overrides: dict[str, dict] | None = None
 ) -> list[Stage]:
     """Stages of a run, in order."""
-    domains, options, overrides = list(domains), set(options), overrides or {}
+    domains, overrides = list(domains), overrides or {}
     order = domains if order is None else order
     if not order:
         raise ValueError("order: expected at least one domain, found none")
@@ -60,9 +61,5 @@ def build_schedule(
     for name, settings in overrides.items():
         if not isinstance(settings, dict):
             raise ValueError(f"stage_overrides[{name!r}]: expected settings by name, found {settings!r}")
-        for option in settings:
-            if option not in options:
-                nearest = difflib.get_close_matches(str(option), options, n=1)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected one of {sorted(options)}"
-                raise ValueError(f"stage_overrides[{name!r}]: {option!r} cannot differ between stages, {hint}")
+        check_names(settings, STAGE_OPTIONS, f"stage_overrides[{name!r}], settings that may differ between stages")
     return [Stage(domain=name, overrides=dict(overrides.get(name, {}))) for name in order]

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 from collections import defaultdict, deque
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from trl import GRPOTrainer
 
 from ..domain import DOMAIN_COLUMN
 from ..run import write_atomically
 from .distillation import TEACHER, Distillation
 from .merged_parameters import merged_parameters
-from .resume import epochs_done
 from .reward_masking import RewardError, mask_reward, reward_name
 from .schedule import Stage
 from .stage_adapters import activate_stage_adapters, freeze_earlier_adapters
@@ -33,16 +35,6 @@ from .stage_weights import writing
 # Generation batches in a row without a single reward, after which a run stops: one prompt that no reward applies to
 # may fill a batch.
 _UNREWARDED_BATCHES = 3
-# What `GRPOTrainer` assigns outside `__init__` and a stage does not reset, with the reason; a test compares them with
-# TRL's source.
-KEPT_BY_TRL = {
-    "_batch_environments": "set anew with each batch",
-    "environments": "set anew with each batch",
-    "_sync_tool_dicts": "set anew with each batch",
-    "_async_tool_dicts": "set anew with each batch",
-    "_signature_columns": "the same for every domain",
-    "_total_train_tokens": "num_tokens counts over the whole run",
-}
 
 
 class StageTrainer(GRPOTrainer):
@@ -98,11 +90,9 @@ class StageTrainer(GRPOTrainer):
         self._step = 0
         self._buffered_inputs = None
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        size = self.args.generation_batch_size
+        queue = partial(deque, maxlen=self.args.generation_batch_size)
         for name, values in self._logs.items():
-            self._logs[name] = (
-                deque(maxlen=size) if isinstance(values, deque) else defaultdict(lambda: deque(maxlen=size))
-            )
+            self._logs[name] = queue() if isinstance(values, deque) else defaultdict(queue)
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
         self._eval_dataloaders = {}
@@ -119,13 +109,11 @@ class StageTrainer(GRPOTrainer):
         for name, value in settings.items():
             setattr(self.args, name, value)
         self._train_batch_size = self.args.train_batch_size
-        self.num_generations = self.args.num_generations
+        for name in ("num_generations", "num_iterations", "loss_type", "scale_rewards"):
+            setattr(self, name, getattr(self.args, name))
         self.num_generations_eval = self.args.num_generations_eval or self.args.num_generations
-        self.num_iterations = self.args.num_iterations
         self.epsilon_low = self.args.epsilon
         self.epsilon_high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
-        self.loss_type = self.args.loss_type
-        self.scale_rewards = self.args.scale_rewards
         if "max_completion_length" in settings:
             self.max_completion_length = self.args.max_completion_length
             if self.use_vllm:
@@ -135,7 +123,9 @@ class StageTrainer(GRPOTrainer):
                 self.generation_config.max_new_tokens = self.max_completion_length
 
     def _train_stage(self, checkpoint: str | None, **kwargs):
-        self._epochs_done = 0 if checkpoint is None else epochs_done(checkpoint)
+        self._epochs_done = 0
+        if checkpoint is not None:  # whole passes over the prompts before it
+            self._epochs_done = int(TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}").epoch or 0)
         self._rewarded, self._unrewarded = checkpoint is not None, 0
         self._use_rewards({*self._stage[1].domains, *_domains_of(self.train_dataset), *_domains_of(self.eval_dataset)})
         output = GRPOTrainer.train(self, resume_from_checkpoint=checkpoint, **kwargs)
@@ -372,12 +362,10 @@ class StageTrainer(GRPOTrainer):
     def _overrides(self) -> dict[str, Any]:
         return json.loads(json.dumps(self._stage[1].overrides)) if self._stage is not None else {}
 
-    def _steps_before(self) -> int:
-        return sum(record.steps for record in self.run.stages)
-
     def _run_step(self) -> int:
         """Position on the axis of the whole run."""
-        return self._steps_before() + (self.state.global_step if self._stage is not None else 0)
+        before = sum(record.steps for record in self.run.stages)
+        return before + (self.state.global_step if self._stage is not None else 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Rewards of domains that were in no batch have no value, nor has any where teachers alone train.
@@ -407,15 +395,12 @@ class StageTrainer(GRPOTrainer):
                 continue
             if getattr(callback, "logging_dir", "") is None:
                 callback.logging_dir = str(self.run.folder / "runs")
-            on_log, on_train_end = callback.on_log, callback.on_train_end
 
-            def on_run_log(args, state, control, on_log=on_log, **kwargs):
-                state = copy.copy(state)
-                state.global_step = self._run_step()
-                return on_log(args, state, control, **kwargs)
+            def on_run_log(args, state, control, on_log=callback.on_log, **kwargs):
+                return on_log(args, replace(state, global_step=self._run_step()), control, **kwargs)
 
+            self._on_train_ends.append(callback.on_train_end)
             callback.on_log, callback.on_train_end = on_run_log, lambda *args, **kwargs: None
-            self._on_train_ends.append(on_train_end)
 
     def _end_trackers(self) -> None:
         for on_train_end in self._on_train_ends:
