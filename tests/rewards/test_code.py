@@ -42,29 +42,7 @@ PROGRAMS = [
     (f"<think>```python\nprint(7)\n```</think>{block(ADD)}", 1),
     (block(f"def main():\n    {ADD.replace(chr(10), chr(10) + '    ')}\nif __name__ == '__main__':\n    main()"), 1),
     (block("import sys\nprint(sum(map(int, sys.stdin.read().split())))"), 1),
-    (block("import sys\nsys.stdout.write(str(sum(map(int, sys.stdin.readline().split()))))"), 1),
     (block(f"{ADD}\nprint()"), 1),
-    (block(f"{ADD}\nimport sys\nsys.exit(0)"), 1),
-    (
-        block(
-            "import threading\ndef f():\n    print(sum(map(int, input().split())))\nthreading.Thread(target=f).start()"
-        ),
-        1,
-    ),
-    (block(f"{ADD}\nexit()"), 1),
-    (block(f"{ADD}\nquit(0)"), 1),
-    (block("a, b = map(int, open('/dev/stdin').read().split())\nprint(a + b)"), 1),
-    (block("print(sum(map(int, open(0).read().split())))"), 1),
-    (block(f"from __future__ import annotations\n{ADD}"), 1),
-    (
-        block(
-            "import atexit, io, sys\nsys.stdout = io.StringIO()\n"
-            f"atexit.register(lambda: sys.__stdout__.write(sys.stdout.getvalue()))\n{ADD}"
-        ),
-        1,
-    ),
-    (block(f"import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')\n{ADD}"), 1),
-    (block("out = open(1, 'w')\nout.write(str(sum(map(int, input().split()))))"), 1),
     (
         "1. Read two numbers\n2. Add them:\n\n   ```python\n   a, b = map(int, input().split())\n   print(a + b)\n   ```\n",
         1,
@@ -76,7 +54,6 @@ PROGRAMS = [
     (block("a, b = map(int, input().split())\nprint(a + b, a)"), 0),
     (block(f"print('The sum is:')\n{ADD}"), 0),
     (block(f"{ADD}\n1 / 0"), 0),
-    (block(f"{ADD}\nimport sys\nsys.exit(1)"), 0),
     (block("pass"), 0),
     # unparsable
     ("", 0),
@@ -90,10 +67,7 @@ PROGRAMS = [
     # adversarial: printing what is expected, ending well, looking for the answer, using up the machine
     (block("print(7)"), 0),
     (block("print('7\\n8\\n0')"), 0),
-    (block("import os\nos.write(1, b'7\\n')\nos._exit(0)"), 0),
-    (block("import sys\nsys.exit(0)"), 0),
     (block("import os\nos._exit(0)"), 0),
-    (block("raise SystemExit"), 0),
     (block("while True: print(7)"), 0),
     (block("print(7, flush=True)\nwhile True: pass"), 0),
     (block("import gc\nprint([x for x in gc.get_objects() if 'outputs' in str(x)[:200]] and 7 or '')"), 0),
@@ -129,12 +103,10 @@ FUNCTIONS = [
     (block("def total(numbers):\n    return sum(double(n) for n in numbers) // 2"), 1),
     (block(f"from __future__ import annotations\n\n{TOTAL}"), 1),
     (f"{block(TOTAL)}\nExample usage:\n{block('print(total([1, 2]))')}", 1),
-    (f"{block(TOTAL)}\nExample usage:\n```\ntotal([1, 2])  # 3\n```", 1),
     (f"```\n{TOTAL}\n```\nExample usage:\n{block('print(total([1, 2]))')}", 1),
     (f"{block('def total(numbers): return 0')}\nBetter:\n{block(TOTAL)}", 1),
     ("- The function:\n\n  ```python\n  def total(numbers):\n      return sum(numbers)\n  ```", 1),
     ("1. ```python\n   def total(numbers):\n       return sum(numbers)\n   ```", 1),
-    (block("    def total(numbers):\n        return sum(numbers)"), 1),
     (block("    return sum(numbers)"), 1),
     # wrong
     (f"{block(TOTAL)}\nBetter:\n{block('def total(numbers): return 0')}", 0),
@@ -145,7 +117,6 @@ FUNCTIONS = [
     (block("def total(numbers):\n    return str(sum(numbers))"), 0),
     (block("def total(numbers):\n    return [sum(numbers)]"), 0),
     (block("def total(a, b):\n    return a + b"), 0),
-    (block("def totals(numbers):\n    return sum(numbers)"), 0),
     # unparsable
     ("", 0),
     ("The function adds numbers.", 0),
@@ -153,15 +124,11 @@ FUNCTIONS = [
     ("```python\n```", 0),
     (f"<think>{TOTAL}", 0),
     # adversarial: known ways to pass without being right stand in test_functions.py
-    (block("class Equal:\n    def __eq__(self, other): return True\ndef total(numbers):\n    return Equal()"), 0),
     (block("def check(candidate): pass\ndef total(numbers): pass"), 0),
-    (block("import builtins\nbuiltins.check = lambda candidate: None\ndef total(numbers): pass"), 0),
-    (block("import sys\nsys.modules['tests'] = None\ndef check(c): return True\ntotal = check"), 0),
     (block("def double(x): return 4\ndef total(numbers):\n    return numbers"), 0),
     (block("def total(numbers):\n    while True: pass"), 0),
     (block("def total(numbers):\n    return 10 ** 10 ** 7"), 0),
     (block("def total(numbers):\n    return [0] * 10**7"), 0),
-    (block("def total(numbers):\n    exit()"), 0),
 ]
 
 
@@ -181,16 +148,10 @@ def test_hand_checked_tables(reward):
         assert wrong == []
 
 
-def test_conversational(reward):
+def test_settings(reward):
     assert reward([[{"role": "assistant", "content": block(ADD)}]], [TESTS], domain=["code"]) == [1]
-
-
-def test_partial(sandbox):
     partial = CodeReward(partial=True, seconds=2.0)
     assert partial([block("print(7)"), block(ADD), ""], [TESTS] * 3) == pytest.approx([1 / 3, 1, 0])
-
-
-def test_thoughts_that_do_not_end(sandbox):
     assert CodeReward(thinking=True)([block(ADD), f"x</think>{block(ADD)}"], [TESTS] * 2) == [0, 1]
 
 
@@ -222,7 +183,7 @@ def test_tests_that_can_be_forged_are_counted(reward):
     logged = {}
     assert reward([forged] * 2, [one, two], log_metric=logged.__setitem__) == [1, 0]
     assert logged == {"code/forgeable": 0.5}
-    assert reward.judge(forged, one).forgeable and not reward.judge("def f(x): return 2", two).forgeable
+    assert reward.check(forged, one) == (1, True) and reward.check("def f(x): return 2", two) == (1, False)
     # Ways to end early and objects that are equal to all pass neither.
     for program in ("exit()", "import os\nos._exit(0)", "raise SystemExit", "def f(x): exit()"):
         assert reward([block(program)], [one]) == [0]

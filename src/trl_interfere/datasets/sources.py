@@ -72,9 +72,12 @@ PARTS = {"test": "eval_dataset", "selection": "selection_dataset", "train": "tra
 
 class DataOptions(TypedDict, total=False):
     """
-    Options that all domains take.
+    Options that all domains take. Data that cannot be read and too few rows end with a `ValueError`, an extra that is
+    not installed with an `ImportError`.
 
     Attributes:
+        test_source (`str`, *optional*):
+            Where the test part comes from. Defaults to `source`.
         sizes (`Mapping[str, int]`, *optional*):
             Rows of `train`, `selection` and `test`, see `SIZES`. Of a `test_source` that is a data set, all rows are
             the test if `test` is not given.
@@ -88,6 +91,7 @@ class DataOptions(TypedDict, total=False):
             Folder that relative paths start from.
     """
 
+    test_source: str | None
     sizes: Mapping[str, int | None] | None
     max_prompt_characters: int | None
     paths: Mapping[str, str] | None
@@ -98,12 +102,6 @@ class DataOptions(TypedDict, total=False):
 def asked(text: str, key: str) -> dict[str, Any]:
     """A prompt, and the key that it is dealt by; without a key the row is left out."""
     return {"prompt": [{"role": "user", "content": text}], "key": key}
-
-
-def check_sources(kind: str, where: str, names: list[str]) -> None:
-    known, made = SOURCES[kind], OFFLINE[kind]
-    if not names or not {*names} <= {*known, made} or (kind == "writing" and made in names and len(names) > 1):
-        raise ValueError(f"{where}, source: expected one of {sorted((*known, made))}, found {names}")
 
 
 def parts_of(
@@ -120,33 +118,35 @@ def parts_of(
     folder: Path | None = None,
 ) -> dict[str, Dataset]:
     """Datasets of a domain: of its sources, or the test of another, all of which no training row may repeat."""
-    apart = test_source not in (None, sources[:1] and sources[0])
-    check_sources(kind, where, [*sources, *([test_source] if apart else [])])
-    paths, columns, folder = paths or {}, columns or {}, Path(folder or "")
-    of_test = {"test": None} if apart and test_source != OFFLINE[kind] else {}
-    sizes = _sizes({**SIZES[kind], **of_test} if sizes is None else sizes, f"{where}, sizes")
+    made, known = OFFLINE[kind], {OFFLINE[kind], *SOURCES[kind]}
+    apart = test_source not in (None, *sources[:1])
+    named = [*sources, *([test_source] if apart else [])]
+    if not sources or not known.issuperset(named) or (kind == "writing" and made in named and len(named) > 1):
+        raise ValueError(f"{where}, source: expected one of {sorted(known)}, found {named}")
+    paths, columns, folder, where_sizes = paths or {}, columns or {}, Path(folder or ""), f"{where}, sizes"
+    of_test = {"test": None} if apart and test_source != made else {}  # all of it
+    sizes = _sizes({**SIZES[kind], **of_test} if sizes is None else sizes, where_sizes)
+    longest = math.inf if max_prompt_characters is None else max_prompt_characters
 
     def rows(source: str, columns: Mapping[str, str] | None = None) -> Dataset:
-        if source == OFFLINE[kind]:
+        if source == made:
             dataset = make(folder / paths[source] if source in paths else None, sum(n or 0 for n in sizes.values()))
         else:
             dataset = read_source(SOURCES[kind][source], f"{where}, {source}", paths.get(source), columns, folder)
         dataset = dataset.map(to_row, remove_columns=dataset.column_names, load_from_cache_file=False)
-        longest = math.inf if max_prompt_characters is None else max_prompt_characters
         return dataset.filter(
             lambda row: row["key"] != "" and sum(len(m["content"]) for m in row["prompt"]) <= longest,
             load_from_cache_file=False,
         )
 
-    named = columns if kind == "writing" else {sources[0]: columns}
-    dataset = concatenate_datasets([rows(source, named.get(source)) for source in sources])
+    columns = columns if kind == "writing" else {sources[0]: columns}
+    dataset = concatenate_datasets([rows(source, columns.get(source)) for source in sources])
     if not apart:
-        return split_dataset(dataset, sizes, f"{where}, sizes")
-    test = rows(test_source)
+        return split_dataset(dataset, sizes, where_sizes)
+    test, of_test = rows(test_source), {"test": sizes.pop("test", None)}
     taken = set(map(_normal, test["key"]))
     dataset = dataset.select([row for row, key in enumerate(dataset["key"]) if _normal(key) not in taken])
-    of_test = {"test": sizes.pop("test", None)}
-    return split_dataset(dataset, sizes, f"{where}, sizes") | split_dataset(test, of_test, f"{where}, sizes")
+    return split_dataset(dataset, sizes, where_sizes) | split_dataset(test, of_test, where_sizes)
 
 
 def read_source(
@@ -155,13 +155,11 @@ def read_source(
     """The columns of a data set on the Hub, or of a local copy of it, under the names that are used here."""
     wanted = {**source.columns, **(columns or {})}
     check_names(wanted, source.columns, f"{where}, columns")
-    reference = {"path": path or source.path, "split": source.split}
-    if path is None and source.name is not None:
-        reference["name"] = source.name
-    dataset = read_dataset(reference, where, folder)
+    name = None if path else source.name
+    dataset = read_dataset({"path": path or source.path, "split": source.split, "name": name}, where, folder)
     if set(wanted.values()) - set(dataset.column_names):
         raise ValueError(
-            f"{where}: expected the columns {sorted(wanted.values())} in {reference['path']!r}, found "
+            f"{where}: expected the columns {sorted(wanted.values())} in {path or source.path!r}, found "
             f"{dataset.column_names}; give other names by `columns`, e.g. {{{next(iter(wanted))}: NAME}}"
         )
     dataset = dataset.select_columns(list(dict.fromkeys(wanted.values())))
@@ -171,11 +169,10 @@ def read_source(
 def split_dataset(dataset: Dataset, sizes: Mapping[str, int | None], where: str) -> dict[str, Dataset]:
     """
     Deal rows to the datasets of a domain, in an order that depends on nothing but their column `key`; a size of `None`
-    is all that is left.
+    is all that is left. Rows with the same key, regardless of case and space, are one prompt.
 
-    Rows with the same key (regardless of case and space) are one prompt; the first of them is used. With a column
-    `stratum`, every part holds each stratum in the same proportion, up to rounding: row i of the n of a stratum gets
-    the place (i + u) / n with u from a hash of its name, and the places are sorted.
+    With a column `stratum`, every part holds each stratum in the same proportion, up to rounding: row i of the n of a
+    stratum gets the place (i + u) / n with u from a hash of its name, and the places are sorted.
     """
     first: dict[str, int] = {}
     for row, key in enumerate(dataset["key"]):
@@ -194,22 +191,20 @@ def split_dataset(dataset: Dataset, sizes: Mapping[str, int | None], where: str)
     if wanted > len(rows):
         raise ValueError(f"{where}: expected at least {wanted} different prompts ({dict(sizes)}), found {len(rows)}")
     dataset = dataset.remove_columns([column for column in ("key", "stratum") if column in dataset.column_names])
-    parts, start = {}, 0
+    parts = {}
     for part, field in PARTS.items():
         size = sizes.get(part, 0)
-        stop = len(rows) if size is None else start + size
-        if stop > start:
-            parts[field] = dataset.select(rows[start:stop])
-        start = stop
+        chosen, rows = (rows, []) if size is None else (rows[:size], rows[size:])
+        if chosen:
+            parts[field] = dataset.select(chosen)
     return parts
 
 
 def _sizes(sizes: Mapping[str, int | None], where: str) -> dict[str, int | None]:
-    if not isinstance(sizes, Mapping) or set(sizes) - set(PARTS):
-        raise ValueError(f"{where}: expected sizes of {sorted(PARTS)}, found {sizes!r}")
-    for part, size in sizes.items():
-        if size is not None and (type(size) is not int or size < 0):
-            raise ValueError(f"{where}, {part}: expected a number of rows, found {size!r}")
+    if not isinstance(sizes, Mapping) or not all(
+        part in PARTS and (size is None or (type(size) is int and size >= 0)) for part, size in sizes.items()
+    ):
+        raise ValueError(f"{where}: expected numbers of rows of {sorted(PARTS)}, found {sizes!r}")
     return dict(sizes)
 
 

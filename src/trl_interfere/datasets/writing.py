@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -12,7 +11,7 @@ from datasets import Dataset
 from ..domain import Domain
 from ..rewards.judge import Judge
 from ..rewards.writing import JudgeReward, RubricReward
-from .sources import OFFLINE, DataOptions, asked, check_sources, parts_of
+from .sources import OFFLINE, DataOptions, asked, parts_of
 
 
 _FORMS = ("a very short story", "a scene", "a description", "a diary entry", "a letter to a friend", "a fable")
@@ -65,57 +64,45 @@ def writing_domain(
     Returns:
         [`Domain`]: The reward grows with the grade, or with the share of the rubric that is met; the score is the
         share of comparisons won, or of texts that meet all of the rubric.
-
-    Raises:
-        `ValueError`: If a data set or the judge is missing, or there are too few rows.
     """
     where, offline = f"domain {name!r}", OFFLINE["writing"]
     sources = [source] if isinstance(source, str) else list(source)
-    if sources == [offline] and judge is not None:
-        raise ValueError(f"{where}, judge: expected none for the source {offline!r}, which has a rubric")
     if sources != [offline] and partial_score:
         raise ValueError(f"{where}, partial_score: expected it with the source {offline!r} only, found {sources}")
+    if (sources == [offline]) != (judge is None):
+        raise ValueError(
+            f"{where}, judge: expected the settings of a judge (base_url, model, max_requests, ...), and none for the "
+            f"source {offline!r}, which has a rubric, found {judge} for {sources}"
+        )
 
     def row(given: dict[str, Any]) -> dict[str, Any]:
-        question = given["question"]
+        question, found = given["question"], "rubric" if "rubric" in given else "reference"
         if isinstance(question, list):  # messages: what the user said first
             question = next((str(m["content"]) for m in question if m.get("role") == "user"), "")
-        if "rubric" in given:
-            return {**asked(question, question), "rubric": given["rubric"]}
-        return {**asked(question or "", (given["reference"] and question) or ""), "reference": given["reference"]}
+        return {**asked(question or "", (given[found] and question) or ""), found: given[found]}
 
-    parts = partial(parts_of, "writing", where, partial(_assignments, seed), row, sources, **options)
-    if sources == [offline]:
-        rewards = RubricReward(thinking), RubricReward(thinking, all_or_nothing=not partial_score)
-        return Domain(name=name, **parts(), reward_funcs=rewards[0], metric=rewards[1])
-    check_sources("writing", where, sources)
     if judge is None:
-        raise ValueError(
-            f"{where}, judge: expected the settings of a judge (base_url, model, max_requests, ...) for {sources}, "
-            f"found none; without one there is the source {offline!r}"
-        )
-    try:
-        grader = Judge(**{**judge, "cache": Path(options.get("folder") or "", judge.get("cache", "judge.sqlite"))})
-    except TypeError as error:
-        raise ValueError(f"{where}, judge: {error}") from error
-    rewards = JudgeReward(grader, thinking), JudgeReward(grader, thinking, wins=True)
-    return Domain(name=name, **parts(), reward_funcs=rewards[0], metric=rewards[1])
+        rewards = RubricReward(thinking), RubricReward(thinking, all_or_nothing=not partial_score)
+    else:
+        cache = Path(options.get("folder") or "", judge.get("cache", "judge.sqlite"))
+        try:
+            grader = Judge(**{**judge, "cache": cache})
+        except TypeError as error:
+            raise ValueError(f"{where}, judge: {error}") from error
+        rewards = JudgeReward(grader, thinking), JudgeReward(grader, thinking, wins=True)
+    parts = parts_of("writing", where, lambda path, n: _assignments(seed, n), row, sources, **options)
+    return Domain(name, **parts, reward_funcs=rewards[0], metric=rewards[1])
 
 
-def _assignments(seed: int, path: Path | None, total: int) -> Dataset:
+def _assignments(seed: int, total: int) -> Dataset:
     rng = random.Random(f"writing-{seed}")
     rows = []
     for _ in range(2 * total + 16):
         form, theme, low = rng.choice(_FORMS), rng.choice(_THEMES), rng.choice((2, 3, 4))
         words = rng.sample([word for word in _WORDS if word not in theme], 2)
         without, ending = rng.choice(_COMMON), rng.choice(list(_ENDINGS))
-        rubric = {
-            "words": words,
-            "without": without,
-            "sentences": [low, low + 1],
-            "length": [8 * low, 20 * (low + 1)],
-            "ending": _ENDINGS[ending],
-        }
+        rubric = {"words": words, "without": without, "sentences": [low, low + 1]}
+        rubric |= {"length": [8 * low, 20 * (low + 1)], "ending": _ENDINGS[ending]}
         text = (
             f"Write {form} about {theme} in {low} or {low + 1} sentences, with {8 * low} to {20 * (low + 1)} words. "
             f'Use the words "{words[0]}" and "{words[1]}". Do not use the word "{without}". End with {ending}. Reply '

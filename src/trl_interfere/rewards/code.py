@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from .functions import Verdict, check_function
+from .functions import check_function
 from .piston import PistonSandbox
 from .sandbox import Limits, Sandbox, check_sandbox
 from .text import answer_text
@@ -78,51 +78,40 @@ class CodeReward:
         Rewards of completions by the tests of each problem, as JSON: `inputs` and `outputs`, or `calls` (texts of
         tests) with `function`, `header` and `code` (the beginning of the program).
         """
-        verdicts = open_sandbox(self.sandbox).map(self.judge, completions, tests)
-        forgeable = [verdict.passed and verdict.forgeable for verdict in verdicts]
+        checked = open_sandbox(self.sandbox).map(self.check, completions, tests)
         if log_metric is not None and any("calls" in json.loads(content) for content in tests):
-            log_metric("code/forgeable", sum(forgeable) / len(forgeable))
-        return [verdict.share if self.partial else float(verdict.passed) for verdict in verdicts]
+            log_metric("code/forgeable", sum(share == 1 and forgeable for share, forgeable in checked) / len(checked))
+        return [share if self.partial else float(share == 1) for share, _ in checked]
 
-    def judge(self, completion: str | list[dict], tests: str) -> Verdict:
-        """The verdict on the program of one completion, with the reason why it does not pass."""
+    def check(self, completion: str | list[dict], tests: str) -> tuple[float, bool]:
+        """Share of the tests that the program of a completion passes, and whether a program could forge one."""
         content = json.loads(tests)
         program = extract_program(answer_text(completion, self.thinking), content.get("function"), content.get("code"))
         if program is None:
-            return Verdict(False, 0.0, "no program")
-        sandbox = open_sandbox(self.sandbox)
-        if "inputs" in content:
-            return check_output(sandbox, program, content["inputs"], content["outputs"], self.limits, not self.partial)
-        verdicts = []
-        for test in content["calls"]:
-            function = None if content.get("forgeable") else content["function"]
-            verdicts.append(check_function(sandbox, program, test, self.limits, function, content.get("header", "")))
-            if not verdicts[-1].passed and not self.partial:
+            return 0.0, False
+        sandbox, forgeable, passed = open_sandbox(self.sandbox), False, 0
+        function = None if content.get("forgeable") else content.get("function")
+        cases = content.get("calls") or [*zip(content["inputs"], content["outputs"], strict=True)]
+        for case in cases:
+            if "calls" in content:
+                right, forged = check_function(
+                    sandbox, program, case, self.limits, function, content.get("header", "")
+                )
+            else:
+                right, forged = prints(sandbox, program, *case, self.limits), False
+            passed, forgeable = passed + right, forgeable or forged
+            if not right and not self.partial:
                 break
-        share = sum(verdict.passed for verdict in verdicts) / len(content["calls"])
-        reason = next((verdict.reason for verdict in verdicts if not verdict.passed), "")
-        return Verdict(share == 1, share, reason, any(verdict.forgeable for verdict in verdicts))
+        return passed / len(cases), forgeable
 
 
 code_reward = CodeReward()
 
 
-def check_output(
-    sandbox: Sandbox, program: str, inputs: list[str], outputs: list[str], limits: Limits, stop: bool = True
-) -> Verdict:
-    """Run a program on inputs and compare what it prints. The expected outputs stay in this process."""
-    passed, reason = 0, ""
-    for index, (stdin, expected) in enumerate(zip(inputs, outputs, strict=True)):
-        execution = sandbox.run(program, stdin, limits)
-        if execution.status == "ok" and _same_lines(execution.stdout, expected):
-            passed += 1
-            continue
-        last = execution.stderr.strip().splitlines()[-1:]
-        found = "wrong output" if execution.status == "ok" else ": ".join([execution.status, *last])
-        reason = reason or f"test {index}: {found[:200]}"
-        if stop:
-            break
-    return Verdict(passed == len(inputs) > 0, passed / max(len(inputs), 1), reason)
+def prints(sandbox: Sandbox, program: str, stdin: str, expected: str, limits: Limits) -> bool:
+    """Whether a program prints what is expected, which stays in this process."""
+    execution = sandbox.run(program, stdin, limits)
+    return execution.status == "ok" and _same_lines(execution.stdout, expected)
 
 
 def _same_lines(found: str, expected: str) -> bool:

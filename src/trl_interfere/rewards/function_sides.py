@@ -28,12 +28,12 @@ class _Infinite(ast.NodeTransformer):
 
 def plain(value):
     """A copy of a value in built-in types."""
-    if value is None or isinstance(value, bool):
+    if value is None:
         return value
-    for kind in (str, int, float, complex, bytes):
+    for kind in (bool, str, int, float, complex, bytes):
         if isinstance(value, kind):
             return kind(value)
-    for base, kind in ((list, list), (tuple, tuple), (set, set), (frozenset, set)):
+    for base, kind in ((list, list), (tuple, tuple), ((set, frozenset), set)):
         if isinstance(value, base):
             return kind(map(plain, value))
     if isinstance(value, dict):

@@ -1,14 +1,12 @@
-"""Verdicts on generated programs, by tests that call their functions."""
+"""Tests that call the functions of generated programs."""
 
 import ast
 import builtins
 import json
 import os
 import secrets
-import symtable
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from unittest import TestCase
@@ -24,60 +22,39 @@ HEADER = "\n".join(f"from {module} import *" for module in _MODULES) + f"\nimpor
 _ATTRIBUTES = {name for kind in (str, bytes, int, float, complex, list, dict, set, TestCase) for name in dir(kind)}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """
-    What tests say of a program: whether it passes all, the share that it passes, why not, and whether a program that
-    knows how could pass without being right.
-    """
-
-    passed: bool
-    share: float
-    reason: str = ""
-    forgeable: bool = False
-
-
 def check_function(
     sandbox: Sandbox, program: str, tests: str, limits: Limits, function: str | None = None, header: str = ""
-) -> Verdict:
+) -> tuple[bool, bool]:
     """
-    Run tests that call the function of a program, after a header of imports and helpers.
+    Whether a program passes tests that call its function, after a header of imports and helpers, and whether one that
+    knows how could pass without being right.
 
     Tests and program run in two sandboxes, and the calls go from one to the other: the process of the program sees
     their arguments and neither the tests nor the expected results, and only plain values come out of it. Without a
-    `function`, for tests that hand over what is no plain value, and on a server, both run in one process and the
-    verdict is forgeable: the program could find the word by which the tests say that they passed.
+    `function`, for tests that hand over what is no plain value, and on a server, both run in one process: there the
+    program could find the word by which the tests say that they passed.
     """
     nonce = secrets.token_hex(16)
     request = {"program": program, "tests": tests, "header": header, "function": function, "nonce": nonce}
-    if function is not None and type(sandbox) is Sandbox:
-        execution = again(lambda: _two_processes(sandbox, request, limits), lambda found: found.status == "killed")
-        if not execution.stdout.startswith("not plain"):
-            return _verdict(execution, nonce, forgeable=False)
-    execution = sandbox.run(f"{_SIDES}\nmain('both')\n", json.dumps(request), limits)
-    return _verdict(execution, nonce, forgeable=True)
+    apart = function is not None and type(sandbox) is Sandbox
+    execution = again(lambda: _two_processes(sandbox, request, limits)) if apart else None
+    if execution is None or execution.stdout.startswith("not plain"):
+        execution, apart = sandbox.run(f"{_SIDES}\nmain('both')\n", json.dumps(request), limits), False
+    return execution.status == "ok" and execution.stdout.endswith(nonce), not apart
 
 
 def _two_processes(sandbox: Sandbox, request: dict, limits: Limits) -> Execution:
     """How the process of the tests ended; that of the program if the system ended it."""
     (called, calls), (replies, answers) = os.pipe(), os.pipe()
 
-    def run(side: str, pipes: tuple[int, int], without: tuple[str, ...]) -> Execution:
-        given = json.dumps({name: "" if name in without else value for name, value in request.items()})
-        return sandbox.run_once(f"{_SIDES}\nmain({side!r}, *{pipes})\n", given, limits, pipes)
+    def run(side: str, pipes: tuple[int, int], **without: str) -> Execution:
+        return sandbox.run_once(f"{_SIDES}\nmain({side!r}, *{pipes})\n", json.dumps(request | without), limits, pipes)
 
     with ThreadPoolExecutor(1) as pool:
-        program = pool.submit(run, "answer", (called, answers), ("tests", "nonce"))
-        tests = run("test", (calls, replies), ("program",))
+        program = pool.submit(run, "answer", (called, answers), tests="", nonce="")
+        tests = run("test", (calls, replies), program="")
     ended = program.result()
     return ended if tests.stdout.startswith("no plain answer") and ended.status != "ok" else tests
-
-
-def _verdict(execution: Execution, nonce: str, forgeable: bool) -> Verdict:
-    passed = execution.status == "ok" and execution.stdout.endswith(nonce)
-    last = [*execution.stdout.strip().splitlines()[-1:], *execution.stderr.strip().splitlines()[-1:]]
-    reason = "" if passed else ": ".join([execution.status, *(line[:200] for line in last)])
-    return Verdict(passed, float(passed), reason, forgeable)
 
 
 def called_function(tests: str) -> str | None:
@@ -86,13 +63,12 @@ def called_function(tests: str) -> str | None:
     the program. Refuses tests that cannot be run.
     """
     try:
-        top, nodes = symtable.symtable(tests, "tests.py", "exec"), [*ast.walk(ast.parse(tests))]
+        nodes = [*ast.walk(ast.parse(tests))]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"no Python ({error})") from error
-    imports = [
-        (node, alias) for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names
-    ]
-    modules = {getattr(node, "module", alias.name) or "." for node, alias in imports}
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imported = [(node, alias) for node in imports for alias in node.names]
+    modules = {getattr(node, "module", alias.name) or "." for node, alias in imported}
     if foreign := {name for name in modules if name.split(".")[0] not in {*sys.stdlib_module_names, "solution"}}:
         raise ValueError(f"imports {min(foreign)}")
     for node in nodes:
@@ -100,13 +76,15 @@ def called_function(tests: str) -> str | None:
             if isinstance(node, ast.AsyncFunctionDef) or [item for item in node.args.args if item.arg != "self"]:
                 raise ValueError(f"{node.name} needs what pytest provides")
     known = {*_IMPORTED, *(name for module in _MODULES for name in dir(import_module(module)))}
-    wanted = {alias.name for node, alias in imports if getattr(node, "module", "") == "solution"}
-    used = (_free(top) | wanted) - {"*", "__name__", *dir(builtins)}
+    bound = {getattr(node, field, None) for node in nodes for field in ("name", "arg", "asname")}
+    bound |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    wanted = {alias.name for node, alias in imported if getattr(node, "module", "") == "solution"}
+    used = ({node.id for node in nodes if isinstance(node, ast.Name)} - bound | wanted) - {"*", *dir(builtins)}
     names = used - known or used  # a name that is all that tests use is that of the function
     if not names and "solution" not in modules:
         raise ValueError("calls nothing of the program")
-    name, bases = min(names, default=""), {"self", *known, *((alias.asname or alias.name) for _, alias in imports)}
-    if len(names) != 1 or name[0].isupper() or any(alias.name == "solution" for _, alias in imports):
+    name, bases = min(names, default=""), {"self", *known, *((alias.asname or alias.name) for _, alias in imported)}
+    if len(names) != 1 or name[0].isupper() or any(alias.name == "solution" for _, alias in imported):
         return None
     called = {id(part) for node in nodes if isinstance(node, ast.Call) for part in (node.func, *node.args)}
     caught = {id(part) for node in nodes if isinstance(node, (ast.With, ast.Try)) for part in ast.walk(node)}
@@ -125,12 +103,3 @@ def called_function(tests: str) -> str | None:
 
 def _base(node: ast.AST, field: str) -> str:
     return getattr(getattr(node, field, None), "id", "")
-
-
-def _free(top: symtable.SymbolTable) -> set[str]:
-    """Names that a text uses and does not bind."""
-    tables, used = [top], set()
-    for table in tables:
-        tables += table.get_children()
-        used |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() or table is top}
-    return used - {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}

@@ -31,6 +31,7 @@ _SYSTEM = (
 )
 _REPLY = re.compile(r"\{[^{}]*\}")
 _ATTEMPTS = 2  # at a reply that can be read
+_LONGEST = 24_000  # characters of a text that the judge sees
 
 
 class JudgeError(ValueError):
@@ -65,8 +66,6 @@ class Judge:
             Temperature of the judge.
         reply_tokens (`int`, *optional*, defaults to `64`):
             Longest reply. A model that thinks before it replies needs more.
-        max_characters (`int`, *optional*, defaults to `24000`):
-            Longest text; of a longer one the judge sees the beginning.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds to wait for a reply.
         retries (`int`, *optional*, defaults to `5`):
@@ -85,7 +84,6 @@ class Judge:
     rubric: str = RUBRIC
     temperature: float = 0.0
     reply_tokens: int = 64
-    max_characters: int = 24_000
     timeout: float = 120.0
     retries: int = 5
 
@@ -98,12 +96,12 @@ class Judge:
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             self._replies = sqlite3.connect(self.cache, check_same_thread=False, isolation_level=None, timeout=60)
-            # `requests` has a row for each: several processes can make the same. `tokens` is 0 while it is in flight.
+            # A row for each request, as several processes can make the same; without a reply while it is in flight.
             self._replies.executescript(
                 "PRAGMA journal_mode=WAL;"
-                "CREATE TABLE IF NOT EXISTS replies "
-                "(key TEXT PRIMARY KEY, reply TEXT NOT NULL, tokens INTEGER NOT NULL);"
-                "CREATE TABLE IF NOT EXISTS requests (id INTEGER PRIMARY KEY, tokens INTEGER NOT NULL);"
+                "CREATE TABLE IF NOT EXISTS requests "
+                "(id INTEGER PRIMARY KEY, tokens INTEGER NOT NULL DEFAULT 0, key TEXT NOT NULL, reply TEXT);"
+                "CREATE INDEX IF NOT EXISTS request ON requests (key);"
             )
         except (sqlite3.Error, OSError) as error:
             raise JudgeError(f"judge, cache: {self.cache} cannot be used as a file of replies ({error})") from error
@@ -129,8 +127,9 @@ class Judge:
         """
         grades = []
         for swapped in (False, True):
-            first, second = (reference, text) if swapped else (text, reference)
-            found = self._grade(assignment, first, second)
+            messages = self._messages(assignment, *((reference, text) if swapped else (text, reference)))
+            replies = (_read(self._ask(messages, attempt)) for attempt in range(_ATTEMPTS))
+            found = next(filter(None, replies), None)
             if found is None:
                 logger.warning("judge: no grades in %d replies of %s, counted as lost", _ATTEMPTS, self.model)
                 grades.append((1, 10))
@@ -139,21 +138,11 @@ class Judge:
         return grades
 
     def spent(self) -> tuple[int, int]:
-        """
-        What the file of replies has cost.
-
-        Returns:
-            `tuple[int, int]`: Requests and tokens.
-        """
+        """Requests and tokens that the file of replies has cost."""
         return self._execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM requests")
 
-    def _grade(self, assignment: str, first: str, second: str) -> tuple[float, float] | None:
-        messages = self._messages(assignment, first, second)
-        replies = (_read(self._ask(messages, attempt)) for attempt in range(_ATTEMPTS))
-        return next((grades for grades in replies if grades is not None), None)
-
     def _messages(self, assignment: str, *texts: str) -> list[dict[str, str]]:
-        assignment, *texts = (text[: self.max_characters] for text in (assignment, *texts))
+        assignment, *texts = (text[:_LONGEST] for text in (assignment, *texts))
         # A text cannot close its tags: it would have to contain a hash of itself.
         mark = hashlib.sha256("\0".join((assignment, *texts)).encode("utf-8", "replace")).hexdigest()[:12]
         parts = zip(("assignment", "first", "second"), (assignment, *texts), strict=True)
@@ -168,11 +157,11 @@ class Judge:
         request["model"] = self.model
         key = hashlib.sha256(json.dumps([self.base_url, request, attempt], sort_keys=True).encode()).hexdigest()
         with self._asking[key]:  # equal texts are asked about once
-            row = self._execute("SELECT reply FROM replies WHERE key = ?", key)
+            row = self._execute("SELECT reply FROM requests WHERE key = ? AND reply IS NOT NULL", key)
             return self._request(key, request) if row is None else row[0]
 
     def _request(self, key: str, request: dict[str, Any]) -> str:
-        number, text = self._reserve(), None
+        number, text = self._reserve(key), None
         try:
             url = f"{self.base_url.rstrip('/')}/chat/completions"
             response = self._client.post(url, json=request, timeout=self.timeout)
@@ -187,7 +176,6 @@ class Judge:
                 raise TypeError(f"a message of type {type(reply).__name__}")
             if type(usage) is not int and (usage is not None or self.max_tokens is not None) or (usage or 0) < 0:
                 raise ValueError(f"a usage of {usage!r} tokens, by which max_tokens cannot be kept")
-            self._execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", key, reply, usage or 0)
         except (requests.RequestException, ValueError, TypeError, AttributeError, LookupError) as error:
             if text is None:  # not answered, not paid for
                 self._execute("DELETE FROM requests WHERE id = ?", number)
@@ -195,29 +183,29 @@ class Judge:
             raise JudgeError(
                 f"judge: expected a reply of {self.model!r} from {self.base_url}, found {found}"
             ) from error
-        self._execute("UPDATE requests SET tokens = ? WHERE id = ?", usage or 0, number)
+        self._execute("UPDATE requests SET reply = ?, tokens = ? WHERE id = ?", reply, usage or 0, number)
         return reply
 
     def _execute(self, statement: str, *values: Any) -> tuple | None:
         with self._lock:
-            return self._replies.execute(statement, values).fetchone()
+            rows = self._replies.execute(statement, values).fetchall()
+        return rows[0] if rows else None
 
-    def _reserve(self) -> int:
+    def _reserve(self, key: str) -> int:
         """Count a request that is about to be made, or refuse it. Returns its number."""
-        with self._lock:
-            self._replies.execute("BEGIN IMMEDIATE")  # other processes see it as a whole or not at all
-            try:
-                spent = self._replies.execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM requests").fetchone()
-                for name, found in zip(("max_requests", "max_tokens"), spent, strict=True):
-                    limit = getattr(self, name)
-                    if limit is not None and found >= limit:
-                        raise JudgeError(
-                            f"judge, {name}: the budget of {limit:,} is used up ({found:,} in {self.cache}). "
-                            "Raise it and go on with --resume"
-                        )
-                return self._replies.execute("INSERT INTO requests (tokens) VALUES (0)").lastrowid
-            finally:
-                self._replies.execute("COMMIT")
+        limits = {name: getattr(self, name) for name in ("max_requests", "max_tokens")}
+        allowed = "(SELECT COUNT(*) < ? AND COALESCE(SUM(tokens), 0) < ? FROM requests)"
+        values = (key, *(2**62 if limit is None else limit for limit in limits.values()))
+        # One statement, which other processes see as a whole or not at all.
+        row = self._execute(f"INSERT INTO requests (key) SELECT ? WHERE {allowed} RETURNING id", *values)
+        if row is not None:
+            return row[0]
+        spent = zip(limits.items(), self.spent(), strict=True)
+        name, limit, found = next((*item, found) for item, found in spent if item[1] is not None and found >= item[1])
+        raise JudgeError(
+            f"judge, {name}: the budget of {limit:,} is used up ({found:,} in {self.cache}). Raise it and go on with "
+            "--resume"
+        )
 
 
 def _read(reply: str) -> tuple[float, float] | None:

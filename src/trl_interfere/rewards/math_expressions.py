@@ -18,15 +18,10 @@ from threading import Lock
 _SECONDS = 3  # of processor time for one question; ten times that of wall clock
 _MEMORY = 4 * 2**30
 _DIGITS = 30
-# Numerators over 100 of the variables at the points where formulas are compared: positive, and of both signs.
-_POINTS = (
-    (37, 171, 293, 529),
-    (211, 83, 137, 59),
-    (500, 700, 300, 200),
-    (-61, 229, -173, 47),
-    (-300, -200, -500, 100),
-)
-_POSITIVE = 3
+# Numerators over 100 of the variables at the points where formulas are compared. Where one of them is negative, roots
+# and logarithms may leave the reals, and forms of one formula differ: there only real values are compared.
+_POSITIVE = ((37, 171, 293, 529), (211, 83, 137, 59), (500, 700, 300, 200))
+_POINTS = (*_POSITIVE, (-61, 229, 173, 47), (300, -200, 500, 100), (83, 59, -137, 211), (229, 61, 47, -173))
 _lock, _processes = Lock(), {}  # one of each process that asks
 
 
@@ -59,17 +54,6 @@ def _main() -> None:
     config = ConversionConfig(lowercase_symbols=False)
     unevaluated = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
 
-    def values(formulas: list, names: list, point: tuple[int, ...]) -> list | None:
-        """Values at a point, exact where they are rational; `None` where there is none."""
-        at = {name: sympy.Rational(point[i % 4] + 11 * i, 100) for i, name in enumerate(names)}
-        found = [formula.subs(at).doit() for formula in formulas]
-        found = [value if value.is_Rational else value.evalf(_DIGITS) for value in found]
-        return found if all(value.is_number and value.is_finite for value in found) else None
-
-    def leaves_reals(formula, names: list, point: tuple[int, ...]) -> bool:
-        parts = values(list(formula.atoms(sympy.Pow, sympy.log)), names, point)
-        return parts is None or any(abs(sympy.im(part)) > 0 for part in parts)
-
     def equal(a, b) -> bool:
         return a == b if a.is_Rational and b.is_Rational else bool(abs(a - b) <= 1e-20 * max(abs(a), abs(b)))
 
@@ -83,15 +67,18 @@ def _main() -> None:
             return formulas[0] not in (sympy.zoo, sympy.nan)
         names = sorted(formulas[0].free_symbols | formulas[1].free_symbols, key=str)
         ratios = []
-        for place, point in enumerate(_POINTS if names else _POINTS[:1]):
-            found = values(formulas, names, point)
-            if found is None or (equations and found[1] == 0):
+        for point in _POINTS if names else _POINTS[:1]:
+            at = {name: sympy.Rational(point[i % 4] + 11 * i, 100) for i, name in enumerate(names)}
+            found = [formula.subs(at).doit() for formula in formulas]
+            found = [value if value.is_Rational else value.evalf(_DIGITS) for value in found]
+            positive = point in _POSITIVE
+            if not all(value.is_number and value.is_finite and (positive or value.is_real) for value in found):
                 continue
-            if equations or equal(*found):
-                ratios.append(found[0] / found[1] if equations else sympy.Integer(1))
-            # Where a root or logarithm of a negative number leaves the reals, forms of one formula may differ.
-            elif place < _POSITIVE or not any(leaves_reals(formula, names, point) for formula in formulas):
+            if equations and found[1] == 0:
+                continue
+            if not equations and not equal(*found):
                 return False
+            ratios.append(found[0] / found[1] if equations else sympy.Integer(1))
         return bool(ratios) and ratios[0] != 0 and all(equal(ratio, ratios[0]) for ratio in ratios)
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))

@@ -181,7 +181,7 @@ def _same_residue(expected: tuple, given: tuple, modulus: tuple) -> bool:
         _read(form[1][-1]) if form[0] == "equation" and is_name(form[1][0]) else form for form in (expected, given)
     ]
     values = [quantity(form[1]) if form[0] == "leaf" else None for form in (*forms, modulus)]
-    if None in values:
+    if not all(values):
         return _same(*forms)
     (a, _), (b, _), (m, _) = values
     return m != 0 and (a - b) % m == 0

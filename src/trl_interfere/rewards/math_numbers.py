@@ -10,13 +10,20 @@ LONGEST = 300  # characters of an answer
 
 # One way to write each thing.
 
-_SIGNS = {
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
-    "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "±": r"\pm ", "∓": r"\mp ",
-    "≡": r"\equiv ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "…": r"\ldots ", "α": r"\alpha ", "β": r"\beta ",
-    "θ": r"\theta ", "λ": r"\lambda ", "μ": r"\mu ", "φ": r"\varphi ", "ω": r"\omega ", "’": "'",
-}  # fmt: skip
-_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "₀₁₂₃₄₅₆₇₈₉"
+_SIGNS = str.maketrans({
+    "−": "-", "–": "-", "⁻": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ",
+    "∞": r"\infty ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ",
+    "±": r"\pm ", "∓": r"\mp ", "≡": r"\equiv ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "…": r"\ldots ", "’": "'",
+    "α": r"\alpha ", "β": r"\beta ", "θ": r"\theta ", "λ": r"\lambda ", "μ": r"\mu ", "φ": r"\varphi ",
+    "ω": r"\omega ",
+})  # fmt: skip
+# Before Unicode's own normal form forgets what they are.
+_RAISED = (
+    (r"[⁰¹²³⁴-⁻ⁿ]+", r"^{\g<0>}"),
+    (r"[₀-₉]+", r"_{\g<0>}"),
+    (r"√\s*(?:\(([^()]*)\)|(\d+|\w))", r"\\sqrt{\1\2}"),
+    (r"[¼-¾⅐-⅞]", r" \g<0> "),
+)
 END = r"(?![A-Za-z])"
 _SAME = tuple((re.compile(pattern), replacement) for pattern, replacement in (
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits){END}|\\!", ""),
@@ -45,15 +52,10 @@ _SAME = tuple((re.compile(pattern), replacement) for pattern, replacement in (
 
 def plain(text: str) -> str:
     """A text in LaTeX without what changes no value: spaces, sizes of brackets, fonts, signs of Unicode."""
-    text = "".join(_SIGNS.get(sign, sign) for sign in text)
-    for mark, signs, plain in (("^", _RAISED, "0123456789-+n"), ("_", _LOWERED, "0123456789")):
-        table = str.maketrans(signs, plain)
-        text = re.sub(
-            f"[{signs}]+", lambda found, table=table, mark=mark: f"{mark}{{{found[0].translate(table)}}}", text
-        )
-    text = re.sub(r"√\s*(?:\(([^()]*)\)|(\d+|\w))", r"\\sqrt{\1\2}", text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda match: f" {unicodedata.normalize('NFKC', match[0])} ", text)
-    text = re.sub(r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}", unicodedata.normalize("NFKC", text))
+    for pattern, replacement in _RAISED:
+        text = re.sub(pattern, replacement, text)
+    text = unicodedata.normalize("NFKC", text.translate(_SIGNS))
+    text = re.sub(r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}", text)
     for pattern, replacement in _SAME:
         text = pattern.sub(replacement, text)
     return re.sub(r"(?<!\.)\.$", "", text.strip("*_` \n")).strip("*_` \n")

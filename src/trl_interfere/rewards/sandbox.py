@@ -121,48 +121,36 @@ class Sandbox:
         Raises:
             [`SandboxError`]: If no sandbox can be made.
         """
-        return again(lambda: self.run_once(program, stdin, limits), lambda execution: execution.status == "killed")
+        return again(lambda: self.run_once(program, stdin, limits))
 
     def run_once(
         self, program: str, stdin: str = "", limits: Limits | None = None, pipes: Sequence[int] = ()
     ) -> Execution:
         """Run one program that may also use the ends of pipes in `pipes`, which are closed here."""
-        limits, bubblewrap = limits or self.limits, find_bubblewrap()
+        limits, bubblewrap = limits or self.limits, _bubblewrap()
         cpu, uid = math.ceil(limits.seconds), random.SystemRandom().choice(_UIDS) if os.geteuid() == 0 else 0
         files = [_file(program), _file(stdin), _file(stdin), _file(seccomp_filter()), _file(), _file()]
         text, copy, given, instructions, *outputs = files
         reader, ready = os.pipe()
-        handed = [ready, *pipes]
         command = [bubblewrap, *_mounts(uid != 0), "--seccomp", str(instructions)]
         for file, path in ((text, "/program.py"), (copy, "/dev/stdin")):
             command += ["--perms", "0444", "--ro-bind-data", str(file), path]
-        command += ["--remount-ro", "/", "--", _python(), "-sSPB", "/worker.py", str(ready)]
+        command += ["--remount-ro", "/", "--", os.path.realpath(sys.executable), "-sSPB", "/worker.py", str(ready)]
         command += map(str, (cpu, limits.memory, limits.output, limits.threads, uid))
+        handed = (text, copy, instructions, ready, *pipes)
+        standard = {"stdin": given, "stdout": outputs[0], "stderr": outputs[1], "env": {}, "cwd": "/"}
         try:
-            process = subprocess.Popen(
-                command,
-                stdin=given,
-                stdout=outputs[0],
-                stderr=outputs[1],
-                env={},
-                cwd="/",
-                start_new_session=True,
-                pass_fds=(text, copy, instructions, ready, *pipes),
-            )
-            while handed:
-                os.close(handed.pop())
-            try:
-                code = process.wait(2 * limits.seconds + 2)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                process.kill()
-                process.wait()
-            stdout, stderr = (os.pread(output, limits.output + 1, 0) for output in outputs)
-            started = os.read(reader, 5) == b"ready"
+            code = subprocess.run(
+                command, **standard, start_new_session=True, pass_fds=handed, timeout=2 * limits.seconds + 2
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
         finally:
-            for file in (*files, reader, *handed):
+            stdout, stderr = (os.pread(output, limits.output + 1, 0) for output in outputs)
+            for file in (*files, ready, *pipes):
                 os.close(file)
+            started = os.read(reader, 5) == b"ready"
+            os.close(reader)
         if not started:
             reason = stderr.decode(errors="replace").strip()[:2000] or f"exit code {code}"
             raise SandboxError(
@@ -179,44 +167,32 @@ class Sandbox:
         return Execution(status, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"))
 
     def map(self, function: Callable, *arguments: Iterable) -> list:
-        """
-        Call a function for many arguments, as many at a time as there are workers.
-
-        Args:
-            function (`Callable`):
-                Called with an item of each iterable; may call `run`.
-            arguments (`Iterable`):
-                Arguments.
-
-        Returns:
-            `list`: What the function returned, in order.
-        """
+        """What a function that may call `run` returns for many arguments, as many at a time as there are workers."""
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(function, *arguments))
 
 
-def again(function: Callable, failed: Callable) -> Execution:
-    """What a function returns, called again if the system, and not the program, was at fault."""
+def again(run: Callable[[], Execution]) -> Execution:
+    """How a program ended, run again if the system ended it."""
     for _ in range(_ATTEMPTS):
-        result = function()
-        if not failed(result):
-            return result
+        execution = run()
+        if execution.status != "killed":
+            return execution
     logger.warning("sandbox: the system ended a program %d times: it counts as failed. Out of memory?", _ATTEMPTS)
-    return result
+    return execution
 
 
 def check_sandbox(name: str) -> None:
     """Refuse a sandbox that cannot be had, before anything is run in it."""
     if name == "bubblewrap":
-        find_bubblewrap()
+        _bubblewrap()
     elif urlparse(str(name)).scheme not in ("http", "https"):
         raise SandboxError(
             f"sandbox: expected 'bubblewrap' or the address of a Piston server (http://HOST:PORT), found {name!r}"
         )
 
 
-def find_bubblewrap() -> str:
-    """The path of the command of bubblewrap."""
+def _bubblewrap() -> str:
     path = shutil.which("bwrap")
     if path is None:
         raise SandboxError(
@@ -236,14 +212,10 @@ def _file(content: str | bytes = b"") -> int:
     return file
 
 
-def _python() -> str:
-    return os.path.realpath(sys.executable)
-
-
 @cache
 def _mounts(root: bool) -> tuple[str, ...]:
     """Options of bubblewrap: the interpreter and the libraries that it is linked with, and nothing else from here."""
-    python, prefix = _python(), os.path.realpath(sys.base_prefix)
+    python, prefix = os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix)
     command = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     command += ["--unshare-cgroup-try", "--die-with-parent", "--clearenv", "--cap-drop", "ALL"]
     if root:

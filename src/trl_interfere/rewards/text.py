@@ -29,10 +29,8 @@ def exact_match(completions: list, answer: list[str], **kwargs) -> list[float]:
     def normal(text: str) -> str:
         return text.strip().removesuffix(".").strip().casefold()
 
-    return [
-        float(normal(completion_text(completion)) == normal(str(expected)))
-        for completion, expected in zip(completions, answer, strict=True)
-    ]
+    pairs = zip(map(completion_text, completions), map(str, answer), strict=True)
+    return [float(normal(text) == normal(expected)) for text, expected in pairs]
 
 
 def contains_answer(completions: list, answer: list[str], **kwargs) -> list[float]:
@@ -43,10 +41,8 @@ def contains_answer(completions: list, answer: list[str], **kwargs) -> list[floa
         letters = "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()
         return " " + " ".join(re.findall(r"[\w'-]+", letters)) + " "
 
-    return [
-        float(words(str(expected)) in words(completion_text(completion)))
-        for completion, expected in zip(completions, answer, strict=True)
-    ]
+    pairs = zip(map(completion_text, completions), map(str, answer), strict=True)
+    return [float(words(expected) in words(text)) for text, expected in pairs]
 
 
 def contains_words(completions: list, words: list, **kwargs) -> list[float]:

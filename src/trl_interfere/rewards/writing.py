@@ -10,6 +10,7 @@ from .judge import Judge
 from .text import answer_text
 
 
+_AT_ONCE = 8  # comparisons by the judge
 _SENTENCE = re.compile(r"[^.!?]+(?:[.!?]+[\"'”’)]*)?")
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
@@ -26,18 +27,16 @@ class JudgeReward:
         wins (`bool`, *optional*, defaults to `False`):
             The share of the orders in which the text has the higher grade, a tie being half, instead of the mean over
             the orders of 1/2 + (grade of the text - grade of the reference) / 18.
-        concurrency (`int`, *optional*, defaults to `8`):
-            Comparisons at a time.
     """
 
     __name__ = "judge_reward"
 
-    def __init__(self, judge: Judge, thinking: bool = False, wins: bool = False, concurrency: int = 8):
-        self.judge, self.thinking, self.wins, self.concurrency = judge, thinking, wins, concurrency
+    def __init__(self, judge: Judge, thinking: bool = False, wins: bool = False):
+        self.judge, self.thinking, self.wins = judge, thinking, wins
 
     def __call__(self, prompts: list, completions: list, reference: list[str], **kwargs: Any) -> list[float]:
         """Rewards of completions by texts to compare with. An empty one gets 0 and is not shown to the judge."""
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(self._reward, prompts, completions, reference))
 
     def _reward(self, prompt: str | list[dict], completion: str | list[dict], reference: str) -> float:
@@ -110,7 +109,7 @@ def _is_prose(text: str, sentences: list[str], words: tuple[str, ...], assignmen
     letters = sum(sign.isalpha() or sign.isspace() for sign in text)
     bodies = [*map(_words, sentences)]
     # A list of words has commas after nearly every one.
-    listed = any(text_.count(",") > 0.5 * len(body) for text_, body in zip(sentences, bodies, strict=True))
+    listed = any(sentence.count(",") > 0.5 * len(body) for sentence, body in zip(sentences, bodies, strict=True))
     runs, asked = ({part[i : i + 6] for i in range(len(part) - 5)} for part in (words, _words(assignment)))
     return (
         min(map(len, bodies), default=0) >= 3
