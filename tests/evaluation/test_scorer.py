@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_interfere.domain import Domain
@@ -86,33 +87,19 @@ def test_conversational_prompts_go_through_the_chat_template(make_model, tokeniz
         tokenizer(text)["input_ids"] for text in ("ab1+1=", "c=")
     ]
     assert scorer.complete(model, messages) == scorer.complete(model, ["ab1+1=", "c="])
+    scorer.chat_template_kwargs = {"chat_template": "{{ messages[0].content }}{{ ending }}", "ending": "h"}
+    assert scorer.encode_prompt(messages[1]) == tokenizer("ch")["input_ids"]
 
 
-def test_chat_template_kwargs(tokenizer):
-    scorer = Scorer(
-        tokenizer, chat_template_kwargs={"chat_template": "{{ messages[0].content }}{{ ending }}", "ending": "h"}
-    )
-    assert scorer.encode_prompt([{"role": "user", "content": "1"}]) == tokenizer("1h")["input_ids"]
-
-
-SETTINGS = {
-    "repetition_penalty": 3.0,
-    "no_repeat_ngram_size": 1,
-    "min_new_tokens": 12,
-    "min_length": 24,
-    "num_beams": 3,
-}
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_greedy_whatever_the_generation_config_of_the_model(setting, make_model, tokenizer):
-    expected = Scorer(tokenizer, max_new_tokens=12).complete_ids(make_model(seed=4), PROMPTS)
-    model = make_model(seed=4)
-    model.generation_config.update(
-        **{setting: SETTINGS[setting]}, do_sample=True, temperature=0.6, top_k=20, top_p=0.9
-    )
-    assert Scorer(tokenizer, max_new_tokens=12).complete_ids(model, PROMPTS) == expected
-    assert getattr(model.generation_config, setting) == SETTINGS[setting]  # it is put back
+def test_greedy_whatever_the_generation_config_of_the_model(make_model, tokenizer):
+    scorer, model = Scorer(tokenizer, max_new_tokens=12), make_model(seed=4)
+    expected = scorer.complete_ids(model, PROMPTS)
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
+    changes = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "min_new_tokens": 12, "num_beams": 3}
+    for name, value in {**changes, "min_length": 24}.items():
+        model.generation_config = GenerationConfig(**{name: value}, **sampling)
+        assert scorer.complete_ids(model, PROMPTS) == expected, name
+        assert getattr(model.generation_config, name) == value  # it is put back
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -125,7 +112,7 @@ def test_transformers_has_nothing_to_complain_about(temperature, make_model, tok
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
-@pytest.mark.parametrize("setting", [{}, {"top_p": 0.3, "top_k": 2, "do_sample": True}, {"min_p": 0.5}])
+@pytest.mark.parametrize("setting", [{}, {"top_p": 0.3, "top_k": 2, "min_p": 0.5, "do_sample": True}])
 def test_sampling_follows_the_softmax(temperature, setting, make_model, tokenizer):
     model = make_model(seed=2)
     model.generation_config.update(**setting)
@@ -145,18 +132,17 @@ def states():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_sampling_is_reproducible_and_leaves_no_trace(training, make_model, tokenizer, make_domain):
-    model = make_model().train(training)
+    model = make_model("llama", attention_dropout=0.9).train(training)
     domain = make_domain()
     domain.metric = lambda prompts, completions, **kwargs: [len(completion) / 8 for completion in completions]
     scorer = Scorer(tokenizer, max_new_tokens=8, batch_size=3, temperature=1.0, num_samples=3, seed=7)
     torch.manual_seed(0)
     before = states()
     first = scorer.score(model, domain, domain.selection_dataset)
-    assert states() == before
+    assert states() == before and model.training == training
     torch.manual_seed(1)
-    second = scorer.score(model, domain, domain.selection_dataset)
+    second = scorer.score(model.eval(), domain, domain.selection_dataset)  # dropout is off in either mode
     assert first.completions == second.completions and np.array_equal(first.values, second.values)
-    assert model.training == training
     scorer.seed = 8
     assert scorer.score(model, domain, domain.selection_dataset).completions != first.completions
     # Three completions of each prompt, side by side, averaged by hand.
@@ -165,12 +151,6 @@ def test_sampling_is_reproducible_and_leaves_no_trace(training, make_model, toke
     expected = [sum(len(completion) for completion in group) / 24 for group in groups]
     np.testing.assert_allclose(first.values, expected)
     assert first.samples.shape == (5, 3) and first.prompts == domain.selection_dataset["prompt"][:]
-
-
-def test_dropout_is_off_while_scoring(make_model, tokenizer):
-    model = make_model("llama", attention_dropout=0.9)
-    expected = Scorer(tokenizer, max_new_tokens=8).complete_ids(model, PROMPTS)
-    assert Scorer(tokenizer, max_new_tokens=8).complete_ids(model.train(), PROMPTS) == expected
 
 
 def test_settings_out_of_range(tokenizer):
@@ -318,10 +298,8 @@ def test_broken_metrics(function, message):
 
 
 def test_domains_of_several_turns_need_a_metric():
-    domain = Domain("numbers", reward_funcs=lengths)
-    check_scorable(domain)
     with pytest.raises(ValueError, match="'numbers'.*tools.*metric"):
-        check_scorable(domain, "tools")
+        check_scorable(Domain("numbers", reward_funcs=lengths), "tools")
     check_scorable(Domain("numbers", reward_funcs=of_environments, metric=lengths), "tools")
 
 

@@ -21,8 +21,6 @@ STATEMENTS = r"""
 42 || <think>It may be \boxed{7}.</think> \boxed{42} | I first thought \boxed{41}, but it is \boxed{42} ||
 42 || The answer is $42$. | The answer is \(42\). | **42**. | Therefore, the sum is 42. | So we get⏎$x = 42$ ||
 42 || The answer is 42 apples. | \boxed {42} | The answer is $42$ square feet. | The answer is 42 people. ||
-42 || The answer is 42 miles per hour. | **Final Answer**: 42 | Therefore, the cost is $42. ||
-42 || Since 7 is not a divisor, the sum is 42. | Thus \(x = 42\). ||
 42 || || The answer is $41$. | Therefore, the sum is 41. | The answer is \(41\). | **41**. | So we get⏎$x = 41$
 42 || || The answer is 41 apples. | \boxed {41} | I do not know. | \boxed{} | \boxed{42 | <think>\boxed{42}
 42 || || The answer is | The answer is 42 plus something | The answer is 42 dozen eggs | The answer is 42 tenths
@@ -30,13 +28,10 @@ STATEMENTS = r"""
 42 || || The answer is 42k | I don't think that the sum is 42. | x != 42 | The sum is not 42
 42 || || \boxed{42}\boxed{43} | The answer is \boxed{x}, where x is what was expected | \boxed{\boxed{}}
 144 || 57 + 87 = 144 ||
-144 || || 57 + 87 = 134
-2\sqrt{3} || The answer is $2\sqrt{3}$. ||
 1.5 || The answer is 1 1/2 cups. ||
 1 || || The answer is 1 or more | The answer is 1 million
 1, 2 || x = \boxed{1} and y = \boxed{2} | The solutions are \boxed{1}, \boxed{2}. ||
 \frac{1}{2} || The final answer is $\frac{1}{2}$, as required. ||
-\frac{1}{2} || Hence the required probability is $\frac{1}{2}$. ||
 72 || The answer is 72, since there are 72 clips. | The answer is 72 - she sold 72 clips. ||
 72 || Therefore, she sold 72 clips. | So the total is 72 clips. | Answer: 72 (which is the total) ||
 72 || #### 72 clips | #### $72 | The answer is 72, which is the total. ||
@@ -44,18 +39,14 @@ STATEMENTS = r"""
 72 || The answer is 72 (48 in April and 24 in May). | The answer is 72 clips altogether. | Hence 72. ||
 72 || Total: 72 | 48+24 = 72⏎#### 72 | #### 72 | The answer is 72, as we showed. ||
 72 || Thus, the answer is 72 clips in total. | In total: 72. | The final answer is: 72 | Therefore 72. | = 72 ||
-72 || The answer is **72**. | The answer is \(72\). | Result: 72 | She has 72 left. ||
 72 || The answer is 72; the others are wrong. | ####72 | #### 72. ||
 72 || The sum of all such values is therefore 72. | $$x=72$$ | \[x = 72\] ||
 72 || || The answer is 72, or maybe 73. | The answer is 72. No wait, 73. | The answer is 72 (or 73).
 72 || || The answer is not 72. | The answer is 72 or 73 | #### 71 | The answer is 72 and not 71.
 72 || || The answer is 7 2 | The answer is 172
-1234 || #### 1,234 ||
 2 || || \boxed{1} and \boxed{2}
--5 || #### -5 ||
 0.5 || x⏎#### \frac{1}{2} ||
 \frac34 || Answer: $\frac{3}{4}$ ||
-5 || So the answer is $x = 5$. ||
 """
 TABLE = [
     *(

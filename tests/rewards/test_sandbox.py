@@ -31,50 +31,41 @@ def refused(result):
     print("refused" if result == -errno.EPERM else f"SUCCEEDED {result}")
 """
 
+
+def attempt(call, imports="os", errors="OSError"):
+    return f"import {imports}\ntry: {call}\nexcept {errors}: print('refused')\nelse: print('SUCCEEDED')"
+
+
 # Attempts to get out. Each prints "refused" if it was held, and ends with an error or prints anything else if not.
 ESCAPES = {
-    "write a file": "try: open('/escape', 'w')\nexcept OSError: print('refused')",
-    "write a file in /tmp": "try: open('/tmp/escape', 'w')\nexcept OSError: print('refused')",
-    "write a device": (
-        "import os\nfor path in ('/dev/shm/x', '/dev/x'):\n"
-        "    try: open(path, 'w')\n    except OSError: continue\n    else: print('SUCCEEDED')\nprint('refused')"
-    ),
-    "write to the interpreter": (
-        "import os\ntry: open(os.__file__, 'a')\nexcept OSError: print('refused')\nelse: print('SUCCEEDED')"
-    ),
+    "write a file": attempt("open('/escape', 'w')"),
+    "write a file in /tmp": attempt("open('/tmp/escape', 'w')"),
+    "write to shared memory": attempt("open('/dev/shm/x', 'w')"),
+    "write a device": attempt("open('/dev/x', 'w')"),
+    "write to the interpreter": attempt("open(os.__file__, 'a')"),
     "read the user's files": (
         "import os\nfound = [path for path in ('/etc/passwd', '/etc/shadow', '/home', '/tmp', '/var', '/proc/1/environ',"
         " '/proc/self/mem', '/sys', '/root/.ssh', '/root/.bashrc', {here!r}) if os.access(path, os.R_OK)]\n"
         "print('refused' if not found else found)"
     ),
     "read the environment": "import os\nprint('refused' if not os.environ.get('SECRET_OF_THE_USER') else 'SUCCEEDED')",
-    "connect to the network": (
-        "import socket\ntry: socket.create_connection(('127.0.0.1', {port}), 1)\nexcept OSError: print('refused')"
-    ),
-    "fork": "import os\ntry: os.fork()\nexcept OSError: print('refused')\nelse: print('SUCCEEDED')",
+    "connect to the network": attempt("socket.create_connection(('127.0.0.1', {port}), 1)", "socket"),
+    "fork": attempt("os.fork()"),
     "clone3": (
         CALL + "buffer = ctypes.create_string_buffer(88)\n"
         "print('refused' if call(435, buffer, 88) == -errno.ENOSYS else 'SUCCEEDED')"
     ),
-    "multiprocessing": (
-        "import multiprocessing\ntry: multiprocessing.Process(target=print).start()\nexcept OSError: print('refused')"
-    ),
+    "multiprocessing": attempt("multiprocessing.Process(target=print).start()", "multiprocessing"),
     "start a shell": "import os\nprint('refused' if os.system('true') != 0 else 'SUCCEEDED')",
     "replace the program": (
         "import os, sys\nchild = 'import os\\ntry: os.fork()\\nexcept OSError: print(\\'refused\\')'\n"
         "os.execv(sys.executable, [sys.executable, '-c', child])"
     ),
-    "end the worker": (
-        "import os, signal\ntry: os.kill(os.getppid(), signal.SIGKILL)\nexcept OSError: print('refused')"
-    ),
-    "end everything": "import os, signal\ntry: os.kill(-1, signal.SIGKILL)\nexcept OSError: print('refused')",
-    "become root": (
-        "import os\nif os.getuid() == 0: print('SUCCEEDED')\n"
-        "try: os.setuid(0)\nexcept OSError: print('refused')\nelse: print('SUCCEEDED')"
-    ),
-    "raise the limits": (
-        "import resource\ntry: resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)\n"
-        "except (OSError, ValueError): print('refused')\nelse: print('SUCCEEDED')"
+    "end the worker": attempt("os.kill(os.getppid(), 9)"),
+    "end everything": attempt("os.kill(-1, 9)"),
+    "become root": "import os\nif os.getuid() == 0: print('SUCCEEDED')\n" + attempt("os.setuid(0)"),
+    "raise the limits": attempt(
+        "resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)", "resource", "(OSError, ValueError)"
     ),
     "descriptors that are open": (
         "import os\nopen_ = []\nfor fd in range(3, 64):\n    try: os.fstat(fd)\n    except OSError: continue\n"
@@ -146,11 +137,11 @@ def left_nothing(sandbox):
     assert psutil.Process().children(recursive=True) == []
 
 
-@pytest.mark.parametrize("attempt", ESCAPES)
-def test_escapes(attempt, sandbox, left_nothing, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ESCAPES)
+def test_escapes(name, sandbox, left_nothing, monkeypatch, tmp_path):
     monkeypatch.setenv("SECRET_OF_THE_USER", "1")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        program = ESCAPES[attempt].replace("{port}", str(server.getsockname()[1]))
+        program = ESCAPES[name].replace("{port}", str(server.getsockname()[1]))
         program = program.replace("{here!r}", repr(str(tmp_path))).replace("{{", "{").replace("}}", "}")
         execution = sandbox.run(program)
         server.settimeout(0.01)

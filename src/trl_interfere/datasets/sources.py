@@ -4,59 +4,42 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from datasets import Dataset, concatenate_datasets
 
 from ..recipe import check_names, read_dataset
 
 
-@dataclass(frozen=True)
-class Source:
-    """A data set on the Hub: its columns by the names that are used here, its split and configuration."""
+class Source(NamedTuple):
+    """A data set on the Hub: its columns, `ours=theirs` where they have other names, its split and configuration."""
 
     path: str
-    columns: dict[str, str]
+    columns: str
     split: str = "train"
     name: str | None = None
 
 
-_STORY = {"question": "prompt", "reference": "response"}
 # Names of columns: see docs/domains.md for what they rest on.
 SOURCES = {
     "math": {
-        "openr1-math": Source(
-            "open-r1/OpenR1-Math-220k",
-            {"question": "problem", "answer": "answer", "question_type": "question_type"},
-            name="default",
-        ),
-        "aime25": Source("math-ai/aime25", {"question": "problem", "answer": "answer"}, split="test"),
+        "openr1-math": Source("open-r1/OpenR1-Math-220k", "question=problem answer question_type", name="default"),
+        "aime25": Source("math-ai/aime25", "question=problem answer", "test"),
     },
-    "code": {
-        "klear-code": Source(
-            "Kwai-Klear/KlearReasoner-CodeSub-15K", {"messages": "prompt", "reward_model": "reward_model"}
-        ),
-    },
+    "code": {"klear-code": Source("Kwai-Klear/KlearReasoner-CodeSub-15K", "messages=prompt reward_model")},
     "qa": {
-        "supergpqa": Source(
-            "m-a-p/SuperGPQA",
-            {"letter": "answer_letter"} | {name: name for name in ("question", "options", "subfield", "difficulty")},
-        ),
-        "mmlu-pro": Source(
-            "TIGER-Lab/MMLU-Pro",
-            {"question": "question", "options": "options", "letter": "answer", "subfield": "category"},
-            split="test",
-        ),
+        "supergpqa": Source("m-a-p/SuperGPQA", "question options letter=answer_letter subfield difficulty"),
+        "mmlu-pro": Source("TIGER-Lab/MMLU-Pro", "question options letter=answer subfield=category", "test"),
     },
     "writing": {
-        "creative-sonnet": Source("crownelius/Creative-Writing-Sonnet4.6-800x", _STORY),
-        "creative-gemini": Source("crownelius/Creative-Writing-Gemini3Pro-2700x", _STORY),
-        "creative-kimi": Source(
-            "crownelius/Creative-Writing-Reasoning-KimiK2.5-600x", {**_STORY, "question": "instruction"}
-        ),
-        "creative-qwen": Source("crownelius/Creative-Writing-Qwen3.5Plus-2000x", _STORY),
+        f"creative-{name}": Source(f"crownelius/Creative-Writing-{path}", f"question={question} reference=response")
+        for name, path, question in (
+            ("sonnet", "Sonnet4.6-800x", "prompt"),
+            ("gemini", "Gemini3Pro-2700x", "prompt"),
+            ("kimi", "Reasoning-KimiK2.5-600x", "instruction"),
+            ("qwen", "Qwen3.5Plus-2000x", "prompt"),
+        )
     },
 }
 OFFLINE = {"math": "reasoning-gym", "code": "humaneval", "qa": "mmlu-dev", "writing": "constraints"}
@@ -153,8 +136,9 @@ def read_source(
     source: Source, where: str, path: str | None, columns: Mapping[str, str] | None, folder: Path
 ) -> Dataset:
     """The columns of a data set on the Hub, or of a local copy of it, under the names that are used here."""
-    wanted = {**source.columns, **(columns or {})}
-    check_names(wanted, source.columns, f"{where}, columns")
+    known = {column.partition("=")[0]: column.rpartition("=")[2] for column in source.columns.split()}
+    wanted = {**known, **(columns or {})}
+    check_names(wanted, known, f"{where}, columns")
     name = None if path else source.name
     dataset = read_dataset({"path": path or source.path, "split": source.split, "name": name}, where, folder)
     if set(wanted.values()) - set(dataset.column_names):

@@ -135,17 +135,16 @@ class Scorer:
         # A forward pass of a sharded model (FSDP, ZeRO-3) waits for every process, so all need as many batches.
         surplus = [prompts[0]] * (len(shards[0]) - len(mine))
         completion_ids = gather_object(self.complete_ids(model, mine + surplus)[: len(mine)])
-        scores, message = None, None
+        found = None
         if accelerator.is_main_process:
             try:
-                scores = self._scores(domain, dataset, completion_ids)
+                found = self._scores(domain, dataset, completion_ids)
             except ValueError as error:
-                broadcast_object_list([None, str(error)])
-                raise
-        scores, message = broadcast_object_list([scores, message])
-        if message is not None:
-            raise ValueError(message)
-        return scores
+                found = error
+        (found,) = broadcast_object_list([found])
+        if isinstance(found, ValueError):
+            raise found
+        return found
 
     def _scores(self, domain: Domain, dataset: Dataset, completion_ids: list[list[int]]) -> DomainScores:
         rows = [row for row in dataset for _ in range(self.num_samples)]
@@ -166,9 +165,8 @@ class Scorer:
             end_ids.append(self.tokenizer.eos_token_id)
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
         if with_vllm:
-            return model.complete_ids(
-                encoded, self.max_new_tokens, end_ids, self.temperature, self.seed, self.progress
-            )
+            sampling = {"temperature": self.temperature, "seed": self.seed, "progress": self.progress}
+            return model.complete_ids(encoded, self.max_new_tokens, end_ids, **sampling)
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else end_ids[0]
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0} if self.temperature else {}
         config = GenerationConfig(
@@ -202,13 +200,8 @@ class Scorer:
     def encode_prompt(self, prompt: Any) -> list[int]:
         """Token ids of a prompt, by the chat template where it is conversational."""
         if is_conversational({"prompt": prompt}):
-            return self.tokenizer.apply_chat_template(
-                prompt,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **(self.chat_template_kwargs or {}),
-            )
+            settings = {"add_generation_prompt": True, "return_dict": False, **(self.chat_template_kwargs or {})}
+            return self.tokenizer.apply_chat_template(prompt, **settings)
         return self.tokenizer(prompt)["input_ids"]
 
 

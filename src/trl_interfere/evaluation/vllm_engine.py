@@ -1,6 +1,7 @@
 """A checkpoint in a vLLM engine, for a [`Scorer`] to complete prompts with."""
 
 import gc
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,10 +13,10 @@ from ..models import adapter_base, is_adapter, local_folder
 
 
 # vLLM scales every module by the one `lora_alpha` and `r`.
-_NOT_PLAIN = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "rank_pattern", "alpha_pattern")
+_NOT_PLAIN = "use_dora modules_to_save trainable_token_indices bias lora_bias rank_pattern alpha_pattern".split()
 
 
-class VLLMEngine:
+class VLLMEngine(AbstractContextManager):
     """
     A checkpoint in a [vLLM](https://docs.vllm.ai) engine of its own: whole weights, or a LoRA adapter over the model
     that it names.
@@ -95,9 +96,6 @@ class VLLMEngine:
         )
         self.max_length = self.llm.llm_engine.model_config.max_model_len
 
-    def __enter__(self) -> "VLLMEngine":
-        return self
-
     def __exit__(self, *details: object) -> None:
         self.close()
 
@@ -127,22 +125,10 @@ class VLLMEngine:
                 f"of {longest} and max_new_tokens={max_new_tokens}"
             )
         seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()
-        # Everything that a model's own configuration would fill in is named, as the Scorer does with transformers.
-        sampling = [
-            SamplingParams(
-                max_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=1.0,
-                top_k=0,
-                min_p=0.0,
-                repetition_penalty=1.0,
-                seed=own if temperature > 0 else None,
-                stop_token_ids=end_ids,
-                ignore_eos=True,  # the end tokens are those above, and no others
-                detokenize=False,
-            )
-            for own in seeds
-        ]
+        # What a model's own configuration would fill in is named; the end tokens are those given, and no others.
+        settings = {"max_tokens": max_new_tokens, "stop_token_ids": end_ids, "ignore_eos": True, "detokenize": False}
+        settings |= {"temperature": temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        sampling = [SamplingParams(**settings, seed=own if temperature > 0 else None) for own in seeds]
         outputs = self.llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=progress, lora_request=self._adapter
         )
@@ -151,14 +137,12 @@ class VLLMEngine:
 
 def _check_adapter(name: str, adapter: PeftConfig, most: int) -> None:
     """Refuse an adapter that vLLM would refuse, or leave a part of out."""
-    kind = getattr(adapter.peft_type, "value", adapter.peft_type)
-    if kind != "LORA":
-        raise ValueError(f"{name}: expected a LoRA adapter for vLLM, found {kind}; use engine='transformers'")
-    odd = {option: getattr(adapter, option, None) for option in _NOT_PLAIN if getattr(adapter, option, None)}
-    if adapter.bias != "none":
-        odd["bias"] = adapter.bias
-    if odd:
-        found = ", ".join(f"{option}={value!r}" for option, value in odd.items())
-        raise ValueError(f"{name}: expected a plain LoRA adapter for vLLM, found {found}; use engine='transformers'")
-    if adapter.r > most:
-        raise ValueError(f"{name}: expected a LoRA of rank {most} at most for vLLM, found {adapter.r}")
+    kind, rank = getattr(adapter.peft_type, "value", adapter.peft_type), getattr(adapter, "r", 0)
+    odd = {option: getattr(adapter, option, None) or "none" for option in _NOT_PLAIN}
+    odd = {option: value for option, value in odd.items() if value != "none"}
+    if kind != "LORA" or odd or rank > most:
+        found = ", ".join([f"{kind} of rank {rank}", *(f"{option}={value!r}" for option, value in odd.items())])
+        raise ValueError(
+            f"{name}: expected a plain LoRA adapter of rank {most} at most for vLLM, found {found}; use "
+            "engine='transformers'"
+        )

@@ -8,7 +8,7 @@ from .math_numbers import END, EQUALS, LONGEST, SUBSCRIPTS, UNIT, is_name, plain
 
 
 _RELATION = re.compile(rf"(<|>|\\(?:le|ge|ne|in){END})")
-_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+_FLIPPED = {">": "<", "\\ge": "\\le"}
 _SEPARATOR = re.compile(rf"(?<!\d),(?!\d{{3}}\b)|(?<=\d),(?!\d{{3}}(?!\d))|;|\b(?:and|or)\b|\\cup{END}")
 _COMMA = re.compile(",|;")
 _BRACKETS = re.compile(r"(\\\{|\\langle|[(\[])(.*?)(\\\}|\\rangle|[)\]])")
@@ -111,13 +111,14 @@ def _relation(sides: list[str], signs: list[str]) -> tuple:
     if signs == ["\\in"]:
         form = _read(sides[1])
         return ("range", *form[1:]) if form[0] == "bracket" else form
-    if signs[0] in (">", "\\ge") and len(sides) == 3 or len(sides) == 2 and is_name(sides[1]) > is_name(sides[0]):
+    if signs[0] in _FLIPPED:
         sides, signs = sides[::-1], [_FLIPPED.get(sign, sign) for sign in signs[::-1]]
-    if len(sides) == 2 and is_name(sides[0]) and signs[0] in _FLIPPED:
-        end, infinite = _read(sides[1]), "-\\infty" if signs[0] in ("<", "\\le") else "\\infty"
-        ends = [("leaf", infinite), end] if infinite[0] == "-" else [end, ("leaf", infinite)]
-        return "range", {"<": "()", ">": "()", "\\le": "(]", "\\ge": "[)"}[signs[0]], ends
-    if len(sides) == 3 and is_name(sides[1]) and {*signs} <= {"<", "\\le"}:
+    smaller = {*signs} <= {*_FLIPPED.values()}
+    if smaller and len(sides) == 2 and is_name(sides[0]):
+        sides, signs = ["-\\infty", *sides], ["<", *signs]
+    elif smaller and len(sides) == 2 and is_name(sides[1]):
+        sides, signs = [*sides, "\\infty"], [*signs, "<"]
+    if smaller and len(sides) == 3 and is_name(sides[1]):
         brackets = ("[" if signs[0] == "\\le" else "(") + ("]" if signs[1] == "\\le" else ")")
         return "range", brackets, [_read(sides[0]), _read(sides[2])]
     return "relation", signs, [*map(_read, sides)]
