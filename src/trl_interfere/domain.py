@@ -95,34 +95,28 @@ class Domain:
                 setattr(self, field, self._checked(getattr(self, field), field))
 
     def _checked(self, dataset: Any, field: str) -> Any:
-        if isinstance(dataset, IterableDataset) and field != "train_dataset":
+        where = f"domain {self.name!r}, {field}"
+        streamed = isinstance(dataset, IterableDataset)
+        if not isinstance(dataset, (Dataset, IterableDataset)) or (streamed and field != "train_dataset"):
             raise ValueError(
-                f"domain {self.name!r}, {field}: expected a Dataset, since scores are compared prompt by prompt, "
-                "found an IterableDataset; pass `Dataset.from_list(list(stream.take(n)))`"
+                f"{where}: expected a Dataset (scores are compared prompt by prompt: of a stream, take "
+                f"`Dataset.from_list(list(stream.take(n)))`), found {type(dataset).__name__}"
             )
-        if not isinstance(dataset, (Dataset, IterableDataset)):
-            raise ValueError(f"domain {self.name!r}, {field}: expected a Dataset, found {type(dataset).__name__}")
         columns = dataset.column_names
         routed = field == "train_dataset" and columns is not None and "environment" in columns
         if columns is not None and "prompt" not in columns and not routed:
-            raise ValueError(f"domain {self.name!r}, {field}: expected a column 'prompt', found {sorted(columns)}")
-        _check_reserved(columns or [], f"domain {self.name!r}, {field}")
-        if isinstance(dataset, IterableDataset):
-            if columns is not None and DOMAIN_COLUMN in columns:
-                raise ValueError(
-                    f"domain {self.name!r}, {field}: the column '{DOMAIN_COLUMN}' is used to route rewards; rename it"
-                )
-            return dataset.map(_mark, fn_kwargs={"name": self.name, "field": field})
+            raise ValueError(f"{where}: expected a column 'prompt', found {sorted(columns)}")
+        _check_reserved(columns or [], where)
+        if streamed:
+            if DOMAIN_COLUMN in (columns or []):
+                raise ValueError(f"{where}: the column '{DOMAIN_COLUMN}' is used to route rewards; rename it")
+            return dataset.map(_mark, fn_kwargs={"name": self.name, "where": where})
         if len(dataset) == 0:
-            raise ValueError(f"domain {self.name!r}, {field}: expected at least one row, found none")
-        if DOMAIN_COLUMN in columns:
-            if set(dataset.unique(DOMAIN_COLUMN)) != {self.name}:
-                raise ValueError(
-                    f"domain {self.name!r}, {field}: the column '{DOMAIN_COLUMN}' is used to route rewards and holds "
-                    f"other values ({sorted(map(str, dataset.unique(DOMAIN_COLUMN)))[:5]}); rename it"
-                )
-            return dataset
-        return dataset.add_column(DOMAIN_COLUMN, [self.name] * len(dataset))
+            raise ValueError(f"{where}: expected at least one row, found none")
+        if DOMAIN_COLUMN not in columns:
+            return dataset.add_column(DOMAIN_COLUMN, [self.name] * len(dataset))
+        _check_marks(dataset.unique(DOMAIN_COLUMN), self.name, where)
+        return dataset
 
 
 def check_columns(domain: Domain) -> None:
@@ -165,12 +159,16 @@ def _check_reserved(columns: Iterable[str], where: str) -> None:
         raise ValueError(f"{where}: the column {name!r} has the name of what rewards are called with; rename it")
 
 
-def _mark(row: dict[str, Any], name: str, field: str) -> dict[str, str]:
-    # The columns of a stream may be unknown until its rows are read.
-    _check_reserved(row, f"domain {name!r}, {field}")
-    if row.get(DOMAIN_COLUMN, name) != name:
+def _check_marks(marks: Iterable[Any], name: str, where: str) -> None:
+    if {*marks} != {name}:
         raise ValueError(
-            f"domain {name!r}, {field}: the column '{DOMAIN_COLUMN}' is used to route rewards and holds "
-            f"{row[DOMAIN_COLUMN]!r}; rename it"
+            f"{where}: the column '{DOMAIN_COLUMN}' is used to route rewards and holds {sorted(map(str, marks))[:5]}; "
+            "rename it"
         )
+
+
+def _mark(row: dict[str, Any], name: str, where: str) -> dict[str, str]:
+    # The columns of a stream may be unknown until its rows are read.
+    _check_reserved(row, where)
+    _check_marks([row.get(DOMAIN_COLUMN, name)], name, where)
     return {DOMAIN_COLUMN: name}

@@ -176,6 +176,7 @@ class Judge:
                 raise TypeError(f"a message of type {type(reply).__name__}")
             if type(usage) is not int and (usage is not None or self.max_tokens is not None) or (usage or 0) < 0:
                 raise ValueError(f"a usage of {usage!r} tokens, by which max_tokens cannot be kept")
+            self._execute("UPDATE requests SET reply = ?, tokens = ? WHERE id = ?", reply, usage or 0, number)
         except (requests.RequestException, ValueError, TypeError, AttributeError, LookupError) as error:
             if text is None:  # not answered, not paid for
                 self._execute("DELETE FROM requests WHERE id = ?", number)
@@ -183,7 +184,6 @@ class Judge:
             raise JudgeError(
                 f"judge: expected a reply of {self.model!r} from {self.base_url}, found {found}"
             ) from error
-        self._execute("UPDATE requests SET reply = ?, tokens = ? WHERE id = ?", reply, usage or 0, number)
         return reply
 
     def _execute(self, statement: str, *values: Any) -> tuple | None:
