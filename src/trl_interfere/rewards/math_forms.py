@@ -11,7 +11,7 @@ _RELATION = re.compile(rf"(<|>|\\(?:le|ge|ne|in){END})")
 _FLIPPED = {">": "<", "\\ge": "\\le"}
 _SEPARATOR = re.compile(rf"(?<!\d),(?!\d{{3}}\b)|(?<=\d),(?!\d{{3}}(?!\d))|;|\b(?:and|or)\b|\\cup{END}")
 _COMMA = re.compile(",|;")
-_BRACKETS = re.compile(r"(\\\{|\\langle|[(\[])(.*?)(\\\}|\\rangle|[)\]])")
+_BRACKETS = re.compile(r"(\\\{|[(\[])(.*?)(\\\}|[)\]])")
 _MODULUS = re.compile(r"^(.*?)\(?\s*\\?[pb]?mod(?:ulo)?\s*\{?\s*([^{}()]+?)\s*\}?\s*\)?$")
 _FUNCTIONS = "sin|cos|tan|cot|sec|csc|log|ln|exp|max|min|gcd|lcm|mod|deg|det|arcsin|arccos|arctan|sinh|cosh|tanh|lim"
 _WORD = re.compile(
@@ -75,16 +75,10 @@ def _read(text: str) -> tuple:
         return _relation(sides, _RELATION.findall(text))
     match = _BRACKETS.fullmatch(text)
     if match and _balanced(match[2]):
-        inner = _split(match[2], _COMMA)
-        if match[1] == "\\{":
-            return ("list", [*map(_read, inner)]) if len(inner) > 1 else _read(match[2])
-        if len(inner) > 1 or match[1] != "(":
-            return (
-                "bracket",
-                (match[1] + match[3]).replace("\\langle", "(").replace("\\rangle", ")"),
-                [*map(_read, inner)],
-            )
-        return _read(match[2])
+        inner = [*map(_read, _split(match[2], _COMMA))]
+        if len(inner) == 1 and match[1] != "[":
+            return inner[0]
+        return ("list", inner) if match[1] == "\\{" else ("bracket", match[1] + match[3], inner)
     if "\\pm" in text or "\\mp" in text:
         flipped = text.replace("\\pm", "\\-").replace("\\mp", "\\pm").replace("\\-", "\\mp")
         signs = [form.replace("\\pm", "+").replace("\\mp", "-").strip().removeprefix("+") for form in (text, flipped)]

@@ -25,13 +25,13 @@ _RAISED = (
     (r"[¼-¾⅐-⅞]", r" \g<0> "),
 )
 END = r"(?![A-Za-z])"
+_PLAIN = dict(lt="<", gt=">", varnothing=r"\emptyset ", lbrace=r"\{", rbrace=r"\}", langle="(", rangle=")")
 _SAME = tuple((re.compile(pattern), replacement) for pattern, replacement in (
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits){END}|\\!", ""),
     (r"(?<=\d)(?:,?\\[,;: ]|\{,\})(?=\d{3})", ""),
     (rf"\\(le|ge|ne)q{END}", r"\\\1"),
     (rf"\\(?:c?dots|dotsc|dotsb){END}|\.\.\.+", r"\\ldots "),
-    (rf"\\(lt|gt|varnothing|lbrace|rbrace){END}",
-     lambda match: {"lt": "<", "gt": ">", "lbrace": r"\{", "rbrace": r"\}"}.get(match[1], r"\emptyset ")),
+    (rf"\\(lt|gt|varnothing|[lr]brace|[lr]angle){END}", lambda match: _PLAIN[match[1]]),
     (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree", " degrees "),
     (r"\\%", "%"),
     (r"\\\$|(?<!\\)\$(?=\s*\d[\d,.]*(?:[^$]*$))", " dollars "),
