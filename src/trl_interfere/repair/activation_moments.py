@@ -70,9 +70,9 @@ class Solution:
 
     def __init__(self, moments: torch.Tensor, ridge: float):
         self.ridge = ridge * float(moments.diagonal().mean())
-        self.metric = moments.clone()
-        self.metric.diagonal().add_(self.ridge)
-        self.root = torch.linalg.cholesky(self.metric)
+        metric = moments.clone()
+        metric.diagonal().add_(self.ridge)
+        self.root = torch.linalg.cholesky(metric)
 
     def change(self, residual: torch.Tensor) -> torch.Tensor:
         """The change in the metric of the moments, `ΔW (S + ρI)^½`, of shape `(outputs, width)`."""

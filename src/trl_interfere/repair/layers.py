@@ -165,7 +165,8 @@ class Pass:
         finally:
             for path in paths:
                 del block.get_submodule(path).forward
-            self._outputs = {path: self._outputs[path] for path in done if path in self._outputs}
+            size = self.healed.hidden.numel()
+            self._outputs = {p: out for p, out in self._outputs.items() if p in done and _narrow(out, size)}
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -225,6 +226,11 @@ def _note(calls: list[Call], path: str):
         calls.append(Call(path, module, (*args, *kwargs.values()), output))
 
     return hook
+
+
+def _narrow(output: object, size: int) -> bool:
+    """Whether an output is worth its memory: wide ones are computed again."""
+    return not isinstance(output, torch.Tensor) or output.numel() <= size
 
 
 def _remembering(forward: Callable, path: str, outputs: dict[str, object]) -> Callable:
