@@ -33,7 +33,7 @@ from torch import nn
 from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.gradients import mean_gradient
 from trl_interfere.analysis.references import References, collect_references
-from trl_interfere.lab.build import MODEL_FOLDER
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.pipeline import LEARNING_RATE, STAGE_LEARNING_RATES
 from trl_interfere.models import load_model, load_tokenizer
 from trl_interfere.repair.activation_moments import ActivationMoments
