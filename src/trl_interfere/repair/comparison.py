@@ -34,21 +34,7 @@ class Comparison:
     One protocol for all arms: of the candidates of an arm, the one with the highest mean score on the selection split
     is taken, among those with which no domain loses more than `max_drop` points there. Where there is none, the one
     with the smallest loss is taken, and the row says so. All figures of the row are from the test split. An arm
-    with one candidate has nothing to choose.
-
-    Args:
-        final (`str` or `pathlib.Path`):
-            Checkpoint that is repaired.
-        peaks (`dict[str, str or pathlib.Path]`):
-            Checkpoint at which each damaged domain scored best.
-        domains (`Sequence[Domain]`):
-            All domains.
-        scorer ([`~trl_interfere.Scorer`]):
-            Scores the models.
-        scores (`tuple[dict, dict]`):
-            Scores of each test prompt at the peaks and at the end, by domain.
-        max_drop (`float`, *optional*, defaults to `1.0`):
-            Points that a domain may lose on the selection split.
+    with one candidate has nothing to choose. `scores` are those of each test prompt at the peaks and at the end.
     """
 
     final: str | Path

@@ -28,25 +28,7 @@ def route_scores(
 
     `route_conflict` is our reconstruction of the criterion of arXiv 2606.02398, whose formula is not known to us:
     among the `active_share` most active routes of their kind in both domains, the part of the later update that
-    opposes the earlier one.
-
-    Args:
-        criterion (`str`):
-            One of `CRITERIA`.
-        report ([`InterferenceReport`]):
-            The analysis.
-        route_map ([`RouteMap`]):
-            The routes of the model.
-        protection (`float`, *optional*, defaults to `0.0`):
-            Weight of the mean benefit of the later domains, subtracted from criteria in nats.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of `"random"`.
-
-    Returns:
-        `numpy.ndarray` of shape `(num_routes,)`: Scores.
-
-    Raises:
-        `ValueError`: If the criterion is unknown, or needs a measure that the report lacks.
+    opposes the earlier one. `protection` is the weight of the mean benefit of the later domains, which is subtracted.
     """
     routes = report.routes
     if criterion not in CRITERIA:

@@ -72,32 +72,10 @@ def heal(
     progress: bool = False,
 ) -> tuple[Repair, dict[str, DomainScores]]:
     """
-    Repair a checkpoint and account for it.
+    Repair a checkpoint, and say in the record what it did on the test split; also the scores of the healed model.
 
-    Args:
-        final (`str` or `pathlib.Path`):
-            Checkpoint to heal.
-        peaks (`dict[str, str or pathlib.Path]`):
-            Checkpoint at which each damaged domain scored best.
-        domains (`Sequence[Domain]`):
-            All domains that count. Those without a `selection_dataset` are not looked at in the choice.
-        scorer ([`~trl_interfere.Scorer`]):
-            Scores the models.
-        method ([`SubspaceRollback`], *optional*):
-            How the repair is made. Defaults to its default settings.
-        max_drop (`float`, *optional*, defaults to `1.0`):
-            Points of 100 on the selection split that a domain may lose to the repair.
-        search (`bool`, *optional*, defaults to `False`):
-            Whether to try heavier weights for the domains that are not restored.
-        scores (`tuple[dict, dict]`, *optional*):
-            Scores of each test prompt at the peaks and at the end. Defaults to scoring these models.
-        base (`str` or `pathlib.Path`, *optional*):
-            Model that adapters stand on.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show progress bars.
-
-    Returns:
-        `tuple`: The [`Repair`], with figures in its record, and the scores of the healed model by domain.
+    A domain may lose `max_drop` points on the selection split, where it has one; `search` tries heavier weights for
+    the domains that are not restored. `scores` are those of each test prompt at the peaks and at the end, if known.
     """
     method = method or SubspaceRollback()
     tested = [domain for domain in domains if domain.eval_dataset is not None]
@@ -141,22 +119,10 @@ def heal(
 
 def account(peaks: Scores, final: Scores, healed: Scores, restored: Sequence[str]) -> dict[str, Any]:
     """
-    Figures of a repair on the test split.
+    Figures of a repair from the score of each test prompt, 0 to 1, at the peaks, before and after.
 
-    Args:
-        peaks (`dict[str, numpy.ndarray]`):
-            Score of each prompt at the peak of its domain, 0 to 1.
-        final (`dict[str, numpy.ndarray]`):
-            Scores before the repair.
-        healed (`dict[str, numpy.ndarray]`):
-            Scores after it.
-        restored (`Sequence[str]`):
-            Domains that the repair was to bring back to their peaks.
-
-    Returns:
-        `dict`: `domains` (scores of 100, whether more was lost than the interval, the recovered share with its
-        interval, flips), `recovered_all` of what the restored domains have lost in sum, and `worst`, the lowest change
-        of a domain in points.
+    `recovered_all` is of what the `restored` domains have lost in sum, and `worst` the lowest change of a domain in
+    points of 100.
     """
     rows, damaged = {}, lost_beyond_interval(peaks, final)
     for name in final:
@@ -203,33 +169,8 @@ def heal_run(
     """
     Heal the last stage of a run, into its folder `repair/`. What a process that was killed left is made anew.
 
-    Args:
-        run ([`~trl_interfere.Run`]):
-            The run.
-        domains (`Sequence[Domain]`):
-            Its domains.
-        rank (`int`, *optional*, defaults to `64`):
-            Rank of the change of each layer; `None` keeps all of it.
-        max_drop (`float`, *optional*, defaults to `1.0`):
-            Points of 100 on the selection split that a domain may lose to the repair.
-        merge (`bool`, *optional*, defaults to `False`):
-            Whether to write whole weights too, into `repair/merged`.
-        names (`Sequence[str]`, *optional*):
-            Domains to heal. Defaults to all that were trained earlier and that later stages have not made better,
-            see [`run_peaks`].
-        search (`bool`, *optional*, defaults to `False`):
-            Whether to try heavier weights for the domains that are not restored.
-        scorer ([`~trl_interfere.Scorer`], *optional*):
-            Scores the models. Defaults to the settings of the run.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show progress bars.
-
-    Returns:
-        [`Repair`] or `None`: The repair; `None` where no domain lost more than the interval of its loss, or
-        every earlier one is better than after its own stage on its selection split.
-
-    Raises:
-        `ValueError`: If a domain was not trained before the last stage.
+    `names` are the domains to heal, by default those of [`run_peaks`]. `None` where no domain lost more than the
+    interval of its loss, or every earlier one is better than after its own stage on its selection split.
     """
     final = run.final
     scored = [domain for domain in domains if domain.name in final.scores]

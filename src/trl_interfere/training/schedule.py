@@ -21,8 +21,8 @@ class Stage:
             `"train"`, `"refresh"` or `"heal"`.
         overrides (`dict`, *optional*):
             Settings of this stage that differ from the configuration of the trainer; of a refresh by distillation,
-            also `teachers`, the stage that teaches each domain, and `reward_weight`; of a heal, arguments of
-            [`~trl_interfere.repair.heal.heal_run`].
+            also `teachers`, the stage that teaches each domain, and `reward_weight`; of a heal `rank`, `max_drop`,
+            `merge`, `names` and `search`.
         reason (`dict`, *optional*):
             Why a callback asked for this stage, as JSON values; it is kept in the manifest.
     """
