@@ -176,10 +176,10 @@ def statistics(folder: Path, workers: int) -> dict:
 
     checkpoints = [Checkpoint(folder / side) for side in ("before", "after")]
     (update,) = update_statistics(checkpoints, RouteMap(checkpoints[0].config))
-    whole = update.whole
+    whole = update.tensors.drop(columns="dtype").sum()
     return {
         "bytes": sum(checkpoint.nbytes for checkpoint in checkpoints),
-        "below_absolute": whole.below_absolute,
+        "below_absolute": int(whole.below_absolute),
         "norm": whole.squared_norm**0.5,
         "identical": whole.identical / whole.elements,
     }

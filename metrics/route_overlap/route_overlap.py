@@ -95,8 +95,7 @@ class RouteOverlap(evaluate.Metric):
         found = overlaps(np.asarray(first), np.asarray(second), _Routes(kinds, layers), share=share)
         whole = found["all"]
         return {
-            "overlap": whole.value,
-            "chance": whole.chance,
-            "shuffled": whole.shuffled,
-            "by_kind": {kind: figures.to_dict() for kind, figures in found.items()},
+            "overlap": whole["value"],
+            **{name: whole[name] for name in ("chance", "shuffled")},
+            "by_kind": found,
         }

@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from trl_interfere.analysis.activity import route_activity
-from trl_interfere.analysis.architectures import Architecture, Slices
 from trl_interfere.analysis.routes import RouteMap
 
 
@@ -49,17 +48,3 @@ def test_an_expert_is_silent_where_the_router_passes_it_by(make_model, sequences
     activity = route_activity(model, make_batches(sequences), route_map)[route_map.of_layer("mlp", 1)].reshape(5, 3)
     assert (activity[:3].sum(axis=1) > 0).any()
     assert (activity.sum(axis=1) == 0).any()
-
-
-def test_description_without_a_tensor_to_write_through(make_model, sequences, make_batches):
-    model = make_model("llama")
-    tensors = {
-        "mlp.down_proj.weight": Slices(1, ("mlp",), writes=True),
-        "self_attn.out_proj.weight": Slices(1, ("query",), writes=True),
-    }
-    message = (
-        r"LlamaForCausalLM: expected a module through which the query routes of layer 0 write, one of "
-        r"\['mlp.down_proj.weight', 'self_attn.out_proj.weight'\], found none"
-    )
-    with pytest.raises(ValueError, match=message):
-        route_activity(model, make_batches(sequences), RouteMap(model.config, Architecture(tensors)))

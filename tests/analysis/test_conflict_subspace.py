@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from trl_interfere.analysis.attribution import UpdatePath
-from trl_interfere.analysis.conflict_subspace import TOP_SHARES, conflict_subspace, random_update, route_operator
+from trl_interfere.analysis.conflict_subspace import TOP_SHARES, RouteOperator, conflict_subspace, random_update
 from trl_interfere.analysis.routes import RouteMap
 
 
@@ -43,7 +43,7 @@ def problem(make_model, moved, sequences, make_batches, token_loss, owned_slices
 def test_operator_against_a_dense_hessian(problem):
     path, route_map, batches, dense = problem
     expected = dense(path.delta)
-    operator = route_operator(path, batches, route_map, step=1e-4)
+    operator = RouteOperator(path, batches, route_map, None, step=1e-4)
     assert operator.shape == (NUM_ROUTES, NUM_ROUTES)
     found = np.stack([operator.matvec(row) for row in np.eye(NUM_ROUTES)], axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
@@ -64,21 +64,21 @@ def test_leading_eigenpairs_and_their_shares(size, control, problem):
     order = np.argsort(-np.abs(values))
     total = operator.sum() / 2
     spectrum, found = conflict_subspace(path, batches, route_map, size, update, step=1e-4)
-    assert spectrum.converged and spectrum.applications > size
+    assert spectrum["converged"] and spectrum["applications"] > size
     assert conflict_subspace(path, batches, route_map, size, update, step=1e-4)[0] == spectrum
     tolerance = 2e-3 * np.abs(values).max()
-    np.testing.assert_allclose(spectrum.eigenvalues, values[order][:size], rtol=2e-3, atol=tolerance)
+    np.testing.assert_allclose(spectrum["eigenvalues"], values[order][:size], rtol=2e-3, atol=tolerance)
     assert abs(found[0] @ vectors[:, order[0]]) == pytest.approx(1, abs=1e-3)
-    assert spectrum.second_order == pytest.approx(total, rel=1e-4)
+    assert spectrum["second_order"] == pytest.approx(total, rel=1e-4)
     shares = values[order] * vectors[:, order].sum(axis=0) ** 2 / (2 * total)
     for k in range(1, size + 1):
-        assert sum(spectrum.shares[:k]) == pytest.approx(shares[:k].sum(), rel=0.02, abs=0.02)
+        assert sum(spectrum["shares"][:k]) == pytest.approx(shares[:k].sum(), rel=0.02, abs=0.02)
     lead = np.abs(values[order][:size])
-    assert spectrum.effective_dimension == pytest.approx(lead.sum() ** 2 / (lead**2).sum(), rel=1e-2)
+    assert spectrum["effective_dimension"] == pytest.approx(lead.sum() ** 2 / (lead**2).sum(), rel=1e-2)
     parts = np.sort(operator.sum(axis=1) / 2)[::-1]
     for share in TOP_SHARES if total > 0 else ():
         expected = parts[: max(1, round(share * NUM_ROUTES))].sum() / total
-        assert spectrum.top_routes[f"{share:g}"] == pytest.approx(expected, rel=1e-3)
+        assert spectrum["top_routes"][f"{share:g}"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_random_update_has_the_norms_of_the_update(problem):

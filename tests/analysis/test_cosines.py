@@ -56,15 +56,6 @@ def test_cosines_against_flattened_vectors(make_model, sequences, make_batches):
         assert found["tensors"][name] == pytest.approx(expected, rel=1e-9)
 
 
-def test_cosines_at_their_bounds(make_model, sequences, make_batches):
-    _, gradient = mean_gradient(make_model(), make_batches(sequences))
-    same = cosines(gradient, {name: 3 * tensor for name, tensor in gradient.items()})
-    opposite = cosines(gradient, {name: -0.1 * tensor for name, tensor in gradient.items()})
-    for found, value in ((same, 1.0), (opposite, -1.0)):
-        assert found["global"] == pytest.approx(value)
-        assert all(entry == pytest.approx(value) for entry in [*found["tensors"].values(), *found["modules"].values()])
-
-
 def test_zero_gradients_have_no_cosine():
     first = {
         "model.layers.0.mlp.up_proj.weight": torch.zeros(2, 2),
@@ -121,11 +112,6 @@ def test_half_precision_is_summed_in_float64():
     first = {name: torch.full((300,), 1 + 2**-7, dtype=torch.bfloat16) for name in NAMES}
     second = {name: torch.cat([torch.full((299,), 1.0), torch.tensor([-1.0])]).bfloat16() for name in NAMES}
     assert cosines(first, second)["global"] == pytest.approx(298 / 300, rel=1e-12)
-
-
-def test_other_tensors():
-    with pytest.raises(ValueError, match="gradients: expected the tensors"):
-        cosines({"model.norm.weight": torch.ones(2)}, {"lm_head.weight": torch.ones(2)})
 
 
 @pytest.mark.parametrize("truth", [0.0, 0.5, -0.8])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trl_interfere.analysis.gradients import mean_gradient, mean_loss
+from trl_interfere.analysis.gradients import _has_room, mean_gradient, mean_loss
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
@@ -37,3 +37,13 @@ def test_gradients_of_earlier_calls_do_not_leak(make_model, sequences, make_batc
     assert all(parameter.grad is None for parameter in model.parameters())
     for name in kept:
         assert torch.equal(first[name], kept[name]) and torch.equal(second[name], kept[name])
+
+
+@pytest.mark.parametrize(("total", "expected"), [(90, True), (84, False)])
+def test_the_next_pass_must_fit_beside_the_gradient(monkeypatch, total, expected):
+    # The gradient takes 10 of 30, and at its peak the pass took 44: 30 + 1.25 * 44 = 85.
+    memory = {"memory_allocated": 30, "max_memory_allocated": 64, "memory_reserved": 64}
+    for name, size in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - 64, total))
+    assert _has_room(torch.device("cuda:0"), held=20) is expected

@@ -47,14 +47,6 @@ def test_undefined_cosine_stays_valid_json(report, tmp_path):
     assert InterferenceReport.from_pretrained(tmp_path).cosines == report.cosines
 
 
-def test_extreme_modules(report):
-    assert report.extreme_module(conflicting=True) == {"module": "layers.0.mlp", "cosine": -0.5}
-    assert report.extreme_module(conflicting=False) == {"module": "layers.0.attention", "cosine": 0.75}
-    report.cosines["modules"] = {}
-    for conflicting in (True, False):
-        assert report.extreme_module(conflicting) == {"module": "none", "cosine": None}
-
-
 @pytest.mark.parametrize(
     "share, expected", [(0.001, 5 / 8), (0.2, 5 / 8), (0.4, 9 / 8), (0.6, 10 / 8), (0.8, 10 / 8), (1.0, 1.0)]
 )

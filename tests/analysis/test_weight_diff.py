@@ -1,3 +1,4 @@
+import itertools
 import math
 import re
 
@@ -8,8 +9,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from trl_interfere import checkpoint
+from trl_interfere.analysis.overlap import overlaps
 from trl_interfere.analysis.routes import RouteMap
-from trl_interfere.analysis.weight_diff import Sparsity, update_statistics
+from trl_interfere.analysis.weight_diff import stage_edits, update_statistics
 from trl_interfere.checkpoint import Checkpoint
 
 
@@ -62,10 +64,6 @@ def dense(before, after):
     ]
 
 
-def counts(entry):
-    return [entry.elements, entry.below_absolute, entry.below_relative, entry.identical, entry.squared_norm]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shards", ["5GB", "3KB"])
 @pytest.mark.parametrize("read", [2**20, 200])
@@ -75,22 +73,20 @@ def test_against_numpy_on_loaded_tensors(saved, monkeypatch, dtype, shards, read
     after = saved("after", dtype=dtype, seed=1)
     (update,) = update_statistics([Checkpoint(before), Checkpoint(after)])
     first, second = loaded(before), loaded(after)
-    assert update.tensors.keys() == first.keys()
+    assert set(update.tensors.index) == first.keys()
     name = str(dtype).removeprefix("torch.")
-    for tensor, entry in update.tensors.items():
-        assert entry.dtype == name
-        assert counts(entry)[:-1] == dense(first[tensor], second[tensor])[:-1], tensor
-        assert entry.squared_norm == pytest.approx(dense(first[tensor], second[tensor])[-1], rel=1e-5)
-    total = np.sum([dense(first[tensor], second[tensor]) for tensor in first], axis=0)
-    assert counts(update.whole) == pytest.approx(total, rel=1e-5)
-    assert 0 < update.whole.identical < update.whole.elements
-    assert sum(entry.elements for entry in update.by_kind.values()) == total[0]
-    assert sum(entry.identical for entry in update.by_layer.values()) == total[3]
-    assert list(update.by_layer) == ["0", "1", "outside"]
-    assert {"mlp.down_proj.weight", "embed_tokens.weight", "norm.weight"} <= update.by_kind.keys()
-    figures = update.to_dict()
-    assert figures["dtypes"] == [name]
-    assert figures["whole"]["identical"] == pytest.approx(total[3] / total[0])
+    expected = {tensor: dense(first[tensor], second[tensor]) for tensor in first}
+    for tensor, (kind, *found) in update.tensors.T.items():
+        assert kind == name and found[:-1] == expected[tensor][:-1], tensor
+        assert found[-1] == pytest.approx(expected[tensor][-1], rel=1e-5)
+    figures, total = update.to_dict(), np.sum(list(expected.values()), axis=0)
+    assert figures["dtypes"] == [name] and list(figures["by_layer"]) == ["0", "1", "outside"]
+    assert {"mlp.down_proj.weight", "embed_tokens.weight", "norm.weight"} <= figures["by_kind"].keys()
+    for groups in ([figures["whole"]], figures["by_kind"].values(), figures["by_layer"].values()):
+        assert sum(part["elements"] for part in groups) == total[0]
+        assert sum(part["identical"] * part["elements"] for part in groups) == pytest.approx(total[3])
+        assert sum(part["norm"] ** 2 for part in groups) == pytest.approx(total[4], rel=1e-5)
+    assert 0 < figures["whole"]["identical"] < 1
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt_oss", "qwen3-moe", "gpt2", "qwen3_next"])
@@ -135,7 +131,7 @@ def test_two_data_types_are_both_named(saved):
         [Checkpoint(saved("before", dtype=torch.bfloat16)), Checkpoint(saved("after", seed=1, dtype=torch.float64))]
     )
     assert update.to_dict()["dtypes"] == ["bfloat16 -> float64"]
-    assert update.whole.identical < update.whole.elements
+    assert update.to_dict()["whole"]["identical"] < 1
 
 
 def test_adapters_are_compared_without_being_merged(saved, tmp_path, make_model):
@@ -165,26 +161,25 @@ def test_adapters_are_compared_without_being_merged(saved, tmp_path, make_model)
         sums, _ = route_map.sum_by_route({name: delta**2 for name, delta in expected.items()})
         np.testing.assert_allclose(update.edit_size, np.sqrt(sums), rtol=1e-4, atol=1e-12)
         assert update.outside == 0
-        for name, entry in update.tensors.items():
+        for name, entry in update.tensors.iterrows():
             if name in expected:
-                assert entry.dtype == "bfloat16 + adapter"
+                assert entry["dtype"] == "bfloat16 + adapter"
                 assert entry.below_absolute == int((expected[name].abs() < 1e-7).sum())
                 assert entry.squared_norm == pytest.approx((expected[name] ** 2).sum().item(), rel=1e-4)
             else:
-                assert entry.identical == entry.below_relative == entry.elements and entry.dtype == "bfloat16"
+                assert entry.identical == entry.below_relative == entry.elements and entry["dtype"] == "bfloat16"
 
 
-def test_sparsity_adds_up():
-    total = Sparsity("bfloat16", 10, 5, 4, 3, 1.0) + Sparsity("float32", 10, 1, 2, 3, 3.0)
-    assert total == Sparsity("mixed", 20, 6, 6, 6, 4.0)
-    assert total.to_dict() == {
-        "dtype": "mixed",
-        "elements": 20,
-        "below_absolute": 0.3,
-        "below_relative": 0.3,
-        "identical": 0.3,
-        "norm": 2.0,
-    }
+def test_stages_are_compared_and_all_pairs_overlap(saved):
+    run = [Checkpoint(saved(str(index), seed=index)) for index in range(4)]
+    route_map = RouteMap(run[0].config)
+    edits = stage_edits(run, ["code", "math", "qa"], route_map)
+    updates = [update_statistics(pair, route_map)[0] for pair in itertools.pairwise(run)]
+    assert edits["updates"] == dict(zip(("code", "math", "qa"), (one.to_dict() for one in updates), strict=True))
+    assert {first: list(row) for first, row in edits["changed"].items()} == {"code": ["math", "qa"], "math": ["qa"]}
+    assert edits["changed"]["code"]["qa"] == overlaps(updates[0].edit_size, updates[2].edit_size, route_map)
+    with pytest.raises(ValueError, match="identical checkpoints"):
+        stage_edits([run[0], run[1], run[1]], ["code", "math"], route_map)
 
 
 def test_number_of_checkpoints(saved):

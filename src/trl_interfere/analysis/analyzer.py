@@ -1,9 +1,10 @@
 """InterferenceAnalyzer: what an update did to an earlier domain, and through which routes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,15 +29,6 @@ from .references import References, collect_references, collect_rollouts
 from .report import InterferenceReport
 from .routes import RouteMap
 from .weight_diff import figures_of_files, identical_when_stored
-
-
-@dataclass
-class _DomainBatches:
-    """Batches of the references of one domain: of both halves, of all, and those of this process."""
-
-    halves: list[Batches]
-    all: Batches
-    mine: Batches
 
 
 class InterferenceAnalyzer:
@@ -93,12 +85,8 @@ class InterferenceAnalyzer:
         for model in (before, *others.values()):
             exact_experts(model)
         self.route_map = RouteMap(before.config, description)
-        names = [name for name, _ in before.named_parameters()]
         on_disk = [name for checkpoint in checkpoints or [] for name in checkpoint.tensors]
-        self.route_map.check(names, model_name(before), all_known=False)
-        if on_disk:
-            self.route_map.check(on_disk, f"{checkpoints[-1].name} on disk", all_known=False)
-            self.route_map.check([*names, *on_disk], model_name(before))
+        self.route_map.check([name for name, _ in before.named_parameters()], model_name(before), on_disk)
 
     @classmethod
     def from_pretrained(
@@ -186,7 +174,7 @@ class InterferenceAnalyzer:
 
     def batches(self, references: dict[str, References]) -> dict[str, Batches]:
         """References by domain as padded batches on the device of the model, one half after the other."""
-        return {name: self._split(entry).all for name, entry in references.items()}
+        return {name: sum(self._halves(entry), []) for name, entry in references.items()}
 
     def passes(self, later: int = 1, others: int = 0) -> dict[str, float]:
         """
@@ -256,62 +244,23 @@ class InterferenceAnalyzer:
             raise ValueError(f"domains: expected an earlier one and at least one later one, each once, found {names}")
         progress("reference completions")
         references = self.references(earlier, later, others)
-        with checkpointed(self.before, config.gradient_checkpointing):
-            return self._analyze(earlier, later, others, references, progress)
-
-    def _analyze(
-        self,
-        earlier: Domain,
-        later: list[Domain],
-        others: Sequence[Domain],
-        references: dict[str, References],
-        progress: Callable[[str], None],
-    ) -> InterferenceReport:
-        config, route_map, later_names = self.config, self.route_map, [domain.name for domain in later]
-        batches = {name: self._split(entry) for name, entry in references.items()}
         updates = digests = None
         if self.checkpoints is not None:
             progress("files of the checkpoints")
             updates, digests = figures_of_files(self.checkpoints)
-        activity, loss_before, halves = self._gradients([earlier, *later, *others], batches, progress)
-        cosines = GradientProducts(halves, route_map, self.before.device).figures(earlier.name, later_names)
-        gradient = summed(halves[earlier.name]) if config.objective == "nll" else None
-        del halves
-        if gradient is None:
-            loss_before = {name: mean_loss(self.before, entry.mine) for name, entry in batches.items()}
-        dtype = str(self.before.dtype).removeprefix("torch.")
-        for name, loss in loss_before.items():
-            if not np.isfinite(loss):
-                raise ValueError(f"before: expected a finite loss on {name!r}, found {loss} in {dtype}: use float32")
-        progress("damage of the earlier domain")
-        path = UpdatePath(self.before, dict(self.after.named_parameters()), config.offload)
-        try:
-            first = first_order(path, batches[earlier.name].mine, route_map, gradient)
-            del gradient  # of the size of the model, and reduced to routes
-            check = self._thinned(references[earlier.name], config.check_prompts)
-            few = self._thinned(references[earlier.name], config.subspace_prompts) if config.subspace_size else []
-            mine = {name: batches[name].mine for name in (earlier.name, *later_names)}
-            damage = measure_damage(path, mine, check, few, route_map, config, progress)
-        finally:
-            path.move(0.0)
-        terms, loss_after = damage.terms, damage.loss_after
-        routes = {
-            "damage": terms[earlier.name].routes,
-            "first_order": first.routes,
-            "second_order": damage.second_order.routes,
-            "later_damage": np.mean([terms[name].routes for name in later_names], axis=0),
-            "edit_size": np.sqrt(dot(route_map, path.delta, path.delta).routes),
-            "activity_earlier": activity[earlier.name],
-            "activity_later": np.mean([activity[name] for name in later_names], axis=0),
-        }
-        if damage.subspace is not None:
-            number = min(config.subspace_prompts, len(references[earlier.name].prompts))
-            damage.subspace |= {"references": number, "seed": config.seed}
+        later_names, route_map = [domain.name for domain in later], self.route_map
+        with checkpointed(self.before, config.gradient_checkpointing):
+            activity, loss_before, halves = self._gradients([earlier, *later, *others], references, progress)
+            cosines = GradientProducts(halves, route_map, self.before.device).figures(earlier.name, later_names)
+            gradient = [summed(halves[earlier.name])] if config.objective == "nll" else []
+            del halves
+            fields, routes = self._damage(earlier.name, later_names, references, gradient, loss_before, progress)
+        routes["activity_earlier"] = activity[earlier.name]
+        routes["activity_later"] = np.mean([activity[name] for name in later_names], axis=0)
         overlap = {"active": pairwise_overlaps(activity, route_map)}
         if self.base is not None:
-            routes |= opposed_edits(route_map, self.base, path.start, path.delta)
-            changed = overlaps(routes["earlier_edit_size"], routes["edit_size"], route_map)
-            overlap["changed"] = {kind: entry.to_dict() for kind, entry in changed.items()}
+            overlap["changed"] = overlaps(routes["earlier_edit_size"], routes["edit_size"], route_map)
+        shapes = {name: entry.shape for name, entry in self.before.named_parameters()}
         return InterferenceReport(
             before=model_name(self.before),
             after=model_name(self.after),
@@ -319,55 +268,75 @@ class InterferenceAnalyzer:
             earlier=earlier.name,
             later=later_names,
             dtype=str(self.before.config.dtype).removeprefix("torch."),
-            computed_in=dtype,
+            computed_in=str(self.before.dtype).removeprefix("torch."),
             references={name: {"kind": config.reference, **entry.counts} for name, entry in references.items()},
             loss_before=loss_before[earlier.name],
-            loss_after=loss_after[earlier.name],
-            first_order=first.total,
-            second_order=damage.second_order.total,
-            second_order_error=damage.second_order_error,
-            difference_step=damage.step,
-            attributed=float(routes["damage"].sum()),
-            outside_routes=terms[earlier.name].outside,
-            switching=damage.switching,
-            switched=damage.switched,
             later_loss_before={name: loss_before[name] for name in later_names},
-            later_loss_after={name: loss_after[name] for name in later_names},
-            later_residual={name: loss_after[name] - loss_before[name] - terms[name].total for name in later_names},
-            subspace=damage.subspace,
-            directions=damage.directions,
+            **fields,
             cosines=cosines,
             updates=updates,
             digests=digests,
-            identical_in_bfloat16=identical_when_stored(path.start, path.end, torch.bfloat16),
             overlaps=overlap,
-            outside_weights=route_map.outside({name: entry.shape for name, entry in path.start.items()}),
+            outside_weights=route_map.outside(shapes),
             route_counts={kind: list(counts) for kind, counts in route_map.counts.items()},
-            config=config.to_dict(),
+            config=asdict(config),
             versions={"trl-interfere": __version__, **{name: version(name) for name in ("torch", "transformers")}},
             routes=routes,
         )
 
+    def _damage(
+        self,
+        earlier: str,
+        later: list[str],
+        references: dict[str, References],
+        gradient: list[Tensors],
+        loss_before: dict[str, float],
+        progress: Callable[[str], None],
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Fields of the report, and measures of routes, along the update; `gradient` is emptied when it was used."""
+        config, route_map = self.config, self.route_map
+        progress("damage of the earlier domain")
+        batches = {name: self._mine(part) for name, part in self.batches(references).items()}
+        path = UpdatePath(self.before, dict(self.after.named_parameters()), config.offload)
+        try:
+            # The gradient has the size of the model, and is reduced to routes.
+            first = first_order(path, batches[earlier], route_map, gradient.pop() if gradient else None)
+            few = config.subspace_prompts if config.subspace_size else 0
+            parts = [self._thinned(references[earlier], count) for count in (config.check_prompts, few)]
+            mine = {name: batches[name] for name in (earlier, *later)}
+            fields, routes = measure_damage(path, mine, *parts, route_map, config, loss_before, progress)
+        finally:
+            path.move(0.0)
+        if "subspace" in fields:
+            fields["subspace"] |= {"references": min(few, len(references[earlier].prompts)), "seed": config.seed}
+        fields["first_order"], routes["first_order"] = first.total, first.routes
+        fields["identical_in_bfloat16"] = identical_when_stored(path.start, path.end, torch.bfloat16)
+        routes["edit_size"] = np.sqrt(dot(route_map, path.delta, path.delta).routes)
+        if self.base is not None:
+            routes |= opposed_edits(route_map, self.base, path.start, path.delta)
+        return fields, routes
+
     def _gradients(
-        self, domains: list[Domain], batches: dict[str, _DomainBatches], progress: Callable[[str], None]
+        self, domains: list[Domain], references: dict[str, References], progress: Callable[[str], None]
     ) -> tuple[dict[str, np.ndarray], dict[str, float], dict[str, list[Tensors]]]:
         """Activity, loss, and the gradients of both halves, of every domain."""
         shared, activity = self._shares_passes, {}
         if not shared:
             progress("activity")
-            for name, entry in batches.items():
-                activity[name] = route_activity(self.before, entry.all, self.route_map)
+            for name, batches in self.batches(references).items():
+                activity[name] = route_activity(self.before, batches, self.route_map)
         progress(self._gradient_part)
-        objective, sources = nll, batches
+        objective, sources = nll, references
         if self.config.objective == "kl":
             objective = ForwardKL(self.base)
         elif self.config.objective == "grpo":
             written = [collect_rollouts(self.before, self.tokenizer, domain, self.config) for domain in domains]
-            objective, sources = grpo, {entry.domain: self._split(entry) for entry in written}
-        losses, halves = {}, {}
+            objective, sources = grpo, {entry.domain: entry for entry in written}
+        losses, gradients = {}, {}
         for name, entry in sources.items():
+            halves = [self._mine(half) for half in self._halves(entry)]
             if not shared:
-                losses[name], halves[name] = half_gradients(self.before, entry.halves, objective)
+                losses[name], gradients[name] = half_gradients(self.before, halves, objective)
                 continue
             with ActivityMeter(self.before, self.route_map) as meter:
 
@@ -375,20 +344,30 @@ class InterferenceAnalyzer:
                     meter.observe(batch)
                     return objective(model, batch)
 
-                losses[name], halves[name] = half_gradients(self.before, entry.halves, observed)
+                losses[name], gradients[name] = half_gradients(self.before, halves, observed)
             activity[name] = meter.activity()
-        return activity, losses, halves
+        if self.config.objective != "nll":  # damage is one of the token loss
+            found = self.batches(references)
+            losses = {name: mean_loss(self.before, self._mine(batches)) for name, batches in found.items()}
+        for name, loss in losses.items():
+            if not np.isfinite(loss):
+                raise ValueError(
+                    f"before: expected a finite loss on {name!r}, found {loss} in "
+                    f"{str(self.before.dtype).removeprefix('torch.')}: use float32"
+                )
+        return activity, losses, gradients
 
-    def _split(self, references: References) -> _DomainBatches:
+    def _halves(self, references: References) -> list[Batches]:
         size, pad_id = self.config.batch_size, self.tokenizer.pad_token_id or 0
-        parts = [half.batches(size, pad_id, self.before.device) for half in references.halves()]
-        whole = [batch for part in parts for batch in part]
-        if not self.config.data_parallel:
-            return _DomainBatches(parts, whole, whole)
-        return _DomainBatches([Shard(part) for part in parts], whole, Shard(whole))
+        return [half.batches(size, pad_id, self.before.device) for half in references.halves()]
+
+    def _mine(self, batches: Batches) -> Batches:
+        """The batches of this process."""
+        return Shard(batches) if self.config.data_parallel else batches
 
     def _thinned(self, references: References, count: int) -> Batches:
         """Batches of some references, evenly spread over their lengths."""
         order = sorted(range(len(references.prompts)), key=lambda index: len(references.completions[index]))
         places = np.unique(np.linspace(0, len(order) - 1, min(count, len(order)), dtype=int))
-        return self._split(references.take([order[place] for place in places])).mine if len(places) else []
+        rows = references.take([order[place] for place in places])
+        return self._mine(sum(self._halves(rows), [])) if len(places) else []

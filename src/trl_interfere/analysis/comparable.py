@@ -17,10 +17,21 @@ def model_name(model: PreTrainedModel) -> str:
 
 def check_models(before: PreTrainedModel, others: dict[str, PreTrainedModel]) -> None:
     """Check that models have one structure, finite weights of the same shapes, and not all the same ones."""
-    check_finite(before, "before")
-    for label, model in others.items():
-        _check_same_shape(before, model, label)
-        check_finite(model, label)
+    for label, model in {"before": before, **others}.items():
+        where, there = f"{label} checkpoint {model_name(model)}", f"as in {model_name(before)}"
+        for setting in _STRUCTURE:
+            expected, found = (getattr(one.config.get_text_config(), setting, None) for one in (before, model))
+            if found != expected:
+                raise ValueError(f"{where}: expected {setting} {expected!r} {there}, found {found!r}")
+        shapes, found = ({name: tuple(part.shape) for name, part in one.named_parameters()} for one in (before, model))
+        for name in sorted(shapes.keys() | found.keys()):
+            if shapes.get(name) != found.get(name):
+                raise ValueError(
+                    f"{where}: tensor {name}: expected shape {shapes.get(name)} {there}, found {found.get(name)}"
+                )
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"{label} checkpoint: tensor {name}: expected finite values, found NaN or infinity")
     count_buffers_that_differ([before, *others.values()])
     for label, model in others.items():
         pairs = zip(before.parameters(), model.parameters(), strict=True)
@@ -29,26 +40,6 @@ def check_models(before: PreTrainedModel, others: dict[str, PreTrainedModel]) ->
                 f"{label}: expected another checkpoint than before, {model_name(before)}; {model_name(model)} is "
                 "identical to it"
             )
-
-
-def _check_same_shape(before: PreTrainedModel, other: PreTrainedModel, label: str) -> None:
-    where, there = f"{label} checkpoint {model_name(other)}", f"as in {model_name(before)}"
-    for setting in _STRUCTURE:
-        expected, found = (getattr(model.config.get_text_config(), setting, None) for model in (before, other))
-        if found != expected:
-            raise ValueError(f"{where}: expected {setting} {expected!r} {there}, found {found!r}")
-    shapes, found = ({name: tuple(part.shape) for name, part in model.named_parameters()} for model in (before, other))
-    for name in sorted(shapes.keys() | found.keys()):
-        if shapes.get(name) != found.get(name):
-            raise ValueError(
-                f"{where}: tensor {name}: expected shape {shapes.get(name)} {there}, found {found.get(name)}"
-            )
-
-
-def check_finite(model: PreTrainedModel, label: str) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{label} checkpoint: tensor {name}: expected finite values, found NaN or infinity")
 
 
 def count_buffers_that_differ(models: list[PreTrainedModel]) -> None:
@@ -75,28 +66,24 @@ def check_fits(model: PreTrainedModel, references: References) -> None:
     """Check that the token ids and the lengths of references lie within what a model has embeddings for."""
     tokens = model.get_input_embeddings()
     sequences = [[*prompt, *rest] for prompt, rest in zip(references.prompts, references.completions, strict=True)]
-    longest, highest = (
-        max(map(len, sequences), default=0),
-        max((max(ids, default=-1) for ids in sequences), default=-1),
-    )
+    highest = max(map(max, filter(None, sequences)), default=-1)
     if highest >= tokens.num_embeddings:
         raise ValueError(
             f"domain {references.domain!r}: expected token ids below {tokens.num_embeddings}, the vocabulary of "
             f"{model_name(model)}, found {highest}: is it another model's tokenizer?"
         )
-    positions = model.config.get_text_config().max_position_embeddings if _has_positions(model) else longest
-    if longest > positions:
+    longest, limit = max(map(len, sequences), default=0), last_position(model)
+    if limit is not None and longest > limit:
         raise ValueError(
-            f"domain {references.domain!r}: expected at most {positions} tokens of prompt and completion, the "
-            f"positions of {model_name(model)}, found {longest}"
+            f"domain {references.domain!r}: expected at most {limit} tokens of prompt and completion, the positions "
+            f"of {model_name(model)}, found {longest}"
         )
 
 
-def _has_positions(model: PreTrainedModel) -> bool:
-    """Whether positions are embedded, and not only rotated, so that there is a last one."""
+def last_position(model: PreTrainedModel) -> int | None:
+    """The number of positions where they are embedded, and not only rotated."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    inputs = model.get_input_embeddings()
-    return limit is not None and any(
-        limit <= module.num_embeddings <= limit + 2 for module in embeddings if module is not inputs
-    )
+    embeddings = {module for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings.discard(model.get_input_embeddings())
+    sizes = (module.num_embeddings for module in embeddings)
+    return limit if limit is not None and any(limit <= size <= limit + 2 for size in sizes) else None

@@ -1,8 +1,6 @@
 """Configuration of [`InterferenceAnalyzer`]."""
 
-import json
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 from .objectives import OBJECTIVES
 
@@ -106,36 +104,3 @@ class InterferenceConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name}: expected a share above 0 and up to 1, found {value}")
-
-    def to_dict(self) -> dict:
-        """The settings by name."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, settings: dict) -> "InterferenceConfig":
-        """
-        Configuration from settings by name.
-
-        Args:
-            settings (`dict`):
-                Settings; those that are missing take their defaults.
-
-        Raises:
-            `ValueError`: If a name is unknown.
-        """
-        names = {entry.name for entry in fields(cls)}
-        unknown = sorted(set(settings) - names)
-        if unknown:
-            raise ValueError(f"InterferenceConfig: unknown settings {unknown}, expected some of {sorted(names)}")
-        return cls(**settings)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `interference_config.json` into a folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "interference_config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "InterferenceConfig":
-        """Read `interference_config.json` of a folder."""
-        return cls.from_dict(json.loads((Path(folder) / "interference_config.json").read_text()))

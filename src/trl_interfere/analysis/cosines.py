@@ -22,20 +22,10 @@ class GradientProducts:
     """
     Inner products of the gradients of several domains, by tensor, module, layer, and for the whole model.
 
-    Each domain comes as the gradients of two disjoint halves of its references, scaled so that they sum to the
-    gradient of the domain. One gradient per domain then gives the cosines of all pairs, and the halves say how far
-    they are to be trusted. The products are summed in float64, tensor by tensor, and copied to the host once.
-
-    Args:
-        halves (`dict[str, Sequence[dict[str, torch.Tensor]]]`):
-            For each domain its one or two parts. With one part there is a cosine but no interval.
-        route_map ([`RouteMap`]):
-            Says which module a tensor belongs to.
-        device (`torch.device`, *optional*):
-            Where to multiply; tensors are sent there in chunks. Defaults to the devices of the gradients.
-
-    Raises:
-        `ValueError`: If the gradients have not the same tensors.
+    Each domain comes as the gradients of two disjoint halves of its references (or of one part, which leaves no
+    interval), scaled so that they sum to the gradient of the domain. One gradient per domain then gives the cosines of
+    all pairs, and the halves say how far they are to be trusted. The products are summed in float64, tensor by tensor
+    on `device`, by default that of the gradients, and copied to the host once.
     """
 
     def __init__(self, halves: dict[str, Sequence[Tensors]], route_map: RouteMap, device: torch.device | None = None):
@@ -44,10 +34,6 @@ class GradientProducts:
         for domain, tensors in halves.items():
             self.parts[domain] = list(range(len(flat), len(flat) + len(tensors)))
             flat += tensors
-        names = list(flat[0])
-        for tensors in flat:
-            if tensors.keys() != flat[0].keys():
-                raise ValueError(f"gradients: expected the tensors {names}, found {list(tensors)}")
         self._products: dict[str, dict[str, np.ndarray]] = {level: {} for level in LEVELS}
         for name, module in route_map.modules({name: tensor.shape for name, tensor in flat[0].items()}).items():
             layer = module.rsplit(".", 1)[0] if module.startswith("layers.") else None
@@ -56,6 +42,7 @@ class GradientProducts:
                 if key is not None:
                     sums = self._products[level]
                     sums[key] = sums[key] + products if key in sums else products
+        self._whole = self._products["global"][""]
 
     def cosines(self, first: str, second: str | Sequence[str]) -> dict:
         """
@@ -65,7 +52,7 @@ class GradientProducts:
         cos = <g_A, g_B> / (|g_A| |g_B|)
         ```
         """
-        a, b = self._weights([first]), self._weights([second] if isinstance(second, str) else second)
+        a, b = self._weights(first), np.mean([self._weights(name) for name in np.atleast_1d(second)], axis=0)
         levels = {
             level: {key: value for key, gram in grams.items() if (value := _cosine(gram, a, b)) is not None}
             for level, grams in self._products.items()
@@ -76,7 +63,7 @@ class GradientProducts:
         """Cosines of the whole gradients of all pairs of domains, each pair once."""
         found: dict[str, dict[str, float | None]] = {first: {} for first in list(self.parts)[:-1]}
         for first, second in itertools.combinations(self.parts, 2):
-            found[first][second] = self._cosine([first], [second])
+            found[first][second] = _cosine(self._whole, self._weights(first), self._weights(second))
         return found
 
     def reliability(self, domain: str) -> float | None:
@@ -92,14 +79,11 @@ class GradientProducts:
         """
         if len(self.parts[domain]) != 2:
             return None
-        gram = self._products["global"][""]
-        rho = _cosine(gram, *(np.eye(len(gram))[index] for index in self.parts[domain]))
+        rho = _cosine(self._whole, *np.eye(len(self._whole))[self.parts[domain]])
         return None if rho is None else max(0.0, 2 * rho / (1 + rho)) if rho > -1 else 0.0
 
     def ceiling(self, first: str, second: str) -> float | None:
-        """
-        Highest cosine that the noise of two gradients allows: `sqrt(R_A R_B)` of [`~GradientProducts.reliability`].
-        """
+        """Highest cosine that the noise of two gradients allows, `sqrt(R_A R_B)`."""
         found = [self.reliability(domain) for domain in (first, second)]
         return None if None in found else float(np.sqrt(found[0] * found[1]))
 
@@ -117,11 +101,11 @@ class GradientProducts:
         with two degrees of freedom, so that the interval is `cos ± 4.30 s`. It is wide, and wider than it need be:
         halves are noisier than wholes, so that their cosines lie nearer to zero, and this counts as deviation.
         """
-        gram = self._products["global"][""] if module is None else self._products["modules"][module]
+        gram = self._whole if module is None else self._products["modules"][module]
         if any(len(self.parts[domain]) != 2 for domain in (first, second)):
             return None
         unit = np.eye(len(gram))
-        whole = _cosine(gram, self._weights([first]), self._weights([second]))
+        whole = _cosine(gram, self._weights(first), self._weights(second))
         halves = [_cosine(gram, unit[i], unit[j]) for i in self.parts[first] for j in self.parts[second]]
         if whole is None or None in halves:
             return None
@@ -130,43 +114,29 @@ class GradientProducts:
 
     def figures(self, earlier: str, later: list[str]) -> dict:
         """What a report holds of the cosines between the earlier domain and the later ones."""
+        by_domain = {}
+        for name in later:
+            found = self.cosines(earlier, name)
+            by_domain[name] = found | {
+                "interval": self.interval(earlier, name),
+                "ceiling": self.ceiling(earlier, name),
+            }
+            modules = found["modules"]
+            for key, extreme in (("most_conflicting", min), ("most_synergistic", max)) if modules else ():
+                module = extreme(modules, key=modules.get)
+                interval = self.interval(earlier, name, module)
+                figures = {"module": module, "cosine": modules[module], "interval": interval, "of": len(modules)}
+                by_domain[name][key] = figures
         return {
             **self.cosines(earlier, later),
-            "by_domain": {
-                name: {
-                    **self.cosines(earlier, name),
-                    "interval": self.interval(earlier, name),
-                    "ceiling": self.ceiling(earlier, name),
-                    **self._extremes(earlier, name),
-                }
-                for name in later
-            },
+            "by_domain": by_domain,
             "pairs": self.pairs(),
             "reliability": {name: self.reliability(name) for name in self.parts},
         }
 
-    def _extremes(self, first: str, second: str) -> dict:
-        modules = self.cosines(first, second)["modules"]
-        if not modules:
-            return {}
-        found = {"most_conflicting": min(modules, key=modules.get), "most_synergistic": max(modules, key=modules.get)}
-        return {
-            key: {
-                "module": name,
-                "cosine": modules[name],
-                "interval": self.interval(first, second, module=name),
-                "of": len(modules),
-            }
-            for key, name in found.items()
-        }
-
-    def _cosine(self, first: list[str], second: list[str]) -> float | None:
-        return _cosine(self._products["global"][""], self._weights(first), self._weights(second))
-
-    def _weights(self, domains: Sequence[str]) -> np.ndarray:
-        weights = np.zeros(len(self._products["global"][""]))
-        for domain in domains:
-            weights[self.parts[domain]] += 1 / len(domains)
+    def _weights(self, domain: str) -> np.ndarray:
+        weights = np.zeros(len(self._whole))
+        weights[self.parts[domain]] = 1
         return weights
 
 

@@ -1,34 +1,18 @@
 """Damage that an update did to an earlier domain, by every term of a report but the first order."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import reduce
 
-from .attribution import RouteTerms, UpdatePath, attribution, difference_step, second_order, second_order_error
+from .attribution import UpdatePath, attribution, difference_step, second_order, second_order_error
 from .config import InterferenceConfig
 from .conflict_subspace import conflict_subspace, random_update
 from .gradients import Batches, Shard, mean_loss
 from .routes import RouteMap
 from .routing import HeldRouting
-
-
-@dataclass
-class Damage:
-    """Terms of the damage; losses after the update, and what was attributed to each route, by domain."""
-
-    step: float
-    second_order: RouteTerms
-    second_order_error: float | None
-    terms: dict[str, RouteTerms]
-    loss_after: dict[str, float]
-    switching: float | None
-    switched: int | None
-    subspace: dict[str, Any] | None = None
-    directions: np.ndarray | None = None
 
 
 def measure_damage(
@@ -38,12 +22,15 @@ def measure_damage(
     few: Batches,
     route_map: RouteMap,
     config: InterferenceConfig,
+    loss_before: dict[str, float],
     progress: Callable[[str], None],
-) -> Damage:
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
-    Walk the path of an update; its model, which is at θ0, is left elsewhere. The earlier domain comes first among the
-    batches; `check` and `few` hold some of its references, for the error of the second order and for the conflict
-    subspace. Experts of a router are held at the choice of θ0, so that the loss is smooth along the path.
+    Fields of a report, and what routes carry, along the path of an update; its model, now at θ0, is left elsewhere.
+
+    The earlier domain comes first among the batches; `check` and `few` hold some of its references, for the error of
+    the second order and for the conflict subspace. Experts of a router are held at the choice of θ0, so that the loss
+    is smooth along the path.
     """
     model, (earlier, *later) = path.model, batches
     damaged = batches[earlier]
@@ -51,30 +38,41 @@ def measure_damage(
     for part in (damaged, check, few, *(batches[name] for name in later)):
         routing.record(part)
     step = difference_step(path) if config.difference_step is None else config.difference_step
-    error = held = switching = switched = None
+    fields: dict[str, Any] = {"difference_step": step}
     with routing.held():
         second = second_order(path, damaged, route_map, step)
+        fields["second_order"] = second.total
         if check and second.total:
-            error = abs(second.total) * second_order_error(path, check, route_map, step)
+            fields["second_order_error"] = abs(second.total) * second_order_error(path, check, route_map, step)
         terms = {earlier: attribution(path, damaged, route_map, config.quadrature_nodes)}
         progress("damage of the later domains")
         nodes = config.later_quadrature_nodes
         terms |= {name: attribution(path, batches[name], route_map, nodes) for name in later}
         path.move(1.0)
-        if routing.routers:
-            held = mean_loss(model, damaged)
+        held = mean_loss(model, damaged) if routing.routers else None
     loss_after = {name: mean_loss(model, part) for name, part in batches.items()}
     if held is not None:
-        switching = loss_after[earlier] - held
         count = torch.tensor(routing.switched(damaged), device=model.device)
-        switched = int(reduce(count, "sum") if isinstance(damaged, Shard) else count)
-    found = Damage(step, second, error, terms, loss_after, switching, switched)
+        fields["switching"] = loss_after[earlier] - held
+        fields["switched"] = int(reduce(count, "sum") if isinstance(damaged, Shard) else count)
     if config.subspace_size:
         progress("conflict subspace")
         size, spectra = min(config.subspace_size, route_map.num_routes - 1), {}
         with routing.held():
-            for name, update in (("random", random_update(path, config.seed)), ("update", path.delta)):
-                spectrum, vectors = conflict_subspace(path, few, route_map, size, update, step, config.seed)
-                spectra[name] = spectrum.to_dict()
-        found.subspace, found.directions = {"update": spectra["update"], "random": spectra["random"]}, vectors
-    return found
+            for name, update in (("update", path.delta), ("random", random_update(path, config.seed))):
+                found = conflict_subspace(path, few, route_map, size, update, step, config.seed)
+                spectra[name] = found[0]
+                fields.setdefault("directions", found[1])
+        fields["subspace"] = spectra
+    fields |= {
+        "loss_after": loss_after[earlier],
+        "later_loss_after": {name: loss_after[name] for name in later},
+        "later_residual": {name: loss_after[name] - loss_before[name] - terms[name].total for name in later},
+        "attributed": float(terms[earlier].routes.sum()),
+        "outside_routes": terms[earlier].outside,
+    }
+    return fields, {
+        "damage": terms[earlier].routes,
+        "second_order": second.routes,
+        "later_damage": np.mean([terms[name].routes for name in later], axis=0),
+    }

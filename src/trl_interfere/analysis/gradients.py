@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .objectives import Objective, nll
-from .room import Room
 
 
 Tensors = dict[str, torch.Tensor]
 Batches = list[dict[str, torch.Tensor]]
+# Of what a pass takes beside the weights: passes over longer sequences come later, and memory is in fragments.
+_MARGIN = 1.25
 
 
 class Shard(list):
@@ -84,15 +85,26 @@ def mean_gradient(
 def half_gradients(model: PreTrainedModel, halves: list[Batches], objective: Objective) -> tuple[float, list[Tensors]]:
     """Mean objective of some references in parts, and the gradients of the parts, which sum to that of the whole."""
     tokens, total, gradients = sum(map(num_tokens, halves)), 0.0, []
+    devices = {parameter.device for parameter in model.parameters()}
     for half in halves:
-        room = Room(model)
+        held = {device: torch.cuda.memory_allocated(device) for device in devices if device.type == "cuda"}
         loss, gradient = mean_gradient(model, half, objective, tokens)
         # The way to host memory and back can take as long as a pass.
-        if not room.for_another():
+        if not all(device.type == "cpu" or (device in held and _has_room(device, held[device])) for device in devices):
             gradient = {name: gradient.pop(name).cpu() for name in list(gradient)}
         total += loss
         gradients.append(gradient)
     return total, gradients
+
+
+def _has_room(device: torch.device, held: int) -> bool:
+    """
+    Whether a device can keep the gradient of a pass while the next one is computed; `held` was allocated before the
+    pass. What was allocated at the peak of the process counts as taken by it: the answer errs toward no.
+    """
+    taken = torch.cuda.max_memory_allocated(device) - held
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused >= _MARGIN * taken
 
 
 def summed(parts: list[Tensors]) -> Tensors:

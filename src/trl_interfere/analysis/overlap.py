@@ -1,7 +1,6 @@
 """Overlap of the routes that are largest by two measures, beside what chance would give."""
 
 import itertools
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,60 +10,6 @@ from ..evaluation.bootstrap import bootstrap
 from .routes import KINDS, RouteMap
 
 
-@dataclass(frozen=True)
-class Overlap:
-    r"""
-    Jaccard index `|A ∩ B| / |A ∪ B|` of two sets of routes, beside two levels that it would have by chance.
-
-    Args:
-        value (`float`):
-            The index; `nan` if both sets are empty.
-        low (`float`):
-            Lower end of its 95% interval.
-        high (`float`):
-            Upper end.
-        over (`str`):
-            What the interval is taken over: `"layers"`.
-        units (`int`):
-            Number of layers.
-        routes (`int`):
-            Number of routes that the sets are chosen from.
-        first (`int`):
-            Size of the first set.
-        second (`int`):
-            Size of the second set.
-        common (`int`):
-            Number of routes in both.
-        chance (`float`):
-            Expected index of random sets of these sizes: 0.053 for twice 10% of many routes.
-        shuffled (`float`):
-            Expected index if the values of one measure are shuffled within each layer and kind. It is above `chance`
-            where both sets lie in the same layers.
-        shuffled_low (`float`):
-            The 2.5% point of the index under such shuffles.
-        shuffled_high (`float`):
-            The 97.5% point.
-    """
-
-    value: float
-    low: float
-    high: float
-    over: str
-    units: int
-    routes: int
-    first: int
-    second: int
-    common: int
-    chance: float
-    shuffled: float
-    shuffled_low: float
-    shuffled_high: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures by name."""
-        return asdict(self)
-
-
 def overlaps(
     first: np.ndarray,
     second: np.ndarray,
@@ -72,7 +17,7 @@ def overlaps(
     share: float = 0.1,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, Overlap]:
+) -> dict[str, dict[str, Any]]:
     """
     Overlap of the top routes by two measures: edit sizes of two updates, or activities on two domains.
 
@@ -95,8 +40,13 @@ def overlaps(
             Seed of the resampling.
 
     Returns:
-        `dict[str, Overlap]`: Overlap by kind of route, and under `"all"` that of the sets of all kinds together.
-        Routes are ranked within their kind, since one of another kind owns another number of elements.
+        `dict[str, dict]`: By kind of route, and under `"all"` for the sets of all kinds together: `value`, the Jaccard
+        index `|A ∩ B| / |A ∪ B|` (`nan` if both are empty), with `low` and `high`, the ends of its 95% interval `over`
+        `units` layers; `first`, `second` and `common`, the sizes of the sets and of what they share, among `routes`;
+        `chance`, the expected index of random sets of these sizes, 0.053 for twice 10% of many routes; `shuffled`,
+        with `shuffled_low` and `shuffled_high`, the same if the values of one measure are shuffled within each layer
+        and kind, which is above `chance` where both sets lie in the same layers. Routes are ranked within their kind,
+        since one of another kind owns another number of elements.
 
     Raises:
         `ValueError`: If the arrays do not have one value per route, hold NaN or negative values, or the share is not
@@ -122,28 +72,27 @@ def overlaps(
     results = {}
     for label, routes in {**kinds, "all": slice(0, count)}.items():
         (a, b), layers = (chosen[routes] for chosen in sets), layer_of[routes]
+        common, union = int((a & b).sum()), int((a | b).sum())
         low = high = float("nan")
-        if (a | b).any():
+        if union:
             _, rows = np.unique(layers, return_inverse=True)
-            common, union = np.bincount(rows, a & b), np.bincount(rows, a | b)
-            interval = bootstrap(_ratio, common, union, resamples=resamples, seed=seed)
-            low, high = interval.low, interval.high
-        shuffled, shuffled_low, shuffled_high = _chance(a, b, kind_of[routes] * route_map.num_layers + layers)
-        results[label] = Overlap(
-            value=jaccard(a, b),
-            low=float(low),
-            high=float(high),
-            over="layers",
-            units=len(np.unique(layers)),
-            routes=len(layers),
-            first=int(a.sum()),
-            second=int(b.sum()),
-            common=int((a & b).sum()),
-            chance=_chance(a, b, kind_of[routes])[0],
-            shuffled=shuffled,
-            shuffled_low=shuffled_low,
-            shuffled_high=shuffled_high,
-        )
+            in_layers = np.bincount(rows, a & b), np.bincount(rows, a | b)
+            interval = bootstrap(_ratio, *in_layers, resamples=resamples, seed=seed)
+            low, high = float(interval.low), float(interval.high)
+        shuffled = _chance(a, b, kind_of[routes] * route_map.num_layers + layers)
+        results[label] = {
+            "value": common / union if union else float("nan"),
+            "low": low,
+            "high": high,
+            "over": "layers",
+            "units": len(np.unique(layers)),
+            "routes": len(layers),
+            "first": int(a.sum()),
+            "second": int(b.sum()),
+            "common": common,
+            "chance": _chance(a, b, kind_of[routes])[0],
+            **dict(zip(("shuffled", "shuffled_low", "shuffled_high"), shuffled, strict=True)),
+        }
     return results
 
 
@@ -153,28 +102,17 @@ def pairwise_overlaps(
     """Overlap of the top routes of every two domains, as `{first: {second: {kind: figures}}}`."""
     found: dict[str, dict[str, dict]] = {first: {} for first in list(measures)[:-1]}
     for first, second in itertools.combinations(measures, 2):
-        entries = overlaps(measures[first], measures[second], route_map, share)
-        found[first][second] = {kind: entry.to_dict() for kind, entry in entries.items()}
+        found[first][second] = overlaps(measures[first], measures[second], route_map, share)
     return found
 
 
 def top_routes(values: np.ndarray, kinds: dict[str, slice], share: float = 0.1) -> np.ndarray:
-    """The largest routes of each kind."""
+    """Mask of the largest routes of each kind, without those of 0; ties go to the lower index."""
     chosen = np.zeros(len(values), dtype=bool)
     for routes in kinds.values():
-        part = values[routes]
-        count = max(1, round(share * len(part)))
-        least = np.partition(part, len(part) - count)[len(part) - count]
-        larger, equal = part > least, np.flatnonzero(part == least)
-        chosen[routes] = larger
-        chosen[routes.start + equal[: count - np.count_nonzero(larger)]] = True
+        order = np.argsort(-values[routes], kind="stable")
+        chosen[routes.start + order[: max(1, round(share * len(order)))]] = True
     return chosen & (values > 0)
-
-
-def jaccard(first: np.ndarray, second: np.ndarray) -> float:
-    """Jaccard index of two sets, `|A ∩ B| / |A ∪ B|`."""
-    union = int(np.count_nonzero(first | second))
-    return int(np.count_nonzero(first & second)) / union if union else float("nan")
 
 
 def _chance(first: np.ndarray, second: np.ndarray, strata: np.ndarray) -> tuple[float, float, float]:

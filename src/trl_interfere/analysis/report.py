@@ -5,11 +5,11 @@ import math
 import tempfile
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 from huggingface_hub import HfApi
+from huggingface_hub.dataclasses import type_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -91,19 +91,19 @@ class InterferenceReport:
             For each later domain, the part of its damage that its attribution misses.
         subspace (`dict`, *optional*):
             The conflict subspace: `"update"` and `"random"` (a random update of equal norm in every tensor), each with
-            the fields of [`Spectrum`], `"references"` and `"seed"`. `None` if it was not asked for.
+            the figures of `conflict_subspace`, `"references"` and `"seed"`. `None` if it was not asked for.
         directions (`numpy.ndarray` of shape `(found, num_routes)`, *optional*):
             Eigenvectors of `subspace["update"]` on route space, in the order of its eigenvalues.
         updates (`dict[str, dict]`, *optional*):
-            Fields of [`~analysis.updates.UpdateStatistics`] for `"update"` and, with a base, for `"earlier"`, the
-            edit of the earlier domain's own training. `None` for models that were not read from files.
+            Figures of [`UpdateStatistics`] for `"update"` and, with a base, for `"earlier"`, the edit of the earlier
+            domain's own training. `None` for models that were not read from files.
         identical_in_bfloat16 (`float`, *optional*):
             Share of the parameters that would not differ if both checkpoints were stored in bfloat16: the control of
             every sparsity.
         overlaps (`dict[str, Any]`):
-            Jaccard indices of top routes as [`~analysis.overlap.Overlap`] by kind of route: `"changed"`, by the edit
-            of the earlier domain's own training and the update (with a base), and `"active"`, by activity on two
-            domains, as `{first: {second: ...}}`.
+            Jaccard indices of top routes, the figures of [`overlaps`]: `"changed"`, by the edit of the earlier
+            domain's own training and the update (with a base), and `"active"`, by activity on two domains, as
+            `{first: {second: ...}}`.
         route_counts (`dict[str, list[int]]`):
             Number of routes of each kind in each layer. Routes are numbered by kind, then by layer.
         computed_in (`str`, *optional*):
@@ -211,23 +211,6 @@ class InterferenceReport:
             for position in range(count)
         ]
         return pd.DataFrame(places, columns=["kind", "layer", "position"]).assign(**self.routes)
-
-    def extreme_module(self, conflicting: bool) -> dict[str, Any]:
-        """
-        The module with the lowest or the highest cosine.
-
-        Args:
-            conflicting (`bool`):
-                Whether to return the most conflicting module instead of the most synergistic one.
-
-        Returns:
-            `dict`: `module` and `cosine`.
-        """
-        modules = self.cosines["modules"]
-        if not modules:
-            return {"module": "none", "cosine": None}
-        name = (min if conflicting else max)(modules, key=modules.get)
-        return {"module": name, "cosine": modules[name]}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the arrays, as it stands in `report.json`; what is undefined is `None`."""
@@ -337,8 +320,12 @@ class InterferenceReport:
             )
         hints = get_type_hints(cls)
         for name, value in content.items():
-            if not _fits(value, hints[name]):
-                raise ValueError(f"{folder / REPORT_NAME}: {name}: expected {hints[name]}, found {value!r:.80}")
+            try:
+                json.dumps(value, allow_nan=False)
+                type_validator(name, value, hints[name])
+            except (TypeError, ValueError) as error:
+                found = f"expected {hints[name]} of finite numbers, found {value!r:.80}"
+                raise ValueError(f"{folder / REPORT_NAME}: {name}: {found} ({error})") from error
         # The share of routes in common is undefined where neither of two updates touches any.
         content["overlaps"] = _exchanged(content.get("overlaps", {}), None, math.nan)
         if repo_id is not None:
@@ -351,22 +338,6 @@ def top_share(damage: np.ndarray, share: float) -> float:
     """Share of the attributed damage that lies in the most damaged routes."""
     top = np.sort(damage)[::-1][: max(1, round(share * len(damage)))]
     return float(top.sum() / damage.sum())
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON has a type: figures are finite numbers and no booleans."""
-    if isinstance(hint, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if hint is Any:
-        hint = {dict: dict[str, Any], list: list[Any], float: float}.get(type(value), type(value))
-    inner = get_args(hint)[-1:]
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(part, *inner) for part in value)
-    if get_origin(hint) is dict:
-        return isinstance(value, dict) and all(_fits(part, *inner) for part in value.values())
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is hint
 
 
 def _exchanged(value: Any, undefined: float | None, other: float | None) -> Any:

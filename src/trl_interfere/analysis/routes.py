@@ -33,12 +33,6 @@ class Cut:
     owners: np.ndarray
     writes: bool
 
-    def blocks(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as `(number of blocks, elements per block)`, blocks in the order of `owners`."""
-        self.block_sizes(name, tensor)
-        order = tuple(range(len(self.axes)))
-        return tensor.movedim(self.axes, order).reshape(self.owners.size, -1)
-
     def block_sizes(self, name: str, tensor: torch.Tensor) -> list[int]:
         """Length of a block along each of `axes`."""
         sizes = []
@@ -98,20 +92,15 @@ class RouteMap:
         layers = range(self.num_layers)
         self.experts = tuple(_setting(text, self.description.experts, layer) or 0 for layer in layers)
         self.shared = tuple(_setting(text, self.description.shared, layer) or 0 for layer in layers)
-        kinds = [kind for kind in KINDS if kind != "linear" or kind in self.description.counts]
-        self.counts = {
-            kind: tuple(
-                _count(text, self.description, kind, layer) + (self.shared[layer] if kind == "mlp" else 0)
-                for layer in layers
-            )
-            for kind in kinds
-        }
-        self._starts, total = {}, 0
+        self.counts, self._starts, self.num_routes = {}, {}, 0
         for kind in KINDS:
-            counts = self.counts.get(kind, (0,) * self.num_layers)
-            self._starts[kind] = total + np.cumsum((0, *counts))
-            total += sum(counts)
-        self.num_routes = total
+            counts = [0] * self.num_layers
+            if kind != "linear" or kind in self.description.counts:
+                more = self.shared if kind == "mlp" else counts
+                counts = [_count(text, self.description, kind, layer) + more[layer] for layer in layers]
+                self.counts[kind] = tuple(counts)
+            self._starts[kind] = self.num_routes + np.cumsum((0, *counts))
+            self.num_routes += sum(counts)
         parents = "|".join(map(re.escape, (*WRAPPERS, *self.description.parents)))
         self._layer = re.compile(rf"(?:(?:{parents})\.)*{re.escape(self.description.layers)}\.(\d+)\.(.+)")
 
@@ -167,36 +156,42 @@ class RouteMap:
         axes = (slices.axis,) if slices.experts_axis is None else (slices.experts_axis, slices.axis)
         return Cut(axes, owners, slices.writes)
 
-    def check(self, names: Iterable[str], where: str, all_known: bool = True) -> None:
+    def check(self, names: Iterable[str], where: str, on_disk: Iterable[str] = ()) -> None:
         """
-        Refuse a description that does not cover the tensors of a model: each route needs one to read with and one to
-        write with, and a bias of one that routes read with is described as well. With `all_known`, names both in
-        memory and in the files are given, so that every name of a description that was passed in has to be found.
+        Refuse a description that does not cover the tensors of a model and of its files: each route needs one to read
+        with and one to write with, a bias of one that routes read with is described as well, and every name of a
+        description that was passed in has to be found.
         """
-        names, found = list(names), set()
+        found, tensors = set(), self.description.tensors
+        for group, place in ((list(names), where), (list(on_disk), f"{where} on disk")):
+            if group:
+                found |= self._check_covers(group, place)
+        for name in tensors if self.described else ():
+            if name not in found and (on_disk or "*" not in name) and not name.endswith(".bias"):
+                raise ValueError(f"{where}: expected the tensor {name} of the description in a layer, found none")
+
+    def _check_covers(self, names: list[str], where: str) -> set[str]:
+        """Names of the description that occur."""
+        found, tensors = set(), self.description.tensors
         touched = {part: np.zeros(self.num_routes, dtype=bool) for part in ("read", "write")}
-        for name in names:
-            cut = self.cut(name)
-            if cut is not None:
-                found.add(_NUMBER.sub("*", self.place(name)[1]))
-                touched["write" if cut.writes else "read"][cut.owners.ravel()] = True
         touched["write"][self.of_kind("key_value")] = True
+        for name in names:
+            place, cut = self.place(name), self.cut(name)
+            weight = place and tensors.get(f"{place[1].removesuffix('.bias')}.weight")
+            if cut is not None:
+                found.add(_NUMBER.sub("*", place[1]))
+                touched["write" if cut.writes else "read"][cut.owners.ravel()] = True
+            elif weight is not None and name.endswith(".bias") and not weight.writes:
+                raise ValueError(f"{where}: tensor {name}: expected in the description, as its weight is, found none")
         for part, mask in touched.items():
             if not mask.all():
                 kind, layer, _ = self.locate(int(mask.argmin()))
+                described = sorted(name for name, slices in tensors.items() if slices.writes == (part == "write"))
                 raise ValueError(
-                    f"{where}: expected tensors through which the {kind} routes of layer {layer} {part}, one of "
-                    f"{self._described(kind, part == 'write')}, found none"
+                    f"{where}: expected tensors through which the {kind} routes of layer {layer} {part}, among "
+                    f"{described}, found none"
                 )
-        tensors = self.description.tensors
-        for name in names:
-            place = self.place(name)
-            weight = place and tensors.get(f"{place[1].removesuffix('.bias')}.weight")
-            if weight is not None and name.endswith(".bias") and not weight.writes and self.cut(name) is None:
-                raise ValueError(f"{where}: tensor {name}: expected in the description, as its weight is, found none")
-        for name in tensors if self.described else ():
-            if name not in found and (all_known or "*" not in name) and not name.endswith(".bias"):
-                raise ValueError(f"{where}: expected the tensor {name} of the description in a layer, found none")
+        return found
 
     def modules(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """
@@ -254,7 +249,9 @@ class RouteMap:
             if cut is None:
                 outside += tensor.sum(dtype=torch.float64).item()
             else:
-                blocks = cut.blocks(name, tensor).sum(dim=1, dtype=torch.float64)
+                cut.block_sizes(name, tensor)
+                blocks = tensor.movedim(cut.axes, tuple(range(len(cut.axes)))).reshape(cut.owners.size, -1)
+                blocks = blocks.sum(dim=1, dtype=torch.float64)
                 np.add.at(sums, cut.owners.ravel(), blocks.cpu().numpy())
         return sums, outside
 
@@ -315,11 +312,6 @@ class RouteMap:
         if kind == "shared":
             return np.arange(stop - self.shared[layer], stop)
         return np.arange(start, stop - self.shared[layer] if kind == "mlp" else stop)
-
-    def _described(self, kind: str, writes: bool) -> list[str]:
-        kinds = {kind, "shared"} if kind == "mlp" else {kind}
-        tensors = self.description.tensors.items()
-        return sorted(name for name, slices in tensors if slices.writes == writes and kinds & set(slices.kinds))
 
 
 def _setting(config: PretrainedConfig, setting: Count | None, layer: int) -> int | None:

@@ -8,64 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ..checkpoint import BITS, Checkpoint, Index, check_comparable
+from .overlap import pairwise_overlaps
 from .routes import RouteMap
 
 
 ABSOLUTE = 1e-7
 RELATIVE = 1e-3
+_COUNTS = ["below_absolute", "below_relative", "identical"]
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """
-    How many elements an update left as they were, by three definitions, and its size.
-
-    The figures depend on the storage data type: between two bfloat16 checkpoints a change of less than 1e-7 is nearly
-    always none at all ([arXiv 2511.08567](https://huggingface.co/papers/2511.08567)).
-
-    Args:
-        dtype (`str`):
-            Storage data type: `"bfloat16"`, `"bfloat16 -> float32"` where it differs between the checkpoints,
-            `"bfloat16 + adapter"` where an adapter is not merged; `"mixed"` for several of them.
-        elements (`int`):
-            Number of elements.
-        below_absolute (`int`):
-            Number with |δ| < 1e-7.
-        below_relative (`int`):
-            Number with |δ| <= 1e-3 |θ|, θ the value before; 0 that stays 0 counts.
-        identical (`int`):
-            Number whose bits did not change; in mixed data types, whose value did not.
-        squared_norm (`float`):
-            Sum of δ².
-    """
-
-    dtype: str
-    elements: int = 0
-    below_absolute: int = 0
-    below_relative: int = 0
-    identical: int = 0
-    squared_norm: float = 0.0
-
-    def __add__(self, other: "Sparsity") -> "Sparsity":
-        return Sparsity(
-            self.dtype if self.dtype == other.dtype else "mixed",
-            self.elements + other.elements,
-            self.below_absolute + other.below_absolute,
-            self.below_relative + other.below_relative,
-            self.identical + other.identical,
-            self.squared_norm + other.squared_norm,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Shares, 0 to 1, beside their data type and number of elements, and the norm of the update."""
-        shares = {
-            name: getattr(self, name) / self.elements for name in ("below_absolute", "below_relative", "identical")
-        }
-        return {"dtype": self.dtype, "elements": self.elements, **shares, "norm": math.sqrt(self.squared_norm)}
 
 
 @dataclass
@@ -73,13 +27,19 @@ class UpdateStatistics:
     """
     What changed from one checkpoint to the next.
 
+    The figures of sparsity depend on the storage data type: between two bfloat16 checkpoints a change of less than
+    1e-7 is nearly always none at all ([arXiv 2511.08567](https://huggingface.co/papers/2511.08567)).
+
     Args:
         before (`str`):
             Name of the checkpoint before the update.
         after (`str`):
             Name of the checkpoint after it.
-        tensors (`dict[str, Sparsity]`):
-            Sparsity by tensor.
+        tensors (`pandas.DataFrame`):
+            One row by tensor: `dtype`, the storage data type (`"bfloat16 -> float32"` where it differs between the
+            checkpoints, `"bfloat16 + adapter"` where an adapter is not merged), the number of `elements`, how many are
+            `below_absolute` (|δ| < 1e-7), `below_relative` (|δ| <= 1e-3 |θ|, θ the value before; 0 that stays 0
+            counts) and `identical` (to the bit; in mixed data types, by value), and `squared_norm`, the sum of δ².
         edit_size (`numpy.ndarray` of shape `(num_routes,)`, *optional*):
             Norm ‖δ_r‖ of the update over the slices of each route. `None` without a route map.
         outside (`float`, *optional*):
@@ -88,44 +48,28 @@ class UpdateStatistics:
 
     before: str
     after: str
-    tensors: dict[str, Sparsity] = field(repr=False)
+    tensors: pd.DataFrame = field(repr=False)
     edit_size: np.ndarray | None = field(default=None, repr=False)
     outside: float | None = None
 
-    @property
-    def whole(self) -> Sparsity:
-        """Sparsity of the whole model."""
-        return _total(self.tensors.values())
-
-    @property
-    def by_kind(self) -> dict[str, Sparsity]:
-        """Sparsity by kind of tensor, e.g. `"mlp.down_proj.weight"` or `"embed_tokens.weight"`."""
-        return self._grouped(lambda name: _place(name)[1])
-
-    @property
-    def by_layer(self) -> dict[str, Sparsity]:
-        """Sparsity by layer, `"0"` and up, and `"outside"` for what lies in none."""
-        layers = self._grouped(lambda name: _place(name)[0])
-        return dict(sorted(layers.items(), key=lambda item: (item[0] == "outside", item[0].zfill(6))))
-
     def to_dict(self) -> dict[str, Any]:
-        """Every figure but those of single routes, as it stands in a report."""
+        """
+        Every figure but those of single routes, as it stands in a report: shares of the `whole` model, `by_kind` of
+        tensor, e.g. `"mlp.down_proj.weight"`, and `by_layer`, `"0"` and up, and `"outside"` for what lies in none.
+        """
+        places = [_place(name) for name in self.tensors.index]
+        layers, kinds = ([place[part] for place in places] for part in (0, 1))
+        by_layer = {name: _shares(part) for name, part in self.tensors.groupby(layers, sort=False)}
         return {
             "before": self.before,
             "after": self.after,
-            "dtypes": sorted({entry.dtype for entry in self.tensors.values()}),
+            "dtypes": sorted({*self.tensors["dtype"]}),
             "thresholds": {"absolute": ABSOLUTE, "relative": RELATIVE},
-            "whole": self.whole.to_dict(),
-            "by_kind": {name: entry.to_dict() for name, entry in self.by_kind.items()},
-            "by_layer": {name: entry.to_dict() for name, entry in self.by_layer.items()},
+            "whole": _shares(self.tensors),
+            "by_kind": {name: _shares(part) for name, part in self.tensors.groupby(kinds, sort=False)},
+            "by_layer": dict(sorted(by_layer.items(), key=lambda item: (item[0] == "outside", item[0].zfill(6)))),
             "norm_outside_routes": self.outside,
         }
-
-    def _grouped(self, key: Callable[[str], str]) -> dict[str, Sparsity]:
-        groups: dict[str, list[Sparsity]] = {}
-        for name, entry in self.tensors.items():
-            groups.setdefault(key(name), []).append(entry)
-        return {name: _total(entries) for name, entries in groups.items()}
 
 
 def update_statistics(
@@ -161,7 +105,7 @@ def update_statistics(
 
     >>> checkpoints = [Checkpoint("out/stages/1-math"), Checkpoint("out/stages/2-qa")]
     >>> (update,) = update_statistics(checkpoints)
-    >>> update.whole.to_dict(), update.by_layer["0"].to_dict()
+    >>> update.to_dict()["whole"], update.tensors.loc["model.embed_tokens.weight"]
     ```
     """
     if len(checkpoints) not in (2, 3):
@@ -172,25 +116,41 @@ def update_statistics(
         check_comparable(before, checkpoint)
     total, done = sum(checkpoint[name].nbytes for checkpoint in checkpoints for name in names), 0
     pairs, routes = list(itertools.pairwise(checkpoints)), 0 if route_map is None else route_map.num_routes
-    tensors: list[dict[str, Sparsity]] = [{} for _ in pairs]
+    rows: list[list[tuple]] = [[] for _ in pairs]
     squares = torch.zeros(len(pairs), routes + 1, dtype=torch.float64)  # of each route, and outside
     for name in names:
-        for found, entry in zip(tensors, _compare(checkpoints, name, route_map, squares), strict=True):
-            found[name] = entry
+        for found, row in zip(rows, _compare(checkpoints, name, route_map, squares), strict=True):
+            found.append(row)
         done += sum(checkpoint[name].nbytes for checkpoint in checkpoints)
         progress(done, total)
     statistics = []
     for pair, (first, second) in enumerate(pairs):
         sizes = squares[pair].sqrt().numpy()
         edits = (None, None) if route_map is None else (sizes[:-1], float(sizes[-1]))
-        entry = UpdateStatistics(first.name, second.name, tensors[pair], *edits)
-        if entry.whole.identical == entry.whole.elements:
+        tensors = pd.DataFrame(rows[pair], names, ["dtype", "elements", *_COUNTS, "squared_norm"])
+        if (tensors["identical"] == tensors["elements"]).all():
             raise ValueError(
                 f"{second.name}: expected an update from {first.name}, found identical checkpoints: "
                 f"all {len(names)} tensors, {names[0]} to {names[-1]}, are the same to the bit"
             )
-        statistics.append(entry)
+        statistics.append(UpdateStatistics(first.name, second.name, tensors, *edits))
     return statistics
+
+
+def stage_edits(
+    checkpoints: Sequence[Checkpoint], domains: Sequence[str], route_map: RouteMap
+) -> dict[str, dict[str, Any]]:
+    """
+    What each stage of a run changed: `updates` by domain, and under `changed` how far the tenths of the routes that
+    two stages changed most are the same, as `{first: {second: {kind: figures}}}`. The checkpoints are the base, and
+    the one at the end of each stage.
+    """
+    pairs = zip(domains, itertools.pairwise(checkpoints), strict=True)
+    updates = {domain: update_statistics(pair, route_map)[0] for domain, pair in pairs}
+    return {
+        "updates": {domain: update.to_dict() for domain, update in updates.items()},
+        "changed": pairwise_overlaps({domain: update.edit_size for domain, update in updates.items()}, route_map),
+    }
 
 
 def figures_of_files(checkpoints: Sequence[Checkpoint]) -> tuple[dict[str, dict], dict[str, str]]:
@@ -214,8 +174,8 @@ def identical_when_stored(
 
 def _compare(
     checkpoints: Sequence[Checkpoint], name: str, route_map: RouteMap | None, squares: torch.Tensor
-) -> list[Sparsity]:
-    """One tensor in two or three checkpoints; `squares` gets its sums by route and, last, of what lies outside."""
+) -> list[tuple]:
+    """Rows of one tensor in two or three checkpoints; `squares` gets its sums by route and, last, of those outside."""
     stored = [checkpoint[name] for checkpoint in checkpoints]
     factors = [checkpoint.factors(name) for checkpoint in checkpoints]
     dtype = torch.float64 if any(entry.dtype == "float64" for entry in stored) else torch.float32
@@ -247,14 +207,12 @@ def _compare(
         count = sum(int((~torch.isfinite(part)).sum()) for _, part in entry.parts())
         if count:
             raise ValueError(f"{entry.file}: tensor {name}: expected finite values, found {count} NaN or infinity")
-    types = [entry.dtype for entry in stored]
-    sparsities = []
-    for pair, (before, after) in enumerate(itertools.pairwise(types)):
+    rows = []
+    for pair, (before, after) in enumerate(itertools.pairwise(entry.dtype for entry in stored)):
         label = before if before == after else f"{before} -> {after}"
         label += "" if factors[pair] is factors[pair + 1] is None else " + adapter"
-        found = (int(count) for count in counts[pair])
-        sparsities.append(Sparsity(label, math.prod(stored[0].shape), *found, float(norms[pair])))
-    return sparsities
+        rows.append((label, math.prod(stored[0].shape), *counts[pair], norms[pair]))
+    return rows
 
 
 def _product(left: np.ndarray, right: np.ndarray, index: Index, dtype: torch.dtype) -> torch.Tensor:
@@ -275,9 +233,12 @@ def _add_squares(sums: torch.Tensor, owner: torch.Tensor | None, index: Index, d
     return float(squares.sum())
 
 
-def _total(entries) -> Sparsity:
-    first, *others = entries
-    return sum(others, start=first)
+def _shares(tensors: pd.DataFrame) -> dict[str, Any]:
+    """Shares, 0 to 1, beside their data type and number of elements, and the norm of the update."""
+    types, elements = tensors["dtype"].unique(), int(tensors["elements"].sum())
+    shares = {name: int(tensors[name].sum()) / elements for name in _COUNTS}
+    norm = math.sqrt(sum(tensors["squared_norm"]))
+    return {"dtype": types[0] if len(types) == 1 else "mixed", "elements": elements, **shares, "norm": norm}
 
 
 def _place(name: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from ..analysis.config import InterferenceConfig
 from ..analysis.contraction import contraction
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import RouteMap
-from ..analysis.stage_edits import stage_edits
+from ..analysis.weight_diff import stage_edits
 from ..checkpoint import Checkpoint
 from ..evaluation.score_matrix import ScoreMatrix
 from ..models import load_model
@@ -353,12 +353,14 @@ def _stage_row(record: StageRecord) -> dict[str, Any]:
 
 def _pair_row(report: InterferenceReport) -> dict[str, Any]:
     shown = ("loss_before", "loss_after", "first_order", "second_order", "attributed", "outside_routes")
+    modules = report.cosines["modules"]
+    lowest, highest = min(modules, key=modules.get), max(modules, key=modules.get)
     return {
         "earlier": report.earlier,
         "later": report.later,
         "global_cosine": report.cosines["global"],
-        "most_conflicting": report.extreme_module(conflicting=True),
-        "most_synergistic": report.extreme_module(conflicting=False),
+        "most_conflicting": {"module": lowest, "cosine": modules[lowest]},
+        "most_synergistic": {"module": highest, "cosine": modules[highest]},
         **{name: getattr(report, name) for name in shown},
     }
 
