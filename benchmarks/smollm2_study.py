@@ -305,7 +305,7 @@ def report_of(run: StudyRun) -> InterferenceReport:
 
 def analysis(run: StudyRun) -> list[dict]:
     report = report_of(run)
-    return [{"arm": "analysis", "domain": report.earlier, "claims": [c.to_dict() for c in report_claims(report)]}]
+    return [{"arm": "analysis", "domain": report.earlier, "claims": [c._asdict() for c in report_claims(report)]}]
 
 
 def rivals(run: StudyRun) -> list[dict]:

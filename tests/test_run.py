@@ -10,7 +10,8 @@ import pytest
 
 from trl_interfere.evaluation.bootstrap import score
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
-from trl_interfere.run import Run, StageRecord, lock_folder, read_json, stage_name, write_atomically
+from trl_interfere.run import Run, StageRecord, lock_folder, read_json, write_atomically
+from trl_interfere.stage_record import stage_name
 
 
 SCHEDULE = [{"domain": "math", "kind": "train", "overrides": {}}]

@@ -239,9 +239,7 @@ def _shipped_domain(entry: dict[str, Any], where: str, folder: Path, only: Path 
     function = load_function(entry["domain"], f"{where}, domain", SHIPPED_DOMAINS, "shipped domain", only)
     options = _mapping(entry.get("options"), f"{where}, options")
     parameters = inspect.signature(function).parameters
-    more = next(
-        (parameter.annotation for parameter in parameters.values() if parameter.kind == parameter.VAR_KEYWORD), None
-    )
+    more = next((one.annotation for one in parameters.values() if one.kind == one.VAR_KEYWORD), None)
     known = {*parameters, *(name for named in get_args(more) for name in named.__annotations__)}
     if more is None or get_args(more):
         check_names(options, known - {"name", "folder", "options"}, f"{where}, options")
@@ -300,39 +298,32 @@ def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
     Values of a file stay as they are written: what stands in a csv is text (`007`, `2.50`, `NA`), a text in json is
     never made a date, and a json column of integers and decimals is text too.
     """
-    split = source.get("split", "train")
-    local = folder / source["path"]
-    if local.suffix in _FILE_TYPES and not local.exists():
-        raise ValueError(
-            f"{where}: {source['path']!r} is neither a local file or folder nor readable from the Hub (no {local})"
-        )
+    split, local = source.get("split", "train"), folder / source["path"]
     try:
+        if local.suffix in _FILE_TYPES and not local.exists():
+            raise FileNotFoundError(f"no {local}")
         if local.is_file():
-            if local.suffix not in _FILE_TYPES:
-                raise ValueError(f"{where}: expected a file of type {sorted(_FILE_TYPES)}, found {local}")
-            dataset = _read_file(local, where)
-        elif local.is_dir() and ((local / "dataset_info.json").exists() or (local / "dataset_dict.json").exists()):
-            dataset = load_from_disk(str(local))
-            if isinstance(dataset, DatasetDict):
-                if split not in dataset:
-                    raise ValueError(f"{where}: expected the split {split!r}, found {sorted(dataset)}")
-                dataset = dataset[split]
-        else:
-            path = str(local) if local.is_dir() else source["path"]
-            dataset = load_dataset(path, source.get("name"), split=split)
+            return _read_file(local)
+        if not any((local / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+            return load_dataset(str(local) if local.is_dir() else source["path"], source.get("name"), split=split)
+        dataset = load_from_disk(str(local))
+        if isinstance(dataset, DatasetDict) and split not in dataset:
+            raise ValueError(f"expected the split {split!r}, found {sorted(dataset)}")
+        return dataset[split] if isinstance(dataset, DatasetDict) else dataset
     except (DatasetGenerationError, ArrowException, EmptyDataError, ParserError, json.JSONDecodeError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"{where}: {source['path']!r} cannot be read ({cause})") from error
     except ValueError as error:
-        raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     except (OSError, DatasetNotFoundError) as error:
         raise ValueError(
             f"{where}: {source['path']!r} is neither a local file or folder nor readable from the Hub ({error})"
         ) from error
-    return dataset
 
 
-def _read_file(path: Path, where: str) -> Dataset:
+def _read_file(path: Path) -> Dataset:
+    if path.suffix not in _FILE_TYPES:
+        raise ValueError(f"expected a file of type {sorted(_FILE_TYPES)}, found {path}")
     if path.suffix == ".parquet":
         return load_dataset("parquet", data_files=str(path), split="train")
     if path.suffix in (".csv", ".tsv"):
@@ -342,7 +333,7 @@ def _read_file(path: Path, where: str) -> Dataset:
     else:
         columns = _json_columns(path.read_text(encoding="utf-8-sig"))
     if not any(map(len, columns.values())):
-        raise ValueError(f"{where}: expected at least one row, found none in {path}")
+        raise ValueError(f"expected at least one row, found none in {path}")
     return Dataset.from_dict(columns)
 
 
@@ -388,10 +379,8 @@ def load_prompts(source: str | dict[str, Any], where: str, folder: Path) -> Data
         )
     dataset = dataset.select(chosen)
     if source.get("prompt") is not None:
-        dataset = dataset.map(
-            _to_messages,
-            fn_kwargs={"template": source["prompt"], "system": source.get("system"), "where": where},
-        )
+        settings = {"template": source["prompt"], "system": source.get("system"), "where": where}
+        dataset = dataset.map(_to_messages, fn_kwargs=settings)
     if "prompt" not in dataset.column_names:
         raise ValueError(
             f"{where}: expected a column 'prompt', found {dataset.column_names}; use `columns` or `prompt`"

@@ -6,84 +6,21 @@ import logging
 import math
 import secrets
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .io import lock_folder, read_json, resolve_inside, write_atomically, write_json
+from .stage_record import StageRecord, read_record
 
 
 SCHEMA_VERSION = 1
 STAGES_NAME = "stages.json"
 REPORT_NAME = "report.json"
-KINDS = ("base", "train", "refresh", "heal")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class StageRecord:
-    """
-    A finished stage.
-
-    Args:
-        index (`int`):
-            Position in the run; 0 is the base model.
-        kind (`str`):
-            `"base"`, `"train"`, `"refresh"` or `"heal"`.
-        domain (`str`, *optional*):
-            Domain that was trained; `None` for the base model, a heal, and a refresh of several domains.
-        folder (`str`, *optional*):
-            Folder of the weights, relative to the folder of the run; `None` for the base model.
-        steps (`int`):
-            Optimizer steps.
-        seconds (`float`):
-            Training time; a resumed stage counts only its last part.
-        scores (`dict[str, dict]`):
-            For each domain `value`, `low`, `high`, `n` and `file`, the per-prompt scores.
-        seed (`int`):
-            Seed of the stage.
-        overrides (`dict`):
-            Settings in which the stage differed from the configuration; of a refresh by distillation, also its
-            `teachers`, stages by domain, and its `reward_weight`.
-        versions (`dict[str, str]`):
-            Versions of the packages that ran it.
-        reason (`dict`, *optional*):
-            Why a callback asked for this stage.
-    """
-
-    index: int
-    kind: str
-    domain: str | None
-    folder: str | None
-    steps: int
-    seconds: float
-    scores: dict[str, dict]
-    seed: int
-    overrides: dict[str, Any]
-    versions: dict[str, str]
-    reason: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Name of the stage and of its folder, such as `0-base`, `2-math`, `5-refresh-math` or `6-heal`."""
-        return stage_name(self.index, self.kind, self.domain)
-
-    @property
-    def domains(self) -> list[str]:
-        """Domains that were trained; a refresh by distillation may have several."""
-        return stage_domains(self.domain, self.overrides)
-
-
-def stage_domains(domain: str | None, overrides: dict[str, Any]) -> list[str]:
-    return list(overrides.get("teachers", [] if domain is None else [domain]))
-
-
-def stage_name(index: int, kind: str, domain: str | None) -> str:
-    parts = {"base": ["base"], "train": [str(domain)]}.get(kind, [kind, *([] if domain is None else [domain])])
-    return "-".join([str(index), *parts])
 
 
 class Run:
@@ -300,8 +237,8 @@ class Run:
         self._read()
         self._check_identity(self.identity, identity, sum(record.kind == "train" for record in self.stages))
         for record in self.records:
-            for part in [record.folder, *(entry["file"] for entry in record.scores.values())]:
-                if part is not None and not (self.folder / part).exists():
+            for part in record.parts:
+                if not (self.folder / part).exists():
                     raise ValueError(
                         f"{self.path}: stage {record.name} is listed, but {self.folder / part} is missing"
                     )
@@ -325,13 +262,12 @@ class Run:
         for key, kind in (("run", dict), ("stages", list)):
             if not isinstance(content.get(key), kind):
                 raise ValueError(f"{self.path}: expected {key!r} to be a {kind.__name__}, found {content.get(key)!r}")
-        self.stages = [_record(entry, f"{self.path}, stages[{i}]") for i, entry in enumerate(content["stages"])]
+        self.stages = [read_record(entry, f"{self.path}, stages[{i}]") for i, entry in enumerate(content["stages"])]
         current = content.get("current")
-        self.current = None if current is None else _record(current, f"{self.path}, current")
+        self.current = None if current is None else read_record(current, f"{self.path}, current")
         for record in self.records:
-            for part in [record.folder, *(entry["file"] for entry in record.scores.values())]:
-                if part is not None:
-                    resolve_inside(self.folder, part)
+            for part in record.parts:
+                resolve_inside(self.folder, part)
         indices = [record.index for record in self.stages]
         if indices != list(range(len(indices))):
             raise ValueError(f"{self.path}: expected stages 0, 1, 2, ..., found {indices}")
@@ -398,8 +334,20 @@ class Run:
     def write_scores(
         self, stage: str, domain: str, values: np.ndarray, completions: list[str], prompts: list[Any] | None = None
     ) -> str:
-        """Keep the scores of a stage, see [`write_scores`]."""
-        return write_scores(self.folder, stage, domain, values, completions, prompts)
+        """
+        Keep the score, the prompt and the completions of each prompt, and the score of each completion where there are
+        several: `values` of shape `(n,)` or `(n, k)`. Returns the file, relative to the folder.
+        """
+        file = Path("scores") / stage / f"{domain}.jsonl"
+        values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+        each = len(completions) // len(values)
+        lines = []
+        for row, (score, prompt) in enumerate(zip(values.mean(axis=1), prompts or [None] * len(values), strict=True)):
+            written = {"score": score, "prompt": prompt, "completions": completions[row * each : (row + 1) * each]}
+            samples = {"samples": values[row].tolist()} if values.shape[1] > 1 else {}
+            lines.append(json.dumps(written | samples, default=str) + "\n")
+        write_atomically(self.folder / file, "".join(lines))
+        return file.as_posix()
 
     def keep_local(self, **values: str) -> None:
         """Remember what holds on this machine only, and is never published: `base_model`, `recipe_folder`."""
@@ -408,51 +356,3 @@ class Run:
     def _local(self) -> dict[str, Any]:
         path = self.folder / "local.json"
         return read_json(path, SCHEMA_VERSION) if path.is_file() else {}
-
-
-def write_scores(
-    folder: Path, stage: str, domain: str, values: np.ndarray, completions: list[str], prompts: list[Any] | None = None
-) -> str:
-    """
-    Write the score, the prompt and the completions of each prompt, and the score of each completion where there are
-    several: `values` of shape `(n,)` or `(n, k)`.
-
-    Returns:
-        `str`: The file, relative to the folder.
-    """
-    file = Path("scores") / stage / f"{domain}.jsonl"
-    values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
-    each = len(completions) // len(values)
-    lines = []
-    for row, (score, prompt) in enumerate(zip(values.mean(axis=1), prompts or [None] * len(values), strict=True)):
-        written = {"score": score, "prompt": prompt, "completions": completions[row * each : (row + 1) * each]}
-        samples = {"samples": values[row].tolist()} if values.shape[1] > 1 else {}
-        lines.append(json.dumps(written | samples, default=str) + "\n")
-    write_atomically(folder / file, "".join(lines))
-    return file.as_posix()
-
-
-_FIELDS = {"index": int, "kind": str, "domain": (str, type(None)), "folder": (str, type(None)), "steps": int}
-_FIELDS |= {"seconds": (int, float), "scores": dict, "seed": int, "overrides": dict, "versions": dict, "reason": dict}
-_SCORE = {"value": (int, float), "low": (int, float), "high": (int, float), "n": int, "file": str}
-
-
-def _record(entry: Any, where: str) -> StageRecord:
-    """A stage of `stages.json`, with the type of every field looked at once."""
-    if not isinstance(entry, dict) or not {*_FIELDS} - {"reason"} <= {*entry} <= {*_FIELDS}:
-        raise ValueError(f"{where}: expected a stage with the fields {[*_FIELDS]}, found {entry!r:.200}")
-    _check_types({"reason": {}, **entry}, _FIELDS, where)
-    if entry["kind"] not in KINDS:
-        raise ValueError(f"{where}, kind: expected one of {KINDS}, found {entry['kind']!r}")
-    for domain, figures in entry["scores"].items():
-        _check_types(figures if isinstance(figures, dict) else {}, _SCORE, f"{where}, scores, {domain}")
-    return StageRecord(**entry)
-
-
-def _check_types(values: dict[str, Any], types: dict[str, Any], where: str) -> None:
-    for name, kind in types.items():
-        value = values.get(name)
-        number = isinstance(value, (int, float))
-        if not isinstance(value, kind) or isinstance(value, bool) or (number and not math.isfinite(value)):
-            names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-            raise ValueError(f"{where}, {name}: expected {names}, found {value!r:.100}")

@@ -126,15 +126,14 @@ def test_concentration_of_many_routes_is_exact_where_it_is_drawn(make_report):
         assert value == pytest.approx(100 * np.sort(damage)[::-1][: round(share * 200)].sum() / damage.sum())
 
 
-def test_scores_end_with_the_healed_model():
+def test_scores():
     matrix = ScoreMatrix(["math", "$qa$"])
     matrix.append("0-base", {"math": np.array([0.0, 1.0])})
     matrix.append("1-refresh-math", {"math": np.array([1.0, 1.0]), "$qa$": np.array([0.0, 0.5])})
-    axes = plot_scores(matrix, {"math": 75.0}).axes[0]
+    axes = plot_scores(matrix).axes[0]
     math, qa = axes.containers
     assert list(math.lines[0].get_ydata()) == [50, 100] and list(qa.lines[0].get_xdata()) == [1]
-    assert [list(line.get_ydata()) for line in axes.lines if line.get_linestyle() == "--"] == [[100, 75]]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["base", "refresh\nmath", "healed"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["base", "refresh\nmath"]
     assert qa.get_label() == r"\$qa\$"  # no formula
 
 

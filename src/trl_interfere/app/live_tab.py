@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..reporting import plots
+from ..reporting import layer_maps, plots
 from ..reporting.verdict import share_of
 from . import html
 
@@ -100,10 +100,6 @@ def _shown(result, method, command, control):
     for number, one in enumerate(result.examples, start=1):
         models = [{"model": key, "text": one[key], "score": one[f"{key}_score"]} for key in MODELS]
         examples += html.answers(one["domain"], number, one["prompt"], models)
-    maps = html.figure(plots.plot_layer_maps(plots.repair_maps(result.record)), "What the repair changes, by layer")
-    return (
-        f'<p class="ti-lead">{lead}</p>{table}',
-        maps,
-        examples and f"<h3>Prompts that came back</h3>{examples}",
-        command,
-    )
+    drawn = plots.plot_layer_maps(layer_maps.repair_maps(result.record))
+    lead, maps = f'<p class="ti-lead">{lead}</p>{table}', html.figure(drawn, "What the repair changes, by layer")
+    return lead, maps, examples and f"<h3>Prompts that came back</h3>{examples}", command

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..evaluation.bootstrap import difference
-from ..reporting import plots
+from ..reporting import layer_maps, plots
 from . import html
 from .scored import KINDS, Scored
 
@@ -69,8 +69,8 @@ def where_figure(scored: Scored, report: str | None, view: str = MAPS) -> Any:
     maps = {}
     if report:
         found = scored.report(report)
-        maps["gradient cosine (-1 to 1)"] = (list(plots.PARTS), plots.cosine_map(found))
+        maps["gradient cosine (-1 to 1)"] = (list(layer_maps.PARTS), layer_maps.cosine_map(found))
         if found.route_counts:
-            maps["damage (nats per token)"] = plots.damage_map(found)
-    maps |= plots.repair_maps(scored.repair or {})
+            maps["damage (nats per token)"] = layer_maps.damage_map(found)
+    maps |= layer_maps.repair_maps(scored.repair or {})
     return plots.plot_layer_maps(maps) if maps else None

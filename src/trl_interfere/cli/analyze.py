@@ -3,12 +3,12 @@
 import os
 import shutil
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
+from tqdm.auto import tqdm
 
 from ..evaluation.bootstrap import difference
 from ..evaluation.flips import flips
@@ -87,15 +87,14 @@ def analyze(update: Update, earlier: Any, later: list[Any], config: Any, options
         update.before, update.after, base=base, config=config, dtype=options.dtype
     )
     passes = analyzer.passes(later=len(later))
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("start", total=sum(passes.values()))
+    starts = dict(zip(passes, accumulate(passes.values(), initial=0), strict=False))
+    with tqdm(total=sum(passes.values()), disable=None) as bar:
 
         def begin(part: str) -> None:
-            done = sum(list(passes.values())[: list(passes).index(part)])
-            progress.update(task, description=part, completed=done)
+            bar.set_description(part, refresh=False)
+            bar.update(starts[part] - bar.n)
 
         report = analyzer.analyze(earlier, later, progress=begin)
-        progress.update(task, description="done", completed=sum(passes.values()))
     report.save_pretrained(scratch)
     write_atomically(scratch / "report.md", report_markdown(report))
     save_figures(report, scratch / "figures")

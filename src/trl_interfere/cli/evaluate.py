@@ -10,7 +10,7 @@ import numpy as np
 from ..evaluation.bootstrap import difference, score
 from ..evaluation.flips import flips
 from ..evaluation.metrics import recovered
-from ..run import Run, write_json, write_scores
+from ..run import Run, write_json
 from ..tables import console_table
 from .options import Options, at_least, empty_folder, option, parse
 from .output import show
@@ -63,14 +63,14 @@ def main(arguments: list[str]) -> None:
     places = [checkpoint(name) for name in options.models]
     for place in places:  # a name that does not exist must not cost the scores of those before it
         load_tokenizer(*place, trust_remote_code=bool(settings["trust_remote_code"]))
-    entries, values = [], []
+    entries, values, kept = [], [], Run.new(output_dir, {})
     for position, (model, (folder, revision)) in enumerate(zip(options.models, places, strict=True)):
         found = score_checkpoint(
             folder, domains, settings, options.split, revision, options.engine, progress=sys.stderr.isatty()
         )
         figures, label = {}, f"{position}-{Path(model).name}"
         for domain, scores in found.items():
-            file = write_scores(output_dir, label, domain, scores.samples, scores.completions, scores.prompts)
+            file = kept.write_scores(label, domain, scores.samples, scores.completions, scores.prompts)
             figures[domain] = {**score(scores.values).to_dict(), "file": file}
         entries.append({"model": model, "scores": figures})
         values.append({domain: scores.samples for domain, scores in found.items()})

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .options import Options, at_least, option, parse
+from .options import Options, option, parse
 from .output import console, show
 
 
@@ -20,12 +20,6 @@ class LabOptions(Options):
     prompts: int = option(512, "test prompts of each domain, at most 512")
     threads: int = option(1, "threads to compute with; results repeat for the same number")
 
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, steps=1, prompts=1)
-        if self.prompts > 512:
-            raise ValueError(f"--prompts: expected at most 512, found {self.prompts}")
-
 
 def main(arguments: list[str]) -> None:
     options = parse(LabOptions, arguments, "", EXAMPLE)
@@ -38,5 +32,5 @@ def main(arguments: list[str]) -> None:
     settings = {name: getattr(options, name) for name in ("seed", "steps", "prompts")}
     results = Lab(options.output_dir, order=order, progress=LabProgress(), **settings).run()
     write_report(results, options.output_dir)
-    print_summary(results, console())
+    print_summary(results, options.output_dir, console())
     show(f"Everything is in {options.output_dir}. Next: trl-interfere compare {options.output_dir}")

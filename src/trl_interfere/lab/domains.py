@@ -11,12 +11,7 @@ from . import code, math, qa, writing
 
 
 TASKS: dict[str, ModuleType] = {"code": code, "math": math, "qa": qa, "writing": writing}
-REWARDS = {
-    "code": code.code_reward,
-    "math": math.math_reward,
-    "qa": qa.qa_reward,
-    "writing": writing.writing_reward,
-}
+REWARDS = {name: getattr(task, f"{name}_reward") for name, task in TASKS.items()}
 SIZES = {"pretrain": 20000, "train": 4000, "selection": 256, "test": 512}
 # Shares of the prompt space. The base model sees `pretrain` only, GRPO sees `train` only.
 SPLITS = {"pretrain": 0.4, "train": 0.3, "selection": 0.1, "test": 0.2}

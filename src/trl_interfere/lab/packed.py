@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..run import REPORT_NAME, STAGES_NAME, Run, write_atomically
 from . import MODEL_FOLDER
@@ -71,23 +71,16 @@ def is_packed(folder: Path) -> bool:
     return (folder / STAGES_NAME).is_file() and any(folder.glob(f"stages/*/{DELTA_NAME}"))
 
 
-def load_packed(folder: Path, stage: str) -> PreTrainedModel:
-    """The model after a stage of a packed run, `0-base` or one with weights, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
-    if stage == "0-base":
-        return model
-    names = [path.parent.name for path in sorted(folder.glob(f"stages/*/{DELTA_NAME}"))]
-    if stage not in names:
-        raise ValueError(f"stage: expected 0-base or one of {names}, found {stage!r}")
+def unpack(folder: Path, stage: str, target: Path) -> Path:
+    """Write the model after a stage with weights as a whole checkpoint, in float32."""
+    known = {path.parent.name: path for path in folder.glob(f"stages/*/{DELTA_NAME}")}
+    if stage not in known:
+        raise ValueError(f"stage: expected one of {sorted(known)}, found {stage!r}")
+    model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32)
     parameters = dict(model.named_parameters())
-    with safe_open(folder / "stages" / stage / DELTA_NAME, framework="pt") as file, torch.no_grad():
+    with safe_open(known[stage], framework="pt") as file, torch.no_grad():
         for name in file.keys():
             parameters[name].add_(file.get_tensor(name).float())
-    return model
-
-
-def unpack(folder: Path, stage: str, target: Path) -> Path:
-    """Write the model after a stage as a whole checkpoint."""
-    load_packed(folder, stage).save_pretrained(target)
+    model.save_pretrained(target)
     AutoTokenizer.from_pretrained(MODEL_FOLDER).save_pretrained(target)
     return target

@@ -1,8 +1,5 @@
 """The whole story on the embedded model: train in sequence, see what broke, heal it, compare the ways to repair it."""
 
-import json
-import time
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +30,6 @@ from ..reporting.plots import (
 )
 from ..reporting.verdict import arm_of
 from ..run import Run, StageRecord, read_json, write_atomically, write_json
-from ..training.callbacks import StageCallback
 from ..training.config import SequentialGRPOConfig
 from ..training.trainer import SequentialGRPOTrainer
 from . import MODEL_FOLDER
@@ -59,15 +55,6 @@ ROLLBACKS = (
 )
 
 
-def check_order(order: list[str]) -> None:
-    """Refuse an order that the lab cannot run."""
-    for name in order:
-        if name not in TASKS:
-            raise ValueError(f"order: unknown domain {name!r}, expected some of {list(TASKS)}")
-    if len(set(order)) != len(order) or len(order) < 2:
-        raise ValueError(f"order: expected at least two different domains, found {order}")
-
-
 class Lab:
     """
     One run of the lab, in one folder. Every part is kept on disk when it is done, so that a run that was killed goes
@@ -86,7 +73,8 @@ class Lab:
     ):
         self.folder = Path(output_dir)
         self.order = list(TASKS) if order is None else order
-        check_order(self.order)
+        if not set(self.order) <= set(TASKS) or len(set(self.order)) != len(self.order) or len(self.order) < 2:
+            raise ValueError(f"order: expected at least two different ones of {list(TASKS)}, found {self.order}")
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, found {steps}")
         if not 1 <= prompts <= SIZES["test"]:
@@ -120,7 +108,7 @@ class Lab:
             "healed": healed,
             "rivals": rivals,
             "edits": edits,
-            "seconds": {name: round(value, 1) for name, value in self._seconds().items()},
+            "seconds": {record.name: round(record.seconds, 1) for record in run.stages},
         }
         claims = [
             *report_claims(reports[0]),
@@ -129,7 +117,7 @@ class Lab:
             *refresh_claims(rivals, self.earlier),
             *rollback_claims(rivals, self.earlier),
         ]
-        results["claims"] = [claim.to_dict() for claim in claims]
+        results["claims"] = [claim._asdict() for claim in claims]
         figures = self.folder / "figures"
         figures.mkdir(exist_ok=True)
         save_figures(reports[0], figures)
@@ -180,10 +168,9 @@ class Lab:
         trainer = SequentialGRPOTrainer(model=str(MODEL_FOLDER), args=self.args(), domains=list(self.domains.values()))
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self.progress)
-        trainer.add_callback(_Stopwatch(self))
         self.progress.begin("train", len(self.order) * self.steps)
         trainer.train(resume_from_checkpoint=True)
-        self.progress.end()
+        self.progress.bar.close()
         write_atomically(self.folder / "recipe.yaml", yaml.safe_dump(self._recipe(), sort_keys=False))
         return trainer
 
@@ -201,15 +188,9 @@ class Lab:
 
     def refreshed(self, domain: str, model: str | Path, folder: Path, steps: int) -> SequentialGRPOTrainer:
         """A trainer after some steps of GRPO on one domain, from other weights, in a folder of its own."""
-        args = self.args(
-            output_dir=str(folder),
-            order=[domain],
-            max_steps=steps,
-            stage_overrides=None,
-        )
-        trainer = SequentialGRPOTrainer(
-            model=str(model), args=args, domains=[replace(self.domains[domain], eval_dataset=None)]
-        )
+        args = self.args(output_dir=str(folder), order=[domain], max_steps=steps, stage_overrides=None)
+        domains = [replace(self.domains[domain], eval_dataset=None)]
+        trainer = SequentialGRPOTrainer(model=str(model), args=args, domains=domains)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=True)
         return trainer
@@ -235,24 +216,20 @@ class Lab:
         for name, later in pairs:
             folder = run.analysis(name)
             if not (folder / "report.json").exists():
-                with self._timed("analyze"):
-                    config = InterferenceConfig(
-                        **ANALYSIS,
-                        quadrature_nodes=6,
-                        subspace_size=SUBSPACE_SIZE if later == following else 0,
-                        subspace_prompts=SUBSPACE_PROMPTS,
-                    )
-                    records = (before, trained[later[-1]], run.stages[before.index - 1])
-                    analyzer = InterferenceAnalyzer.from_pretrained(*map(self._weights, records), config=config)
-                    report = analyzer.analyze(
-                        self.domains[self.earlier],
-                        [self.domains[name] for name in later],
-                        progress=lambda part: self.progress.advance(part),
-                        others=[d for name, d in self.domains.items() if name not in (self.earlier, *later)],
-                    )
-                    self._with_relative_names(report).save_pretrained(folder)
+                size = SUBSPACE_SIZE if later == following else 0
+                settings = {"quadrature_nodes": 6, "subspace_size": size, "subspace_prompts": SUBSPACE_PROMPTS}
+                config = InterferenceConfig(**ANALYSIS, **settings)
+                records = (before, trained[later[-1]], run.stages[before.index - 1])
+                analyzer = InterferenceAnalyzer.from_pretrained(*map(self._weights, records), config=config)
+                report = analyzer.analyze(
+                    self.domains[self.earlier],
+                    [self.domains[name] for name in later],
+                    progress=self.progress.advance,
+                    others=[d for name, d in self.domains.items() if name not in (self.earlier, *later)],
+                )
+                self._with_relative_names(report).save_pretrained(folder)
             reports.append(InterferenceReport.from_pretrained(folder))
-        self.progress.end()
+        self.progress.bar.close()
         return reports
 
     def _with_relative_names(self, report: InterferenceReport) -> InterferenceReport:
@@ -296,11 +273,10 @@ class Lab:
         self.progress.begin("compare", len(work))
         self.progress.advance("", amount=len(rows))
         for arm in work[len(rows) :]:
-            with self._timed("compare"):
-                rows.append(arm())
+            rows.append(arm())
             self.progress.advance(rows[-1]["arm"])
             write_json(path, {"schema_version": SCHEMA_VERSION, "rows": rows})
-        self.progress.end()
+        self.progress.bar.close()
         return rows
 
     def _heal(self, trainer: SequentialGRPOTrainer) -> dict[str, Any] | None:
@@ -308,12 +284,11 @@ class Lab:
         run = Run(self.folder)
         if run.stages[-1].kind != "heal":
             self.progress.begin("heal", 1)
-            with self._timed("heal"):
-                repair = heal_run(run, list(self.domains.values()), scorer=trainer.scorer)
-            self.progress.end()
+            repair = heal_run(run, list(self.domains.values()), scorer=trainer.scorer)
+            self.progress.bar.close()
             if repair is None:
                 return None
-        record = json.loads((run.repair / "repair.json").read_text())
+        record = read_json(run.repair / "repair.json", 1)
         shown = ("domains", "recovered_all", "worst", "cost", "rank", "references", "within_max_drop")
         return {"arm": "heal", **{name: record[name] for name in shown}}
 
@@ -324,23 +299,6 @@ class Lab:
         for update in edits["updates"].values():
             update |= {key: self._relative(update[key]) for key in ("before", "after")}
         return edits
-
-    def _seconds(self) -> dict[str, float]:
-        path = self.folder / "seconds.json"
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    def add_seconds(self, part: str, seconds: float) -> None:
-        """Add to the time spent on a part of the run, over all its processes."""
-        spent = self._seconds()
-        write_json(self.folder / "seconds.json", {**spent, part: spent.get(part, 0.0) + seconds})
-
-    @contextmanager
-    def _timed(self, part: str):
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add_seconds(part, time.perf_counter() - start)
 
 
 def _stage_row(record: StageRecord) -> dict[str, Any]:
@@ -363,23 +321,3 @@ def _pair_row(report: InterferenceReport) -> dict[str, Any]:
         "most_synergistic": {"module": highest, "cosine": modules[highest]},
         **{name: getattr(report, name) for name in shown},
     }
-
-
-class _Stopwatch(StageCallback):
-    """Splits the time of a stage into training and evaluation."""
-
-    def __init__(self, lab: Lab):
-        self.lab, self.since = lab, time.perf_counter()
-
-    def _lap(self) -> float:
-        before, self.since = self.since, time.perf_counter()
-        return self.since - before
-
-    def on_stage_begin(self, index, stage):
-        self._lap()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.lab.add_seconds("train", self._lap())
-
-    def on_stage_end(self, record, score_matrix):
-        self.lab.add_seconds("evaluate", self._lap())

@@ -5,23 +5,18 @@ from typing import Any
 
 from rich.console import Console
 
+from ..evaluation.score_matrix import ScoreMatrix
 from ..reporting.claims import Claim, claims_table
 from ..reporting.verdict import arm_of, share_of
-from ..run import stage_name, write_atomically
+from ..run import Run, write_atomically
 from ..tables import console_table, markdown_table
 
 
 Table = tuple[list[str], list[list[str]]]
 
 
-def _score_rows(results: dict[str, Any]) -> Table:
-    names = results["order"]
-    header = ["stage", *(f"{name} (n={results['stages'][0]['scores'][name]['n']})" for name in names)]
-    rows = [
-        [stage_name(stage["index"], stage["kind"], stage["domain"])]
-        + [f"{cell['value']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]" for cell in map(stage["scores"].get, names)]
-        for stage in results["stages"]
-    ]
+def _score_rows(folder: str | Path) -> Table:
+    header, *rows = ScoreMatrix.from_run(Run(folder)).rows()
     return header, rows
 
 
@@ -63,10 +58,10 @@ def _repair_rows(results: dict[str, Any]) -> Table:
     return header, rows
 
 
-def print_summary(results: dict[str, Any], console: Console) -> None:
+def print_summary(results: dict[str, Any], folder: str | Path, console: Console) -> None:
     """Print the tables of a run: scores, pairs, and the repairs."""
     for title, table in (
-        ("Score after each stage (0 to 100, 95% interval)", _score_rows(results)),
+        ("Score after each stage (0 to 100, 95% interval)", _score_rows(folder)),
         ("Damage of the earlier domain, in nats per token", _pair_rows(results)),
         ("Repairs: what came back, and the change of every domain in points", _repair_rows(results)),
     ):
@@ -84,7 +79,7 @@ intervals are 95%, bootstrapped over prompts.
 
 ## What was trained
 
-{markdown_table(*_score_rows(results))}
+{markdown_table(*_score_rows(folder))}
 
 ![Scores](figures/scores.png)
 
@@ -129,6 +124,6 @@ damage are of the first pair above, if they do not name stages.
 
 ![Eigenvalues of the damage on route space](figures/eigenvalues.png)
 
-Time: {", ".join(f"{part} {seconds:.0f} s" for part, seconds in results["seconds"].items())}.
+Training: {", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds"].items() if seconds)}.
 """
     write_atomically(Path(folder) / "report.md", text)

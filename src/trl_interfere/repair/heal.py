@@ -17,7 +17,8 @@ from ..evaluation.flips import flips
 from ..evaluation.metrics import recovered, recovered_all
 from ..evaluation.scorer import DomainScores, Scorer
 from ..models import load_model, load_tokenizer
-from ..run import Run, StageRecord, stage_name
+from ..run import Run, StageRecord
+from ..stage_record import stage_name
 from .repair import Repair
 from .subspace_rollback import SubspaceRollback
 

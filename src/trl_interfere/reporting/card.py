@@ -40,25 +40,10 @@ def analysis_card(
     final: StageRecord | None = None,
 ) -> ModelCard:
     """
-    The card of a run. Every figure in it stands in `stages.json`, the files of scores, `report.json` or `repair.json`,
-    or follows from them. Text of the run is shown as text.
-
-    Args:
-        run ([`Run`]):
-            The run.
-        repo_id (`str`, *optional*):
-            Repository that the card is for. Defaults to none: a card for the folder.
-        license (`str`, *optional*):
-            Licence, which is that of the base model.
-        figures (`dict[str, str]`, *optional*):
-            Paths of figures, relative to the card: `"scores"`, `"<report>/<figure>"`, and `"page"`, the run as a page.
-        revisions (`bool`, *optional*, defaults to `False`):
-            Whether the stages are revisions of the repository.
-        final ([`StageRecord`], *optional*):
-            The stage with the weights on `main`. Defaults to the last one.
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]: The card.
+    The card of a run, for its folder or for a repository. Every figure in it stands in `stages.json`, the files of
+    scores, `report.json` or `repair.json`, or follows from them. Text of the run is shown as text. `figures` holds
+    paths relative to the card: `"scores"`, `"<report>/<figure>"`, and `"page"`, the run as a page. With `revisions`
+    the stages are revisions of the repository; `final` is the stage with the weights on `main`, else the last one.
     """
     figures = figures or {}
     trained = [record for record in run.stages if record.folder is not None]
@@ -153,11 +138,7 @@ def report_markdown(report: InterferenceReport) -> str:
 
 def score_table(matrix: ScoreMatrix) -> str:
     """Scores in Markdown, one row for each stage, with a dash where there is none."""
-    header = ["stage", *(f"{plain(domain)} (n={_count(matrix, domain)})" for domain in matrix.domains)]
-    rows = []
-    for row, stage in enumerate(matrix.stages):
-        found = [matrix.interval(row, name) if name in matrix.values[row] else None for name in matrix.domains]
-        rows.append([plain(stage), *("—" if one is None else f"{one:.1f}" for one in found)])
+    header, *rows = [[plain(cell) for cell in row] for row in matrix.rows()]
     return markdown_table(header, rows)
 
 
@@ -203,10 +184,6 @@ def _base(run: Run) -> str:
 def _listed(names: list[str]) -> str:
     names = [plain(name) for name in names]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _count(matrix: ScoreMatrix, domain: str) -> int:
-    return next((len(values[domain]) for values in matrix.values if domain in values), 0)
 
 
 def _sampling(run: Run) -> str:

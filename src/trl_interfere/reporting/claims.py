@@ -1,8 +1,7 @@
 """The claims of arXiv 2606.02398 as figures, each with the control that a sceptic asks for."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..evaluation.metrics import forgetting
 from ..evaluation.score_matrix import ScoreMatrix
@@ -14,23 +13,8 @@ if TYPE_CHECKING:
     from ..analysis.report import InterferenceReport
 
 
-@dataclass(frozen=True)
-class Claim:
-    """
-    One figure that speaks for or against a claim.
-
-    Args:
-        claim (`str`):
-            The claim.
-        figure (`str`):
-            What was measured.
-        value (`str`):
-            The figure, with its interval where it has one.
-        control (`str`):
-            What it is to be compared with, and that figure.
-        paper (`str`):
-            What the paper reports on Qwen3-4B-Thinking-2507.
-    """
+class Claim(NamedTuple):
+    """One figure that speaks for or against a claim, beside its control and what the paper reports (Qwen3-4B)."""
 
     claim: str
     figure: str
@@ -38,35 +22,16 @@ class Claim:
     control: str
     paper: str
 
-    def to_dict(self) -> dict[str, str]:
-        """The row by column."""
-        return asdict(self)
-
 
 def claims_table(claims: list[Claim]) -> str:
     """Claims as a table in Markdown."""
-    rows = [(claim.claim, claim.figure, claim.value, claim.control, claim.paper) for claim in claims]
-    return markdown_table(("claim", "figure", "here", "control", "paper"), rows)
+    return markdown_table(("claim", "figure", "here", "control", "paper"), claims)
 
 
 def report_claims(report: "InterferenceReport") -> list[Claim]:
-    """
-    The claims that one analysis speaks to: those on edits, activity, gradients and the damage.
-
-    Args:
-        report ([`InterferenceReport`]):
-            The analysis.
-
-    Returns:
-        `list[Claim]`: Rows; what the report lacks is left out.
-    """
-    return [
-        *_sparsity(report),
-        *_overlaps(report),
-        *_gradients(report),
-        *_second_order(report),
-        *_concentration(report),
-    ]
+    """The claims that one analysis speaks to, on edits, activity, gradients and damage, as far as it has them."""
+    parts = (_sparsity, _overlaps, _gradients, _second_order, _concentration)
+    return [claim for part in parts for claim in part(report)]
 
 
 def _sparsity(report: "InterferenceReport") -> list[Claim]:

@@ -1,7 +1,5 @@
 """Figures: each function takes data and returns a matplotlib figure, which the caller saves or shows."""
 
-import itertools
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ..analysis.report import InterferenceReport
 from ..evaluation.score_matrix import ScoreMatrix
+from .layer_maps import KINDS, PARTS, cosine_map
 
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart, and a second sign beside each.
@@ -21,8 +20,6 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vPX*"
 REFERENCE = "#767676"
 AMOUNT, SIGNED = "cividis", "PuOr"  # colour maps of shares and scores, and of signed values
-PARTS = ("attention", "mlp", "norm")
-KINDS = {"mlp": "MLP channels", "query": "query heads", "key_value": "key/value heads"}
 MAX_POINTS = 400  # of a curve
 MAX_LABELLED = 48  # layers of a map that has its values in its cells
 
@@ -41,21 +38,16 @@ def plot_score_matrix(matrix: ScoreMatrix) -> Figure:
     return figure
 
 
-def plot_scores(matrix: ScoreMatrix, healed: dict[str, float] | None = None) -> Figure:
-    """
-    Score of every domain over the stages, with 95% intervals over prompts, and of the healed model as the last point.
-    """
+def plot_scores(matrix: ScoreMatrix) -> Figure:
+    """Score of every domain over the stages, with 95% intervals over prompts."""
     figure, axes = _figure(7, 3.8)
     for number, domain in enumerate(matrix.domains):
         rows = [row for row, values in enumerate(matrix.values) if domain in values]
         found = [matrix.interval(row, domain) for row in rows]
         ends = np.abs([[one.value - one.low, one.high - one.value] for one in found]).reshape(-1, 2).T
-        style = _style(number, 5)
-        axes.errorbar(rows, [one.value for one in found], yerr=ends, capsize=2, label=_name(domain), **style)
-        if healed and rows and domain in healed:
-            axes.plot([rows[-1], len(matrix.stages)], [found[-1].value, healed[domain]], linestyle="--", **style)
+        values, style = [one.value for one in found], _style(number, 5)
+        axes.errorbar(rows, values, yerr=ends, capsize=2, label=_name(domain), **style)
     labels = [_name(stage.partition("-")[2], 14).replace("-", "\n", 1) for stage in matrix.stages]
-    labels += ["healed"] if healed else []
     axes.set_xticks(range(len(labels)), labels, fontsize=9)
     axes.set(ylim=(-3, 103), ylabel="score (0 to 100)")
     axes.spines[["top", "right"]].set_visible(False)
@@ -82,58 +74,6 @@ def plot_module_cosines(report: InterferenceReport) -> Figure:
     )
     figure.colorbar(image, ax=[left, right], shrink=0.8, label="cosine")
     return figure
-
-
-def cosine_map(report: InterferenceReport) -> np.ndarray:
-    """Gradient cosines of the layers, of shape `(num_layers, 3)`, in the order of `PARTS`."""
-    found = {}
-    for name, value in report.cosines["modules"].items():
-        match = re.fullmatch(r"layers\.(\d{1,4})\.(\w+)", name)
-        if match and match[2] in PARTS and value is not None:
-            found[int(match[1]), PARTS.index(match[2])] = value
-    table = np.full((1 + max((layer for layer, _ in found), default=0), len(PARTS)), np.nan)
-    for place, value in found.items():
-        table[place] = value
-    return table
-
-
-def damage_map(report: InterferenceReport) -> tuple[list[str], np.ndarray]:
-    """Kinds of routes, and the damage of each in each layer, in nats per token."""
-    sums = {KINDS.get(kind, kind): values for kind, values in report.by_layer("damage").items() if values.size}
-    return list(sums), np.array(list(sums.values())).T
-
-
-def correction_maps(layers: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], np.ndarray]]:
-    """
-    What a repair changed, from the rows of its record: of each layer the part of its output, and the effective
-    dimension of the change, beside that of a random change through the same moments. Experts of a layer are averaged.
-    """
-    parts = list(dict.fromkeys(row["name"].rsplit(".", 1)[-1] for row in layers))
-    blocks, maps = 1 + max((row["block"] for row in layers), default=0), {}
-    for field, factor, title in (
-        ("output_change", 100, "output that the correction changes (%)"),
-        ("effective_dimension", 1, "effective dimension of the correction (directions)"),
-        ("effective_dimension_random", 1, "the same of a random change (directions)"),
-    ):
-        table = np.full((blocks, len(parts)), np.nan)
-        for block, (column, part) in itertools.product(range(blocks), enumerate(parts)):
-            found = [row.get(field) for row in layers if row["block"] == block and row["name"].endswith(f".{part}")]
-            found = [value for value in found if value is not None]
-            table[block, column] = factor * np.mean(found) if found else np.nan
-        maps[title] = [part.removesuffix("_proj") for part in parts], table
-    return maps
-
-
-def repair_maps(record: dict[str, Any]) -> dict[str, tuple[list[str], np.ndarray]]:
-    """[`correction_maps`] of a subspace rollback; of a route rollback how many routes of each kind it moves."""
-    if "routes" not in record:
-        return correction_maps(record["layers"]) if record.get("layers") else {}
-    kinds = list(record["routes"])
-    table = np.zeros((1 + max(int(layer) for found in record["routes"].values() for layer in found), len(kinds)))
-    for column, kind in enumerate(kinds):
-        for layer, places in record["routes"][kind].items():
-            table[int(layer), column] = len(places)
-    return {"routes that are rolled back (number)": ([KINDS.get(kind, kind) for kind in kinds], table)}
 
 
 def plot_layer_maps(maps: dict[str, tuple[list[str], np.ndarray]]) -> Figure:

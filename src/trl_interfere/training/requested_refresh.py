@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..evaluation.score_matrix import ScoreMatrix
-from ..run import Run, StageRecord, stage_name
+from ..run import Run, StageRecord
+from ..stage_record import stage_name
 from .callbacks import StageCallback
 from .schedule import Stage
 

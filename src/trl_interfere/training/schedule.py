@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..recipe import check_names
-from ..run import stage_domains
+from ..stage_record import stage_domains
 from .config import STAGE_OPTIONS
 
 

@@ -21,7 +21,7 @@ from trl.trainer.utils import get_config_model_id
 from .. import __version__
 from ..evaluation.bootstrap import score
 from ..repair.heal import heal_run
-from ..run import StageRecord, stage_name
+from ..stage_record import StageRecord, stage_name
 from .callbacks import StageCallback
 from .distillation import Distillation, mixed
 from .resume import last_whole_checkpoint
