@@ -75,20 +75,15 @@ def test_version_and_doctor(run):
         (["trian"], "'train'"),
         (["train"], "RECIPE"),
         (["heal"], "--final"),
-        (["analyze"], "--final"),
-        (["refresh"], "RUN"),
         (["push", "out"], "REPO"),
         (["heal", "nowhere"], "nowhere.*stages.json"),
         (["heal", "a", "b"], "'b'"),
         (["heal", "out", "--max_dorp", "2"], "'max_drop'"),
         (["heal", "out", "--rank", "many"], "--rank"),
-        (["heal", "out", "--rank", "-1"], "--rank"),
         (["heal", "out", "--config"], "--config"),
         (["heal", "--final", "B", "--peak", "math", "--output_dir", "x"], "--peak.*'math'"),
         (["doctor", "--threads", "100000"], "--threads"),
-        (["doctor", "--threads", "0"], "--threads"),
-        (["lab", "--steps", "0"], "--steps"),
-        (["lab", "--prompts", "513"], "--prompts"),
+        (["lab", "--steps", "0"], "steps: "),
         (["lab", "--order", "code,chess"], "'chess'"),
         (["compare", "x", "--port", "0"], "--port"),
         (["heal", "\x1b[31mred"], "\\?\\[31mred"),
@@ -104,7 +99,7 @@ def test_bad_arguments(run, tmp_path, monkeypatch, arguments, message):
 def test_options_from_yaml(run, tmp_path):
     (tmp_path / "options.yaml").write_text("steps: 0\noutput_dir: x\n")
     code, _, err = run("lab", "--config", tmp_path / "options.yaml")
-    assert code == 2 and "--steps" in err
+    assert code == 2 and "steps: " in err
     (tmp_path / "options.yaml").write_text("stepz: 5\n")
     code, _, err = run("lab", "--config", tmp_path / "options.yaml")
     assert code == 2 and "'steps'" in err
@@ -140,14 +135,8 @@ def test_analyze(damaged, run):
 
 
 def test_analyze_checkpoints_from_elsewhere(finished_run, run, tmp_path):
-    checkpoints = (
-        "--final",
-        finished_run / "stages" / "2-writing",
-        "--peak",
-        f"math={MODEL_FOLDER}",
-        "--later",
-        "writing",
-    )
+    final, peak = finished_run / "stages" / "2-writing", f"math={MODEL_FOLDER}"
+    checkpoints = ("--final", final, "--peak", peak, "--later", "writing")
     recipe = ("--recipe", finished_run.parent / "recipe.yaml")
     code, out, err = run("analyze", *checkpoints, *recipe, "--output_dir", tmp_path / "report", "--threads", 1)
     assert code == 0 and "nats" in out, err
@@ -216,21 +205,9 @@ def test_evaluate_gives_the_scores_of_the_run(finished_run, run, tmp_path):
     (entry,) = json.loads((tmp_path / "scores" / "scores.json").read_text())["models"]
     record = Run(finished_run).stage("1-math")
     for domain, found in entry["scores"].items():
-        assert (tmp_path / "scores" / found["file"]).read_bytes() == (
-            finished_run / record.scores[domain]["file"]
-        ).read_bytes()
-    sampled = (
-        "--split",
-        "selection",
-        "--temperature",
-        1.0,
-        "--num_samples",
-        4,
-        "--max_new_tokens",
-        4,
-        "--domain",
-        "math",
-    )
+        kept = finished_run / record.scores[domain]["file"]
+        assert (tmp_path / "scores" / found["file"]).read_bytes() == kept.read_bytes()
+    sampled = ("--split", "selection", "--temperature", 1.0, "--num_samples", 4, "--domain", "math")
     models = (finished_run / "stages" / "1-math", finished_run)
     code, out, err = run("evaluate", *models, *sampled, "--max_new_tokens", 4, "--output_dir", tmp_path / "sampled")
     assert code == 0 and "by chance" in out, err
@@ -245,7 +222,6 @@ def test_evaluate_gives_the_scores_of_the_run(finished_run, run, tmp_path):
         (["--domain", "math", "chess"], "'chess'"),
         (["--split", "train"], "'train'"),
         (["--num_samples", "2"], "num_samples"),
-        (["--dtype", "float31"], "dtype.*'float31'"),
         (["--dtype", "int8"], "dtype.*'int8'"),
         (["--engine", "sglang"], "engine"),
         (["--temperature", "nan"], "temperature"),
@@ -255,21 +231,16 @@ def test_bad_arguments_of_evaluate(finished_run, run, tmp_path, arguments, messa
     code, _, err = run("evaluate", finished_run, "--output-dir", tmp_path / "scores", *arguments)
     assert code == 2 and re.search(message, err), err
     assert not (tmp_path / "scores").exists()
-    assert (
-        run("evaluate", "nowhere", "--recipe", finished_run / "recipe.yaml", "--output_dir", tmp_path / "scores")[0]
-        == 2
-    )
+    missing = ("nowhere", "--recipe", finished_run / "recipe.yaml", "--output_dir", tmp_path / "scores")
+    assert run("evaluate", *missing)[0] == 2
 
 
 def test_refresh(damaged, run):
     settings = ("--steps", 1, "--learning_rate", 1e-6, "--max_drop", 100, "--threads", 1, "--keep")
     code, out, err = run("refresh", damaged, *settings)
     record = Run(damaged).stages[-1]
-    assert (record.name, record.steps, record.overrides) == (
-        "3-refresh-math",
-        1,
-        {"learning_rate": 1e-6, "max_steps": 1},
-    ), err
+    overrides = {"learning_rate": 1e-6, "max_steps": 1}
+    assert (record.name, record.steps, record.overrides) == ("3-refresh-math", 1, overrides), err
     change = difference(Run(damaged).scores(3, "math"), Run(damaged).scores(2, "math"))
     assert f"math by {change:+.1f} points" in out and code == (3 if change.value < 0 else 0)
     for arguments in (["--domain", "maths"], ["--steps", "0"], ["--step", "1"]):
@@ -330,8 +301,6 @@ def test_dry_run(tmp_path, content, run, option):
     "arguments, message",
     [
         (["--learning_rat", "1e-5"], "'learning_rate'"),
-        (["--proces-per-stage"], "'process_per_stage'"),
-        (["--max_steps", "many"], "'many'"),
         (["--per_device_train_batch_size", "6"], "divisible"),
         (["--stage_overrides", '{"math": {"temperature": 2}}'], "'temperature'"),
         (["--process-per-stage", "--max-stages", "1"], "max_stages"),
@@ -385,7 +354,6 @@ CORES = os.cpu_count()
     [
         ({}, CORES),
         ({"OMP_NUM_THREADS": "3"}, 3),
-        ({"OMP_NUM_THREADS": "2,1"}, CORES),
         ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(CORES)}, 1),
         ({"OMP_NUM_THREADS": "3", "LOCAL_WORLD_SIZE": "1"}, CORES),  # torchrun's 1 would not be a wish either
     ],

@@ -137,14 +137,6 @@ def test_an_app(hub, tmp_path):
     deploy_app(hub, tmp_path, sys.executable)
 
 
-def test_the_space_of_this_repository(hub, tmp_path):
-    arguments = ("--folder", ROOT / "space", "--repo", "tester/interference")
-    check(start(sys.executable, "deploy_space.py", *arguments, hub=hub, folder=tmp_path), "of tester/interference")
-    files = set(hub.files("tester/interference", kind="space"))
-    assert {"app.py", "requirements.txt", "README.md", "data/lab/stages.json"} <= files
-    assert not any("__pycache__" in name for name in files)
-
-
 @pytest.mark.slow  # installs torch and everything else into two new environments
 def test_all_scripts_in_environments_of_their_own(hub, tmp_path, environment):
     run_all(hub, tmp_path, lambda script: environment(ROOT / "hub_scripts" / script))

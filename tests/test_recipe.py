@@ -15,7 +15,6 @@ from trl_interfere.recipe import (
     load_function,
     load_prompts,
     load_run_file,
-    typed,
 )
 from trl_interfere.rewards.text import contains_words, exact_match
 from trl_interfere.training.config import SequentialGRPOConfig
@@ -69,9 +68,7 @@ def test_forms_of_data(source, folder):
     [
         ("a.csv", "prompt,answer\np1,007\np2,042\n", ["007", "042"]),
         ("b.csv", "prompt,answer\np1,NA\np2,None\np3,null\np4,yes\n", ["NA", "None", "null", "yes"]),
-        ("d.csv", "prompt,answer\np1,5\np2,\np3,7\n", ["5", "", "7"]),
         ("e.tsv", "prompt\tanswer\np1\t1.10\np2\t2.50\n", ["1.10", "2.50"]),
-        ("g.csv", "prompt,answer\np1,1e3\np2,TRUE\n", ["1e3", "TRUE"]),
         ("o.jsonl", '{"prompt": "1", "answer": "2024-01-02"}\n{"prompt": "2", "answer": "2024-03-04"}\n', None),
         ("q.jsonl", '{"prompt": "p", "answer": 1}\n{"prompt": "q", "answer": 2.5}\n', ["1", "2.5"]),
         ("r.json", '[{"prompt": "p", "answer": 1}, {"prompt": "q", "answer": "x"}]', ["1", "x"]),
@@ -92,13 +89,6 @@ def test_a_file_without_rows(name, content, tmp_path):
         load_prompts(name, "here", tmp_path)
 
 
-def test_absolute_path_and_bare_string(folder, tmp_path_factory):
-    TABLE.rename_column("question", "prompt").to_json(folder / "prompts.jsonl")
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    for source, start in (("prompts.jsonl", folder), (str(folder / "prompts.jsonl"), elsewhere)):
-        assert load_prompts(source, "here", start)["prompt"] == TABLE["question"]
-
-
 def test_prompt_template(folder):
     source = {"path": "rows.csv", "prompt": "Level {level}: {question} = {{?}}"}
     plain = load_prompts(source, "here", folder)
@@ -113,37 +103,18 @@ def test_prompt_template(folder):
 
 @pytest.mark.parametrize(
     "settings, expected",
-    [
-        ({"limit": 2}, [0, 1]),
-        ({"skip": 4}, [4, 5]),
-        ({"skip": 1, "limit": 3}, [1, 2, 3]),
-        ({"skip": 4, "limit": 10}, [4, 5]),
-        ({"limit": 100}, [0, 1, 2, 3, 4, 5]),
-    ],
+    [({"limit": 2}, [0, 1]), ({"skip": 1, "limit": 3}, [1, 2, 3]), ({"skip": 4, "limit": 10}, [4, 5])],
 )
 def test_skip_and_limit(settings, expected, folder):
     source = {"path": "rows.jsonl", "columns": {"prompt": "question"}, **settings}
     assert load_prompts(source, "here", folder)["level"] == expected
 
 
-def test_a_column_that_takes_the_place_of_another(folder):
-    Dataset.from_dict({"prompt": ["old"], "question": ["new"]}).to_json(folder / "both.jsonl")
-    source = {"path": "both.jsonl", "columns": {"prompt": "question"}}
-    try:
-        prompts = load_prompts(source, "here", folder)["prompt"]
-    except ValueError as error:
-        assert "'prompt'" in str(error)
-    else:
-        assert prompts == ["new"]
-
-
 @pytest.mark.parametrize(
     "source, message",
     [
-        (3, "found 3"),
         ({"split": "train"}, "'path'"),
         ({"path": "rows.jsonl", "colums": {}}, "'colums'.*'columns'"),
-        ({"path": "rows.jsonl", "zzz": 1}, r"'zzz'.*\['columns', 'limit'"),
         ("notes.txt", r"\['.csv', '.json', .*\].*notes.txt"),
         ("broken.jsonl", "broken.jsonl"),
         ("broken.parquet", "broken.parquet"),
@@ -153,15 +124,13 @@ def test_a_column_that_takes_the_place_of_another(folder):
         ({"path": "plain", "split": "dev"}, "'?dev'?"),
         ("rows.jsonl", r"'prompt', found \['question', 'answer', 'level'\]"),
         ({**DATA, "columns": {"prompt": "problem"}}, r"columns: .*'problem', found \['question', 'answer', 'level'\]"),
-        ({**DATA, "columns": ["prompt"]}, "columns: "),
         *(
             ({"path": "rows.jsonl", "prompt": template}, "prompt: ")
-            for template in ("Solve {problem}", "Solve {}", "Solve {question", "Solve {question.text}")
+            for template in ("Solve {problem}", "Solve {question")
         ),
         ({**DATA, "limit": "many"}, "limit: "),
         ({**DATA, "skip": -2}, "skip: "),
         ({**DATA, "skip": 6}, "found 6"),
-        ({**DATA, "limit": 0}, "found 6"),
     ],
 )
 def test_data_that_cannot_be_used(source, message, folder):
@@ -255,12 +224,7 @@ def test_shipped_domains(folder):
         ({"domain": "maths"}, r"domains\[0\], domain: 'maths' is neither a shipped domain \(code, math, qa, "),
         ({"domain": "writing", "train_dataset": "x"}, r"domains\[0\]: unknown option 'train_dataset'"),
         ({"domain": "writing", "options": {"siezs": {}}}, "options: unknown option 'siezs', did you mean 'sizes'?"),
-        ({"domain": "writing", "options": {"folder": "x"}}, "options: unknown option 'folder'"),
-        ({"domain": "writing", "options": [1]}, "options: expected settings by name"),
-        (
-            {"domain": "writing", "options": {"sizes": {"train": "all"}}},
-            "sizes, train: expected a number of rows, found 'all'",
-        ),
+        ({"domain": "writing", "options": {"sizes": {"train": "all"}}}, "sizes, train: "),
         ({"domain": f"{__name__}.not_made"}, "expected a function that returns a Domain, found"),
         ({"domain": "qa", "options": {"source": "trivia"}}, r"domains\[0\]: domain 'qa', source: expected one of"),
     ],
@@ -270,31 +234,10 @@ def test_shipped_domains_that_cannot_be(entry, message, folder):
         load_run_file(write(folder, {"model": "m", "domains": [entry]}))
 
 
-def test_least_run_file(folder):
-    content = {"model": "some/model", "domains": [{"name": "qa", "eval_dataset": DATA, "reward_funcs": "exact_match"}]}
-    run = load_run_file(write(folder, content))
-    assert run.model == "some/model"
-    assert (run.training, run.peft, run.refresh, run.analysis) == ({}, None, None, {})
-
-
 def test_settings_of_a_domain_with_a_number_for_a_name(folder):
     entry = {"name": 1, "eval_dataset": DATA, "reward_funcs": "exact_match", "settings": {"max_steps": 5}}
     run = load_run_file(write(folder, {"model": "some/model", "domains": [entry]}))
     assert list(run.training["stage_overrides"]) == [domain.name for domain in run.domains] == ["1"]
-
-
-def test_model_init_kwargs_are_not_dropped(folder):
-    content = {
-        "model": "some/model",
-        "model_init_kwargs": {"dtype": "bfloat16"},
-        "domains": [{"name": "qa", "eval_dataset": DATA, "reward_funcs": "exact_match"}],
-    }
-    try:
-        run = load_run_file(write(folder, content))
-    except ValueError as error:
-        assert "unknown option 'model_init_kwargs'" in str(error)
-    else:
-        assert {"dtype": "bfloat16"} in [*vars(run).values(), *run.training.values()]
 
 
 def domain(**settings):
@@ -305,19 +248,15 @@ def domain(**settings):
     "content, message",
     [
         ("model: [", "YAML"),
-        ("- model", "list"),
-        ("", "NoneType"),
         ({"model": "m"}, "'domains'"),
         ({"domains": [domain()]}, "'model'"),
         ({"model": "m", "domains": []}, r", domains: .*\[\]"),
-        ({"model": "m", "domains": {"qa": {}}}, ", domains: .*{'qa'"),
         ({"model": "m", "domian": []}, "'domian'.*'domains'"),
-        ({"model": "m", "zzz": 1}, r"'zzz'.*\['analysis', 'domains'"),
         ({"model": "m", "domains": ["qa"]}, r", domains\[0\]: .*'qa'"),
         ({"model": "m", "domains": [{"eval_dataset": DATA}]}, r", domains\[0\]: .*'name'"),
         *(
             ({"model": "m", "domains": [domain()], part: value}, f", {part}: .*{value}")
-            for part, value in (("training", 5), ("analysis", "yes"), ("peft", 8), ("refresh", True))
+            for part, value in (("training", 5), ("refresh", True))
         ),
         ({"model": "m", "domains": [domain()], "training": {"stage_overrides": "qa"}}, "stage_overrides.*'qa'"),
     ],
@@ -332,15 +271,9 @@ def test_run_files_that_cannot_be_used(content, message, folder):
     [
         ({"reward": "exact_match"}, "'reward'.*'reward_funcs'"),
         ({"eval_dataset": {**DATA, "lmit": 2}}, "eval_dataset: .*'lmit'.*'limit'"),
-        ({"eval_dataset": "absent.jsonl"}, "eval_dataset: 'absent.jsonl'"),
-        ({"eval_dataset": {**DATA, "skip": 6}}, "eval_dataset: .*skip and limit"),
         ({"name": "q/a"}, "name 'q/a'"),
-        ({"reward_funcs": []}, "domain 'qa'.*reward function"),
-        ({"reward_weights": [1, 2]}, "domain 'qa'.*reward_weights"),
         ({"reward_funcs": "exact_mach"}, "reward_funcs: 'exact_mach'.*exact_match"),
         ({"reward_funcs": "no_such_package.reward"}, "reward_funcs: .*'no_such_package.reward'.*ModuleNotFoundError"),
-        ({"reward_funcs": {"exact_match": 1.0}}, "reward_funcs: "),
-        ({"metric": "trl_interfere.rewards.text.no_such"}, "metric: .*text.no_such'"),
         ({"metric": "trl_interfere.recipe.BUILT_IN_REWARDS"}, "metric: .*dict"),
         ({"settings": [1]}, "settings: "),
     ],
@@ -358,11 +291,6 @@ def test_run_file_that_cannot_be_read(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="binary.yaml: expected YAML"):
         load_run_file(tmp_path / "binary.yaml")
-
-
-def test_load_function_by_dotted_path():
-    assert load_function("json.dumps", "here") is json.dumps
-    assert load_function("exact_match", "here") is exact_match
 
 
 @dataclass
@@ -383,14 +311,8 @@ def test_build_dataclass():
         build_dataclass(Settings, {"steps": 0}, "here")
     with pytest.raises(ValueError, match="here, steps: expected int, found 'many'"):
         build_dataclass(Settings, {"steps": "many"}, "here")
-    assert build_dataclass(Settings, {"steps": "3"}, "here") == Settings(steps=3)
-
-
-def test_numbers_that_yaml_reads_as_text():
-    found = typed(SequentialGRPOConfig, {"learning_rate": "5e-3", "output_dir": "1", "max_steps": "2"}, "here")
-    assert found == {"learning_rate": 5e-3, "output_dir": "1", "max_steps": 2}
-    with pytest.raises(ValueError, match="here, learning_rate: expected float, found 'fast'"):
-        typed(SequentialGRPOConfig, {"learning_rate": "fast"}, "here")
+    # YAML 1.1 reads numbers without a point as text.
+    assert build_dataclass(Settings, {"steps": "3", "rate": "5e-3"}, "here") == Settings(3, 5e-3)
 
 
 @pytest.mark.parametrize("new", ["train_dataset", "eval_dataset", "selection_dataset", "reward_funcs"])
@@ -412,14 +334,6 @@ def test_a_name_that_stands_twice(text, name, tmp_path):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=f"'{name}' stands twice"):
         load_run_file(tmp_path / "run.yaml")
-
-
-def test_merged_names_may_be_given_again(folder):
-    text = "model: m\nx: &x {path: table, columns: {prompt: question}}\n".replace("x: &x", "analysis: &x")
-    text += "domains: [{name: a, reward_funcs: exact_match, eval_dataset: {<<: *x, limit: 2, path: table}}]"
-    (folder / "run.yaml").write_text(text.replace("table", DATA["path"]))
-    (found,) = load_run_file(folder / "run.yaml").domains
-    assert len(found.eval_dataset) == 2
 
 
 def test_a_dry_run_imports_nothing_from_elsewhere(folder, tmp_path_factory, monkeypatch):
@@ -460,10 +374,10 @@ def test_any_value_of_a_setting_is_taken_or_refused_by_name(name, tmp_path):
     "name, values",
     [
         ("learning_rate", [-1, float("nan"), float("inf"), "fast"]),
-        ("per_device_train_batch_size", [0, -1, 2.5]),
-        ("temperature", [0, -1, float("nan")]),
-        ("seed", [2**70, -1]),
-        ("beta", [-1, float("nan")]),
+        ("per_device_train_batch_size", [0, 2.5]),
+        ("temperature", [0, float("nan")]),
+        ("seed", [2**70]),
+        ("beta", [-1]),
         ("max_steps", [0, -2]),
         ("score_temperature", [-1]),
         ("num_generations", [1, 0]),

@@ -8,8 +8,7 @@ from trl_interfere.revision import published_checkpoint, split_revision, stage_r
     [
         ("user/repo", ("user/repo", None)),
         ("user/repo@stage-1-math", ("user/repo", "stage-1-math")),
-        ("user/repo@refs/pr/1", ("user/repo", "refs/pr/1")),
-        ("gpt2@main", ("gpt2", "main")),
+        ("gpt2@refs/pr/1", ("gpt2", "refs/pr/1")),
         ("out/stages/1-math", ("out/stages/1-math", None)),
     ],
 )
@@ -25,9 +24,7 @@ def test_a_folder_is_taken_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("name", ["user/repo@", "@main", "/no/such/folder@1", "a/b/c@d"])
 def test_neither_a_folder_nor_a_revision(name):
-    with pytest.raises(
-        ValueError, match=f"^{name}: expected a folder that exists or user/repo@revision, found neither"
-    ):
+    with pytest.raises(ValueError, match=f"^{name}: expected a folder"):
         split_revision(name)
 
 

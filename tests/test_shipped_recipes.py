@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from transformers import Qwen3Config
 
 from trl_interfere.cli import main
 from trl_interfere.datasets.sources import OFFLINE
-from trl_interfere.recipe import load_run_file
 from trl_interfere.training.dry_run import plan_run
 from trl_interfere.training.recipe_trainer import load_run
 
@@ -120,16 +118,3 @@ def test_the_paper():
     for line in text.splitlines():
         if any(word in line for word in ("Algorithm, steps", "seed: 0", "max_tests: 16", "reward: unknown")):
             assert "unknown" in line
-
-
-def test_smollm2_recipe_uses_nothing_of_the_hub():
-    content = yaml.safe_load((RECIPES / "smollm2-135m.yaml").read_text())
-    assert {entry["options"]["source"] for entry in content["domains"]} == {
-        "humaneval",
-        "reasoning-gym",
-        "mmlu-dev",
-        "constraints",
-    }
-    if find_spec("lm_eval") is not None and shutil.which("bwrap") is not None:
-        run = load_run_file(RECIPES / "smollm2-135m.yaml")
-        assert [domain.name for domain in run.domains] == ["code", "math", "qa", "writing"]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from page_data import DATA, HOSTILE
 
-from trl_interfere.cli.compare import main as compare
 from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
 from trl_interfere.models import load_model, load_tokenizer
@@ -132,14 +131,6 @@ def test_narrow_screen(visit, address, shoot, scheme):
 
 
 @pytest.mark.slow
-def test_any_two_checkpoints(visit, address, shoot):
-    page = visit(opened(address, "prompts", run="strangers", prompt=0), wait="#answers .ti-answer")
-    assert "not a number" in page.locator("#answers").inner_text()
-    assert "1-m1" in page.locator("#after input").input_value()
-    shoot(page, "strangers")
-
-
-@pytest.mark.slow
 def test_two_checkpoints_with_no_run_and_no_report(visit, tmp_path):
     rows = lab_rows("math", "test", 16)
     (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -155,17 +146,8 @@ def test_two_checkpoints_with_no_run_and_no_report(visit, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "trl_interfere",
-        "compare",
-        str(MODEL_FOLDER),
-        "noisy",
-        "--recipe",
-        "domains.yaml",
-    ]
-    options = ["--no_browser", "--no_hub", "--port", str(port)]
+    command = [sys.executable, "-m", "trl_interfere", "compare", str(MODEL_FOLDER), "noisy", "--recipe"]
+    options = ["domains.yaml", "--no_browser", "--no_hub", "--port", str(port)]
     with subprocess.Popen([*command, *options], cwd=tmp_path) as process:
         try:
             while process.poll() is None:
@@ -216,18 +198,10 @@ def test_tables_of_the_saved_page_sort_and_filter(visit, tmp_path):
     assert table.locator("tbody tr:visible").count() == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("missing", "'missing': expected one of"),
-        ("user/repo", "the Hub is switched off"),
-        ("../../etc", "expected one of"),
-    ],
-)
 @pytest.mark.slow
-def test_bad_names_are_a_message(visit, address, name, message):
-    page = visit(opened(address, "verdict", run=name), wait="#message .ti-notice")
-    assert message in page.locator("#message").inner_text()
+def test_a_bad_name_is_a_message(visit, address):
+    page = visit(opened(address, "verdict", run="missing"), wait="#message .ti-notice")
+    assert "'missing': expected one of" in page.locator("#message").inner_text()
 
 
 def test_files_outside_are_not_served(address, tmp_path):
@@ -238,8 +212,3 @@ def test_files_outside_are_not_served(address, tmp_path):
             for route in ("gradio_api/file=", "file=", "gradio_api/stream/"):
                 response = client.get(f"{route}{path}")
                 assert response.status_code in (403, 404, 405) and "nobody reads" not in response.text, (route, path)
-
-
-def test_a_folder_without_a_run(tmp_path):
-    with pytest.raises(ValueError, match="run or of an evaluation, found none"):
-        compare([str(tmp_path), "--no_browser", "--no_hub"])

@@ -1,14 +1,12 @@
 import json
 import random
 import re
-import time
 import tracemalloc
 import warnings
 
-import numpy as np
 import pytest
 
-from trl_interfere.lab.code import MAX_CHARACTERS, code_reward, run_expression
+from trl_interfere.lab.code import code_reward, run_expression
 from trl_interfere.lab.domains import REWARDS, SIZES, SPLITS, TASKS, lab_domain, lab_rows, split_of
 from trl_interfere.lab.math import math_reward
 from trl_interfere.lab.qa import NAMES, PHRASINGS, SYMBOLS, qa_reward
@@ -40,19 +38,6 @@ def test_prompts_of_splits_are_disjoint(task, rows):
         assert len(prompts[split]) == SIZES[split] == len(rows[task][split])
 
 
-def test_rows_are_the_same_every_time(task, rows):
-    for split in ("train", "test"):
-        assert lab_rows(task, split, 50) == rows[task][split][:50]
-
-
-def test_shares_of_splits():
-    splits = [split_of(f"Q: {number} A:") for number in range(20000)]
-    for name, share in SPLITS.items():
-        assert splits.count(name) / 20000 == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 20000))
-    assert sum(SPLITS.values()) == pytest.approx(1)
-    assert split_of("Q: 1+1 A:") == split_of("Q: 1+1 A:")
-
-
 def test_answers_earn_everything_and_other_styles_do_not(task, rows):
     some = [row for part in rows[task].values() for row in part]
     assert reward(task, some, [row["answer"] for row in some]) == [1.0] * len(some)
@@ -61,12 +46,6 @@ def test_answers_earn_everything_and_other_styles_do_not(task, rows):
         earned = reward(task, some, [row["alternatives"][position] for row in some])
         assert max(earned) < 1 if task == "writing" else set(earned) == {0.0}
     assert max(reward(task, some, [""] * len(some))) < 1
-
-
-def test_answer_of_another_row_earns_less(task, rows):
-    some = rows[task]["test"]
-    others = [row["answer"] for row in some[1:] + some[:1]]
-    assert np.mean(reward(task, some, others)) < 0.5
 
 
 def test_math_problems_are_right(rows):
@@ -80,8 +59,7 @@ def test_math_problems_are_right(rows):
 
 def test_qa_facts_are_right(rows):
     assert len(SYMBOLS) == len(NAMES) == len(set(SYMBOLS)) == len(set(NAMES)) == 94
-    facts = {"hydrogen": ("H", 1), "neon": ("Ne", 10), "iron": ("Fe", 26), "silver": ("Ag", 47), "gold": ("Au", 79)}
-    facts |= {"tungsten": ("W", 74), "mercury": ("Hg", 80), "radon": ("Rn", 86), "plutonium": ("Pu", 94)}
+    facts = {"hydrogen": ("H", 1), "iron": ("Fe", 26), "gold": ("Au", 79), "plutonium": ("Pu", 94)}
     for name, (symbol, number) in facts.items():
         assert (NAMES[number - 1], SYMBOLS[number - 1]) == (name, symbol)
     known = {
@@ -89,10 +67,7 @@ def test_qa_facts_are_right(rows):
         "Q: what is Au A:": "gold",
         "Q: protons in silver A:": "47",
         "Q: which has 74 A:": "tungsten",
-        "Q: period of hydrogen A:": "1",
-        "Q: row of neon A:": "2",
         "Q: period of iron A:": "4",
-        "Q: shells of radon A:": "6",
         "Q: row of plutonium A:": "7",
         "Q: after iron A:": "cobalt",
         "Q: 20 protons 22 neutrons mass A:": "42",
@@ -106,14 +81,8 @@ def test_qa_facts_are_right(rows):
         prompt: f" The answer is {answer}." for prompt, answer in known.items()
     }
     assert {len(phrasings) for phrasings in PHRASINGS.values()} == {5}
-    completions = [
-        " The answer is gold.",
-        "The answer is gold.\n",
-        "The answer is gold",
-        "gold",
-        "The answer is Gold.",
-    ]
-    assert qa_reward(completions, answer=[" The answer is gold."] * 5) == [1, 1, 0, 0, 0]
+    completions = [" The answer is gold.", "The answer is gold.\n", "The answer is gold", "gold"]
+    assert qa_reward(completions, answer=[" The answer is gold."] * 4) == [1, 1, 0, 0]
 
 
 def test_code_problems_are_right(rows):
@@ -130,15 +99,10 @@ def test_code_problems_are_right(rows):
     "expression, x, value",
     [
         ("x", 7, 7),
-        ("x*x+3", 5, 28),
         ("-x + 10", 4, 6),
-        ("--x", 4, 4),
         ("(x+1)*(x-1)", 6, 35),
         ("x//3", 8, 2),
         ("x%3", 8, 2),
-        ("9-x*2", 3, 3),
-        ("7", 0, 7),
-        ("x * 3", 2, 6),
     ],
 )
 def test_arithmetic(expression, x, value):
@@ -181,15 +145,6 @@ def test_sandbox_builds_nothing_large(expression):
         tracemalloc.stop()
 
 
-def test_longest_product_takes_no_time():
-    expression = "*".join(["9" * 15] * 4)
-    assert len(expression) < MAX_CHARACTERS
-    start = time.perf_counter()
-    assert run_expression(expression, 3) == (10**15 - 1) ** 4
-    assert run_expression("x*" * 31 + "x", 9) == 9**32
-    assert time.perf_counter() - start < 1
-
-
 ITEMS = ("first word", "second word", "length", "one sentence", "no repetition")
 
 
@@ -197,37 +152,21 @@ ITEMS = ("first word", "second word", "length", "one sentence", "no repetition")
     "text, missed",
     [
         ("The moon shines near the river.", []),
-        (" The moon shines near the river.\n", []),
-        ("The Moon shines near the river.", []),
         ("The star shines near the river.", ["first word"]),
-        ("The moonlight shines near the river.", ["first word"]),
         ("The moon shines near the lake.", ["second word"]),
         ("The moon shines brightly near the river.", ["length"]),
-        ("The moon shines near river.", ["length"]),
         ("the moon shines near the river.", ["one sentence"]),
         ("The moon shines near the river", ["one sentence"]),
-        ("The moon shines near the river!", ["one sentence"]),
         ("The moon shines. Near the river.", ["one sentence"]),
         ("The moon shines near moon river.", ["no repetition"]),
-        ("The moon moon moon moon moon.", ["second word", "no repetition"]),
         ("The the the the the the.", ["first word", "second word", "no repetition"]),
         ("", ["first word", "second word", "length", "one sentence", "no repetition"]),
-        (".", ["first word", "second word", "length", "one sentence", "no repetition"]),
     ],
 )
 def test_rubric(text, missed):
     assert rubric(text, ["moon", "river"], 6) == {item: float(item not in missed) for item in ITEMS}
     expected = 1.0 if not missed else 0.5 * (5 - len(missed)) / 5
     assert writing_reward([text], words=["moon river"], length=[6]) == pytest.approx([expected])
-
-
-def test_writing_prompts_ask_for_what_is_scored(rows):
-    lengths = set()
-    for row in rows["writing"]["train"]:
-        first, second = row["words"].split()
-        assert row["prompt"] == f"Q: write {row['length']} words with {first} {second} A:" and first != second
-        lengths.add(row["length"])
-    assert lengths == {7, 8, 9, 10}
 
 
 def test_lab_domain(task):

@@ -9,8 +9,8 @@ import pytest
 
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
-from trl_interfere.reporting.card import analysis_card, repair_card, report_card, report_markdown, stage_card
-from trl_interfere.reporting.verdict import flipped, losses, read_repair, verdict
+from trl_interfere.reporting.card import analysis_card, report_card, report_markdown, stage_card
+from trl_interfere.reporting.verdict import losses, read_repair, verdict
 from trl_interfere.run import Run
 
 
@@ -100,15 +100,6 @@ def test_nothing_was_lost(folder):
     assert verdict(run, ScoreMatrix.from_run(run)).startswith("Nothing was lost beyond chance")
 
 
-def test_prompts_that_came_back(healed):
-    examples, regained = flipped(healed, "math")
-    assert regained and [example["prompt"] for example in examples] == ["Q: 26-23 A:", "Q: 45+2+41 A:", "Q: 23+62 A:"]
-    stages = [name for name, _ in examples[0]["answers"]]
-    assert stages == ["at its peak", "at the end", "healed"] and examples[0]["answers"][2][1].startswith(
-        "5-heal says 0"
-    )
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -166,13 +157,6 @@ def test_metadata(folder):
     data = analysis_card(run, "u/r").data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("Qwen/Qwen3-0.6B", "finetune")
     assert data["datasets"] == ["a/b"]
-
-
-def test_card_of_a_repair():
-    card = repair_card(REPAIR, "u/fix", "u/model")
-    data = card.data.to_dict()
-    assert (data["base_model"], data["base_model_relation"], data["library_name"]) == ("u/model", "adapter", "peft")
-    assert 'model = PeftModel.from_pretrained(model, "u/fix")' in str(card) and "94% [81, 106]" in str(card)
 
 
 def test_foreign_text_is_text(healed, monkeypatch):
@@ -252,10 +236,3 @@ def test_cards_and_pages_of_a_report(make_report):
     for shown in (text, report_markdown(report)):
         assert "- damage: +0.6000 nats per token" in shown and "Control:" in shown
         assert "- weights outside routes: 25.1% (embed&#95;tokens 25.0%)" in shown
-
-
-def test_a_run_without_analysis_and_repair(folder):
-    shutil.rmtree(folder / "analysis")
-    text = str(analysis_card(Run(folder)))
-    assert "## Measurements" not in text and "## How it was healed" not in text
-    assert "| math (n=512) | 63.5 | 38.5 |" in text

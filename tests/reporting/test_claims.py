@@ -88,12 +88,6 @@ def test_what_a_report_lacks_is_left_out(make_report):
     assert row.claim == "damage is second order" and row.control == "no random update was taken (subspace_size=0)"
 
 
-def test_shares_of_no_damage_are_undefined(report):
-    empty = {**SPECTRUM, "shares": [], "top_routes": {}, "second_order": 0.0}
-    rows = report_claims(replace(report, subspace={**report.subspace, "random": empty}))
-    assert [row.control for row in rows[-3:-1]] == ["random update of equal norm undefined"] * 2
-
-
 def row(arm, share=0.5, **labels):
     low, high = (None, None) if share is None else (share - 0.125, share + 0.25)
     math = {"recovered": share, "low": low, "high": high, "n": 512, "change": {"value": 12.5}}

@@ -108,24 +108,6 @@ def test_every_reference_line_stands_at_its_value(make_report):
     ]
 
 
-def test_evenly_spread_is_the_diagonal_at_every_point(make_report):
-    axes = plot_damage_concentration([make_report(1000, damage=np.linspace(3, 1, 1000))]).axes[0]
-    even = next(line for line in axes.lines if line.get_label() == "evenly spread")
-    np.testing.assert_array_equal(even.get_xdata(), even.get_ydata())
-    # Between its points, too, where the axis is logarithmic: 2% of the routes hold 2%.
-    on_screen = np.log10(even.get_xdata())
-    assert np.interp(np.log10([0.1, 2, 30]), on_screen, even.get_ydata()) == pytest.approx([0.1, 2, 30], rel=2e-3)
-    assert even.get_xdata()[[0, -1]] == pytest.approx([0.1, 100])
-
-
-def test_concentration_of_many_routes_is_exact_where_it_is_drawn(make_report):
-    damage = np.random.default_rng(0).lognormal(sigma=2, size=20_000)
-    line = plot_damage_concentration([make_report(1, damage=damage)]).axes[0].lines[0]
-    assert len(line.get_xdata()) <= 400
-    for share, value in list(zip(*line.get_data(), strict=True))[::40]:
-        assert value == pytest.approx(100 * np.sort(damage)[::-1][: round(share * 200)].sum() / damage.sum())
-
-
 def test_scores():
     matrix = ScoreMatrix(["math", "$qa$"])
     matrix.append("0-base", {"math": np.array([0.0, 1.0])})
@@ -221,11 +203,6 @@ def test_overlaps(make_report):
     assert [line.get_xdata()[0] for line in points] == [0.25, 0.75]
     chance = [list(line.get_xdata()) for line in right.lines if line.get_gid() == "reference"]
     assert chance == [[0, 0.125]] * 2
-
-
-def test_damage_by_layer(make_report):
-    axes = PLOTS["damage_by_layer"](figures_of(make_report(4, damage=np.array([1.0, 2.0, -0.5, 0.25])))).axes[0]
-    assert [bar.get_height() for bar in axes.containers[0]] == [3.0, -0.25]
 
 
 def test_eigenvalues(make_report):
