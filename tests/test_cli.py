@@ -293,7 +293,7 @@ def test_dry_run(tmp_path, content, run, option):
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run("train", recipe, "--learning_rate", 3e-5, "--max_steps", 250, option)
     assert code == 0, err
-    assert ["1", "train", "math", "250", "3e-05"] in [line.split()[:5] for line in out.splitlines()]
+    assert any({"1", "math", "250", "3e-05"} <= set(re.findall(r"[\w-]+", line)) for line in out.splitlines())
     assert sorted(tmp_path.rglob("*")) == before
 
 

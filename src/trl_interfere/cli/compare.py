@@ -19,15 +19,10 @@ class CompareOptions(Options):
     recipe: str | None = option(None, "YAML file that names the domains on which checkpoints are scored first")
     output_dir: str = option("comparison", "with --recipe: folder of the scores, new or empty")
     host: str = option("127.0.0.1", "address to listen on")
-    port: int | None = option(None, "port; by default a free one from 7860 on")
+    port: int | None = option(None, "port; by default a free one from 7860 on", least=1, most=65535)
     hub: bool = option(True, "let the page read repositories of the Hub")
     browser: bool = option(True, "open the page")
     threads: int = option(1, "threads to compute with")  # a small model gains nothing by more
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.port is not None and not 1 <= self.port <= 65535:
-            raise ValueError(f"--port: expected 1 to 65535, found {self.port}")
 
 
 def main(arguments: list[str]) -> None:

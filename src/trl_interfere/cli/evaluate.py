@@ -12,7 +12,7 @@ from ..evaluation.flips import flips
 from ..evaluation.metrics import recovered
 from ..run import Run, write_json
 from ..tables import console_table
-from .options import Options, at_least, empty_folder, option, parse
+from .options import Options, empty_folder, option, parse
 from .output import show
 from .runs import checkpoint, recipe_of, training_settings
 
@@ -34,16 +34,15 @@ class EvaluateOptions(Options):
     domain: list[str] | None = option(None, "domains to score; all by default")
     split: str = option("test", "prompts to score on: test or selection")
     output_dir: str = option("evaluation", "folder of scores.json and the scores per prompt, new or empty")
-    temperature: float | None = option(None, "0 is greedy; by default the one of the recipe")
-    num_samples: int | None = option(None, "completions per prompt; by default as in the recipe")
-    batch_size: int | None = option(None, "prompts to generate for at once")
-    max_new_tokens: int | None = option(None, "longest completion")
+    temperature: float | None = option(None, "0 is greedy; by default the one of the recipe", least=0)
+    num_samples: int | None = option(None, "completions per prompt; by default as in the recipe", least=1)
+    batch_size: int | None = option(None, "prompts to generate for at once", least=1)
+    max_new_tokens: int | None = option(None, "longest completion", least=1)
     dtype: str | None = option(None, "data type of the weights; by default the one of the recipe")
     engine: str = option("transformers", "what completes the prompts: transformers, or vllm (an extra)")
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, temperature=0, num_samples=1, batch_size=1, max_new_tokens=1)
         if self.models:
             others = [name for name in (self.against, self.peak) if name is not None and name not in self.models]
             self.models = list(dict.fromkeys([*self.models, *others]))

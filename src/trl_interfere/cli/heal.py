@@ -8,7 +8,7 @@ from ..evaluation.score_matrix import ScoreMatrix
 from ..reporting.verdict import share_of, verdict
 from ..run import Run, lock_folder
 from ..tables import console_table
-from .options import Options, at_least, empty_folder, option, pairs, parse
+from .options import Options, empty_folder, option, pairs, parse
 from .output import show
 from .runs import recipe_of, training_settings
 
@@ -29,18 +29,14 @@ class HealOptions(Options):
     domain: list[str] | None = option(
         None, "domains to heal; by default all earlier ones that later stages have not made better"
     )
-    max_drop: float = option(1.0, "points that no domain may lose to the repair on the selection split")
-    rank: int | None = option(64, "rank of the change of each layer; 0 keeps all of it")
+    max_drop: float = option(1.0, "points that no domain may lose to the repair on the selection split", least=0)
+    rank: int | None = option(64, "rank of the change of each layer; 0 keeps all of it", least=0)
     search: bool = option(False, "try heavier weights for the domains that are not restored")
     merge: bool = option(False, "write whole weights too, into merged/")
     final: str | None = option(None, "checkpoint to heal, in place of a run")
     peak: list[str] | None = option(None, "checkpoints at which the damaged domains were best, e.g. math=A code=C")
     recipe: str | None = option(None, "YAML file that names the domains; by default the one of the run")
     output_dir: str | None = option(None, "folder of the repair without a run, new or empty")
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, rank=0, max_drop=0)
 
 
 def main(arguments: list[str]) -> int | None:

@@ -1,45 +1,44 @@
-"""Options of a command: one dataclass, from flags and from YAML (`--config FILE`), as in TRL."""
+"""Options of a command: one dataclass, from flags and from YAML (`--config FILE`)."""
 
 import argparse
-import dataclasses
 import inspect
 import os
+import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import NoneType
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-from trl import TrlParser
-
-from ..recipe import check_names
+from ..recipe import check_names, read_yaml, typed
 
 
 # A launcher sets OMP_NUM_THREADS to 1, whatever there is; where processes were started by hand it is their share.
 _CORES = os.cpu_count() or 1
 _GIVEN = os.environ.get("OMP_NUM_THREADS", "") if "LOCAL_WORLD_SIZE" not in os.environ else ""
 _THREADS = max(1, int(_GIVEN) if _GIVEN.isdecimal() else _CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-_MOST_THREADS = max(64, _CORES)
 
 Command = TypeVar("Command", bound="Options")
 
 
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of a dataclass of options, with its line of help."""
+def option(default: Any, help: str, least: float | None = None, most: float | None = None, **metadata: Any) -> Any:
+    """A field of a dataclass of options, with its line of help, and the least and the most that it may be."""
     kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**kind, metadata={"help": help, **metadata})
+    return field(**kind, metadata={"help": help, "least": least, "most": most, **metadata})
 
 
 @dataclass(kw_only=True)
 class Options:
     """Options of every command."""
 
-    threads: int = option(_THREADS, "threads to compute with; results repeat for the same number")
+    threads: int = option(_THREADS, "threads to compute with; results repeat for the same number", 1, max(64, _CORES))
 
     def __post_init__(self):
-        at_least(self, threads=1)
-        if self.threads > _MOST_THREADS:
-            raise ValueError(f"--threads: expected at most {_MOST_THREADS}, found {self.threads}")
+        for entry in fields(self):
+            value, least, most = (getattr(self, entry.name), *map(entry.metadata.get, ("least", "most")))
+            if None not in (value, least) and not (least <= value < float("inf") and (most is None or value <= most)):
+                limits = f"{least} or more" if most is None else f"{least} to {most}"
+                raise ValueError(f"--{entry.name}: expected {limits}, found {value}")
 
     def prepare(self) -> None:
         """Set threads, and silence what a user can do nothing about."""
@@ -53,14 +52,6 @@ class Options:
         # TRL still passes options under names that transformers has renamed.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
         warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
-
-
-def at_least(options: Any, **least: float) -> None:
-    """Refuse numbers below a limit; `None` is none."""
-    for name, limit in least.items():
-        value = getattr(options, name)
-        if value is not None and not limit <= value < float("inf"):
-            raise ValueError(f"--{name}: expected {limit} or more, found {value}")
 
 
 def empty_folder(name: str) -> Path:
@@ -79,24 +70,26 @@ def pairs(values: list[str] | None, name: str) -> dict[str, str]:
     return dict(value.split("=", 1) for value in values or [])
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """One spelling of each option, and defaults that say something."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings:
-            return super()._format_action_invocation(action)
-        several = " ..." if action.nargs == "+" else ""
-        value = getattr(action.type, "__name__", "str") + several if action.nargs in (None, "+") else ""
-        return f"{action.option_strings[0]} {value}".strip()
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default not in (None, [], False, True, argparse.SUPPRESS)
-        return super()._get_help_string(action) if shown else action.help or ""
-
-
-class _Parser(TrlParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message.removeprefix("argument "))
+
+    def add(self, entry: Field, hint: Any, first: bool) -> None:
+        """An option of a dataclass; with `first` it stands without its name."""
+        parts = [part for part in (() if get_origin(hint) is list else get_args(hint)) if part is not NoneType]
+        kind = parts[0] if parts else hint
+        listed, about = get_origin(kind) is list, entry.metadata["help"]
+        kind = get_args(kind)[0] if listed else kind
+        if first:
+            self.add_argument(entry.name, nargs="*" if listed else "?", help=about)
+        elif kind is bool:
+            prefix, words = ("no_", "do not ") if entry.default else ("", "")
+            action = "store_false" if entry.default else "store_true"
+            self.add_argument(f"--{prefix}{entry.name}", action=action, dest=entry.name, help=words + about)
+        else:
+            about += f" (default: {entry.default})" if isinstance(entry.default, (int, float, str)) else ""
+            settings = {"nargs": "+" if listed else None, "choices": entry.metadata.get("choices")}
+            self.add_argument(f"--{entry.name}", type=kind, metavar=kind.__name__, help=about, **settings)
 
 
 def parse(
@@ -107,52 +100,33 @@ def parse(
     stand first without their names, with a `*` before one that takes several values.
     """
     name = command.__module__.rpartition(".")[2]
-    names = [part.lstrip("*") for part in positional.split()]
     shown = " ".join(part.lstrip("*").upper() + " ..." * part.startswith("*") for part in positional.split())
     parser = _Parser(
-        command,
         usage=argparse.SUPPRESS,
         description=f"Example:\n  {example}\n\n{' '.join(['trl-interfere', name, shown]).strip()} [options]\n\n"
         + inspect.cleandoc(command.__doc__ or ""),
-        formatter_class=_Help,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    negated = {action.dest for action in parser._actions if action.option_strings[0].startswith("--no_")}
-    for action in parser._actions:
-        if action.option_strings[0].startswith("--no_"):
-            action.help = f"do not {action.help}"
-        elif action.dest in {*names, *negated}:  # what stands first, and what is so by default
-            action.help = argparse.SUPPRESS
-    flags = {action.dest for action in parser._actions if action.nargs == "?"}
-    if "--config" in arguments[-1:]:
-        raise ValueError("--config: expected a YAML file")
-    try:
-        found, left = parser.parse_args_and_config(
-            _named(arguments, positional.split(), flags), return_remaining_strings=True
-        )
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config: expected YAML, found something else ({error})") from error
-    for place in names:
-        if getattr(found, place) in ("", []):
-            raise ValueError(f"{name}: expected {shown} first, found no {place}. Example: {example}")
-    known = [entry.name for entry in dataclasses.fields(command)]
+    places, hints, known = positional.replace("*", "").split(), get_type_hints(command), fields(command)
+    for entry in sorted(known, key=lambda entry: places.index(entry.name) if entry.name in places else len(places)):
+        parser.add(entry, hints[entry.name], entry.name in places)
+    parser.add_argument("--config", metavar="FILE", type=Path, help="options from YAML")
+    # Names may be spelt with `-`.
+    spelt = [re.sub("^--[^=]+", lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in arguments]
+    found, left = parser.parse_known_args(spelt)
+    given, names = vars(found), [entry.name for entry in known]
+    if (path := given.pop("config", None)) is not None:
+        content = read_yaml(path)
+        check_names(content, names, str(path))
+        given = typed(command, content, str(path)) | given
     for argument in [] if rest else left:
         if not argument.startswith("--"):
             raise ValueError(f"{name}: expected {shown} first and then options, found {argument!r}")
-        check_names({argument[2:].split("=")[0].replace("-", "_"): None}, known, f"{name}, command line")
-    return (found, left) if rest else found
-
-
-def _named(arguments: list[str], positional: list[str], flags: set[str]) -> list[str]:
-    """The command line with names for what stands first without one, or behind flags that take no value."""
-    for _ in list(arguments):
-        if arguments[0].removeprefix("--").replace("-", "_") in flags:
-            arguments = [*arguments[1:], arguments[0]]
-    first = next((place for place, text in enumerate(arguments) if text.startswith("-")), len(arguments))
-    values, named = arguments[:first], []
-    for name in positional:
-        taken = len(values) if name.startswith("*") else min(1, len(values))
-        if taken:
-            named += [f"--{name.lstrip('*')}", *values[:taken]]
-        values = values[taken:]
-    return [*named, *values, *arguments[first:]]
+        check_names({argument[2:].split("=")[0]: None}, names, f"{name}, command line")
+    options = command(**given)
+    for place in places:
+        if getattr(options, place) in ("", []):
+            raise ValueError(f"{name}: expected {shown} first, found no {place}. Example: {example}")
+    return (options, left) if rest else options

@@ -9,7 +9,7 @@ from ..evaluation.metrics import recovered
 from ..evaluation.score_matrix import ScoreMatrix
 from ..reporting.verdict import losses
 from ..run import Run
-from .options import Options, at_least, option, parse
+from .options import Options, option, parse
 from .output import show
 from .runs import most_damaged, recipe_of
 from .train import show_scores, with_progress
@@ -35,17 +35,13 @@ class RefreshOptions(Options):
     method: str = option(
         "grpo", "grpo: by rewards; distill: by the checkpoints of the peaks", choices=["grpo", "distill"]
     )
-    reward_weight: float = option(0.0, "weight of the rewards that are added with --method distill")
-    steps: int = option(10, "optimizer steps")
-    learning_rate: float | None = option(None, "learning rate; by default that of the (first) domain's stages")
+    reward_weight: float = option(0.0, "weight of the rewards that are added with --method distill", least=0)
+    steps: int = option(10, "optimizer steps", least=1)
+    learning_rate: float | None = option(None, "learning rate; by default that of the domain's stages", least=0)
     recipe: str | None = option(None, "YAML file of the training; by default the one of the run")
     model: str | None = option(None, "folder or Hub id of the base model, if it was given to train")
-    max_drop: float = option(1.0, "points that no other domain may lose")
+    max_drop: float = option(1.0, "points that no other domain may lose", least=0)
     keep: bool = option(False, "keep a refresh that made things worse")
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, steps=1, learning_rate=0, max_drop=0, reward_weight=0)
 
 
 def main(arguments: list[str]) -> int | None:

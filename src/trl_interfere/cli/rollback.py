@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..run import Run
 from .heal import report
-from .options import Options, at_least, empty_folder, option, parse
+from .options import Options, empty_folder, option, parse
 from .runs import most_damaged, recipe_of, update_of_run
 
 
@@ -24,13 +24,9 @@ class RollbackOptions(Options):
     step: float = option(1.0, "1 restores the routes, more goes beyond")
     protection: float = option(0.0, "weight of what the later domains owe a route")
     seed: int = option(0, "seed of the random criteria")
-    max_drop: float = option(1.0, "points that no domain may lose")
+    max_drop: float = option(1.0, "points that no domain may lose", least=0)
     recipe: str | None = option(None, "YAML file that names the domains; by default the one of the run")
     output_dir: str | None = option(None, "folder of the repair, new or empty; by default rollback in the run")
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, max_drop=0)
 
 
 def main(arguments: list[str]) -> int | None:

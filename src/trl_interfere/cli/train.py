@@ -9,7 +9,7 @@ from typing import Any
 
 from ..recipe import RunFile
 from ..run import Run
-from .options import Options, at_least, option, parse
+from .options import Options, option, parse
 from .output import show
 from .runs import recipe_of
 
@@ -29,13 +29,12 @@ class TrainOptions(Options):
     model: str | None = option(None, "folder or Hub id; goes before the one of the recipe")
     resume: bool = option(False, "go on with the run in the output folder")
     dry_run: bool = option(False, "print schedule, steps, tokens and disk, and write nothing")
-    max_stages: int | None = option(None, "stop after so many stages; exit code 75 if more are left")
+    max_stages: int | None = option(None, "stop after so many stages; exit code 75 if more are left", least=1)
     process_per_stage: bool = option(False, "run each stage in a process of its own")
     help_options: bool = option(False, "show all training options")
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, max_stages=1)
         if self.max_stages is not None and self.process_per_stage:
             raise ValueError("--max_stages: expected without --process_per_stage, which runs all stages")
 
