@@ -35,7 +35,8 @@ class ActivityMeter:
 
     def __init__(self, model: PreTrainedModel, route_map: RouteMap):
         self.route_map = route_map
-        self._writers = _writers(model, route_map)
+        cuts = {name: route_map.cut(name) for name, _ in model.named_parameters()}
+        self._writers = {name: cut for name, cut in cuts.items() if cut is not None and cut.writes}
         self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._writers}
         self._chosen_tokens = torch.zeros(0, dtype=torch.bool)
         self._sums: dict[str, torch.Tensor] = {}  # over the chosen tokens, on the device of each module until the end
@@ -136,19 +137,3 @@ def _transposed(module: nn.Module) -> bool:
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
     # Squares of half precision overflow or round away.
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
-
-
-def _writers(model: PreTrainedModel, route_map: RouteMap) -> dict[str, Cut]:
-    writers = {name: cut for name, _ in model.named_parameters() if (cut := route_map.cut(name)) and cut.writes}
-    silent = np.ones(route_map.num_routes, dtype=bool)
-    silent[route_map.of_kind("key_value")] = False
-    for cut in writers.values():
-        silent[cut.owners] = False
-    if silent.any():
-        kind, layer, _ = route_map.locate(int(silent.argmax()))
-        raise ValueError(
-            f"{type(model).__name__}: expected a module through which the {kind} routes of layer {layer} write, "
-            f"one of {sorted(name for name, slices in route_map.description.tensors.items() if slices.writes)}, "
-            "found none"
-        )
-    return writers

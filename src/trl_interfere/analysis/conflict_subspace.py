@@ -70,35 +70,14 @@ def conflict_subspace(
     """
     Leading eigenpairs of [`RouteOperator`] by Lanczos (ARPACK through scipy), and the concentration of the damage.
 
-    Args:
-        path ([`UpdatePath`]):
-            The update; its model is left away from θ0.
-        batches (`list[dict[str, torch.Tensor]]`):
-            References of the damaged domain. `2 * size + 2` Hessian products are the least that this takes, so that a
-            few references are the wiser choice.
-        route_map ([`RouteMap`]):
-            The routes.
-        size (`int`):
-            Number of eigenpairs, below the number of routes.
-        update (`Mapping[str, torch.Tensor]`, *optional*):
-            δ. Defaults to the update of the path; see [`random_update`] for the control.
-        step (`float`, *optional*):
-            ε. Defaults to [`difference_step`].
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the first Lanczos vector.
-
-    Returns:
-        `tuple[dict, numpy.ndarray]`: The figures, and the eigenvectors of shape `(found, num_routes)`. The figures
-        are `eigenvalues`, of the largest sizes, largest size first, in nats per token; `shares` of the second-order
-        damage by routes in each eigenvector, λ_i (u_i·1)² / 1ᵀM1, which sum to 1 over all eigenvectors and to more
-        over the first k where others are negative; `effective_dimension`, the participation ratio (Σ|λ_i|)² / Σλ_i²
-        of the eigenvalues that were computed, a lower bound on that of all of them; `second_order`, ½ 1ᵀM1;
-        `top_routes`, the share of it in the routes with the largest ½ δ_r·(Hδ)_r, by the share of routes, empty if
-        there is no damage of second order; `applications`, the Hessian products that this took; and `converged`,
-        whether all eigenpairs were found.
-
-    Raises:
-        `ValueError`: If `size` is out of range, or the operator is not finite.
+    Returns the figures, and the eigenvectors of shape `(found, num_routes)`. It takes at least `2 * size + 2` Hessian
+    products; the model of the path is left away from θ0; `update` may stand in the place of δ. The figures are
+    `eigenvalues`, of the largest sizes, largest size first, in nats per token; `shares` of the second-order damage by
+    routes in each eigenvector, λ_i (u_i·1)² / 1ᵀM1, which sum to 1 over all eigenvectors and to more over the first k
+    where others are negative; `effective_dimension`, the participation ratio (Σ|λ_i|)² / Σλ_i² of the eigenvalues that
+    were computed, a lower bound on that of all of them; `second_order`, ½ 1ᵀM1; `top_routes`, the share of it in the
+    routes with the largest ½ δ_r·(Hδ)_r, by the share of routes, empty if there is no damage of second order;
+    `applications`, the Hessian products that this took; and `converged`, whether all eigenpairs were found.
     """
     count = route_map.num_routes
     if not 1 <= size < count:

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..domain import Domain
@@ -48,18 +49,15 @@ class References:
         batches = []
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            width = len(self.prompts[rows[0]]) + len(self.completions[rows[0]])
-            ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            labels = torch.full_like(ids, -100)
-            for row, index in enumerate(rows):
-                prompt, completion = self.prompts[index], self.completions[index]
-                length = len(prompt) + len(completion)
-                ids[row, :length] = torch.tensor(prompt + completion)
-                mask[row, :length] = 1
-                labels[row, len(prompt) : length] = torch.tensor(completion)
-            labels[:, 0] = -100  # nothing predicts a first token
-            batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            pairs = [(self.prompts[index], self.completions[index]) for index in rows]
+            ids = [torch.tensor(prompt + completion, dtype=torch.long) for prompt, completion in pairs]
+            labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in pairs]
+            batch = {
+                "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+                "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+                "labels": pad_sequence(labels, batch_first=True, padding_value=-100).long(),
+            }
+            batch["labels"][:, 0] = -100  # nothing predicts a first token
             if self.advantages is not None:
                 batch["advantages"] = torch.tensor([self.advantages[index] for index in rows], dtype=torch.float32)
             batches.append({key: value.to(device) for key, value in batch.items()})
