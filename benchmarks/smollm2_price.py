@@ -16,21 +16,28 @@ SEQUENCES, LENGTH = 16, 512  # of general text
 TOPICS = ("bread", "the moon", "a river", "chess", "winter", "trains", "honey", "a lighthouse", "football", "tea",
           "glass", "volcanoes", "maps", "a violin", "wolves", "the internet", "gold", "sleep", "bicycles",
           "stars")  # fmt: skip
-# Twenty of them, five questions each.
+# Of each kind twenty of the former, five of the latter: what is measured on, and what may be held.
 QUESTIONS = ("Tell me something about {}.", "Why do people care about {}?", "Write a short poem about {}.",
              "What should a child know about {}?", "Give me three facts about {}.")  # fmt: skip
+HELD_TOPICS = ("rice", "the sun", "a desert", "dice", "spring", "ships", "salt", "a bridge", "tennis", "coffee",
+               "paper", "earthquakes", "clocks", "a drum", "foxes", "the radio", "iron", "dreams", "shoes",
+               "clouds")  # fmt: skip
+HELD_QUESTIONS = ("How would you explain {} to a friend?", "What is the history of {}?", "Write one sentence on {}.",
+                  "What do most people get wrong about {}?", "Ask me a question about {}.")  # fmt: skip
 
 
 class Price:
     """
     The text is the manual of Python, as its own help carries it (`pydoc_data.topics`); the prompts are questions, and
-    the divergence KL(final ‖ model) is the mean over the tokens of the final model's greedy answers.
+    the divergence KL(final ‖ model) is the mean over the tokens of the final model's greedy answers. `chat` is one
+    more domain, of other questions on other things, to be held at the final model.
     """
 
     def __init__(self, final: str | Path, device: torch.device, answer_tokens: int = 24):
         self.tokenizer, model = load_tokenizer(str(final)), load_model(final).to(device)
         prompts = [[{"role": "user", "content": q.format(topic)}] for topic in TOPICS for q in QUESTIONS]
-        self.chat = Domain("chat", Dataset.from_dict({"prompt": prompts}))
+        held = [[{"role": "user", "content": q.format(topic)}] for q in HELD_QUESTIONS for topic in HELD_TOPICS]
+        self.chat = Domain("chat", Dataset.from_dict({"prompt": held}))
         text = "\n\n".join(topics[name] for name in sorted(topics))
         ids = self.tokenizer(text)["input_ids"][: SEQUENCES * LENGTH]
         self.text = torch.tensor(ids).view(SEQUENCES, LENGTH).to(device)
