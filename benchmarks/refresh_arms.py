@@ -197,6 +197,8 @@ def _trained(
     trainer.train()
     sequences = BATCH * sum(record.steps for record in trainer.run.stages)
     cost = {f"sequences_{kind}": sequences for kind in ("sampled", "forward", "backward")}
+    if trainer.args.beta:  # the reference model
+        cost["sequences_forward"] += sequences
     cost["seconds"] = time.process_time() - since
     final = trainer.model if peft_config is None else trainer.model.merge_and_unload()
     row = run.comparison.row(name, final, cost, **labels)
