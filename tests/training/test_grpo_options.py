@@ -176,6 +176,29 @@ RUNS = {
     },
     "memory": {"skip_memory_metrics": False},
     "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+    "loss dapo": {"loss_type": "dapo", "epsilon_high": 0.28, "num_iterations": 2},
+    "loss bnpo, clipped twice": {"loss_type": "bnpo", "delta": 1.5, "num_iterations": 2, "beta": 0.02},
+    "loss cispo, sequences": {"loss_type": "cispo", "importance_sampling_level": "sequence", "num_iterations": 2},
+    "loss grpo, entropy bonus": {"loss_type": "grpo", "entropy_coef": 0.1},
+    "scale of the batch": {"scale_rewards": "batch", "multi_objective_aggregation": "normalize_then_sum"},
+    "no scale": {"scale_rewards": "none", "num_generations": 2},
+    "one group": {"num_generations": 8, "mask_truncated_completions": True},
+    "a block of four": {"steps_per_generation": 4, "max_steps": 4, "num_iterations": 2},
+    "a block of two, accumulated": {"steps_per_generation": 2, "gradient_accumulation_steps": 4, "max_steps": 2},
+    "accumulation over blocks": {"steps_per_generation": 1, "gradient_accumulation_steps": 3, "max_steps": 2},
+    "adafactor": {"optim": "adafactor", "learning_rate": 1e-2},
+    "sgd": {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"},
+    "rmsprop": {"optim": "rmsprop", "lr_scheduler_type": "polynomial", "max_steps": 2},
+    "adagrad": {"optim": "adagrad", "lr_scheduler_type": "inverse_sqrt", "max_steps": 2},
+    "restarts": {
+        "lr_scheduler_type": "cosine_with_restarts",
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "max_steps": 3,
+    },
+    "hot": {"temperature": 1.5, "top_k": 50, "max_completion_length": 4},
+    "cold": {"temperature": 0.3, "top_p": 0.8, "min_p": 0.2, "repetition_penalty": 0.9},
+    "half a pass": {"num_train_epochs": 0.5, "max_steps": -1, "per_device_train_batch_size": 96},
+    "saved and evaluated by epoch": {**EVAL, "eval_strategy": "epoch", "save_strategy": "epoch", "beta": 0.05},
 }
 
 REFUSED = {
@@ -193,71 +216,39 @@ REFUSED = {
     "train_sampling_strategy": "group_by_length",
 }
 
-_DDP = "needs several processes with DistributedDataParallel"
-_DEEPSPEED = "needs DeepSpeed"
-_GPU = "needs a GPU"
-_HUB = "is tried against a local Hub, in tests/hub/test_trainer_push.py"
-_OLD = "is the deprecated name of another option"
-_TRACKER = "needs a tracker that is not a dependency"
-_VLLM = "needs vLLM, see tests/with_vllm"
+# Options that cannot be run here, by reason.
 NOT_HERE = {
-    "output_dir": "differs in every run",
-    "ddp_backend": _DDP,
-    "ddp_broadcast_buffers": _DDP,
-    "ddp_bucket_cap_mb": _DDP,
-    "ddp_find_unused_parameters": _DDP,
-    "ddp_static_graph": _DDP,
-    "deepspeed": _DEEPSPEED,
-    "ds3_gather_for_generation": _DEEPSPEED,
-    "fp16": _GPU,
-    "fsdp": "needs several processes",
-    "fsdp_config": "needs several processes",
-    "gradient_checkpointing": _OLD,
-    "gradient_checkpointing_kwargs": _OLD,
-    "hub_always_push": _HUB,
-    "hub_model_id": _HUB,
-    "hub_private_repo": _HUB,
-    "hub_revision": _HUB,
-    "hub_strategy": _HUB,
-    "hub_token": _HUB,
-    "push_to_hub": _HUB,
-    "liger_kernel_config": _GPU,
-    "local_rank": "is set by the launcher",
-    "optim_args": "is read by optimizers that are not dependencies",
-    "optim_target_modules": "needs GaLore or APOLLO",
-    "parallelism_config": "needs several processes",
-    "project": _TRACKER,
-    "ref_model_mixup_alpha": "belongs to sync_ref_model, which is refused",
-    "ref_model_sync_steps": "belongs to sync_ref_model, which is refused",
-    "report_to": _TRACKER,
-    "router_aux_loss_coef": "needs a mixture of experts",
-    "tf32": _GPU,
-    "torch_compile_mode": "needs a compiler",
-    "trackio_bucket_id": _TRACKER,
-    "trackio_space_id": _TRACKER,
-    "trackio_static_space_id": _TRACKER,
-    "transformers_continuous_batching_config": "takes 20 seconds on a CPU",
-    "use_liger_kernel": _GPU,
-    "use_transformers_continuous_batching": "takes 20 seconds on a CPU, where it works",
-    "use_transformers_paged": _OLD,
-    "use_vllm": _VLLM,
-    "vllm_enable_sleep_mode": _VLLM,
-    "vllm_gpu_memory_utilization": _VLLM,
-    "vllm_group_port": _VLLM,
-    "vllm_importance_sampling_cap": _OLD,
-    "vllm_importance_sampling_clip_max": _VLLM,
-    "vllm_importance_sampling_clip_min": _VLLM,
-    "vllm_importance_sampling_correction": _VLLM,
-    "vllm_importance_sampling_mode": _VLLM,
-    "vllm_max_model_length": _VLLM,
-    "vllm_mode": _VLLM,
-    "vllm_model_impl": _VLLM,
-    "vllm_server_base_url": _VLLM,
-    "vllm_server_host": _VLLM,
-    "vllm_server_port": _VLLM,
-    "vllm_server_timeout": _VLLM,
-    "vllm_structured_outputs_regex": _VLLM,
-    "vllm_tensor_parallel_size": _VLLM,
+    "differs in every run": "output_dir",
+    "needs several processes with DistributedDataParallel": (
+        "ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph"
+    ),
+    "needs DeepSpeed": "deepspeed ds3_gather_for_generation",
+    "needs a GPU": "fp16 liger_kernel_config tf32 use_liger_kernel",
+    "needs several processes": "fsdp fsdp_config parallelism_config",
+    "is the deprecated name of another option": (
+        "gradient_checkpointing gradient_checkpointing_kwargs use_transformers_paged vllm_importance_sampling_cap"
+    ),
+    "is tried against a local Hub, in tests/hub/test_trainer_push.py": (
+        "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token push_to_hub"
+    ),
+    "is set by the launcher": "local_rank",
+    "is read by optimizers that are not dependencies": "optim_args",
+    "needs GaLore or APOLLO": "optim_target_modules",
+    "needs a tracker that is not a dependency": (
+        "project report_to trackio_bucket_id trackio_space_id trackio_static_space_id"
+    ),
+    "belongs to sync_ref_model, which is refused": "ref_model_mixup_alpha ref_model_sync_steps",
+    "needs a mixture of experts": "router_aux_loss_coef",
+    "needs a compiler": "torch_compile_mode",
+    "takes 20 seconds on a CPU": "transformers_continuous_batching_config",
+    "takes 20 seconds on a CPU, where it works": "use_transformers_continuous_batching",
+    "needs vLLM, see tests/with_vllm": (
+        "use_vllm vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port "
+        "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min "
+        "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_max_model_length vllm_mode "
+        "vllm_model_impl vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout "
+        "vllm_structured_outputs_regex vllm_tensor_parallel_size"
+    ),
 }
 
 
@@ -288,7 +279,7 @@ def _clean(monkeypatch):
 
 
 def test_every_option_is_known():
-    known = [*{name for options in RUNS.values() for name in options}, *REFUSED, *NOT_HERE]
+    known = [*{name for options in RUNS.values() for name in options}, *REFUSED, *" ".join(NOT_HERE.values()).split()]
     assert len(known) == len(set(known)), "an option stands in two lists"
     names = {field.name for field in fields(GRPOConfig)}
     assert names <= set(known), (
