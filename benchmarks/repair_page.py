@@ -20,6 +20,7 @@ SETTINGS = ("rank", "references", "ridge", "modules", "answers", "searched weigh
             "beyond the interval alone")  # fmt: skip
 SHOWN = (DEFAULT, "one shot", "refresh by GRPO, 10 steps", "2% of mlp by damage, protected",
          "32% of joint by damage, protected", "interpolation", "task arithmetic", "TIES")  # fmt: skip
+LOWEST = -20  # recovered, in percent, that the figure of training shows
 COSTS = ("sequences_sampled", "sequences_forward", "sequences_backward", "seconds")
 # What the arms of the table of training need besides the checkpoints, by the beginning of their names.
 NEEDS = {
@@ -188,16 +189,20 @@ def _cost_figure(arms: list[dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     for row, arm in enumerate(arms, 1):
         value = 100 * arm["recovered"]
-        bars = np.abs(100 * np.array([arm["low"], arm["high"]]) - value)[:, None]
+        # Of two runs an interval is wider than the figure.
+        bars = np.abs(100 * np.array([arm["low"], arm["high"]]) - value)[:, None] if arm["runs"] > 2 else None
         color = "C1" if arm["front"] else "0.6"
         axes.errorbar(arm["sequences"], value, yerr=bars, marker="o", capsize=2, color=color, linestyle="")
-        axes.annotate(str(row), (arm["sequences"], value), (4, 3), textcoords="offset points", fontsize=7)
-        axes.plot([], [], linestyle="", label=f"{row}  {arm['name']}")
+        place = {"textcoords": "offset points", "fontsize": 7, "annotation_clip": True}
+        axes.annotate(str(row), (arm["sequences"], value), (4, 3), **place)
+        below = f" ({value:.0f}%, below)" if value < LOWEST else ""
+        axes.plot([], [], linestyle="", label=f"{row}  {arm['name']}{below}")
     front = sorted((arm["sequences"], 100 * arm["recovered"]) for arm in arms if arm["front"])
     axes.step(*zip(*front, strict=True), where="post", color="C1", linewidth=1)
     axes.axhline(100, color="grey", linestyle=":")
     axes.set_xscale("symlog", linthresh=100)
     axes.set_xlim(-20, 2 * max(arm["sequences"] for arm in arms))
+    axes.set_ylim(bottom=LOWEST)
     figure.legend(loc="outside right center", fontsize=7, handlelength=0, frameon=False)
     axes.set_xlabel("cost (passes of a sequence: sampled, forward, and backward twice)")
     axes.set_ylabel("recovered of all (%)")

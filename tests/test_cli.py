@@ -134,6 +134,14 @@ def test_analyze(damaged, run):
     assert [path.name for path in (damaged / "analysis").iterdir()] == ["math"]
 
 
+def test_analyze_a_run_that_lost_nothing(damaged, run):
+    content = json.loads((damaged / "stages.json").read_text())
+    (damaged / "stages.json").write_text(json.dumps({**content, "stages": content["stages"][:1]}))
+    code, out, err = run("analyze", damaged)
+    assert code == 0 and out.startswith("Nothing was lost") and "--domain" in out, err
+    assert not (damaged / "analysis").exists()
+
+
 def test_analyze_checkpoints_from_elsewhere(finished_run, run, tmp_path):
     final, peak = finished_run / "stages" / "2-writing", f"math={MODEL_FOLDER}"
     checkpoints = ("--final", final, "--peak", peak, "--later", "writing")

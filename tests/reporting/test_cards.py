@@ -26,7 +26,7 @@ REPAIR = {
         name: {"peak": peak, "final": final, "healed": healed, "recovered": share, "low": low, "high": high}
         | {"n": 512, "lost": 7, "regained": 5, "newly_lost": 3}
         for name, peak, final, healed, share, low, high in (
-            ("math", 63.5, 38.5, 62.9, 0.94, 0.81, 1.06),
+            ("math", 63.9, 38.1, 62.9, 0.96, 0.83, 1.08),
             ("qa", 70.1, 68.9, 68.4, None, None, None),
         )
     },
@@ -90,6 +90,9 @@ def test_verdict(healed):
         "91% [77, 104] of all that was lost came back; the worst change of another domain is -0.5 points."
     )
     assert "Without" not in verdict(healed, matrix)
+    repair = read_repair(healed)
+    repair["domains"]["math"]["peak"] = 60.0  # its own stage, after the base model had done better
+    assert "all that was lost since each domain's own stage came back" in verdict(healed, matrix, repair)
 
 
 def test_nothing_was_lost(folder):
@@ -133,7 +136,7 @@ def test_card_of_a_healed_run(healed):
     ]
     places = [text.index(part) for part in [*order, "## How it was made", "## Limits", "## Citation"]]
     assert places == sorted(places)
-    assert "| math (n=512) | 63.5 | 38.5 | 62.9 | 94% [81, 106] |" in text and "(figures/scores.png)" in text
+    assert "| math (n=512) | 63.9 | 38.1 | 62.9 | 96% [83, 108] |" in text and "(figures/scores.png)" in text
     assert "512 sequences forward, 0 backward, and 9 seconds" in text
     assert "trl-interfere lab --seed 0 --order code,math,qa,writing --steps 100" in text
     assert "[2-math](https://huggingface.co/u/r/tree/stage-2-math)" in text

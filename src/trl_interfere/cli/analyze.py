@@ -12,6 +12,9 @@ from tqdm.auto import tqdm
 
 from ..evaluation.bootstrap import difference
 from ..evaluation.flips import flips
+from ..evaluation.score_matrix import ScoreMatrix
+from ..reporting.verdict import losses
+from ..reporting.verdict import verdict as run_verdict
 from ..run import Run, lock_folder, write_atomically
 from .options import Options, option, parse
 from .output import show
@@ -50,6 +53,9 @@ def main(arguments: list[str]) -> None:
             raise ValueError("--output_dir: expected a folder for the report, since there is no run")
     elif options.final or options.peak or options.later:
         raise ValueError("--final, --peak, --later: expected without a run, which has its own stages")
+    elif not (options.domain or losses(run, matrix := ScoreMatrix.from_run(run))):
+        show(run_verdict(run, matrix), f"Next: trl-interfere compare {run.folder}, or name a --domain to look at one")
+        return
     else:
         update = update_of_run(run, options.domain)
     folder = Path(options.output_dir) if options.output_dir else run.analysis(update.earlier)

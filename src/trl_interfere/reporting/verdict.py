@@ -51,11 +51,13 @@ def verdict(run: Run, matrix: ScoreMatrix, repair: dict[str, Any] | None = None)
     lost = losses(run, matrix)
     if not lost:
         return "Nothing was lost beyond chance: no domain fell from its peak by more than its interval over prompts."
-    parts = []
+    parts, since = [], ""
     for domain, points in lost.items():
         peak = matrix.interval(matrix.peak(domain, run.final.index), domain).value
         healed = repair["domains"].get(domain) if repair else None
         back = f", and is healed to {healed['healed']:.1f}" if healed else ""
+        if healed and healed["peak"] < peak - 0.05:  # its own stage, which a heal goes back to, had lost some already
+            since = " since each domain's own stage"
         parts.append(
             f"{domain} lost {points.value:.1f} of {peak:.1f} points [{points.low:.1f}, {points.high:.1f}]{back}"
         )
@@ -64,7 +66,7 @@ def verdict(run: Run, matrix: ScoreMatrix, repair: dict[str, Any] | None = None)
         return text
     worst, share = repair["worst"], share_of(repair["recovered_all"])
     price = "no other domain paid" if worst >= 0 else f"the worst change of another domain is {worst:+.1f} points"
-    return f"{text} Without training, {share} of all that was lost came back; {price}."
+    return f"{text} Without training, {share} of all that was lost{since} came back; {price}."
 
 
 def share_of(entry: dict[str, Any]) -> str:
