@@ -20,6 +20,8 @@ larger one.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import random
@@ -176,6 +178,8 @@ class ResidentMemory:
     """The highest resident memory of this process above its level at the start, in bytes, seen every 2 ms."""
 
     def __enter__(self):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # else what was freed before counts as part of the level, and can be reused
         self.start, self.peak, self._over = self._now(), 0, threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()

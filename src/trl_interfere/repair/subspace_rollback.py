@@ -27,6 +27,7 @@ from .repair import Repair
 
 MODULES = ("all", "mlp", "attention")
 ROWS = 4096  # of a tensor, at a time
+LARGE = 2**22  # bytes of a block
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -211,6 +212,7 @@ class SubspaceRollback:
             for name, of_domain in passes.items():
                 for pair in of_domain:
                     steps = pair.run_peak(peaks[name], index, chosen)
+                    _return_freed_memory(final)
             paths = [step[0].path for step in steps]
             for number, step in enumerate(steps):
                 done = finished(healed, paths, paths[number:])
@@ -222,8 +224,8 @@ class SubspaceRollback:
                         figures.append({"name": name, "expert": layer.expert, "block": index, **row})
             for pair in pairs if self.sequential else ():
                 pair.run_healed(healed, index, finished(healed, paths, []))
+                _return_freed_memory(final)
             left.add(final, peaks, {layer.tensor for step in steps for group in step for layer in group.layers})
-            _return_freed_memory()
         routed = torch.tensor([sum(pair.switched for pair in pairs), sum(pair.routed for pair in pairs)]).to(device)
         if self._processes() > 1:
             torch.distributed.all_reduce(routed)
@@ -276,6 +278,8 @@ class SubspaceRollback:
                 if group is step[-1]:
                     pair.forget(number)
             moments.finish(reduce=self._processes() > 1)
+            if group is step[-1]:
+                _return_freed_memory(healed)
             if not (torch.isfinite(moments.moments.sum() + moments.cross.sum())):
                 where = f"domain {name!r}, {group.path} of block {index}"
                 raise ValueError(f"{where}: expected finite activations, found NaN or infinity")
@@ -366,9 +370,13 @@ def _angles(found: dict[str, ActivationMoments]) -> dict[str, float]:
     return {f"{a} {b}": float(flat[a] @ flat[b] / (norms[a] * norms[b])) for a, b in itertools.combinations(flat, 2)}
 
 
-def _return_freed_memory() -> None:
-    """glibc keeps what a block freed in pieces that the next one cannot use: over 30 blocks half of the peak."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+def _return_freed_memory(block: nn.Module) -> None:
+    """
+    glibc keeps what was freed in pieces that the next pass or sum cannot use: without this, half of the peak. Small
+    blocks free too little to be worth the call.
+    """
+    size = sum(parameter.nbytes for parameter in block.parameters())
+    if size > LARGE and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
