@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 import time
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import httpx
 import pytest
@@ -54,7 +54,7 @@ def test_walk(visit, address, shoot, tmp_path, chromium):
     """Verdict, a lost prompt that came back, the price, and the page as a file that is opened from disk."""
     page = visit(address)
     assert page.locator("#verdict .ti-lead").inner_text().startswith("math lost 25.0 of 63.5 points")
-    page.wait_for_selector("#verdict svg")
+    page.wait_for_selector("#verdict .ti-plot svg")
     shoot(page, "verdict")
     show(page, "Prompts")
     page.wait_for_selector("#flips table")
@@ -68,11 +68,13 @@ def test_walk(visit, address, shoot, tmp_path, chromium):
     shoot(page, "prompts")
     link = page.url
     show(page, "Repairs")
-    page.wait_for_selector("#repairs svg")
-    assert page.locator("#repairs svg title").first.text_content().startswith("heal, subspace of rank 64: 99%")
+    page.wait_for_selector("#repairs .ti-plot svg")
+    assert (
+        page.locator("#repairs .ti-plot svg title").first.text_content().startswith("heal, subspace of rank 64: 99%")
+    )
     shoot(page, "repairs")
     show(page, "Where")
-    page.wait_for_selector("#where svg")
+    page.wait_for_selector("#where .ti-plot svg")
     shoot(page, "where")
     with page.expect_download() as download:
         page.click("#save")
@@ -84,12 +86,27 @@ def test_walk(visit, address, shoot, tmp_path, chromium):
     assert "71-64" in again.locator("#answers").inner_text()
 
 
+def test_a_link_opens_the_view_that_it_was_copied_from(visit, address):
+    chosen = {"run": "lab", "domain": "qa", "from": "0-base", "to": "2-math", "prompt": "3", "kind": "kept"}
+    page = visit(opened(address, "prompts", **chosen), wait="#answers .ti-answer")
+    assert page.locator("#domain input").input_value() == "qa"
+    assert (
+        page.locator("#before input").input_value() == "0-base"
+        and page.locator("#after input").input_value() == "2-math"
+    )
+    assert page.locator("#kind input:checked").get_attribute("value") == "kept"
+    show(page, "Repairs")  # the address follows from here
+    page.wait_for_function("() => new URLSearchParams(location.search).get('tab') === 'repairs'")
+    kept = dict(parse_qsl(urlsplit(page.url).query))
+    assert {key: kept[key] for key in chosen} == chosen
+
+
 @pytest.mark.slow
 def test_heal_live_and_its_control(visit, address, shoot):
     page = visit(opened(address, "live"), wait="#live-text table")
     first = page.locator("#live-text .ti-lead").inner_text()
     assert page.locator("#live-examples .ti-answer").count() == 9
-    page.wait_for_selector("#live-maps svg")
+    page.wait_for_selector("#live-maps .ti-plot svg")
     shoot(page, "live")
     page.click("#live-control")
     page.wait_for_function("() => document.querySelector('#live-text')?.innerText.startsWith('Control')")
@@ -116,11 +133,11 @@ def test_heal_live_and_its_control(visit, address, shoot):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_screen(visit, address, shoot, scheme):
     for tab, wait in {
-        "verdict": "#verdict svg",
+        "verdict": "#verdict .ti-plot svg",
         "prompts": "#flips table",
-        "repairs": "#repairs svg",
+        "repairs": "#repairs .ti-plot svg",
         "live": "#live-text table",
-        "where": "#where svg",
+        "where": "#where .ti-plot svg",
     }.items():
         phone = {"viewport": {"width": 390, "height": 844}, "color_scheme": scheme}
         page = visit(opened(address, tab, __theme=scheme), wait=wait, **phone)
@@ -172,7 +189,11 @@ def test_hostile_run(visit, address, shoot, tmp_path):
     for place in ("#answers", "#flips", "#prompts"):
         assert "<script>" in page.locator(place).inner_text(), place
     shoot(page, "hostile-prompts")
-    for tab, wait in {"Verdict": "#verdict svg", "Repairs": "#repairs svg", "Where": "#where svg"}.items():
+    for tab, wait in {
+        "Verdict": "#verdict .ti-plot svg",
+        "Repairs": "#repairs .ti-plot svg",
+        "Where": "#where .ti-plot svg",
+    }.items():
         show(page, tab)
         page.wait_for_selector(wait)
         shoot(page, f"hostile-{tab.lower()}")

@@ -2,12 +2,11 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 import gradio as gr
 import pandas as pd
@@ -27,15 +26,26 @@ MAX_RUNS = 6
 MAX_PROMPTS = 5000  # in the table
 EMPTY = "Choose a run above, or name user/repo on the Hub."
 KEYS = ("tab", "run", "domain", "from", "to", "prompt", "kind", "report", "figure")  # of the address
+OFFERED = ("domain", "from", "to", "report")  # by the first run
 
-# The address of the page follows the view; a Space lives in a frame, and its parent shows the address.
-_SHOW_LINK = """(query) => {
-  if (query) {
-    window.history.replaceState(null, "", window.location.pathname + "?" + query);
-    if (window.parent !== window) { window.parent.postMessage({ queryString: query }, "https://huggingface.co"); }
-  }
-  return query;
-}"""
+# The handlers that draw the page, and the controls that each reads.
+NEEDS = {
+    "verdict": ("run",),
+    "flips": ("run", "domain", "from", "to"),
+    "prompts": ("run", "domain", "from", "to", "kind"),
+    "answers": ("run", "domain", "prompt"),
+    "repairs": ("run",),
+    "where": ("run", "report", "figure"),
+}
+# The address of the page follows the view, but for the view that it asks for (there is no tab until that one is
+# restored); a Space lives in a frame, and its parent shows the address.
+_SHOW_LINK = f"""(...values) => {{
+  if (!values[0]) return;
+  const pairs = {list(KEYS)}.flatMap((key, at) => [values[at] ?? []].flat().map((value) => [key, value]));
+  const query = new URLSearchParams(pairs).toString();
+  window.history.replaceState(null, "", window.location.pathname + "?" + query);
+  if (window.parent !== window) {{ window.parent.postMessage({{ queryString: query }}, "https://huggingface.co"); }}
+}}"""
 _CLICK = "() => document.querySelector('#file a, a#file, button#file, #file button')?.click()"
 
 
@@ -69,16 +79,19 @@ class Page:
                 problems.append(str(error))
         return found, html.notice(" · ".join(problems)) if names else html.notice(EMPTY, bad=False)
 
-    def choices(self, names) -> list[Any]:
-        """The message, and domains, models and reports of the first run."""
+    def choices(self, names, query: Mapping[str, str]) -> tuple[str, dict[str, tuple[list[str], str | None]]]:
+        """The message; domains, models and reports of the first run, each with the one that `query` asks for."""
         found, message = self.open(names)
-        if not found:
-            return [message, *(gr.Dropdown(choices=[], value=None) for _ in range(4))]
-        first, (before, after) = found[0], found[0].pair()
-        most = max(first.matrix.domains, key=lambda name: len(first.flips(name, before, after).lost))
-        offered = [(first.matrix.domains, most), (first.models, before), (first.models, after)]
-        offered.append((list(first.reports), next(iter(first.reports), None)))
-        return [message, *(gr.Dropdown(choices=choices, value=value) for choices, value in offered)]
+        offered: dict[str, Any] = {key: ([], None) for key in OFFERED}
+        if found:
+            first, (before, after) = found[0], found[0].pair()
+            most = max(first.matrix.domains, key=lambda name: len(first.flips(name, before, after).lost))
+            offered = {"domain": (first.matrix.domains, most), "from": (first.models, before)}
+            offered |= {"to": (first.models, after), "report": (list(first.reports), next(iter(first.reports), None))}
+        return message, {
+            key: (names, query[key] if query.get(key) in names else default)
+            for key, (names, default) in offered.items()
+        }
 
     @_view
     def verdict(self, found):
@@ -174,36 +187,36 @@ def _lay_out(catalog: Catalog, lab: Path | None) -> dict[str, Any]:
     with gr.Accordion("Find runs on the Hub", open=False, visible=catalog.hub):
         words = gr.Textbox(label="Part of a name", max_length=96)
         search, outcome = gr.Button("Search"), gr.HTML()
-    message, view = _html("message"), {}
+    message, drawn = _html("message"), {}
     with gr.Tabs() as tabs:
         with gr.Tab("Verdict", id="verdict"):
-            view["verdict"] = _html("verdict")
+            drawn["verdict"] = _html("verdict")
         with gr.Tab("Prompts", id="prompts"):
             with gr.Row():
                 domain = gr.Dropdown([], label="Domain", elem_id="domain")
                 before = gr.Dropdown([], label="From", elem_id="before")
                 after = gr.Dropdown([], label="To", elem_id="after")
-            view["flips"] = _html("flips")
+            drawn["flips"] = _html("flips")
             kind = gr.Radio(FLIPS, value="all", label="Prompts that are", elem_id="kind")
-            prompts = gr.Dataframe(
+            drawn["prompts"] = gr.Dataframe(
                 interactive=False, show_search="filter", wrap=True, max_height=420, elem_id="prompts", type="array"
             )
             prompt = gr.Number(label="Prompt to read", precision=0, value=None, elem_id="number")
-            view["answers"] = _html("answers")
+            drawn["answers"] = _html("answers")
         with gr.Tab("Repairs", id="repairs"):
-            view["repairs"] = _html("repairs")
+            drawn["repairs"] = _html("repairs")
         with gr.Tab("Heal live", id="live", visible=lab is not None):
             live = None if lab is None else live_tab(lab)
         with gr.Tab("Where", id="where"):
             with gr.Row():
                 report = gr.Dropdown([], label="Report", elem_id="report")
                 figure = gr.Dropdown([MAPS, *plots.PLOTS], value=MAPS, label="Figure", elem_id="figure")
-            view["where"] = _html("where")
-    address, tab = gr.Textbox(visible="hidden", elem_id="address"), gr.State("verdict")
-    chosen = dict(zip(KEYS, (tab, run, domain, before, after, prompt, kind, report, figure), strict=True))
+            drawn["where"] = _html("where")
+    tab = gr.Textbox("", visible="hidden")
+    controls = dict(zip(KEYS, (tab, run, domain, before, after, prompt, kind, report, figure), strict=True))
     return {
-        **{"chosen": chosen, "view": view, "prompts": prompts, "live": live, "tabs": tabs, "message": message},
-        **{"save": save, "file": file, "words": words, "search": search, "outcome": outcome, "address": address},
+        **{"controls": controls, "drawn": drawn, "live": live, "tabs": tabs, "message": message, "save": save},
+        **{"file": file, "words": words, "search": search, "outcome": outcome},
     }
 
 
@@ -212,57 +225,67 @@ def _html(name: str) -> gr.HTML:
 
 
 def _connect(page: Page, parts: dict[str, Any], blocks: gr.Blocks) -> None:
-    """Say what follows when something is chosen."""
-    chosen, view, live, tabs, message = (parts[name] for name in ("chosen", "view", "live", "tabs", "message"))
-    tab, run, domain, before, after, prompt, kind, report, figure = chosen.values()
-    models, shown = [run, domain, before, after], {"show_progress": "minimal", "trigger_mode": "always_last"}
+    """Say what follows when something is chosen: one event each, since Gradio can lose one that follows another."""
+    controls, drawn, live, tabs, message = (parts[key] for key in ("controls", "drawn", "live", "tabs", "message"))
+    inputs, run = [*controls.values()], controls["run"]
+    offered = [message, *(controls[key] for key in OFFERED)]
 
-    def draws(name: str, *inputs: Any) -> dict[str, Any]:
-        return {"fn": getattr(page, name), "inputs": [run, *inputs], "outputs": view[name], **shown}
+    def draw(values: dict[str, Any], *names: str) -> Iterator[dict[Any, Any]]:
+        for name in names:
+            yield {drawn[name]: getattr(page, name)(*(values[key] for key in NEEDS[name]))}
 
-    offer = {"fn": page.choices, "inputs": run, "outputs": [message, domain, before, after, report]}
-    count = draws("flips", domain, before, after)
-    show_prompts = {"fn": page.prompts, "inputs": [*models, kind], "outputs": parts["prompts"], **shown}
-    read, draw_where = draws("answers", domain, prompt), draws("where", report, figure)
-    linked = {"fn": link, "inputs": [*chosen.values()], "outputs": parts["address"], "show_progress": "hidden"}
+    def draw_all(values: dict[str, Any], query: Mapping[str, str]) -> Iterator[dict[Any, Any]]:
+        """What the chosen runs offer, then every view of it."""
+        text, offer = page.choices(values["run"], query)
+        shown = {controls[key]: gr.Dropdown(choices=names, value=value) for key, (names, value) in offer.items()}
+        yield {message: text} | shown
+        yield from draw(values | {key: value for key, (_, value) in offer.items()}, *drawn)
 
-    def follow(event: Any) -> None:
-        event.then(**linked).then(None, parts["address"], parts["address"], js=_SHOW_LINK)
+    def follow(event: Callable[..., Any], handler: Callable[..., Any] | None, *outputs: Any, **settings: Any) -> None:
+        shown = {"show_progress": "minimal", "trigger_mode": "always_last"}
+        event(handler, inputs, [*outputs], **shown, **settings).then(None, inputs, None, js=_SHOW_LINK)
 
-    def draw_all(event: Any) -> Any:
-        for draw in (draws("verdict"), count, show_prompts, read, draws("repairs"), draw_where):
-            event = event.then(**draw)
-        return event
+    def redraw(event: Callable[..., Any], *names: str) -> None:
+        def handler(*values):
+            yield from draw(dict(zip(KEYS, values, strict=True)), *names)
 
-    follow(draw_all(run.input(**offer)))
-    follow(gr.on([domain.input, before.input, after.input], **count).then(**show_prompts).then(**read))
-    follow(kind.input(**show_prompts))
-    follow(gr.on([report.input, figure.input], **draw_where))
-    follow(prompt.submit(**read))
-    follow(parts["prompts"].select(_row_number, None, prompt).then(**read))
-    parts["search"].click(page.find, [parts["words"], run], [run, parts["outcome"]])
-    parts["save"].click(page.save, [run, before, after], [parts["file"], message]).success(None, js=_CLICK)
-    for item in tabs.children:
-        follow(item.select(lambda name=item.id: name, None, tab, show_progress="hidden"))
+        follow(event, handler, *(drawn[name] for name in names))
+
+    def choose(*values):
+        yield from draw_all(dict(zip(KEYS, values, strict=True)), {})
+
+    def read_row(event: gr.SelectData, *values):
+        number = int(event.row_value[0])
+        yield {controls["prompt"]: number}
+        yield from draw(dict(zip(KEYS, values, strict=True)) | {"prompt": number}, "answers")
 
     def restore(request: gr.Request):
         query, known = request.query_params, page.catalog.names
         asked = query.getlist("run")[:MAX_RUNS] or known[:1]
-        text, *offered = page.choices(asked)
-        for choice, key in zip(offered, ("domain", "from", "to", "report"), strict=True):
-            if query.get(key) in [value for _, value in choice.choices]:
-                choice.value = query[key]
-        wanted, became, drawn = (
-            query.get(key) if query.get(key) in known else known[0]
-            for key, known in (("tab", TABS), ("kind", FLIPS), ("figure", [MAPS, *plots.PLOTS]))
-        )
-        runs = gr.Dropdown(choices=list(dict.fromkeys([*known, *asked])), value=asked)  # the message names the bad
         number = query.get("prompt", "")
-        number = int(number) if number.isdecimal() and len(number) < 9 else None
-        return gr.Tabs(selected=wanted), wanted, runs, text, *offered, number, became, drawn
+        values = {"run": asked, "prompt": int(number) if number.isdecimal() and len(number) < 9 else None}
+        for key, names in (("tab", TABS), ("kind", FLIPS), ("figure", [MAPS, *plots.PLOTS])):
+            values[key] = query.get(key) if query.get(key) in names else names[0]
+        runs = gr.Dropdown(choices=list(dict.fromkeys([*known, *asked])), value=asked)  # the message names the bad
+        shown = {controls[key]: value for key, value in values.items()} | {run: runs}
+        yield {tabs: gr.Tabs(selected=values["tab"])} | shown
+        yield from draw_all(values, query)
 
-    restored = [tabs, tab, run, message, domain, before, after, report, prompt, kind, figure]
-    draw_all(blocks.load(restore, None, restored, show_progress="hidden"))
+    follow(run.input, choose, *offered, *drawn.values())
+    for key in ("domain", "from", "to"):
+        redraw(controls[key].input, "flips", "prompts", "answers")
+    redraw(controls["kind"].input, "prompts")
+    redraw(controls["report"].input, "where")
+    redraw(controls["figure"].input, "where")
+    redraw(controls["prompt"].submit, "answers")
+    follow(drawn["prompts"].select, read_row, controls["prompt"], drawn["answers"])
+    parts["search"].click(page.find, [parts["words"], run], [run, parts["outcome"]])
+    before, after = controls["from"], controls["to"]
+    parts["save"].click(page.save, [run, before, after], [parts["file"], message]).success(None, js=_CLICK)
+    for item in tabs.children:
+        selected = item.select(None, controls["tab"], controls["tab"], js=f"(tab) => tab && '{item.id}'")
+        selected.then(None, inputs, None, js=_SHOW_LINK)
+    blocks.load(restore, None, [tabs, *inputs, message, *drawn.values()], show_progress="minimal")
     if live is not None:
         tabs.children[TABS.index("live")].select(**live)
 
@@ -271,15 +294,6 @@ def _connect(page: Page, parts: dict[str, Any], blocks: gr.Blocks) -> None:
             return live["fn"](*settings) if request.query_params.get("tab") == "live" else skipped
 
         blocks.load(asked, live["inputs"], live["outputs"], show_progress="minimal")
-
-
-def _row_number(event: gr.SelectData) -> int:
-    return int(event.row_value[0])
-
-
-def link(*values: Any) -> str:
-    """Query that restores a view, from the values of `KEYS`."""
-    return urlencode({key: value for key, value in zip(KEYS, values, strict=True) if value is not None}, doseq=True)
 
 
 def launch(blocks: gr.Blocks, **arguments: Any) -> Any:
