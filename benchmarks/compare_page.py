@@ -155,7 +155,7 @@ def draw(folder: Path) -> None:
     names, pair = page.catalog.names, ("2-math", "4-writing")
     views = {
         "verdict": lambda: page.verdict(names),
-        "choices": lambda: page.choices(names),
+        "choices": lambda: page.choices(names, {}),
         "flips": lambda: page.flips(names, "math", *pair),
         "prompts": lambda: page.prompts(names, "math", *pair, "all"),
         "answers": lambda: page.answers(names, "math", 7),

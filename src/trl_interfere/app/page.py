@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,7 @@ def _html(name: str) -> gr.HTML:
 
 
 def _connect(page: Page, parts: dict[str, Any], blocks: gr.Blocks) -> None:
-    """Say what follows when something is chosen: one event each, since Gradio can lose one that follows another."""
+    """Say what follows when something is chosen: one event draws all of it, part by part, then the address."""
     controls, drawn, live, tabs, message = (parts[key] for key in ("controls", "drawn", "live", "tabs", "message"))
     inputs, run = [*controls.values()], controls["run"]
     offered = [message, *(controls[key] for key in OFFERED)]
@@ -241,9 +241,9 @@ def _connect(page: Page, parts: dict[str, Any], blocks: gr.Blocks) -> None:
         yield {message: text} | shown
         yield from draw(values | {key: value for key, (_, value) in offer.items()}, *drawn)
 
-    def follow(event: Callable[..., Any], handler: Callable[..., Any] | None, *outputs: Any, **settings: Any) -> None:
-        shown = {"show_progress": "minimal", "trigger_mode": "always_last"}
-        event(handler, inputs, [*outputs], **shown, **settings).then(None, inputs, None, js=_SHOW_LINK)
+    def follow(event: Callable[..., Any], handler: Callable[..., Any], *outputs: Any) -> None:
+        drawing = event(handler, inputs, [*outputs], show_progress="minimal", trigger_mode="always_last")
+        drawing.then(None, inputs, None, js=_SHOW_LINK)
 
     def redraw(event: Callable[..., Any], *names: str) -> None:
         def handler(*values):
@@ -272,11 +272,9 @@ def _connect(page: Page, parts: dict[str, Any], blocks: gr.Blocks) -> None:
         yield from draw_all(values, query)
 
     follow(run.input, choose, *offered, *drawn.values())
-    for key in ("domain", "from", "to"):
-        redraw(controls[key].input, "flips", "prompts", "answers")
+    redraw(partial(gr.on, [controls[key].input for key in ("domain", "from", "to")]), "flips", "prompts", "answers")
+    redraw(partial(gr.on, [controls[key].input for key in ("report", "figure")]), "where")
     redraw(controls["kind"].input, "prompts")
-    redraw(controls["report"].input, "where")
-    redraw(controls["figure"].input, "where")
     redraw(controls["prompt"].submit, "answers")
     follow(drawn["prompts"].select, read_row, controls["prompt"], drawn["answers"])
     parts["search"].click(page.find, [parts["words"], run], [run, parts["outcome"]])
