@@ -189,8 +189,7 @@ def _cost_figure(arms: list[dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     for row, arm in enumerate(arms, 1):
         value = 100 * arm["recovered"]
-        # Of two runs an interval is wider than the figure.
-        bars = np.abs(100 * np.array([arm["low"], arm["high"]]) - value)[:, None] if arm["runs"] > 2 else None
+        bars = np.abs(100 * np.array([arm["low"], arm["high"]]) - value)[:, None]
         color = "C1" if arm["front"] else "0.6"
         axes.errorbar(arm["sequences"], value, yerr=bars, marker="o", capsize=2, color=color, linestyle="")
         place = {"textcoords": "offset points", "fontsize": 7, "annotation_clip": True}

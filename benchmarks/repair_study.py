@@ -43,7 +43,7 @@ from trl_interfere.run import Run, read_json, write_json
 ORDERS = ("code,math,qa,writing", "math,code,qa,writing", "code,math,writing,qa")
 PARTS = ("train", "subspace", "controls", "rivals", "refresh", "settings", "distilled", "after_heal", "fisher_merging",
          "prevention")  # fmt: skip
-RUNS_OF_PART = {"prevention": 2}  # it trains the stages anew for every arm; all other parts are of all runs
+RUNS_OF_PART = {"prevention": 6}  # it trains the stages anew for every arm; all other parts are of all runs
 LARGE_STEPS = 3  # times the learning rate, in runs of their own
 RANKS = (4, 8, 32)
 REFERENCES = (16, 32, 128, 256)
