@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,11 +15,8 @@ from ..checkpoint import Checkpoint
 from ..models import load_model, model_class
 
 
-ALL = slice(None)
-
-
-class _Captured(Exception):
-    """Ends a forward pass where the arguments of all blocks have been seen."""
+class Captured(Exception):
+    """Ends a forward pass where what it was run for has been seen."""
 
 
 def skeleton(checkpoint: Checkpoint) -> nn.Module:
@@ -38,41 +36,40 @@ def block_names(model: nn.Module) -> list[str]:
     return [f"{name}.{index}" for index in range(len(lists[name]))]
 
 
-def read_tensor(checkpoint: Checkpoint, name: str, rows: slice) -> torch.Tensor:
-    """A tensor of a checkpoint, or some of its rows, with what an adapter adds to it."""
-    stored = checkpoint[name]
-    with safe_open(stored.file, framework="pt", backend="pread") as file:
-        value = file.get_slice(stored.name)[rows] if stored.shape else file.get_tensor(stored.name)
-    factors = checkpoint.factors(name)
-    if factors is None:
-        return value
-    left, right = (torch.from_numpy(factor) for factor in factors)
-    return torch.addmm(value.float(), left[rows], right)
-
-
 class BlockStream:
     """
-    Blocks of one checkpoint, read from its files when they are asked for.
+    Blocks of one checkpoint, read from its files when they are asked for, with what an adapter adds or without.
 
     A checkpoint with tensors that transformers converts on loading, such as those of single experts, is loaded whole
     into host memory. `model` is its [`skeleton`].
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype, device: torch.device, adapted: bool = True
+    ):
         self.checkpoint, self.model, self.dtype, self.device = checkpoint, model, dtype, device
+        self.adapted = adapted
         self.names = block_names(model)
         inside = tuple(f"{name}." for name in self.names)
         self.outside = [name for name, _ in model.named_parameters() if not name.startswith(inside)]
         self._whole = None
         if any(name not in checkpoint for name, _ in model.named_parameters()):
-            base = None if checkpoint.adapter is None else checkpoint.folder
-            self._whole = load_model(checkpoint.name, base=base).state_dict()
+            place, options = checkpoint.folder, {"dtype": "auto"}
+            if adapted:
+                place, options = checkpoint.name, {"base": checkpoint.folder}
+            self._whole = load_model(place, **options).state_dict()
 
-    def tensor(self, name: str, rows: slice = ALL) -> torch.Tensor:
+    def tensor(self, name: str, rows: Any = ...) -> torch.Tensor:
+        """A tensor of the checkpoint, or some of its rows."""
         if self._whole is None:
-            value = read_tensor(self.checkpoint, name, rows)
+            stored = self.checkpoint[name]
+            with safe_open(stored.file, framework="pt", backend="pread") as file:
+                value = file.get_slice(stored.name)[rows]
+            if self.adapted and (factors := self.checkpoint.factors(name)) is not None:
+                left, right = map(torch.from_numpy, factors)
+                value = torch.addmm(value.float(), left[rows], right)
         else:
-            value = self._whole[name][rows] if self._whole[name].ndim else self._whole[name]
+            value = self._whole[name][rows]
         return value.to(device=self.device, dtype=self.dtype if value.is_floating_point() else None)
 
     def block(self, index: int) -> nn.Module:
@@ -100,10 +97,8 @@ class BlockStream:
             for batch in batches:
                 caught.clear()
                 inputs = {key: batch[key].to(self.device) for key in ("input_ids", "attention_mask")}
-                try:
+                with suppress(Captured):
                     model(**inputs, use_cache=False)
-                except _Captured:
-                    pass
                 yield Entry(caught[0][0][0], batch["attention_mask"].bool(), [(a[1:], k) for a, k in caught])
         finally:
             for name in self.names:
@@ -140,7 +135,7 @@ def _catcher(caught: list, last: bool):
             args = (kwargs.pop("hidden_states"),)
         caught.append((args, kwargs))
         if last:
-            raise _Captured
+            raise Captured
         # Some models take the first item of what a block returns, others hand on what it is.
         return args[0] if isinstance(args[0], tuple) else (args[0],)
 

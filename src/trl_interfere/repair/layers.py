@@ -2,13 +2,16 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .block_stream import Entry
+from .block_stream import Captured, Entry
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Layer:
         weight = getattr(module, self.parameter).detach()
         if self.expert is not None:
             weight = weight[self.expert]
-        return weight.T if isinstance(module, Conv1D) or getattr(module, "is_transposed", False) else weight
+        return weight.T if is_transposed(module) else weight
 
     def bias(self, block: nn.Module) -> torch.Tensor | None:
         module = block.get_submodule(self.path)
@@ -56,18 +59,13 @@ class Group:
         return self.layers[0].path
 
 
-@dataclass
-class Call:
+class Call(NamedTuple):
     """What a module of a block got in a forward pass, and what it gave."""
 
     path: str
     module: nn.Module
     arguments: tuple[torch.Tensor, ...]
     output: torch.Tensor
-
-
-class _Captured(Exception):
-    """Ends a forward pass where what it was run for has been seen."""
 
 
 class Pass:
@@ -88,45 +86,39 @@ class Pass:
         Run a block of the peak, keep what the layers got there, or gave where that is narrower, and return the groups
         to solve for. Those of one step get what one module gets: layers of one tensor, or a matrix of every expert.
         """
-        calls, handles = [], []
-        for path, module in block.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)) or is_experts(module):
-                handles.append(module.register_forward_hook(_note(calls, path), with_kwargs=True))
-        try:
+
+        def note(path, module, args, kwargs, output):
+            calls.append(Call(path, module, (*args, *kwargs.values()), output))
+
+        calls: list[Call] = []
+        with ExitStack() as hooks:
+            for path, module in block.named_modules():
+                if isinstance(module, (nn.Linear, Conv1D)) or is_experts(module):
+                    hooks.enter_context(module.register_forward_hook(partial(note, path), with_kwargs=True))
             hidden = self.peak.run(block, index)
-        finally:
-            for handle in handles:
-                handle.remove()
         steps = _steps([call for call in calls if chosen(call.path)], self.peak, block)
-        self.kept = [self._keep(step, {call.path: call for call in calls}) for step in steps]
+        by_path = {call.path: call for call in calls}
+        self.kept = []
+        for group, *_ in steps:
+            call = by_path[group.path]
+            values = call.arguments[: 2 if is_experts(call.module) else 1]
+            if group.narrow and self.healed is not None and not is_experts(call.module):
+                values = [torch.cat([by_path[layer.path].output for layer in group.layers], -1)]
+            self.kept.append([self.peak.tokens(value).cpu() for value in values])
         self.peak.hidden = hidden.cpu()
         return steps
-
-    def _keep(self, step: list[Group], calls: dict[str, Call]) -> list[torch.Tensor]:
-        group, call = step[0], calls[step[0].path]
-        if is_experts(call.module):
-            values = call.arguments[:2]
-        elif group.narrow and self.healed is not None:
-            values = [torch.cat([calls[layer.path].output for layer in group.layers], -1)]
-        else:
-            values = call.arguments[:1]
-        return [self.peak.tokens(value).cpu() for value in values]
 
     def capture(self, block: nn.Module, index: int, step: int, layer: Layer, done: list[str]) -> None:
         """Find what a layer gets in the healed model; the outputs of modules that are done are kept."""
 
         def stop(module, args, kwargs):
             found.extend((*args, *kwargs.values()))
-            raise _Captured
+            raise Captured
 
         found: list[torch.Tensor] = []
-        handle = block.get_submodule(layer.path).register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        module = block.get_submodule(layer.path)
+        with suppress(Captured), module.register_forward_pre_hook(stop, with_kwargs=True):
             self._run(block, index, done)
-        except _Captured:
-            pass
-        finally:
-            handle.remove()
         self.now = [self.healed.tokens(value) for value in found[: len(self.kept[step])]]
         if layer.expert is not None and layer.parameter != "down_proj":
             before, now = self.kept[step][1], self.now[1].cpu()
@@ -147,10 +139,6 @@ class Pass:
             before = nn.functional.linear(before, layer.weight(peak), layer.bias(peak))
         return expert_inputs(layer, healed, self.now[0][routed]), before
 
-    def forget(self, step: int) -> None:
-        """Free what a step needed."""
-        self.now, self.kept[step] = [], []
-
     def run_healed(self, block: nn.Module, index: int, done: list[str]) -> None:
         self.healed.hidden = self._run(block, index, done).cpu()
         self._outputs = {}
@@ -166,7 +154,16 @@ class Pass:
             for path in paths:
                 del block.get_submodule(path).forward
             size = self.healed.hidden.numel()
-            self._outputs = {p: out for p, out in self._outputs.items() if p in done and _narrow(out, size)}
+            self._outputs = {  # wide ones are computed again, to save their memory
+                path: output
+                for path, output in self._outputs.items()
+                if path in done and not (isinstance(output, torch.Tensor) and output.numel() > size)
+            }
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module stores its weights with inputs as rows."""
+    return isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -219,18 +216,6 @@ def _steps(calls: list[Call], entry: Entry, block: nn.Module) -> list[list[Group
         shapes = [layer.weight(block).shape for layer in group.layers]
         group.narrow = sum(outputs for outputs, _ in shapes) < shapes[0][1]
     return steps
-
-
-def _note(calls: list[Call], path: str):
-    def hook(module, args, kwargs, output):
-        calls.append(Call(path, module, (*args, *kwargs.values()), output))
-
-    return hook
-
-
-def _narrow(output: object, size: int) -> bool:
-    """Whether an output is worth its memory: wide ones are computed again."""
-    return not isinstance(output, torch.Tensor) or output.numel() <= size
 
 
 def _remembering(forward: Callable, path: str, outputs: dict[str, object]) -> Callable:

@@ -252,6 +252,15 @@ class Repair:
         return adapted
 
 
+def recorded(final: Checkpoint, peaks: dict[str, Checkpoint]) -> dict[str, Any]:
+    """What a record says of checkpoints: where they lie, and a digest of each."""
+    at_peak, end = (
+        {name: {"path": published_name(place.name), "digest": place.digest()} for name, place in places.items()}
+        for places in (peaks, {"final": final})
+    )
+    return {**end, "peaks": at_peak}
+
+
 def _beside(checkpoint: Checkpoint, factors: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Factors of an adapter and of its repair, one beside the other in the rank."""
     joined = dict(factors)

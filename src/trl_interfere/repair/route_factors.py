@@ -2,15 +2,14 @@
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..analysis.routes import RouteMap
 from ..checkpoint import Checkpoint
-from ..models import load_model
-from .block_stream import skeleton
+from .block_stream import BlockStream, skeleton
+from .layers import is_transposed
 
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -27,7 +26,10 @@ def route_factors(
     """
     model, chosen = skeleton(after), np.zeros(route_map.num_routes)
     chosen[routes] = 1.0
-    sources = [_Source(checkpoint, model) for checkpoint in (before, after)]
+    sources = [
+        BlockStream(checkpoint, model, torch.float64, torch.device("cpu"), adapted=False)
+        for checkpoint in (before, after)
+    ]
     factors, taken, left = {}, 0.0, 0.0
     parameters = [(name, value) for name, value in model.named_parameters() if route_map.cut(name) is not None]
     for name, parameter in tqdm(parameters, desc="routes", unit="tensor", disable=not progress):
@@ -47,7 +49,7 @@ def route_factors(
             left += size
         elif size:
             taken += size
-            if _is_transposed(module):
+            if is_transposed(module):
                 change, mask = change.mT, mask.mT
             factors[name if experts else name.removesuffix(".weight")] = _split(change.float(), mask != 0)
     return factors, taken, left
@@ -67,27 +69,3 @@ def _split(change: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torc
     places = rows.int().argsort(dim=-1, descending=True, stable=True)[..., :rank]
     selection = nn.functional.one_hot(places, outputs).float().mT.contiguous()
     return selection, torch.take_along_dim(change, places[..., None], dim=-2)
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether a module stores its weights with inputs as rows."""
-    return isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
-
-
-class _Source:
-    """
-    Tensors of a checkpoint in float64, without an adapter. Where transformers converts some on loading, such as those
-    of single experts, they come from the loaded model, else from the files one at a time.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module):
-        self.checkpoint, self.whole = checkpoint, None
-        if any(name not in checkpoint for name, _ in model.named_parameters()):
-            self.whole = load_model(checkpoint.folder, dtype="auto").state_dict()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        if self.whole is not None:
-            return self.whole[name].double()
-        stored = self.checkpoint[name]
-        with safe_open(stored.file, framework="pt") as file:
-            return file.get_tensor(stored.name).double()

@@ -16,13 +16,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..analysis.references import References
-from ..checkpoint import Checkpoint, check_comparable, published_name
+from ..checkpoint import Checkpoint, check_comparable
 from ..domain import Domain
 from .activation_moments import ActivationMoments, Solution, effective_dimension, gram, random_dimension
 from .block_stream import BlockStream, skeleton
 from .layers import Group, Pass, finished
 from .peak_samples import peak_samples
-from .repair import Repair
+from .repair import Repair, recorded
 
 
 MODULES = ("all", "mlp", "attention")
@@ -96,15 +96,14 @@ class SubspaceRollback:
     data_parallel: bool = False
 
     def __post_init__(self):
-        for name in ("references", "batch_size", "max_new_tokens") + (() if self.rank is None else ("rank",)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a whole number, at least 1, found {getattr(self, name)!r}")
+        for name in ("rank", "references", "batch_size", "max_new_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: expected a whole number, at least 1, found {value!r}")
         if not 0 < self.ridge < float("inf"):
             raise ValueError(f"ridge: expected a share above 0, found {self.ridge!r}")
-        if isinstance(self.modules, str) and self.modules not in MODULES:
-            raise ValueError(f"modules: expected one of {list(MODULES)} or a list of names, found {self.modules!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {list(DTYPES)}, found {self.dtype!r}")
+        for name, known in (("modules", MODULES), ("dtype", DTYPES)):
+            if isinstance(value := getattr(self, name), str) and value not in known:
+                raise ValueError(f"{name}: expected one of {list(known)}, found {value!r}")
         for name, weight in (self.weights or {}).items():
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"weights[{name!r}]: expected 0 or more, found {weight!r}")
@@ -146,31 +145,30 @@ class SubspaceRollback:
         started = time.perf_counter()
         names = [domain.name for domain in domains]
         for where, given in (("peaks", peaks), ("weights", self.weights or {})):
-            for name in given:
-                if name not in names:
-                    raise ValueError(f"{where}: expected some of the domains {names}, found {name!r}")
+            if unknown := [name for name in given if name not in names]:
+                raise ValueError(f"{where}: expected some of the domains {names}, found {unknown}")
         if not peaks:
             raise ValueError("peaks: expected the peak checkpoint of at least one damaged domain, found none")
-        checkpoints = {None: Checkpoint(final, base=base)}
-        for name, peak in peaks.items():
-            checkpoints[name] = Checkpoint(peak, base=base)
-            check_comparable(checkpoints[None], checkpoints[name])
-        digests = {name: checkpoint.digest() for name, checkpoint in checkpoints.items()}
-        for name in peaks:
-            if digests[name] == digests[None]:
+        at_end = Checkpoint(final, base=base)
+        at_peak = {name: Checkpoint(peak, base=base) for name, peak in peaks.items()}
+        for checkpoint in at_peak.values():
+            check_comparable(at_end, checkpoint)
+        places = recorded(at_end, at_peak)
+        for name, place in places["peaks"].items():
+            if place["digest"] == places["final"]["digest"]:
                 raise ValueError(f"peaks[{name!r}]: {peaks[name]} equals the final checkpoint {final}")
         sampled = references is None
-        if references is None:
+        if sampled:
             sampling = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "seed": self.seed}
-            places = {name: str(peak) for name, peak in peaks.items()}
+            paths = {name: str(peak) for name, peak in peaks.items()}
             references = peak_samples(
-                str(final), places, domains, self.references, base, self.temperature, progress=progress, **sampling
+                str(final), paths, domains, self.references, base, self.temperature, progress=progress, **sampling
             )
         for name in names:
             if name not in references or not references[name].completions:
                 raise ValueError(f"domain {name!r}: expected references, found none")
         fitted = time.perf_counter()
-        factors, solved = self._solve(checkpoints, {name: references[name] for name in names}, progress)
+        factors, solved = self._solve({None: at_end, **at_peak}, {name: references[name] for name in names}, progress)
         sequences = sum(len(references[name].completions) for name in names)
         record = {
             "method": "subspace",
@@ -178,10 +176,7 @@ class SubspaceRollback:
             "rank": self.rank,
             "references": max(len(references[name].completions) for name in names),
             "weights": {name: (self.weights or {}).get(name, 1.0) for name in names},
-            "checkpoints": {
-                "final": {"path": published_name(final), "digest": digests[None]},
-                "peaks": {name: {"path": published_name(peaks[name]), "digest": digests[name]} for name in peaks},
-            },
+            "checkpoints": places,
             **solved,
             "cost": {
                 "sequences_sampled": sequences if sampled else 0,
@@ -191,7 +186,7 @@ class SubspaceRollback:
                 "seconds_sampling": round(fitted - started, 2),
             },
         }
-        return Repair(factors, checkpoints[None], record)
+        return Repair(factors, at_end, record)
 
     @torch.no_grad()
     def _solve(self, checkpoints: dict[str | None, Checkpoint], references: dict[str, References], progress: bool):
@@ -233,7 +228,11 @@ class SubspaceRollback:
         if not factors:
             raise ValueError(f"modules: expected ends of names of linear layers in blocks, found {self.modules!r}")
         record = {"layers": figures, "left_as_it_is": left.shares(), "switched_tokens": switched}
-        return {name: _stacked(parts) for name, parts in factors.items()}, record
+        factors = {  # those of all experts of a layer in one tensor each
+            name: parts[0] if len(parts) == 1 else tuple(map(torch.stack, zip(*parts, strict=True)))
+            for name, parts in factors.items()
+        }
+        return factors, record
 
     def _passes(self, streams: dict[str | None, BlockStream], references: dict[str, References]):
         """The batches of each domain, before the first block."""
@@ -276,7 +275,7 @@ class SubspaceRollback:
                     pair.capture(healed, index, number, group.layers[0], done)
                 moments.add(*pair.tokens(group, number, peaks[name], healed))
                 if group is step[-1]:
-                    pair.forget(number)
+                    pair.now, pair.kept[number] = [], []
             moments.finish(reduce=self._processes() > 1)
             if group is step[-1]:
                 _return_freed_memory(healed)
@@ -341,18 +340,16 @@ class LeftAsItIs:
         self.left = dict(self.whole)
         for parameter in streams[None].outside:
             shape = streams[None].model.get_parameter(parameter).shape
-            count = shape[0] if shape else 1
-            for start in range(0, count, ROWS):  # embeddings are the largest tensors
-                rows = slice(start, min(start + ROWS, count))
+            starts = range(0, shape[0], ROWS) if shape else ()  # embeddings are the largest tensors
+            for rows in [slice(start, min(start + ROWS, shape[0])) for start in starts] or [...]:
                 final = streams[None].tensor(parameter, rows)
                 for name in self.whole:
                     self._note(name, final, streams[name].tensor(parameter, rows), solved=False)
 
     def add(self, final: nn.Module, peaks: dict[str, nn.Module], solved: set[str]) -> None:
         for name in self.whole:
-            others = dict(peaks[name].named_parameters())
             for parameter, value in final.named_parameters():
-                self._note(name, value, others[parameter], parameter in solved)
+                self._note(name, value, peaks[name].get_parameter(parameter), parameter in solved)
 
     def _note(self, name: str, final: torch.Tensor, peak: torch.Tensor, solved: bool) -> None:
         size = float(torch.linalg.vector_norm(final - peak, dtype=torch.float64)) ** 2
@@ -378,8 +375,3 @@ def _return_freed_memory(block: nn.Module) -> None:
     size = sum(parameter.nbytes for parameter in block.parameters())
     if size > LARGE and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def _stacked(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors of a layer, or those of all experts in one tensor each."""
-    return parts[0] if len(parts) == 1 else (torch.stack([b for b, _ in parts]), torch.stack([a for _, a in parts]))
