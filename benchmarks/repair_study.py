@@ -28,11 +28,12 @@ from trl_interfere.analysis.analyzer import InterferenceAnalyzer
 from trl_interfere.analysis.config import InterferenceConfig
 from trl_interfere.analysis.references import collect_references
 from trl_interfere.analysis.report import InterferenceReport
+from trl_interfere.evaluation.checkpoints import scorer_of
 from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.pipeline import MAX_COMPLETION_LENGTH, Lab
 from trl_interfere.models import load_model, load_tokenizer
 from trl_interfere.repair.comparison import Comparison
-from trl_interfere.repair.heal import PROTECTIONS, lost_beyond_interval, run_peaks, run_scorer
+from trl_interfere.repair.heal import PROTECTIONS, lost_beyond_interval, run_peaks
 from trl_interfere.repair.peak_samples import peak_samples
 from trl_interfere.repair.repair import Repair
 from trl_interfere.repair.subspace_rollback import SubspaceRollback
@@ -77,7 +78,7 @@ class StudyRun:
     def comparison(self) -> Comparison:
         """All earlier domains that later stages have not made better, see `run_peaks`."""
         run, domains = self.run, list(self.lab.domains.values())
-        scorer, final = run_scorer(run, load_tokenizer(MODEL_FOLDER)), run.final
+        scorer, final = scorer_of(load_tokenizer(MODEL_FOLDER), run.identity["config"]), run.final
         peaks = run_peaks(run, domains, scorer)
         at_end = {name: run.scores(final, name) for name in self.order}
         at_peak = {name: run.scores(peaks.get(name, final), name) for name in self.order}

@@ -11,7 +11,7 @@ from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_domain
 from trl_interfere.lab.pipeline import Lab
 from trl_interfere.repair.comparison import Comparison
-from trl_interfere.repair.heal import account, heal_run, lost_beyond_interval, run_peaks, run_scorer
+from trl_interfere.repair.heal import account, heal_run, lost_beyond_interval, run_peaks
 from trl_interfere.repair.repair import Repair
 from trl_interfere.run import Run
 
@@ -115,8 +115,7 @@ def test_only_earlier_domains_can_be_named(run, trained):
 
 
 def test_peaks_are_stages_of_their_own_domain(run, trained):
-    scorer = run_scorer(run, _tokenizer())
-    assert set(run_peaks(run, trained[1], scorer)) <= {"math"}
+    assert set(run_peaks(run, trained[1], _scorer())) <= {"math"}
 
 
 def test_an_arm_is_chosen_on_the_selection_split():

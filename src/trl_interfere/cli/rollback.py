@@ -40,17 +40,18 @@ def main(arguments: list[str]) -> int | None:
     recipe = recipe_of(run, options.recipe)
     options.prepare()
     from .. import InterferenceReport, RouteRollback
+    from ..evaluation.checkpoints import scorer_of
     from ..models import load_tokenizer
-    from ..repair.heal import account, run_scorer
+    from ..repair.heal import account, scores_of
 
     found = InterferenceReport.from_pretrained(run.analysis(domain))
     settings = (options.criterion, options.budget, options.scope, options.step, options.protection, options.seed)
     with run.lock():
         repair = RouteRollback(*settings).fit(found, before=update.before, after=update.after, base=run.base_model)
         scored = [entry for entry in recipe.domains if entry.name in run.final.scores]
-        scorer = run_scorer(run, load_tokenizer(update.after, base=run.base_model), sys.stderr.isatty())
-        model = repair.merge()
-        healed = {entry.name: scorer.score(model, entry, entry.eval_dataset).values for entry in scored}
+        tokenizer = load_tokenizer(update.after, base=run.base_model)
+        scorer = scorer_of(tokenizer, run.identity["config"], sys.stderr.isatty())
+        healed = scores_of(scorer, repair.merge(), scored, "test")
         peaks = {name: run.scores(run.peak(name), name) for name in healed}
         final = {name: run.scores(run.final, name) for name in healed}
         repair.record.update(account(peaks, final, healed, [domain]))

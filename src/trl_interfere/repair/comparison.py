@@ -16,7 +16,7 @@ from ..domain import Domain
 from ..evaluation.bootstrap import difference
 from ..evaluation.scorer import Scorer
 from ..models import load_model
-from .heal import Scores, account
+from .heal import Scores, account, scores_of
 from .repair import Repair
 from .route_rollback import RouteRollback
 from .subspace_rollback import SubspaceRollback
@@ -47,25 +47,27 @@ class Comparison:
     @cached_property
     def before(self) -> Scores:
         """Scores of the final checkpoint on the selection split."""
-        return self._selection(load_model(self.final))
+        return scores_of(self.scorer, load_model(self.final), self.domains, "selection")
 
     def arm(self, name: str, candidates: Candidates, cost: dict[str, Any] | None = None, **labels: Any) -> dict:
         """Choose one of the candidates and measure it."""
-        (setting, make), *others = candidates.items()
-        if not others:
-            return self.row(name, make(), cost, chosen=setting, within_max_drop=None, **labels)
-        found = []
-        for candidate, build in candidates.items():
-            after = self._selection(build())
+
+        def rank(build: Callable[[], PreTrainedModel]) -> tuple[bool, float]:
+            after = scores_of(self.scorer, build(), self.domains, "selection")
             changes = [difference(after[domain], self.before[domain]).value for domain in after]
             keeps = min(changes) >= -self.max_drop
-            found.append(((keeps, np.mean(changes) if keeps else min(changes)), candidate))
-        (within, _), setting = max(found, key=lambda entry: entry[0])
-        return self.row(name, candidates[setting](), cost, chosen=setting, within_max_drop=bool(within), **labels)
+            return keeps, np.mean(changes) if keeps else min(changes)
+
+        chosen, within = next(iter(candidates)), None
+        if len(candidates) > 1:
+            ranks = {candidate: rank(build) for candidate, build in candidates.items()}
+            chosen = max(ranks, key=ranks.get)
+            within = ranks[chosen][0]
+        return self.row(name, candidates[chosen](), cost, chosen=chosen, within_max_drop=within, **labels)
 
     def row(self, name: str, model: PreTrainedModel, cost: dict[str, Any] | None = None, **labels: Any) -> dict:
         """Figures of a model on the test split."""
-        healed = {d.name: self.scorer.score(model, d, d.eval_dataset).values for d in self.domains}
+        healed = scores_of(self.scorer, model, self.domains, "test")
         return {"arm": name, **labels, "cost": cost, **account(*self.scores, healed, list(self.peaks))}
 
     def subspace(
@@ -96,9 +98,6 @@ class Comparison:
         """All weights moved back towards one peak (WiSE-FT, arXiv 2109.01903)."""
         shares = {share: lambda share=share: interpolated(self.final, self.peaks[domain], share) for share in SHARES}
         return self.arm("interpolation", shares, toward=domain)
-
-    def _selection(self, model: PreTrainedModel) -> Scores:
-        return {d.name: self.scorer.score(model, d, d.selection_dataset).values for d in self.domains}
 
 
 def interpolated(final: str | Path, peak: str | Path, share: float) -> PreTrainedModel:

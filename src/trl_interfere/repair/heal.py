@@ -1,18 +1,18 @@
 """Heal: find what was lost, choose a repair on the selection split, report it on the test split, write it."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .. import __version__
 from ..domain import Domain
-from ..evaluation.bootstrap import difference, score
-from ..evaluation.checkpoints import scorer_of
+from ..evaluation.bootstrap import Interval, difference, score
+from ..evaluation.checkpoints import SPLITS, scorer_of
 from ..evaluation.flips import flips
 from ..evaluation.metrics import recovered, recovered_all
 from ..evaluation.scorer import DomainScores, Scorer
@@ -34,6 +34,11 @@ def lost_beyond_interval(peaks: Scores, final: Scores) -> list[str]:
     return sorted((name for name in lost if lost[name].low > 0), key=lambda name: -lost[name].value)
 
 
+def scores_of(scorer: Scorer, model: PreTrainedModel, domains: Sequence[Domain], split: str) -> Scores:
+    """Scores of each prompt of a split, by domain."""
+    return {domain.name: scorer.score(model, domain, getattr(domain, SPLITS[split])).values for domain in domains}
+
+
 def run_peaks(run: Run, domains: Sequence[Domain], scorer: Scorer) -> dict[str, StageRecord]:
     """
     The stage that stands for each earlier domain in the repair: that of its own training, which is known without any
@@ -41,7 +46,7 @@ def run_peaks(run: Run, domains: Sequence[Domain], scorer: Scorer) -> dict[str, 
     final checkpoint instead.
     """
     final, found = run.final, {}
-    model = load_model(run.weights(final), base=_base(run, final))
+    model = load_model(run.weights(final), base=run.base_model)
     for domain in domains:
         own = run.trained(domain.name)
         if own is None or own.index >= final.index:
@@ -49,15 +54,11 @@ def run_peaks(run: Run, domains: Sequence[Domain], scorer: Scorer) -> dict[str, 
         if domain.selection_dataset is None:
             before, after = run.scores(own, domain.name), run.scores(final, domain.name)
         else:
-            peak = load_model(run.weights(own), base=_base(run, own))
+            peak = load_model(run.weights(own), base=run.base_model)
             before, after = (scorer.score(m, domain, domain.selection_dataset).values for m in (peak, model))
         if not difference(after, before).low > 0:
             found[domain.name] = own
     return found
-
-
-def _base(run: Run, record: StageRecord) -> str | None:
-    return None if record.folder is None else run.base_model
 
 
 def heal(
@@ -82,39 +83,37 @@ def heal(
     tested = [domain for domain in domains if domain.eval_dataset is not None]
     chosen = [domain for domain in domains if domain.selection_dataset is not None]
     model = load_model(final, base=base)
-    before = {domain.name: scorer.score(model, domain, domain.selection_dataset).values for domain in chosen}
+    before = scores_of(scorer, model, chosen, "selection")
     if scores is None:
         at_peak = {}
         for domain in tested:
             peak = load_model(peaks[domain.name], base=base) if domain.name in peaks else model
-            at_peak[domain.name] = scorer.score(peak, domain, domain.eval_dataset).values
-        scores = (at_peak, {domain.name: scorer.score(model, domain, domain.eval_dataset).values for domain in tested})
+            at_peak |= scores_of(scorer, peak, [domain], "test")
+        scores = (at_peak, scores_of(scorer, model, tested, "test"))
     del model
 
-    best: tuple[tuple, Repair, Any, float | None] | None = None
-    for protection in PROTECTIONS if search else (None,):
-        trial = method
-        if protection is not None:
-            trial = replace(method, weights={d.name: 1.0 if d.name in peaks else protection for d in domains})
-        repair = trial.fit(final, peaks, domains, base=base, progress=progress)
-        healed = repair.merge()
-        after = {domain.name: scorer.score(healed, domain, domain.selection_dataset).values for domain in chosen}
-        changes = {name: difference(after[name], before[name]).value for name in after}
-        worst = min(changes.values(), default=None)
-        # First what keeps to the limit, then the best mean.
-        rank = (worst is None or worst >= -max_drop, np.mean(list(changes.values())) if changes else 0.0)
-        if best is None or rank > best[0]:
-            best = (rank, repair, healed, worst)
-    (within, _), repair, healed, worst = best
+    def trials() -> Iterator[tuple[tuple, Repair, PreTrainedModel, float | None]]:
+        for protection in PROTECTIONS if search else (None,):
+            trial = method
+            if protection is not None:
+                trial = replace(method, weights={d.name: 1.0 if d.name in peaks else protection for d in domains})
+            repair = trial.fit(final, peaks, domains, base=base, progress=progress)
+            healed = repair.merge()
+            after = scores_of(scorer, healed, chosen, "selection")
+            changes = [difference(after[name], before[name]).value for name in after]
+            worst = min(changes, default=None)
+            # First what keeps to the limit, then the best mean.
+            yield (worst is None or worst >= -max_drop, np.mean(changes) if changes else 0.0), repair, healed, worst
+
+    (within, _), repair, healed, worst = max(trials(), key=lambda trial: trial[0])
     tests = {domain.name: scorer.score(healed, domain, domain.eval_dataset) for domain in tested}
-    record = {
-        "split": "test",
-        "max_drop": max_drop,
-        "within_max_drop": bool(within),
-        "worst_on_selection": worst,
-        **account(scores[0], scores[1], {name: found.values for name, found in tests.items()}, list(peaks)),
-    }
-    repair.record.update(record)
+    repair.record.update(
+        split="test",
+        max_drop=max_drop,
+        within_max_drop=within,
+        worst_on_selection=worst,
+        **account(*scores, {name: found.values for name, found in tests.items()}, list(peaks)),
+    )
     return repair, tests
 
 
@@ -129,30 +128,27 @@ def account(peaks: Scores, final: Scores, healed: Scores, restored: Sequence[str
     for name in final:
         found = {key: score(v[name]) for key, v in (("peak", peaks), ("final", final), ("healed", healed))}
         change, turned = difference(healed[name], final[name]), flips(final[name], healed[name], peaks[name])
+        share = Interval(*[np.nan] * 3, 0)
+        if name in restored:
+            share = recovered(healed[name], final[name], peaks[name])
         rows[name] = {
             **{key: interval.value for key, interval in found.items()},
             "intervals": {key: [interval.low, interval.high] for key, interval in found.items()},
             "damaged": name in damaged,
-            **dict.fromkeys(("recovered", "low", "high")),
+            **_known("recovered", share),
             "change": change.to_dict(),
             "n": len(final[name]),
             **{key: len(getattr(turned, key)) for key in ("lost", "regained", "newly_lost")},
         }
-        if name in restored:
-            share = recovered(healed[name], final[name], peaks[name])
-            rows[name].update(recovered=_known(share.value), low=_known(share.low), high=_known(share.high))
-    both = [{name: values[name] for name in restored} for values in (healed, final, peaks)]
-    share = recovered_all(*both)
-    return {
-        "domains": rows,
-        "recovered_all": {key: _known(getattr(share, key)) for key in ("value", "low", "high")},
-        "worst": min(row["change"]["value"] for row in rows.values()),
-    }
+    share = recovered_all(*({name: values[name] for name in restored} for values in (healed, final, peaks)))
+    worst = min(row["change"]["value"] for row in rows.values())
+    return {"domains": rows, "recovered_all": _known("value", share), "worst": worst}
 
 
-def _known(value: float) -> float | None:
-    """A figure as JSON has it: `None` where nothing was lost, of which nothing can be recovered."""
-    return value if np.isfinite(value) else None
+def _known(name: str, share: Interval) -> dict[str, float | None]:
+    """A share as JSON has it: `None` where nothing was lost, of which nothing can be recovered."""
+    figures = {name: share.value, "low": share.low, "high": share.high}
+    return {name: figure if np.isfinite(figure) else None for name, figure in figures.items()}
 
 
 def heal_run(
@@ -175,20 +171,17 @@ def heal_run(
     """
     final = run.final
     scored = [domain for domain in domains if domain.name in final.scores]
-    base = _base(run, final)
     if scorer is None:
-        scorer = run_scorer(run, load_tokenizer(run.weights(final), base=run.base_model), progress)
-    own = {domain.name: run.trained(domain.name) for domain in scored}
-    for name in names or ():
-        if own.get(name) is None or own[name].index >= final.index:
-            known = [name for name, record in own.items() if record is not None and record.index < final.index]
-            raise ValueError(f"domain {name!r}: expected one that was trained before {final.name}, {known}")
+        tokenizer = load_tokenizer(run.weights(final), base=run.base_model)
+        scorer = scorer_of(tokenizer, run.identity["config"], progress)
+    own = {domain.name: run.trained(domain.name) or final for domain in scored}
+    earlier = [name for name, record in own.items() if record.index < final.index]
+    if unknown := [name for name in names or () if name not in earlier]:
+        raise ValueError(f"domain: expected some that were trained before {final.name}, {earlier}, found {unknown}")
     at_end = {domain.name: run.scores(final, domain.name) for domain in scored}
-    at_peak = {name: run.scores(record or final, name) for name, record in own.items()}
+    at_peak = {name: run.scores(record, name) for name, record in own.items()}
     damaged = lost_beyond_interval(at_peak, at_end)
-    if not damaged and not names:
-        return None
-    peaks = {name: own[name] for name in names} if names else run_peaks(run, scored, scorer)
+    peaks = {name: own[name] for name in names} if names else damaged and run_peaks(run, scored, scorer)
     if not peaks:
         return None
     method = SubspaceRollback(rank=rank, max_new_tokens=scorer.max_new_tokens, batch_size=min(scorer.batch_size, 64))
@@ -202,7 +195,7 @@ def heal_run(
         max_drop,
         search,
         (at_peak, at_end),
-        base,
+        run.base_model,
         progress,
     )
     repair.record["checkpoints"]["final"]["path"] = final.folder
@@ -237,8 +230,3 @@ def _keep(run: Run, repair: Repair, tests: dict[str, DomainScores], merge: bool,
     seconds, versions = repair.record["cost"]["seconds"], {"trl-interfere": __version__}
     reason = {"damaged": damaged}
     run.append(StageRecord(index, "heal", None, folder.name, 0, seconds, scores, 0, overrides, versions, reason))
-
-
-def run_scorer(run: Run, tokenizer: PreTrainedTokenizerBase, progress: bool = False) -> Scorer:
-    """The scorer with which a run scored its stages."""
-    return scorer_of(tokenizer, run.identity["config"], progress)

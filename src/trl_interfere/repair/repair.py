@@ -194,25 +194,16 @@ class Repair:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             config = Path(folder) / "adapter_config.json"
-            config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": self._shown}))
-            self._card(repo_id).save(Path(folder) / "README.md")
+            base = published_name(self.base)
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
+            place = {} if Path(self.base).is_dir() else {"base_model": self.base}
+            data = ModelCardData(library_name="peft", tags=["trl-interfere", "repair"], **place)
+            text = f"---\n{data.to_yaml()}\n---\n\n" + CARD.format(repo=repo_id, base=base)
+            ModelCard(text).save(Path(folder) / "README.md")
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
             )
         return commit.commit_url
-
-    @property
-    def _shown(self) -> str:
-        """What the base model is called on the Hub, where no folder is known."""
-        return published_name(self.base)
-
-    def _card(self, repo_id: str) -> ModelCard:
-        place = {} if Path(self.base).is_dir() else {"base_model": self.base}
-        data = ModelCardData(library_name="peft", tags=["trl-interfere", "repair"], **place)
-        domains = ", ".join(self.record.get("checkpoints", {}).get("peaks", {}))
-        return ModelCard(
-            f"---\n{data.to_yaml()}\n---\n\n" + CARD.format(repo=repo_id, base=self._shown, domains=domains)
-        )
 
     def _adapted(self, model: PreTrainedModel) -> PeftModel:
         # PEFT takes a dense MLP beside experts for experts in their older form, unless it is named by its weights.
@@ -245,20 +236,20 @@ class Repair:
                 left, right = factors[key]
                 if left.ndim == 3:  # PEFT lays the experts of A one above the other, and those of B side by side
                     left, right = left.permute(1, 2, 0).flatten(1), right.flatten(0, 1)
-                place = next((p for p in module.get_base_layer().parameters()), None)
-                device = torch.device("cpu") if place is None or place.is_meta else place.device
+                place = next(module.get_base_layer().parameters())
                 for layer, value in ((module.lora_A, right), (module.lora_B, left)):
-                    layer["default"].weight = nn.Parameter(value.to(device, torch.float32).contiguous())
+                    value = value.to("cpu" if place.is_meta else place.device, torch.float32)
+                    layer["default"].weight = nn.Parameter(value.contiguous())
         return adapted
 
 
 def recorded(final: Checkpoint, peaks: dict[str, Checkpoint]) -> dict[str, Any]:
     """What a record says of checkpoints: where they lie, and a digest of each."""
-    at_peak, end = (
-        {name: {"path": published_name(place.name), "digest": place.digest()} for name, place in places.items()}
-        for places in (peaks, {"final": final})
-    )
-    return {**end, "peaks": at_peak}
+
+    def entry(checkpoint: Checkpoint) -> dict[str, str]:
+        return {"path": published_name(checkpoint.name), "digest": checkpoint.digest()}
+
+    return {"final": entry(final), "peaks": {name: entry(peak) for name, peak in peaks.items()}}
 
 
 def _beside(checkpoint: Checkpoint, factors: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

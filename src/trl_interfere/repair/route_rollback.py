@@ -3,8 +3,9 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -13,10 +14,10 @@ from transformers import PreTrainedModel
 from ..analysis.architectures import Architecture
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import SCOPES, RouteMap
-from ..checkpoint import Checkpoint, check_comparable, published_name
+from ..checkpoint import Checkpoint, check_comparable
 from .criteria import CRITERIA, IN_NATS, matched_routes, route_scores
-from .repair import Repair
-from .route_factors import Factors, route_factors
+from .repair import Repair, recorded
+from .route_factors import route_factors
 
 
 # Steps that a search tries. Beyond 1 a route moves past its earlier state.
@@ -81,12 +82,10 @@ class RouteRollback:
                 f"protection: expected 0, or more with a criterion of {IN_NATS}, found {self.protection!r} with "
                 f"{self.criterion!r}"
             )
-        if not isinstance(self.budget, Real) or not 0 < self.budget <= 1:
+        if not 0 < self.budget <= 1:
             raise ValueError(f"budget: expected a share above 0 and up to 1, found {self.budget!r}")
         if self.step != "optimal" and not (isinstance(self.step, Real) and 0 <= self.step < np.inf):
             raise ValueError(f"step: expected a number of 0 or more or 'optimal', found {self.step!r}")
-        if not isinstance(self.seed, Integral) or self.seed < 0:
-            raise ValueError(f"seed: expected a whole number of 0 or more, found {self.seed!r}")
 
     def select(self, report: InterferenceReport, route_map: RouteMap) -> np.ndarray:
         """
@@ -159,52 +158,48 @@ class RouteRollback:
         started = time.perf_counter()
         if self.step == "optimal" and objective is None:
             raise ValueError("objective: expected what step='optimal' minimises, such as a loss, found none")
-        checkpoints = {
-            name: Checkpoint(place or getattr(report, name), base=base)
-            for name, place in (("before", before), ("after", after))
-        }
-        check_comparable(*checkpoints.values())
-        digests = {name: checkpoint.digest() for name, checkpoint in checkpoints.items()}
-        for name, checkpoint in checkpoints.items():
-            if (report.digests or {}).get(name) not in (None, digests[name]):
-                raise ValueError(
-                    f"report: expected one of {checkpoint.name}, found one of other weights: analyze again"
-                )
-        route_map = RouteMap(checkpoints["after"].config, description)
+        peak, final = (Checkpoint(place, base=base) for place in (before or report.before, after or report.after))
+        check_comparable(peak, final)
+        places = recorded(final, {report.earlier: peak})
+        for name, place in (("before", places["peaks"][report.earlier]), ("after", places["final"])):
+            if (report.digests or {}).get(name) not in (None, place["digest"]):
+                raise ValueError(f"report: expected one of {place['path']}, found one of other weights: analyze again")
+        route_map = RouteMap(final.config, description)
         routes = self.select(report, route_map)
-        factors, taken, left = route_factors(*checkpoints.values(), route_map, routes, progress)
+        factors, taken, left = route_factors(peak, final, route_map, routes, progress)
         if not taken or self.step == 0:
             raise ValueError(
                 f"{'step' if taken else 'scope'}: expected a repair that changes something, found none: "
                 + (f"a step of {self.step}" if taken else f"no weight of the {len(routes)} routes was trained")
             )
+
+        def repair(step: float, record: dict[str, Any]) -> Repair:
+            return Repair({name: (step * b, a) for name, (b, a) in factors.items()}, final, record)
+
         step, searched = self.step, {}
         if step == "optimal":
-            searched = _search(factors, checkpoints["after"], objective, progress)
+            for tried in tqdm(STEPS, desc="steps", disable=not progress):
+                searched[tried] = float(objective(repair(tried, {}).merge()))
             step = min(searched, key=lambda tried: searched[tried] if np.isfinite(searched[tried]) else np.inf)
             if not np.isfinite(searched[step]):
                 raise ValueError(f"objective: expected a finite value at one of the steps {STEPS}, found none")
+        chosen: dict[str, dict[str, list[int]]] = {}
+        for route in np.sort(routes):
+            kind, layer, position = route_map.locate(int(route))
+            chosen.setdefault(kind, {}).setdefault(str(layer), []).append(position)
         carried = float(report.routes["damage"][routes].sum())
         record = {
             "method": "routes",
             **{name: value for name, value in asdict(self).items() if name != "step"},
             "step": step,
             "searched": [{"step": tried, "objective": value} for tried, value in searched.items()],
-            "routes": _places(route_map, routes),
+            "routes": chosen,
             "carried_damage": {"nats": carried, "share": carried / report.attributed if report.attributed else None},
-            "checkpoints": {
-                "final": {"path": published_name(checkpoints["after"].name), "digest": digests["after"]},
-                "peaks": {
-                    report.earlier: {
-                        "path": published_name(checkpoints["before"].name),
-                        "digest": digests["before"],
-                    }
-                },
-            },
+            "checkpoints": places,
             "left_as_it_is": {report.earlier: left / (taken + left)},
             "cost": self._cost(report) | {"seconds": round(time.perf_counter() - started, 2)},
         }
-        return Repair({name: (step * b, a) for name, (b, a) in factors.items()}, checkpoints["after"], record)
+        return repair(step, record)
 
     def _cost(self, report: InterferenceReport) -> dict[str, int]:
         """Sequences that the criterion has put through a forward and a backward pass in the analysis."""
@@ -213,23 +208,3 @@ class RouteRollback:
         passes = {"damage": nodes, "random_matched": nodes, "first_order": 1, "second_order": 2}.get(self.criterion, 0)
         count = passes * sum(report.references.get(name, {}).get("n", 0) for name in domains)
         return {"sequences_forward": count, "sequences_backward": count}
-
-
-def _search(
-    factors: Factors, checkpoint: Checkpoint, objective: Callable[[PreTrainedModel], float], progress: bool
-) -> dict[float, float]:
-    """The objective at each of `STEPS`."""
-    found = {}
-    for step in tqdm(STEPS, desc="steps", disable=not progress):
-        repair = Repair({name: (step * b, a) for name, (b, a) in factors.items()}, checkpoint, {})
-        found[step] = float(objective(repair.merge()))
-    return found
-
-
-def _places(route_map: RouteMap, routes: np.ndarray) -> dict[str, dict[str, list[int]]]:
-    """Positions of routes by kind and layer."""
-    found: dict[str, dict[str, list[int]]] = {}
-    for route in np.sort(routes):
-        kind, layer, position = route_map.locate(int(route))
-        found.setdefault(kind, {}).setdefault(str(layer), []).append(position)
-    return found
