@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
@@ -177,7 +178,7 @@ class Scorer:
             bos_token_id=self.tokenizer.bos_token_id,
             disable_compile=True,
         )
-        order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index]), index))
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         completed: list[list[int]] = [[]] * len(encoded)
         precision = nullcontext() if self.autocast is None else torch.autocast(model.device.type, self.autocast)
         with _generating(model, config), torch.random.fork_rng(), torch.no_grad(), precision:
@@ -185,14 +186,11 @@ class Scorer:
             starts = range(0, len(order), self.batch_size)
             for start in tqdm(starts, desc="score", unit="batch", leave=False, disable=not self.progress):
                 batch = order[start : start + self.batch_size]
-                width = max(len(encoded[index]) for index in batch)
-                ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
-                mask = torch.zeros_like(ids)
-                for row, index in enumerate(batch):
-                    ids[row, width - len(encoded[index]) :] = torch.tensor(encoded[index])
-                    mask[row, width - len(encoded[index]) :] = 1
+                rows = [torch.tensor(encoded[index], dtype=torch.long) for index in batch]
+                ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+                mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
                 output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-                for index, new in zip(batch, output[:, width:].tolist(), strict=True):
+                for index, new in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
                     end = next((i for i, token in enumerate(new) if token in end_ids), len(new) - 1)
                     completed[index] = new[: end + 1]
         return completed
@@ -218,23 +216,15 @@ def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
         model.train(training)
 
 
-def check_scorable(domain: Domain, multi_turn: str | None = None) -> None:
-    """
-    Refuse a domain that completions of one turn cannot score: without `metric`, and with rewards of models, of
-    environments, or of several turns by an argument of the trainer such as `tools`.
-    """
-    if domain.metric is not None:
-        return
-    for function in domain.reward_funcs:
-        if isinstance(function, (str, nn.Module)):
-            multi_turn = multi_turn or "a reward model"
-        elif "environments" in parameters_of(function):
-            multi_turn = multi_turn or "environments"
-    if multi_turn:
-        raise ValueError(
-            f"domain {domain.name!r}: scores are those of one completion per prompt, and its rewards come with "
-            f"{multi_turn}; set `metric`, a function of the completions"
-        )
+def check_scorable(domain: Domain) -> None:
+    """Refuse a domain without `metric`, and with rewards of models or environments, that completions cannot score."""
+    for function in domain.reward_funcs if domain.metric is None else ():
+        model = isinstance(function, (str, nn.Module))
+        if model or "environments" in parameters_of(function):
+            raise ValueError(
+                f"domain {domain.name!r}: scores are those of one completion per prompt, and its rewards come with "
+                f"{'a reward model' if model else 'environments'}; set `metric`, a function of the completions"
+            )
 
 
 def apply_metric(

@@ -47,16 +47,8 @@ class Layer:
         return None if bias is None else bias[self.expert]
 
 
-@dataclass
-class Group:
-    """Layers that get the same input; narrow ones have fewer outputs than inputs together."""
-
-    layers: list[Layer]
-    narrow: bool
-
-    @property
-    def path(self) -> str:
-        return self.layers[0].path
+Group = list[Layer]  # that get the same input
+Step = list[Group]  # that get what one module gets: layers of one tensor, or a matrix of every expert
 
 
 class Call(NamedTuple):
@@ -81,10 +73,10 @@ class Pass:
         self.switched = self.routed = 0
         self._outputs: dict[str, object] = {}
 
-    def run_peak(self, block: nn.Module, index: int, chosen: Callable[[str], bool]) -> list[list[Group]]:
+    def run_peak(self, block: nn.Module, index: int, chosen: Callable[[str], bool]) -> list[Step]:
         """
-        Run a block of the peak, keep what the layers got there, or gave where that is narrower, and return the groups
-        to solve for. Those of one step get what one module gets: layers of one tensor, or a matrix of every expert.
+        Run a block of the peak, keep what the layers got there, or gave where that is narrower, and return the steps
+        to solve for.
         """
 
         def note(path, module, args, kwargs, output):
@@ -96,14 +88,14 @@ class Pass:
                 if isinstance(module, (nn.Linear, Conv1D)) or is_experts(module):
                     hooks.enter_context(module.register_forward_hook(partial(note, path), with_kwargs=True))
             hidden = self.peak.run(block, index)
-        steps = _steps([call for call in calls if chosen(call.path)], self.peak, block)
+        steps = _steps([call for call in calls if chosen(call.path)], self.peak.mask.numel())
         by_path = {call.path: call for call in calls}
         self.kept = []
         for group, *_ in steps:
-            call = by_path[group.path]
+            call = by_path[group[0].path]
             values = call.arguments[: 2 if is_experts(call.module) else 1]
-            if group.narrow and self.healed is not None and not is_experts(call.module):
-                values = [torch.cat([by_path[layer.path].output for layer in group.layers], -1)]
+            if narrow(group, block) and self.healed is not None and not is_experts(call.module):
+                values = [torch.cat([by_path[layer.path].output for layer in group], -1)]
             self.kept.append([self.peak.tokens(value).cpu() for value in values])
         self.peak.hidden = hidden.cpu()
         return steps
@@ -127,7 +119,7 @@ class Pass:
 
     def tokens(self, group: Group, step: int, peak: nn.Module, healed: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """For each token what the layers get in the healed model, and what they got, or gave, in the peak."""
-        layer = group.layers[0]
+        layer = group[0]
         kept = [value.to(layer.weight(healed).device) for value in self.kept[step]]
         if layer.expert is None:
             return (kept if self.healed is None else self.now)[0], kept[0]
@@ -135,7 +127,7 @@ class Pass:
         before = expert_inputs(layer, peak, kept[0][routed])
         if self.healed is None:
             return before, before
-        if group.narrow:
+        if narrow(group, peak):
             before = nn.functional.linear(before, layer.weight(peak), layer.bias(peak))
         return expert_inputs(layer, healed, self.now[0][routed]), before
 
@@ -159,6 +151,12 @@ class Pass:
                 for path, output in self._outputs.items()
                 if path in done and not (isinstance(output, torch.Tensor) and output.numel() > size)
             }
+
+
+def narrow(group: Group, block: nn.Module) -> bool:
+    """Whether layers have fewer outputs than inputs together."""
+    shapes = [layer.weight(block).shape for layer in group]
+    return sum(outputs for outputs, _ in shapes) < shapes[0][1]
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -196,25 +194,19 @@ def finished(block: nn.Module, solved: list[str], ahead: list[str]) -> list[str]
     return found
 
 
-def _steps(calls: list[Call], entry: Entry, block: nn.Module) -> list[list[Group]]:
-    times = Counter(call.path for call in calls)
-    steps: list[list[Group]] = []
-    value = None
+def _steps(calls: list[Call], tokens: int) -> list[Step]:
+    times, steps, value = Counter(call.path for call in calls), [], None
     for call in calls:
-        if times[call.path] > 1 or call.arguments[0].shape[:-1].numel() != entry.mask.numel():
+        if times[call.path] > 1 or call.arguments[0].shape[:-1].numel() != tokens:
             continue
         if is_experts(call.module):
             for parameter in ("gate_up_proj" if call.module.has_gate else "up_proj", "down_proj"):
-                layers = [Layer(call.path, parameter, expert) for expert in range(call.module.num_experts)]
-                steps.append([Group([layer], False) for layer in layers])
+                steps.append([[Layer(call.path, parameter, expert)] for expert in range(call.module.num_experts)])
         elif call.arguments[0] is value:
-            steps[-1][0].layers.append(Layer(call.path))
+            steps[-1][0].append(Layer(call.path))
         else:
-            steps.append([Group([Layer(call.path)], False)])
+            steps.append([[Layer(call.path)]])
         value = call.arguments[0]
-    for group in (group for step in steps for group in step):
-        shapes = [layer.weight(block).shape for layer in group.layers]
-        group.narrow = sum(outputs for outputs, _ in shapes) < shapes[0][1]
     return steps
 
 

@@ -20,7 +20,7 @@ from ..checkpoint import Checkpoint, check_comparable
 from ..domain import Domain
 from .activation_moments import ActivationMoments, Solution, effective_dimension, gram, random_dimension
 from .block_stream import BlockStream, skeleton
-from .layers import Group, Pass, finished
+from .layers import Group, Pass, Step, finished, narrow
 from .peak_samples import peak_samples
 from .repair import Repair, recorded
 
@@ -208,7 +208,7 @@ class SubspaceRollback:
                 for pair in of_domain:
                     steps = pair.run_peak(peaks[name], index, chosen)
                     _return_freed_memory(final)
-            paths = [step[0].path for step in steps]
+            paths = [group[0].path for group, *_ in steps]
             for number, step in enumerate(steps):
                 done = finished(healed, paths, paths[number:])
                 for group in step:
@@ -220,7 +220,7 @@ class SubspaceRollback:
             for pair in pairs if self.sequential else ():
                 pair.run_healed(healed, index, finished(healed, paths, []))
                 _return_freed_memory(final)
-            left.add(final, peaks, {layer.tensor for step in steps for group in step for layer in group.layers})
+            left.add(final, peaks, {layer.tensor for step in steps for group in step for layer in group})
         routed = torch.tensor([sum(pair.switched for pair in pairs), sum(pair.routed for pair in pairs)]).to(device)
         if self._processes() > 1:
             torch.distributed.all_reduce(routed)
@@ -258,29 +258,28 @@ class SubspaceRollback:
         if isinstance(self.modules, list):
             return any(f"{name}.{path}".endswith(end) for end in self.modules)
         # A linear layer belongs to attention where a module around it says so.
-        parts = path.split(".")
-        parents = [type(block.get_submodule(".".join(parts[:i]))).__name__ for i in range(1, len(parts))]
-        return any("attention" in parent.lower() for parent in parents) == (self.modules == "attention")
+        around = [type(module).__name__ for place, module in block.named_modules() if path.startswith(f"{place}.")]
+        return any("attention" in name.lower() for name in around) == (self.modules == "attention")
 
-    def _moments(self, step: list[Group], group: Group, number: int, healed, peaks, passes, index: int, done):
+    def _moments(self, step: Step, group: Group, number: int, healed, peaks, passes, index: int, done):
         """Moments of the inputs of a group, by domain."""
-        weights = [layer.weight(healed) for layer in group.layers]
+        weights = [layer.weight(healed) for layer in group]
         width = weights[0].shape[1]
-        rows = None if not self.sequential else sum(map(len, weights)) if group.narrow else width
+        rows = min(sum(map(len, weights)), width) if self.sequential else None
         found = {}
         for name, of_domain in passes.items():
             found[name] = moments = ActivationMoments(width, rows, weights[0].device)
             for pair in of_domain:
                 if self.sequential and group is step[0]:
-                    pair.capture(healed, index, number, group.layers[0], done)
+                    pair.capture(healed, index, number, group[0], done)
                 moments.add(*pair.tokens(group, number, peaks[name], healed))
                 if group is step[-1]:
                     pair.now, pair.kept[number] = [], []
             moments.finish(reduce=self._processes() > 1)
             if group is step[-1]:
                 _return_freed_memory(healed)
-            if not (torch.isfinite(moments.moments.sum() + moments.cross.sum())):
-                where = f"domain {name!r}, {group.path} of block {index}"
+            if not torch.isfinite(moments.moments.sum() + moments.cross.sum()):
+                where = f"domain {name!r}, {group[0].path} of block {index}"
                 raise ValueError(f"{where}: expected finite activations, found NaN or infinity")
         return found
 
@@ -293,7 +292,7 @@ class SubspaceRollback:
             if self.sequential:
                 found[name].moments = None
         if not total.diagonal().sum() > 0:  # an expert that no token reaches stays as it is
-            for layer in group.layers:
+            for layer in group:
                 outputs, width = layer.weight(final).shape
                 rank = min(outputs, width, self.rank or outputs)
                 yield layer, torch.zeros(outputs, rank), torch.zeros(rank, width), {"tokens": 0}
@@ -301,13 +300,13 @@ class SubspaceRollback:
         mean = sum(share * found[name].sum for name, share in shares.items())
         solution = Solution(total, self.ridge)
         start = 0
-        for layer in group.layers:
+        for layer in group:
             weight, bias = layer.weight(final).double(), layer.bias(final)
             rows = slice(start, start := start + len(weight))
             now = weight @ total  # what the layer gives in the healed model so far, without its bias
             residual = -now if bias is None else -now - torch.outer(bias.double(), mean)
             for name, moments in found.items():
-                if group.narrow and self.sequential:
+                if self.sequential and narrow(group, final):
                     residual.add_(moments.cross[rows], alpha=shares[name])
                 else:
                     given = moments.targets(layer.weight(peaks[name]), layer.bias(peaks[name]))
