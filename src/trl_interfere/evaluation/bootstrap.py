@@ -40,9 +40,8 @@ def bootstrap(
     statistic: Callable[..., np.ndarray], *samples: np.ndarray, resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """
-    Percentile bootstrap of a statistic of paired per-prompt values (Efron and Tibshirani, 1993, chapter 13).
-
-    Every sample keeps the same prompts. Where nothing varies the interval is the value itself.
+    Percentile bootstrap of a statistic of paired per-prompt values (Efron and Tibshirani, 1993, chapter 13). Where
+    nothing varies the interval is the value itself.
     """
     n = len(samples[0])
     value = float(statistic(*samples, axis=0))
@@ -81,14 +80,9 @@ def difference(after: np.ndarray, before: np.ndarray, seed: int = 0) -> Interval
 
 def average(samples: Sequence[np.ndarray], seed: int = 0) -> Interval:
     """
-    Average over domains of their mean scores (or changes), 0 to 100, every domain with the same weight.
-
-    ```
-    average = 1/D sum_d 100/n_d sum_p v_dp
-    ```
-
-    The prompts of each domain are resampled by themselves (Davison and Hinkley, 1997, section 3.2: several samples).
-    `n` is the number of all prompts. Without domains the average is undefined (`nan`).
+    Average over domains of their mean scores (or changes), 0 to 100, every domain with the same weight,
+    `1/D sum_d 100/n_d sum_p v_dp`. The prompts of each domain are resampled by themselves (Davison and Hinkley, 1997,
+    section 3.2: several samples). `n` is the number of all prompts. Undefined (`nan`) without domains.
     """
     samples = [100 * np.asarray(sample, dtype=np.float64) for sample in samples]
     if not samples:

@@ -96,23 +96,17 @@ def flips(
     wrong = _wrong_again(scores["before"], redrawn)
     wrong_at_peak = wrong if peak is None else _wrong_again(scores["peak"])
     wrong_of_lost = _wrong_again(scores["before"][could], None if redrawn is None else redrawn[could])
-    chances = {
-        "kept": (wrong, first, False),
-        "lost": (wrong_at_peak, reference, True),
-        "regained": (wrong_of_lost, ~first[could], False),
-        "newly_lost": (wrong, first, True),
-    }
-    return Flips(
-        kept=np.flatnonzero(first & last),
-        lost=np.flatnonzero(reference & ~last),
-        regained=np.flatnonzero(could & ~first & last),
-        newly_lost=np.flatnonzero(first & ~last),
-        expected={
-            name: float((chance if lost else 1 - chance)[among].sum())
-            for name, (chance, among, lost) in chances.items()
-            if chance is not None
-        },
-    )
+    kinds = first & last, reference & ~last, could & ~first & last, first & ~last
+    found = Flips(*map(np.flatnonzero, kinds))
+    for name, chance, among in (
+        ("kept", wrong, first),
+        ("lost", wrong_at_peak, reference),
+        ("regained", wrong_of_lost, ~first[could]),
+        ("newly_lost", wrong, first),
+    ):
+        if chance is not None:
+            found.expected[name] = float((chance if name in ("lost", "newly_lost") else 1 - chance)[among].sum())
+    return found
 
 
 def most_by_chance(scores: np.ndarray) -> float:

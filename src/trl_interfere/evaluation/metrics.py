@@ -14,15 +14,11 @@ from .score_matrix import ScoreMatrix
 
 def forgetting(matrix: ScoreMatrix, domain: str | None = None, stage: int = -1) -> Interval:
     """
-    Forgetting of one domain, or the average over the domains that were trained before the last one.
-
-    ```
-    f_j = max_(l < k) R_(l,j) - R_(k,j)        F_k = 1/(k-1) sum_(j < k) f_j
-    ```
-
-    (Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018), with `R_(l,j)` the score of domain j after
-    stage l, 0 for the base model, and k the stage asked for. A negative value is a gain. The difference from the peak
-    is paired. Undefined (`nan`) for the domain trained last, and where a score is missing.
+    Forgetting of one domain, or the average over the domains that were trained before the last one,
+    `f_j = max_(l < k) R_(l,j) - R_(k,j)` and `F_k = 1/(k-1) sum_(j < k) f_j` (Chaudhry et al., Riemannian Walk for
+    Incremental Learning, ECCV 2018), with `R_(l,j)` the score of domain j after stage l, 0 for the base model, and k
+    the stage asked for. A negative value is a gain. Undefined (`nan`) for the domain trained last, and where a score
+    is missing.
     """
     final, latest = matrix.position(stage), matrix.last_training(stage)
     losses = []
@@ -37,15 +33,10 @@ def forgetting(matrix: ScoreMatrix, domain: str | None = None, stage: int = -1) 
 
 def backward_transfer(matrix: ScoreMatrix, domain: str | None = None, stage: int = -1) -> Interval:
     """
-    Backward transfer to one domain, or the average over the domains that were trained before the last one.
-
-    ```
-    BWT = 1/(T-1) sum_(i < T) R_(T,i) - R_(i,i)
-    ```
-
-    (Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, equation 3), with `R_(i,i)` the score of domain i
-    after its last own training (a refresh is none), and T the stage asked for. A negative value is damage. Undefined
-    (`nan`) for the domain trained last, for one that was not trained, and where a score is missing.
+    Backward transfer to one domain, or the average over the domains that were trained before the last one,
+    `BWT = 1/(T-1) sum_(i < T) R_(T,i) - R_(i,i)` (Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017,
+    equation 3), with `R_(i,i)` the score of domain i after its last own training (a refresh is none), and T the stage
+    asked for. A negative value is damage. Undefined as [`forgetting`] is, and for a domain that was not trained.
     """
     final, latest = matrix.position(stage), matrix.last_training(stage)
     changes = []
@@ -58,15 +49,10 @@ def backward_transfer(matrix: ScoreMatrix, domain: str | None = None, stage: int
 
 def forward_transfer(matrix: ScoreMatrix, domain: str | None = None, stage: int = -1) -> Interval:
     """
-    Forward transfer to one domain, or the average over the domains that were trained after the first one.
-
-    ```
-    FWT = 1/(T-1) sum_(i > 1) R_(i-1,i) - b_i
-    ```
-
-    (Gradient Episodic Memory, equation 4), with `R_(i-1,i)` the score of domain i right before its first training and
-    `b_i` that of the base model, instead of a random one. Undefined (`nan`) for the domain trained first, for one that
-    was not trained, and where a score is missing.
+    Forward transfer to one domain, or the average over the domains that were trained after the first one,
+    `FWT = 1/(T-1) sum_(i > 1) R_(i-1,i) - b_i` (Gradient Episodic Memory, equation 4), with `R_(i-1,i)` the score of
+    domain i right before its first training and `b_i` that of the base model, instead of a random one. Undefined for
+    the domain trained first, for one that was not trained, and where a score is missing.
     """
     final = matrix.position(stage)
     based = matrix.stage_kind(0)[0] == "base"
@@ -103,10 +89,9 @@ def recovered(repaired: np.ndarray, damaged: np.ndarray, peak: np.ndarray, seed:
     """
     samples = [np.asarray(sample, dtype=np.float64) for sample in (repaired, damaged, peak)]
 
-    def ratio(repaired, damaged, peak, axis):
-        gained = np.mean(repaired, axis=axis) - np.mean(damaged, axis=axis)
-        lost = np.mean(peak, axis=axis) - np.mean(damaged, axis=axis)
-        return np.divide(gained, lost, out=np.full_like(lost, np.nan), where=lost > 0)
+    def ratio(*samples, axis):
+        repaired, damaged, peak = (np.mean(sample, axis=axis) for sample in samples)
+        return (repaired - damaged) / np.where(peak > damaged, peak - damaged, np.nan)
 
     if not np.mean(samples[2]) > np.mean(samples[1]):
         return Interval(np.nan, np.nan, np.nan, len(samples[0]))
@@ -117,13 +102,9 @@ def recovered_all(
     repaired: dict[str, np.ndarray], damaged: dict[str, np.ndarray], peak: dict[str, np.ndarray], seed: int = 0
 ) -> Interval:
     """
-    Share of what several domains have lost that a repair brings back, from values per prompt by domain.
-
-    ```
-    recovered = Σ_d (score_d(repaired) - score_d(damaged)) / Σ_d (score_d(peak) - score_d(damaged))
-    ```
-
-    The prompts of each domain are resampled by themselves. Undefined (`nan`) where nothing was lost.
+    Share of what several domains have lost that a repair brings back, from values per prompt by domain:
+    `Σ_d (score_d(repaired) - score_d(damaged)) / Σ_d (score_d(peak) - score_d(damaged))`. The prompts of each domain
+    are resampled by themselves. Undefined (`nan`) where nothing was lost.
     """
     gains = {name: repaired[name] - damaged[name] for name in damaged}
     losses = {name: peak[name] - damaged[name] for name in damaged}
@@ -141,11 +122,7 @@ def recovered_all(
 
 
 def collateral(matrix: ScoreMatrix, since: int, repaired: Iterable[str] = (), stage: int = -1) -> dict[str, Interval]:
-    """
-    Change of every domain that was not repaired, between the damaged and the repaired model.
-
-    A negative value is the price of the repair. The paper (arXiv 2606.02398) reports it beside the recovered share.
-    """
+    """Change of every domain that was not repaired, between the damaged and the repaired model: the repair's price."""
     before, after = matrix.values[matrix.position(since)], matrix.values[matrix.position(stage)]
     others = [name for name in matrix.domains if name not in {*repaired} and name in before and name in after]
     return {name: difference(after[name], before[name]) for name in others}
@@ -233,11 +210,7 @@ def _repaired(matrix: ScoreMatrix, final: int) -> list[str]:
     since = matrix.last_training(final)
     if since is None:
         return []
-    refreshed = {matrix.stage_kind(row)[1] for row in range(since + 1, final + 1)}
-    before = matrix.values[since]
-
-    def lost(domain: str) -> bool:
-        return matrix.values[matrix.peak(domain, since)][domain].mean() > before[domain].mean()
-
-    healed = None in refreshed
-    return [name for name in matrix.domains if name in before and (name in refreshed or (healed and lost(name)))]
+    refreshed, before = {matrix.stage_kind(row)[1] for row in range(since + 1, final + 1)}, matrix.values[since]
+    lost = [name for name in before if matrix.values[matrix.peak(name, since)][name].mean() > before[name].mean()]
+    repaired = {*refreshed, *(lost if None in refreshed else ())}
+    return [name for name in matrix.domains if name in before and name in repaired]

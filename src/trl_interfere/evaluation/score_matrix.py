@@ -83,9 +83,9 @@ class ScoreMatrix:
 
     def stage_kind(self, stage: int) -> tuple[str, str | None]:
         """Kind of a stage (`base`, `train`, `refresh` or `heal`) and its domain, by its name."""
-        name = self.stages[stage].partition("-")[2]
         if self.stages[stage] == "0-base":
             return "base", None
+        name = self.stages[stage].partition("-")[2]
         kind, _, domain = name.partition("-")
         if kind in ("refresh", "heal") and name not in self.domains:
             return kind, domain or None

@@ -131,12 +131,11 @@ class Scorer:
         prompts = [prompt for prompt in dataset["prompt"] for _ in range(self.num_samples)]
         if accelerator is None or accelerator.num_processes == 1:
             return self._scores(domain, dataset, self.complete_ids(model, prompts))
-        shards = np.array_split(np.arange(len(prompts)), accelerator.num_processes)
-        mine = [prompts[index] for index in shards[accelerator.process_index]]
         # A forward pass of a sharded model (FSDP, ZeRO-3) waits for every process, so all need as many batches.
+        shards, found = np.array_split(np.arange(len(prompts)), accelerator.num_processes), None
+        mine = [prompts[index] for index in shards[accelerator.process_index]]
         surplus = [prompts[0]] * (len(shards[0]) - len(mine))
         completion_ids = gather_object(self.complete_ids(model, mine + surplus)[: len(mine)])
-        found = None
         if accelerator.is_main_process:
             try:
                 found = self._scores(domain, dataset, completion_ids)
@@ -231,10 +230,8 @@ def apply_metric(
     domain: Domain, rows: list[dict], completions: list[str], completion_ids: list[list[int]] | None = None
 ) -> np.ndarray:
     """
-    Values of a domain's metric for given completions: one per row, for rewards their weighted sum.
-
-    Functions are called with everything that [`~trl.GRPOTrainer`] calls them with; `trainer_state` is `None`, and
-    `log_extra` and `log_metric` do nothing. `None` counts as 0.
+    Values of a domain's metric for given completions: one per row, for rewards their weighted sum. Functions get what
+    [`~trl.GRPOTrainer`] gives them; `trainer_state` is `None`, `log_extra` and `log_metric` do nothing.
     """
     check_scorable(domain)
     prompts = [row["prompt"] for row in rows]

@@ -87,10 +87,9 @@ class VLLMEngine(AbstractContextManager):
         except OSError as error:
             raise ValueError(f"{name}: expected the folder or Hub id of a model or an adapter ({error})") from error
         try:
-            ends = GenerationConfig.from_pretrained(base).eos_token_id
+            self.end_ids = GenerationConfig.from_pretrained(base).eos_token_id
         except OSError:  # a model without a file of its own for generation
-            ends = config.get_text_config().eos_token_id
-        self.end_ids = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+            self.end_ids = config.get_text_config().eos_token_id
         self.llm = LLM(
             model=str(base), dtype=dtype, max_model_len=max_length, trust_remote_code=trust_remote_code, **kwargs
         )
@@ -138,8 +137,8 @@ class VLLMEngine(AbstractContextManager):
 def _check_adapter(name: str, adapter: PeftConfig, most: int) -> None:
     """Refuse an adapter that vLLM would refuse, or leave a part of out."""
     kind, rank = getattr(adapter.peft_type, "value", adapter.peft_type), getattr(adapter, "r", 0)
-    odd = {option: getattr(adapter, option, None) or "none" for option in _NOT_PLAIN}
-    odd = {option: value for option, value in odd.items() if value != "none"}
+    set_options = {option: getattr(adapter, option, None) for option in _NOT_PLAIN}
+    odd = {option: value for option, value in set_options.items() if value and value != "none"}
     if kind != "LORA" or odd or rank > most:
         found = ", ".join([f"{kind} of rank {rank}", *(f"{option}={value!r}" for option, value in odd.items())])
         raise ValueError(

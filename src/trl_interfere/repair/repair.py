@@ -24,6 +24,7 @@ from .layers import is_experts
 
 REPAIR_NAME = "repair.json"
 SCHEMA_VERSION = 1
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 CARD = """# Repair of `{base}`
@@ -60,7 +61,7 @@ class Repair:
 
     def __init__(
         self,
-        factors: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        factors: Factors,
         checkpoint: Checkpoint | None,
         record: dict[str, Any],
         folder: Path | None = None,
@@ -252,7 +253,7 @@ def recorded(final: Checkpoint, peaks: dict[str, Checkpoint]) -> dict[str, Any]:
     return {"final": entry(final), "peaks": {name: entry(peak) for name, peak in peaks.items()}}
 
 
-def _beside(checkpoint: Checkpoint, factors: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _beside(checkpoint: Checkpoint, factors: Factors) -> Factors:
     """Factors of an adapter and of its repair, one beside the other in the rank."""
     joined = dict(factors)
     for weight in checkpoint.adapter.names:

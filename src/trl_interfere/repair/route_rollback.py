@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..analysis.architectures import Architecture
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import SCOPES, RouteMap
 from ..checkpoint import Checkpoint, check_comparable
+from .block_stream import BlockStream, skeleton
 from .criteria import CRITERIA, IN_NATS, matched_routes, route_scores
-from .repair import Repair, recorded
-from .route_factors import route_factors
+from .layers import is_transposed
+from .repair import Factors, Repair, recorded
 
 
 # Steps that a search tries. Beyond 1 a route moves past its earlier state.
@@ -78,14 +82,12 @@ class RouteRollback:
         if self.scope not in SCOPES:
             raise ValueError(f"scope: expected one of {sorted(SCOPES)}, found {self.scope!r}")
         if not 0 <= self.protection < np.inf or (self.protection and self.criterion not in IN_NATS):
-            raise ValueError(
-                f"protection: expected 0, or more with a criterion of {IN_NATS}, found {self.protection!r} with "
-                f"{self.criterion!r}"
-            )
+            found = f"{self.protection!r} with {self.criterion!r}"
+            raise ValueError(f"protection: expected 0, or more with a criterion of {IN_NATS}, found {found}")
         if not 0 < self.budget <= 1:
             raise ValueError(f"budget: expected a share above 0 and up to 1, found {self.budget!r}")
-        if self.step != "optimal" and not (isinstance(self.step, Real) and 0 <= self.step < np.inf):
-            raise ValueError(f"step: expected a number of 0 or more or 'optimal', found {self.step!r}")
+        if self.step != "optimal" and not (isinstance(self.step, Real) and 0 < self.step < np.inf):
+            raise ValueError(f"step: expected a number above 0 or 'optimal', found {self.step!r}")
 
     def select(self, report: InterferenceReport, route_map: RouteMap) -> np.ndarray:
         """
@@ -104,10 +106,8 @@ class RouteRollback:
         Raises:
             `ValueError`: If the report is of another number of routes, or nothing is left to match.
         """
-        if len(report.routes["damage"]) != route_map.num_routes:
-            raise ValueError(
-                f"report: expected {route_map.num_routes} routes as in the model, found {len(report.routes['damage'])}"
-            )
+        if (count := len(report.routes["damage"])) != route_map.num_routes:
+            raise ValueError(f"report: expected {route_map.num_routes} routes as in the model, found {count}")
         scores = route_scores(self.criterion, report, route_map, self.protection, self.seed)
         candidates = np.flatnonzero(route_map.scope(self.scope))
         ranked = candidates[np.argsort(-scores[candidates], kind="stable")]
@@ -166,12 +166,9 @@ class RouteRollback:
                 raise ValueError(f"report: expected one of {place['path']}, found one of other weights: analyze again")
         route_map = RouteMap(final.config, description)
         routes = self.select(report, route_map)
-        factors, taken, left = route_factors(peak, final, route_map, routes, progress)
-        if not taken or self.step == 0:
-            raise ValueError(
-                f"{'step' if taken else 'scope'}: expected a repair that changes something, found none: "
-                + (f"a step of {self.step}" if taken else f"no weight of the {len(routes)} routes was trained")
-            )
+        factors, taken, left = _route_factors(peak, final, route_map, routes, progress)
+        if not taken:
+            raise ValueError(f"scope: expected one with weights that were trained, found none in {len(routes)} routes")
 
         def repair(step: float, record: dict[str, Any]) -> Repair:
             return Repair({name: (step * b, a) for name, (b, a) in factors.items()}, final, record)
@@ -180,9 +177,10 @@ class RouteRollback:
         if step == "optimal":
             for tried in tqdm(STEPS, desc="steps", disable=not progress):
                 searched[tried] = float(objective(repair(tried, {}).merge()))
-            step = min(searched, key=lambda tried: searched[tried] if np.isfinite(searched[tried]) else np.inf)
-            if not np.isfinite(searched[step]):
+            finite = {tried: value for tried, value in searched.items() if np.isfinite(value)}
+            if not finite:
                 raise ValueError(f"objective: expected a finite value at one of the steps {STEPS}, found none")
+            step = min(finite, key=finite.get)
         chosen: dict[str, dict[str, list[int]]] = {}
         for route in np.sort(routes):
             kind, layer, position = route_map.locate(int(route))
@@ -208,3 +206,57 @@ class RouteRollback:
         passes = {"damage": nodes, "random_matched": nodes, "first_order": 1, "second_order": 2}.get(self.criterion, 0)
         count = passes * sum(report.references.get(name, {}).get("n", 0) for name in domains)
         return {"sequences_forward": count, "sequences_backward": count}
+
+
+def _route_factors(
+    before: Checkpoint, after: Checkpoint, route_map: RouteMap, routes: np.ndarray, progress: bool = False
+) -> tuple[Factors, float, float]:
+    """
+    Factors of -δ on the slices of routes, and the squared norms of what they hold and of what no adapter can.
+
+    k rows of a matrix are `(columns of the identity) (rows of -δ)`, and k columns `(columns of -δ) (rows of the
+    identity)`: a product of rank k.
+    """
+    model, chosen = skeleton(after), np.zeros(route_map.num_routes)
+    chosen[routes] = 1.0
+    settings = {"dtype": torch.float64, "device": torch.device("cpu"), "adapted": False}
+    sources = [BlockStream(checkpoint, model, **settings) for checkpoint in (before, after)]
+    factors, taken, left = {}, 0.0, 0.0
+    parameters = [(name, value) for name, value in model.named_parameters() if route_map.cut(name) is not None]
+    for name, parameter in tqdm(parameters, desc="routes", unit="tensor", disable=not progress):
+        mask = route_map.spread(name, chosen, torch.empty(parameter.shape, dtype=torch.float64))
+        if not mask.any():
+            continue
+        start, end = (source.tensor(name) for source in sources)
+        change = mask * (start - end)
+        for sign, checkpoint in ((1, before), (-1, after)):
+            pair = checkpoint.factors(name)
+            if pair is not None:
+                change += sign * mask * (torch.from_numpy(pair[0]).double() @ torch.from_numpy(pair[1]).double())
+        size = float(change.square().sum())
+        module = model.get_submodule(name.rpartition(".")[0])
+        experts = parameter.ndim == 3 and len(route_map.cut(name).axes) == 2
+        if not experts and not (parameter.ndim == 2 and isinstance(module, (nn.Linear, Conv1D))):
+            left += size
+        elif size:
+            taken += size
+            if is_transposed(module):
+                change, mask = change.mT, mask.mT
+            factors[name if experts else name.removesuffix(".weight")] = _split(change.float(), mask != 0)
+    return factors, taken, left
+
+
+def _split(change: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of a matrix, or of one for each expert, that is 0 but for some rows, or some columns."""
+    outputs, inputs = change.shape[-2:]
+    if mask.shape[-1] > 1:  # columns
+        right, left = _split(change.mT, mask.mT)
+        return left.mT.contiguous(), right.mT.contiguous()
+    rows = mask[..., 0]
+    rank = int(rows.sum(-1).max())
+    if rank >= inputs:
+        return change.contiguous(), torch.eye(inputs).expand(*change.shape[:-2], -1, -1).contiguous()
+    # Where an expert has fewer than another, rows that are 0 fill up.
+    places = rows.int().argsort(dim=-1, descending=True, stable=True)[..., :rank]
+    selection = nn.functional.one_hot(places, outputs).float().mT.contiguous()
+    return selection, torch.take_along_dim(change, places[..., None], dim=-2)
