@@ -1,15 +1,18 @@
 """heal: who counts as damaged, what the record says, what is chosen, and what a killed heal leaves."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from trl_interfere.evaluation.scorer import Scorer
 from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_domain
 from trl_interfere.lab.pipeline import Lab
+from trl_interfere.models import load_tokenizer
 from trl_interfere.repair.comparison import Comparison
 from trl_interfere.repair.heal import account, heal_run, lost_beyond_interval, run_peaks
 from trl_interfere.repair.repair import Repair
@@ -27,16 +30,18 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def run(trained, tmp_path):
     """A run of two stages, without a heal."""
-    import shutil
-
     return Run(shutil.copytree(trained[0], tmp_path / "run"))
 
 
-def bits(text: str) -> np.ndarray:
-    return np.array([float(character) for character in text])
+@pytest.fixture(scope="module")
+def scorer():
+    return Scorer(load_tokenizer(MODEL_FOLDER), max_new_tokens=16, batch_size=64)
 
 
 def test_account_by_hand():
+    def bits(text: str) -> np.ndarray:
+        return np.array([float(character) for character in text])
+
     peak, final = {"a": bits("1111100000"), "b": bits("1110")}, {"a": bits("1000000001"), "b": bits("1110")}
     healed = {"a": bits("1110100000"), "b": bits("1100")}
     found = account(peak, final, healed, ["a"])
@@ -75,17 +80,12 @@ def test_the_record_and_the_stage(run, trained):
     torch.testing.assert_close(Repair.from_pretrained(run.repair).merge()(ids).logits, expected)
 
 
-def test_a_second_heal_replaces_the_first(run, trained):
-    for rank in (4, 8):
-        heal_run(run, trained[1], names=["math"], rank=rank)
+def test_a_second_heal_replaces_the_first_and_the_same_seed_gives_the_same_repair(run, trained):
+    first, _, again = (heal_run(run, trained[1], names=["math"], rank=rank) for rank in (8, 4, 8))
     assert [record.kind for record in Run(run.folder).stages] == ["base", "train", "train", "heal"]
     assert json.loads((run.repair / "repair.json").read_text())["rank"] == 8
-
-
-def test_same_seed_same_repair(run, trained):
-    first, second = (heal_run(run, trained[1], names=["math"], rank=8) for _ in range(2))
     for name, factors in first.factors.items():
-        assert all(torch.equal(a, b) for a, b in zip(factors, second.factors[name], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(factors, again.factors[name], strict=True))
 
 
 def test_a_killed_heal_leaves_nothing_half_written(run, trained, monkeypatch):
@@ -103,43 +103,22 @@ def test_a_killed_heal_leaves_nothing_half_written(run, trained, monkeypatch):
     assert Run(run.folder).stages[-1].kind == "heal"
 
 
-def test_nothing_was_lost_is_an_answer(run, trained):
+def test_nothing_was_lost_is_an_answer_and_only_earlier_domains_can_be_named(run, trained, scorer):
     # Two steps teach and damage nothing that 32 prompts would show.
-    assert heal_run(run, trained[1]) is None
-    assert not run.repair.exists()
-
-
-def test_only_earlier_domains_can_be_named(run, trained):
+    assert heal_run(run, trained[1]) is None and not run.repair.exists()
+    assert set(run_peaks(run, trained[1], scorer)) <= {"math"}
     with pytest.raises(ValueError, match="'qa'"):
         heal_run(run, trained[1], names=["qa"])
 
 
-def test_peaks_are_stages_of_their_own_domain(run, trained):
-    assert set(run_peaks(run, trained[1], _scorer())) <= {"math"}
-
-
-def test_an_arm_is_chosen_on_the_selection_split():
+def test_an_arm_is_chosen_on_the_selection_split(scorer):
     domain = lab_domain("qa", 64)
-    base = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER).eval()
-    broken = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER).eval()
+    base, broken = (AutoModelForCausalLM.from_pretrained(MODEL_FOLDER).eval() for _ in range(2))
     with torch.no_grad():
         broken.get_output_embeddings().weight.zero_()
-    scorer = _scorer()
     at_end = {"qa": scorer.score(base, domain, domain.eval_dataset).values}
     compare = Comparison(MODEL_FOLDER, {"qa": MODEL_FOLDER}, [domain], scorer, (at_end, at_end))
     row = compare.arm("arm", {"broken": lambda: broken, "kept": lambda: base})
     assert row["chosen"] == "kept" and row["within_max_drop"] and row["worst"] == 0
     row = compare.arm("arm", {"broken": lambda: broken, "broken too": lambda: broken})
     assert not row["within_max_drop"]
-
-
-def _tokenizer():
-    from trl_interfere.models import load_tokenizer
-
-    return load_tokenizer(MODEL_FOLDER)
-
-
-def _scorer():
-    from trl_interfere.evaluation.scorer import Scorer
-
-    return Scorer(_tokenizer(), max_new_tokens=16, batch_size=64)

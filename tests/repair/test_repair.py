@@ -19,7 +19,6 @@ from trl_interfere.repair.subspace_rollback import SubspaceRollback
 
 
 IDS = torch.tensor([ROWS["math"][0]])
-QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
 def add_adapter(base, folder, seed, **settings):
@@ -51,9 +50,6 @@ def test_a_saved_repair_is_an_adapter_that_peft_loads(tmp_path, family, rank):
     loaded = Repair.from_pretrained(tmp_path / "repair")
     assert loaded.record == repair.record and loaded.base == repair.base == str(folders["final"])
     torch.testing.assert_close(loaded.merge()(IDS).logits, expected, rtol=1e-5, atol=1e-5)
-    loaded.save_pretrained(tmp_path / "copy")
-    copied = load_file(tmp_path / "copy" / "adapter_model.safetensors")
-    assert copied.keys() == load_file(tmp_path / "repair" / "adapter_model.safetensors").keys()
 
 
 def test_weights_of_16_bits_and_in_shards(tmp_path):
@@ -97,20 +93,13 @@ def test_a_run_of_adapters_is_healed_as_its_merged_twin(tmp_path, family):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"use_dora": True},
-        {"bias": "lora_only"},
-        {"modules_to_save": ["lm_head"]},
-        {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
-    ],
+    "settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_parameters": ["experts.down_proj"]}]
 )
 def test_adapters_that_are_no_product_of_two_matrices_are_refused(tmp_path, settings):
-    base = save(tmp_path, "qwen3-moe" if "target_parameters" in settings else "qwen2", names=("base",))["base"]
-    for name in ("final", "math"):
-        add_adapter(base, tmp_path / name, 0, **settings)
-    with pytest.raises(ValueError, match="adapter.*expected"):
-        fit({name: tmp_path / name for name in ("final", "math")})
+    base = save(tmp_path, "qwen3-moe", names=("base",))["base"]
+    add_adapter(base, tmp_path / "final", 0, target_modules=["q_proj"], **settings)
+    with pytest.raises(ValueError, match="expected"):
+        fit({name: tmp_path / "final" for name in ("final", "math")})
 
 
 PARALLEL = {"qwen3": "float64", "qwen3-moe": "float32"}
@@ -173,56 +162,33 @@ def test_folders_that_hold_no_repair(tmp_path):
         Repair.from_pretrained(folder)
 
 
-def edit(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def to_json(folder, **settings):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-
-
-BAD = {
-    "architecture": (
-        lambda f, k: k.update(peaks={"math": save(f["root"], "qwen3", ["other"])["other"]}),
-        "model_type",
-    ),
-    "vocabulary": (
-        lambda f, k: k.update(peaks={"math": save(f["root"], "qwen2", ["other"], vocab_size=44)["other"]}),
-        "vocabularies have 40 and 44 tokens",
-    ),
-    "equal": (lambda f, k: k.update(peaks={"math": f["final"]}), "peaks.*'math'.*equals the final checkpoint"),
-    "no peaks": (lambda f, k: k.update(peaks={}), "peaks: expected"),
-    "unknown peak": (lambda f, k: k.update(peaks={"maths": f["math"]}), "peaks: .*found 'maths'"),
-    "references": (lambda f, k: k["references"].pop("qa"), "domain 'qa': expected references"),
-    "no references": (lambda f, k: k["references"].update(references({"qa": []})), "domain 'qa': expected references"),
-    "weights": (lambda f, k: k.update(weights={"sums": 1.0}), "weights: .*found 'sums'"),
-    "negative weight": (lambda f, k: k.update(weights={"math": -1.0}), r"weights\['math'\]"),
-    "rank": (lambda f, k: k.update(rank=0), "rank: expected a whole number, at least 1, found 0"),
-    "ridge": (lambda f, k: k.update(ridge=0.0), "ridge"),
-    "modules": (lambda f, k: k.update(modules="linear"), "modules: .*'linear'"),
-    "no modules": (lambda f, k: k.update(modules=["query"]), r"modules: .*\['query'\]"),
-    "type": (lambda f, k: k.update(dtype="int8"), "dtype: .*'int8'"),
-    "nan": (
-        lambda f, k: edit(f["math"], lambda t: t[QUERY].fill_(float("nan"))),
-        "domain 'math', .*block 0: expected finite activations",
-    ),
-    "quantised": (lambda f, k: to_json(f["math"], quantization_config={"quant_method": "fp8"}), "math.*unquantised"),
-    "tokenizer": (lambda f, k: k.update(references=None), "final: expected the files of a tokenizer"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(tmp_path, case):
-    change, message = BAD[case]
-    folders = save(tmp_path, "qwen2", names=("final", "math"))
-    call = {"peaks": {"math": folders["math"]}, "references": references()}
-    change(folders | {"root": tmp_path}, call)
-    with pytest.raises(ValueError, match=message):
-        arguments = {name: call.pop(name) for name in ("peaks", "references")}
-        SubspaceRollback(**call).fit(folders["final"], domains=domains(), **arguments)
+def test_bad_input(tmp_path):
+    folders = save(tmp_path, "qwen2", names=("final", "math", "nan"))
+    tensors = load_file(folders["nan"] / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"].fill_(float("nan"))
+    save_file(tensors, folders["nan"] / "model.safetensors", {"format": "pt"})
+    final, math, nan = folders.values()
+    for arguments, message in (
+        ({"peaks": {"math": save(tmp_path, "qwen3", ["other"])["other"]}}, "model_type"),
+        ({"peaks": {"math": final}}, "peaks.*'math'.*equals the final checkpoint"),
+        ({"peaks": {"math": nan}}, "domain 'math', .*block 0: expected finite activations"),
+        ({"peaks": {}}, "peaks: expected"),
+        ({"peaks": {"maths": math}}, "peaks: .*'maths'"),
+        ({"weights": {"sums": 1.0}}, "weights: .*'sums'"),
+        ({"weights": {"math": -1.0}}, r"weights\['math'\]"),
+        ({"references": references({"math": ROWS["math"], "code": ROWS["code"]})}, "domain 'qa': expected references"),
+        ({"references": references(ROWS | {"qa": []})}, "domain 'qa': expected references"),
+        ({"references": None}, "final: expected the files of a tokenizer"),
+        ({"rank": 0}, "rank"),
+        ({"ridge": 0.0}, "ridge"),
+        ({"modules": "linear"}, "modules: .*'linear'"),
+        ({"modules": ["query"]}, r"modules: .*\['query'\]"),
+        ({"dtype": "int8"}, "dtype: .*'int8'"),
+    ):
+        call = {"peaks": {"math": math}, "references": references(), **arguments}
+        places = {name: call.pop(name) for name in ("peaks", "references")}
+        with pytest.raises(ValueError, match=message):
+            SubspaceRollback(**call).fit(final, domains=domains(), **places)
 
 
 if __name__ == "__main__":
