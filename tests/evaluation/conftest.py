@@ -1,7 +1,10 @@
 """A run of five domains, drawn at random, and a reference for the statistics of it that shares no code with `src`."""
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
 
@@ -26,6 +29,18 @@ def matrix():
         }
         filled.append(stage, values)
     return filled
+
+
+@pytest.fixture
+def printed():
+    """Function that gives the text of a table."""
+
+    def text(table):
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(table)
+        return console.export_text()
+
+    return text
 
 
 @pytest.fixture

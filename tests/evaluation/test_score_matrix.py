@@ -1,9 +1,7 @@
-import io
 import json
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from trl_interfere.evaluation.bootstrap import score
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
@@ -25,14 +23,8 @@ def test_intervals():
     assert matrix.peak("math") == 1 and matrix.peak("qa") == 2  # the first highest stage
 
 
-def printed(matrix):
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(matrix.to_table())
-    return console.export_text()
-
-
-def test_table():
-    text = printed(filled())
+def test_table(printed):
+    text = printed(filled().to_table())
     assert "math (n=4)" in text and "qa (n=2)" in text
     rows = [line for line in text.splitlines() if "0-base" in line or "2-qa" in line]
     assert "12.5 [0.0, 37.5]" in rows[0] and "50.0 [0.0, 100.0]" in rows[0]
@@ -43,8 +35,8 @@ def test_table():
     assert lines[1].startswith("0-base") and "12.5 [0.0, 37.5]" in lines[1] and len(lines) == 4
 
 
-def test_rows_without_a_value(matrix):
-    text = printed(matrix)
+def test_rows_without_a_value(matrix, printed):
+    text = printed(matrix.to_table())
     assert "law (n=50)" in text
     assert ["—" in line for line in text.splitlines() if line.startswith("│")] == [True] * 4 + [False] * 4
     means = [values["law"].mean() for values in matrix.values[4:]]
@@ -68,23 +60,13 @@ def test_average_score(matrix, close_to_loops):
 
 
 def test_kinds_of_stages(matrix):
-    assert [matrix.stage_kind(position) for position in (0, 1, 3, -1)] == [
-        ("base", None),
-        ("train", "math"),
-        ("refresh", "math"),
-        ("refresh", "code"),
-    ]
+    kinds = ("base", None), ("train", "math"), ("refresh", "math"), ("refresh", "code")
+    assert tuple(matrix.stage_kind(position) for position in (0, 1, 3, -1)) == kinds
     assert [matrix.last_training(position) for position in range(8)] == [None, 1, 2, 2, 4, 5, 6, 6]
-    other = ScoreMatrix(
-        ["base", "refresh-math", "a-b"], ["0-base", "1-base", "2-refresh-math", "3-a-b", "4-refresh-a-b"]
-    )
-    assert [other.stage_kind(position) for position in range(5)] == [
-        ("base", None),
-        ("train", "base"),
-        ("train", "refresh-math"),
-        ("train", "a-b"),
-        ("refresh", "a-b"),
-    ]
+    stages = ["0-base", "1-base", "2-refresh-math", "3-refresh-a-b"]
+    other = ScoreMatrix(["base", "refresh-math", "a-b"], stages)
+    kinds = ("base", None), ("train", "base"), ("train", "refresh-math"), ("refresh", "a-b")
+    assert tuple(map(other.stage_kind, range(4))) == kinds
 
 
 def test_to_dict(matrix):
