@@ -69,9 +69,8 @@ class Solution:
     """
 
     def __init__(self, moments: torch.Tensor, ridge: float):
-        self.ridge = ridge * float(moments.diagonal().mean())
         metric = moments.clone()
-        metric.diagonal().add_(self.ridge)
+        metric.diagonal().add_(ridge * float(moments.diagonal().mean()))
         self.root = torch.linalg.cholesky(metric)
 
     def change(self, residual: torch.Tensor) -> torch.Tensor:
@@ -84,9 +83,8 @@ class Solution:
 
     def factors(self, change: torch.Tensor, gram: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        `B` and `A` with `B A` the change of the weights, cut to a rank in the metric of the moments.
-
-        The leading singular directions come from the [`gram`] matrix. At full rank one factor is the identity.
+        `B` and `A` with `B A` the change of the weights, cut to a rank in the metric of the moments by the leading
+        eigenvectors of the [`gram`] matrix. At full rank one factor is the identity.
         """
         outputs, width = change.shape
         if rank is None or rank >= len(gram):
@@ -111,9 +109,8 @@ def effective_dimension(gram: torch.Tensor) -> float:
 
 def random_dimension(moments: torch.Tensor, outputs: int) -> float:
     """
-    [`effective_dimension`] of the change where the update to be undone is random, in expectation and without a ridge.
-
-    Its rows are then normal with covariance S, and their Gram matrix has a Wishart distribution.
+    [`effective_dimension`] of the change where the update to be undone is random, in expectation and without a ridge:
+    its rows are then normal with covariance S, and their Gram matrix has a Wishart distribution.
     """
     trace, square = float(moments.diagonal().sum()), float(moments.norm()) ** 2
     return (outputs * trace**2 + 2 * square) / ((outputs + 1) * square + trace**2)

@@ -39,7 +39,6 @@ def block_names(model: nn.Module) -> list[str]:
 class BlockStream:
     """
     Blocks of one checkpoint, read from its files when they are asked for, with what an adapter adds or without.
-
     A checkpoint with tensors that transformers converts on loading, such as those of single experts, is loaded whole
     into host memory. `model` is its [`skeleton`].
     """

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +96,12 @@ class Comparison:
 
     def interpolation(self, domain: str) -> dict:
         """All weights moved back towards one peak (WiSE-FT, arXiv 2109.01903)."""
-        shares = {share: lambda share=share: interpolated(self.final, self.peaks[domain], share) for share in SHARES}
-        return self.arm("interpolation", shares, toward=domain)
 
+        def interpolated(share: float) -> PreTrainedModel:
+            model, earlier = load_model(self.final), dict(load_model(self.peaks[domain]).named_parameters())
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.lerp_(earlier[name].to(parameter), share)
+            return model
 
-def interpolated(final: str | Path, peak: str | Path, share: float) -> PreTrainedModel:
-    """The final model with a share of the update since a peak taken back."""
-    model, earlier = load_model(final), dict(load_model(peak).named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.lerp_(earlier[name].to(parameter), share)
-    return model
+        return self.arm("interpolation", {share: partial(interpolated, share) for share in SHARES}, toward=domain)

@@ -24,7 +24,6 @@ def route_scores(
 ) -> np.ndarray:
     """
     Score of each route; routes with the highest scores are rolled back first. `random_matched` is ranked by `damage`.
-
     `route_conflict` is our reconstruction of the criterion of arXiv 2606.02398, whose formula is not known to us:
     among the `active_share` most active routes of their kind in both domains, the part of the later update that
     opposes the earlier one. `protection` is the weight of the mean benefit of the later domains, which is subtracted.

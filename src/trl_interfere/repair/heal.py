@@ -186,18 +186,9 @@ def heal_run(
         return None
     method = SubspaceRollback(rank=rank, max_new_tokens=scorer.max_new_tokens, batch_size=min(scorer.batch_size, 64))
     at_peak = {name: at_peak[name] if name in peaks else at_end[name] for name in at_end}
-    repair, tests = heal(
-        run.weights(final),
-        {name: run.weights(record) for name, record in peaks.items()},
-        scored,
-        scorer,
-        method,
-        max_drop,
-        search,
-        (at_peak, at_end),
-        run.base_model,
-        progress,
-    )
+    settings = (scorer, method, max_drop, search, (at_peak, at_end), run.base_model, progress)
+    places = {name: run.weights(record) for name, record in peaks.items()}
+    repair, tests = heal(run.weights(final), places, scored, *settings)
     repair.record["checkpoints"]["final"]["path"] = final.folder
     for name, record in peaks.items():
         repair.record["checkpoints"]["peaks"][name]["path"] = record.folder

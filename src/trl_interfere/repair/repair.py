@@ -60,11 +60,7 @@ class Repair:
     """
 
     def __init__(
-        self,
-        factors: Factors,
-        checkpoint: Checkpoint | None,
-        record: dict[str, Any],
-        folder: Path | None = None,
+        self, factors: Factors, checkpoint: Checkpoint | None, record: dict[str, Any], folder: Path | None = None
     ):
         self.factors, self.checkpoint, self.folder = factors, checkpoint, folder
         self.record = {"schema_version": SCHEMA_VERSION, **record}

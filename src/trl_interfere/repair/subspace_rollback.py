@@ -192,10 +192,8 @@ class SubspaceRollback:
     def _solve(self, checkpoints: dict[str | None, Checkpoint], references: dict[str, References], progress: bool):
         """Factors by full name of a module or tensor of experts, and what the record says of them."""
         model, device = skeleton(checkpoints[None]), PartialState().device
-        streams = {
-            name: BlockStream(checkpoint, model, getattr(torch, self.dtype), device)
-            for name, checkpoint in checkpoints.items()
-        }
+        settings = (model, getattr(torch, self.dtype), device)
+        streams = {name: BlockStream(checkpoint, *settings) for name, checkpoint in checkpoints.items()}
         passes, names = self._passes(streams, references), streams[None].names
         pairs = [pair for of_domain in passes.values() for pair in of_domain]
         factors, figures, left = {}, [], LeftAsItIs(streams)
@@ -316,19 +314,15 @@ class SubspaceRollback:
             left, right = solution.factors(change, products, self.rank)
             difference, output = left @ right, float((now * weight).sum())
             layer.weight(healed).copy_(weight + difference)
-            yield (
-                layer,
-                left,
-                right,
-                {
-                    "tokens": sum(moments.count for moments in found.values()),
-                    "change": float(difference.norm() / weight.norm()),
-                    "output_change": float(change.norm() / output**0.5) if output > 0 else 0.0,
-                    "effective_dimension": effective_dimension(products),
-                    "effective_dimension_random": random_dimension(total, len(weight)),
-                    "angles": angles,
-                },
-            )
+            row = {
+                "tokens": sum(moments.count for moments in found.values()),
+                "change": float(difference.norm() / weight.norm()),
+                "output_change": float(change.norm() / output**0.5) if output > 0 else 0.0,
+                "effective_dimension": effective_dimension(products),
+                "effective_dimension_random": random_dimension(total, len(weight)),
+                "angles": angles,
+            }
+            yield layer, left, right, row
 
 
 class LeftAsItIs:
