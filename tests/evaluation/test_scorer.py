@@ -1,7 +1,6 @@
 import asyncio
 import copy
 import json
-import logging
 import os
 import random
 import subprocess
@@ -95,15 +94,6 @@ def test_greedy_whatever_the_generation_config_of_the_model(make_model, tokenize
         model.generation_config = GenerationConfig(**{name: value}, **sampling)
         assert scorer.complete_ids(model, PROMPTS) == expected, name
         assert getattr(model.generation_config, name) == value  # it is put back
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_transformers_has_nothing_to_complain_about(temperature, make_model, tokenizer, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    model = make_model("llama")
-    model.generation_config.update(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
-    Scorer(tokenizer, max_new_tokens=2, temperature=temperature).complete_ids(model, PROMPTS)
-    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])

@@ -27,7 +27,7 @@ SETTINGS = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 4}
 ATTENTION = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
 MLP = [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
-OLD = [["attention.query_key_value"], ["attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]]
+FUSED = [["self_attention.query_key_value"], ["self_attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]]
 # Model type, settings, and the layers of a block in the order of a forward pass; those of a list get the same input.
 FAMILIES = {
     "qwen3": ("qwen3", {"head_dim": 6, "tie_word_embeddings": True}, ATTENTION + MLP),
@@ -35,14 +35,7 @@ FAMILIES = {
     "qwen2": ("qwen2", {}, ATTENTION + MLP),
     "phi3": ("phi3", {}, [["self_attn.qkv_proj"], ["self_attn.o_proj"], ["mlp.gate_up_proj"], ["mlp.down_proj"]]),
     "gpt2": ("gpt2", {"n_inner": 24}, [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]),
-    # Of these the package has no route map.
-    "persimmon": ("persimmon", {}, [[name.replace("attention", "self_attn") for name in names] for names in OLD]),
-    "falcon": ("falcon", {}, [[name.replace("attention", "self_attention") for name in names] for names in OLD]),
-    "gpt_neo": (
-        "gpt_neo",
-        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
-        [[f"attn.attention.{name}_proj" for name in "qkv"], ["attn.attention.out_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
-    ),
+    "falcon": ("falcon", {}, FUSED),  # of which the package has no route map
     "qwen3-moe": ("qwen3_moe", EXPERTS, [*ATTENTION, ["mlp.experts"]]),
     "gpt_oss": (
         "gpt_oss",
