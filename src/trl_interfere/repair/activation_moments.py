@@ -48,11 +48,6 @@ class ActivationMoments:
             self.count = int(count)
         self.moments.triu_().add_(self.moments.triu(1).T)
 
-    def targets(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`Y X'ᵀ` of a layer of the peak model where K is `X X'ᵀ`."""
-        found = weight.double() @ self.cross
-        return found if bias is None else found.addr_(bias.double(), self.sum)
-
 
 class Solution:
     r"""

@@ -304,11 +304,12 @@ class SubspaceRollback:
             now = weight @ total  # what the layer gives in the healed model so far, without its bias
             residual = -now if bias is None else -now - torch.outer(bias.double(), mean)
             for name, moments in found.items():
-                if self.sequential and narrow(group, final):
-                    residual.add_(moments.cross[rows], alpha=shares[name])
-                else:
-                    given = moments.targets(layer.weight(peaks[name]), layer.bias(peaks[name]))
-                    residual.add_(given, alpha=shares[name])
+                given = moments.cross[rows]  # Y X'ᵀ of the layer, or to be made of X X'ᵀ
+                if not (self.sequential and narrow(group, final)):
+                    given = layer.weight(peaks[name]).double() @ moments.cross
+                    if (shift := layer.bias(peaks[name])) is not None:
+                        given.addr_(shift.double(), moments.sum)
+                residual.add_(given, alpha=shares[name])
             change = solution.change(residual)
             products = gram(change)
             left, right = solution.factors(change, products, self.rank)
