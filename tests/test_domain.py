@@ -30,9 +30,9 @@ def test_streamed_datasets():
 
 def test_streamed_datasets_with_a_domain_column_of_their_own():
     rows = [{"prompt": "1", "domain": "algebra"}]
-    with pytest.raises(ValueError, match="column 'domain' is used to route rewards"):
+    with pytest.raises(ValueError, match="column 'domain' routes rewards"):
         list(Domain("math", IterableDataset.from_generator(lambda: iter(rows)), reward_funcs=reward).train_dataset)
-    with pytest.raises(ValueError, match="column 'domain' is used to route rewards"):
+    with pytest.raises(ValueError, match="column 'domain' routes rewards"):
         Domain("math", Dataset.from_list(rows).to_iterable_dataset(), reward_funcs=reward)
 
 

@@ -130,7 +130,7 @@ def test_skip_and_limit(settings, expected, folder):
         ),
         ({**DATA, "limit": "many"}, "limit: "),
         ({**DATA, "skip": -2}, "skip: "),
-        ({**DATA, "skip": 6}, "found 6"),
+        ({**DATA, "skip": 6}, "none of 6"),
     ],
 )
 def test_data_that_cannot_be_used(source, message, folder):

@@ -14,14 +14,13 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from rich.table import Table
 
 from ..analysis.report import REPORT_FOLDER, REPORT_NAME, InterferenceReport
-from ..benchmark import parse_benchmark
 from ..checkpoint import published_name
 from ..evaluation.score_matrix import ScoreMatrix
 from ..models import MODEL_FILES
 from ..reporting.card import analysis_card, repair_card, report_card, stage_card
 from ..reporting.plots import plot_scores
 from ..reporting.verdict import REPAIR_NAME, read_repair
-from ..revision import stage_revision
+from ..revision import parse_benchmark, stage_revision
 from ..run import STAGES_NAME, Run, StageRecord, resolve_inside
 from ..tables import console_table
 
