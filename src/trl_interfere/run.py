@@ -163,8 +163,8 @@ class Run:
 
     def rows(self, stage: StageRecord | str | int, domain: str) -> list[dict[str, Any]]:
         """
-        For each test prompt of a domain its `score` (0 to 1), the `prompt`, and the `completions` that a stage wrote. A
-        `ValueError` if the stage was not scored on the domain, or the file is broken.
+        For each test prompt of a domain its `score` (0 to 1), the `prompt`, and the `completions` that a stage wrote.
+        A `ValueError` if the stage was not scored on the domain, or the file is broken.
         """
         record = stage if isinstance(stage, StageRecord) else self.stage(stage)
         if domain not in record.scores:
