@@ -28,10 +28,8 @@ class DoctorOptions(Options):
 
 def main(arguments: list[str]) -> None:
     parse(DoctorOptions, arguments, "", EXAMPLE)
-    versions = {name: installed(name) or "missing" for name in PACKAGES}
     lines = [f"python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"]
-    lines += [", ".join(f"{name} {found}" for name, found in versions.items())]
-    lines += devices()
+    lines += [", ".join(f"{name} {installed(name) or 'missing'}" for name in PACKAGES), *devices()]
     bwrap = shutil.which("bwrap")
     lines.append(f"bubblewrap: {bwrap or 'missing: programs of the code domain need it (apt-get install bubblewrap)'}")
     for extra, (package, what) in EXTRAS.items():

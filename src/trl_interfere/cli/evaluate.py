@@ -58,15 +58,21 @@ def main(arguments: list[str]) -> None:
     run = run_of(options.models)
     recipe = recipe_of(run, options.recipe)
     domains = chosen_domains(recipe.domains, options.domain, options.split)
-    settings = settings_of(options, recipe)
+    settings = training_settings(
+        recipe,
+        score_temperature=options.temperature,
+        score_samples=options.num_samples,
+        score_batch_size=options.batch_size,
+        score_max_new_tokens=options.max_new_tokens,
+    )
+    if options.dtype is not None:
+        settings["model_init_kwargs"] = {**(settings["model_init_kwargs"] or {}), "dtype": options.dtype}
     places = [checkpoint(name) for name in options.models]
     for place in places:  # a name that does not exist must not cost the scores of those before it
         load_tokenizer(*place, trust_remote_code=bool(settings["trust_remote_code"]))
-    entries, values, kept = [], [], Run.new(output_dir, {})
+    entries, values, kept, bars = [], [], Run.new(output_dir, {}), sys.stderr.isatty()
     for position, (model, (folder, revision)) in enumerate(zip(options.models, places, strict=True)):
-        found = score_checkpoint(
-            folder, domains, settings, options.split, revision, options.engine, progress=sys.stderr.isatty()
-        )
+        found = score_checkpoint(folder, domains, settings, options.split, revision, options.engine, bars)
         figures, label = {}, f"{position}-{Path(model).name}"
         for domain, scores in found.items():
             file = kept.write_scores(label, domain, scores.samples, scores.completions, scores.prompts)
@@ -93,19 +99,6 @@ def run_of(models: list[str]) -> Run | None:
             if (folder / "stages.json").is_file():
                 return Run(folder)
     return None
-
-
-def settings_of(options: EvaluateOptions, recipe: Any) -> dict[str, Any]:
-    settings = training_settings(
-        recipe,
-        score_temperature=options.temperature,
-        score_samples=options.num_samples,
-        score_batch_size=options.batch_size,
-        score_max_new_tokens=options.max_new_tokens,
-    )
-    if options.dtype is not None:
-        settings["model_init_kwargs"] = {**(settings["model_init_kwargs"] or {}), "dtype": options.dtype}
-    return settings
 
 
 def changes(after: Values, before: Values, peak: Values | None) -> dict[str, dict[str, Any]]:

@@ -25,9 +25,8 @@ def recipe_of(run: Run | None, recipe: str | None = None) -> RunFile:
 
 def domains_of(recipe: RunFile, names: list[str]) -> list[Domain]:
     known = {domain.name: domain for domain in recipe.domains}
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown domain {name!r}, expected some of {sorted(known)}")
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown domain {unknown[0]!r}, expected some of {sorted(known)}")
     return [known[name] for name in names]
 
 
