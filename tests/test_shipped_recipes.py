@@ -54,10 +54,8 @@ def stand_ins(tmp_path):
         for subject in range(57)
     }
     (tmp_path / f"{OFFLINE['qa']}.jsonl").write_text(json.dumps(prompts))
-    config = Qwen3Config(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8
-    )
-    config.num_key_value_heads = 2
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    config = Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=2)
     config.save_pretrained(tmp_path / "model")
     save_file({"x": torch.zeros(1)}, tmp_path / "model" / "model.safetensors")
     return tmp_path
@@ -76,28 +74,20 @@ def recipe(request, stand_ins, monkeypatch):
         options["sizes"] = {part: min(size, 100) for part, size in options["sizes"].items()}
         if entry["domain"] in ("math", "code", "qa", "writing"):
             options["paths"] = {name: f"{name}.jsonl" for name in (*ROWS, OFFLINE["qa"])}
-    content["training"]["output_dir"] = str(stand_ins / "out")
-    content["training"]["bf16"] = False
-    content["training"]["use_vllm"] = False
+    content["training"] |= {"output_dir": str(stand_ins / "out"), "bf16": False, "use_vllm": False}
     path = stand_ins / f"{request.param}.yaml"
     path.write_text(yaml.safe_dump(content))
-    return request.param, path, stand_ins
+    return path
 
 
 @pytest.mark.parametrize("recipe", NAMES, indirect=True)
-def test_dry_run(recipe, capsys):
-    name, path, folder = recipe
-    main(["train", str(path), "--model", str(folder / "model"), "--dry-run"])
+def test_dry_run_order_and_splits(recipe, capsys):
+    model = str(recipe.parent / "model")
+    main(["train", str(recipe), "--model", model, "--dry-run"])
     assert "4 of 4 stages to do" in capsys.readouterr().out
-    assert not (folder / "out").exists()
-
-
-@pytest.mark.parametrize("recipe", NAMES, indirect=True)
-def test_order_and_splits(recipe):
-    name, path, folder = recipe
-    run, args = load_run(path, model=str(folder / "model"))
-    plan = plan_run(run, args)
-    assert [stage.stage.domain for stage in plan.stages] == ["code", "math", "qa", "writing"]
+    assert not (recipe.parent / "out").exists()
+    run, args = load_run(recipe, model=model)
+    assert [stage.stage.domain for stage in plan_run(run, args).stages] == ["code", "math", "qa", "writing"]
     for domain in run.domains:
         parts = [domain.train_dataset, domain.selection_dataset, domain.eval_dataset]
         prompts = [json.dumps(prompt) for part in parts if part is not None for prompt in part["prompt"]]
