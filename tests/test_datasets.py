@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 from datasets import Dataset
+from stand_ins import write_copies, write_rows
 
 from trl_interfere.datasets import code_domain, math_domain, qa_domain, writing_domain
 from trl_interfere.datasets.sources import PARTS, split_dataset
@@ -57,47 +58,10 @@ def parts(domain):
     return [domain.train_dataset, domain.selection_dataset, domain.eval_dataset]
 
 
-# Rows of the shape of the data sets on the Hub: names of columns as their cards give them.
-OPENR1 = [
-    {"problem": f"What is {i} + 1?", "answer": str(i + 1), "question_type": "proof" if i % 5 == 4 else "word"}
-    for i in range(40)
-]
-AIME25 = [{"problem": f"What is {i} + 1?" if i < 2 else f"AIME {i}", "answer": str(i)} for i in range(6)]
-SUPERGPQA = [
-    {"question": f"Question {i}?", "options": [f"option {n}" for n in range(4 + i % 7)], "answer": "option 1"}
-    | {"answer_letter": "B", "subfield": "AB"[i % 2], "difficulty": ("easy", "hard")[i // 2 % 2]}
-    for i in range(40)
-]
-MMLU_PRO = [
-    {"question": f"{'Question' if i < 2 else 'Law'} {i}?", "options": list("xyz"), "answer": "C", "category": "law"}
-    for i in range(8)
-]
-# The shape of the file of lm-eval, with the flaws that it has.
-PROMPTS = {
-    subject: f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-    + "".join(
-        f"Q: Which number follows {index} in {subject}?\n(A) {index} (B) {index + 1} (C) {index + 2} (D) none\n"
-        f"A: Let's think step by step. The answer is (B).\n\n"
-        for index in range(8)
-    )
-    + "Q: A formula \x0crac{1}{2}?\n(A) 1 (B) 2 (C) 3 (D) 4\nA: The answer is (A).\n\n"
-    + "Q: No options?\nA: The answer is (A)."
-    for subject in ("counting", "more_counting")
-}
-
-
-def rows_of(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture
 def copies(tmp_path):
     """Arguments that name local copies of data sets."""
-    sets = {"openr1-math": OPENR1, "aime25": AIME25, "supergpqa": SUPERGPQA, "mmlu-pro": MMLU_PRO}
-    for name, rows in sets.items():
-        rows_of(tmp_path / f"{name}.jsonl", rows)
-    rows_of(tmp_path / "mmlu-dev.jsonl", [PROMPTS])
-    return {"paths": {name: f"{name}.jsonl" for name in (*sets, "mmlu-dev")}, "folder": tmp_path}
+    return {"paths": write_copies(tmp_path, 40, ["counting", "more_counting"]), "folder": tmp_path}
 
 
 @pytest.fixture
@@ -130,7 +94,7 @@ def test_offline(make, columns, bubblewrap):
 
 def test_math_of_the_hub(copies):
     domain = math_domain(source="openr1-math", test_source="aime25", sizes={"train": 20, "selection": 5}, **copies)
-    assert [len(part) for part in parts(domain)] == [20, 5, 6]  # a test source is the test as a whole
+    assert [len(part) for part in parts(domain)] == [20, 5, 40]  # a test source is the test as a whole
     assert not prompts(domain.train_dataset) & (prompts(domain.eval_dataset) | prompts(domain.selection_dataset))
     assert domain.train_dataset["prompt"][0][0]["content"].endswith("\\boxed{}.")
     # Proofs have no answer, and problems of the test are not trained on: 40 - 8 - 2 are left.
@@ -174,7 +138,7 @@ def test_questions_of_the_hub(copies):
     train = [int(row[0]["content"].split("Question ")[1].split("?")[0]) for row in domain.train_dataset["prompt"]]
     assert set(Counter((index % 2, index // 2 % 2) for index in train).values()) == {5}  # of each stratum alike
     mixed = qa_domain(source="supergpqa", test_source="mmlu-pro", sizes={"train": 38}, **copies)
-    assert len(mixed.eval_dataset) == 8 and set(mixed.eval_dataset["answer"]) == {"C"}
+    assert len(mixed.eval_dataset) == 40 and set(mixed.eval_dataset["answer"]) == {"C"}
     with pytest.raises(ValueError, match="expected at least 39 "):  # two are in the test
         qa_domain(source="supergpqa", test_source="mmlu-pro", sizes={"train": 39}, **copies)
 
@@ -219,7 +183,7 @@ def test_code_of_the_hub(bubblewrap, tmp_path, caplog):
         {"prompt": [{"content": f"Problem {index}", "role": "user"}], "reward_model": {"ground_truth": truth}}
         for index, truth in enumerate(truth if isinstance(truth, str) else json.dumps(truth) for truth in KLEAR)
     ]
-    rows_of(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "rows.jsonl", rows)
     options = {"source": "klear-code", "paths": {"klear-code": "rows.jsonl"}, "folder": tmp_path}
     domain = code_domain(sizes={"train": 6}, **options)
     tests = {row["prompt"][0]["content"]: row["tests"] for row in domain.train_dataset}
@@ -241,19 +205,14 @@ def test_code_of_the_hub(bubblewrap, tmp_path, caplog):
 JUDGE = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
 
 
-def test_writing_of_the_hub(tmp_path):
-    gemini = [{"prompt": f"Story {i}", "response": f"Once {i}"} for i in range(10)]
-    kimi = [{"instruction": f"Poem {i}", "thought": "hm", "response": f"Rose {i}"} for i in range(6)]
-    qwen = [{"messages": [{"role": "user", "content": f"Letter {i}"}], "text": f"Dear {i}"} for i in range(4)]
-    paths = {name: f"{name}.jsonl" for name in ("creative-gemini", "creative-kimi", "creative-qwen")}
-    for path, rows in zip(paths.values(), (gemini, kimi, qwen), strict=True):
-        rows_of(tmp_path / path, rows)
-    options = {"judge": JUDGE, "paths": paths, "folder": tmp_path}
-    sizes = {"train": 10, "selection": 3, "test": 3}
+def test_writing_of_the_hub(copies, tmp_path):
+    options, sizes = {"judge": JUDGE, **copies}, {"train": 60, "selection": 10, "test": 10}
     domain = writing_domain(source=["creative-gemini", "creative-kimi"], sizes=sizes, **options)
-    texts = {row["prompt"].casefold() for row in gemini} | {row["instruction"].casefold() for row in kimi}
+    texts = {f"{kind} {i}" for kind in ("story", "poem") for i in range(40)}
     assert set.union(*map(prompts, parts(domain))) == texts and "reference" in domain.eval_dataset.column_names
     assert (tmp_path / "judge.sqlite").exists()
+    letters = [{"messages": [{"role": "user", "content": f"Letter {i}"}], "text": f"Dear {i}"} for i in range(4)]
+    write_rows(tmp_path / "creative-qwen.jsonl", letters)
     with pytest.raises(ValueError, match="'prompt', 'response'.*`columns`"):
         writing_domain(source="creative-qwen", sizes={"test": 4}, **options)
     columns = {"creative-qwen": {"question": "messages", "reference": "text"}}

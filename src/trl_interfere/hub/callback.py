@@ -101,13 +101,12 @@ def update_card(folder: str | Path) -> None:
         logger.warning("the card of the run is not up to date (%s); the training goes on", error)
 
 
-def write_card(folder: str | Path, license: str | None = None) -> Path:
-    """Write the card of a run into its folder, from what the folder holds by now."""
-    run = Run(folder)
-    figures = {}
-    for prefix, place in {"": run.folder, **{f"{name}/": report for name, report in run.reports.items()}}.items():
+def write_card(folder: str | Path) -> Path:
+    """Write the card of a run, `README.md`, into its folder, from what the folder holds by now."""
+    run, figures = Run(folder), {}
+    for prefix, place in [("", run.folder), *((f"{name}/", report) for name, report in run.reports.items())]:
         for path in sorted((place / "figures").glob("*.png")):
             figures[prefix + path.stem] = path.relative_to(run.folder).as_posix()
     path = run.folder / "README.md"
-    write_atomically(path, str(analysis_card(run, license=license, figures=figures)))
+    write_atomically(path, str(analysis_card(run, figures=figures)))
     return path
