@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -145,22 +144,6 @@ def test_an_output_layer_that_one_side_ties(folder):
     after = load_file(untied / WEIGHTS)["lm_head.weight"]
     expected = ((after - before).double() ** 2).sum().item()
     assert update.tensors.squared_norm["lm_head.weight"] == pytest.approx(expected, rel=1e-5)
-
-
-def test_hub_id_from_the_local_cache(folder, tmp_path, monkeypatch):
-    source = folder("source", shards="3KB")
-    (source / "pytorch_model.bin").write_bytes(b"not read")
-    commit = "0" * 40
-    repository = tmp_path / "hub" / "models--someone--model"
-    shutil.copytree(source, repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    cached = Checkpoint("someone/model")
-    assert cached.name == "someone/model" and cached.folder.name == commit
-    assert cached.tensors.keys() == Checkpoint(source).tensors.keys()
-    with pytest.raises(ValueError, match="someone/other: expected a folder or the id of a Hub repository"):
-        Checkpoint("someone/other")
 
 
 def test_an_adapter_of_another_model(folder, tmp_path):

@@ -3,6 +3,8 @@
 import logging
 
 import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
 from tiny_runs import AskOnce, build, config, math_domain, writing_domain
 
 from trl_interfere import HubCallback, SequentialGRPOTrainer
@@ -116,11 +118,15 @@ def test_a_run_from_a_revision(hub, tmp_path):
 
 
 def test_benchmarks_reach_the_hub(hub, tmp_path):
-    domains = [math_domain(benchmark="opencompass/AIME2025:aime"), writing_domain()]
-    build(tmp_path, domains=domains, callbacks=[HubCallback()], order=["math"], hub_strategy="end", **PUSH).train()
+    domains = [math_domain(benchmark="opencompass/AIME2025@abc:aime"), writing_domain()]
+    trainer = build(tmp_path, domains, [HubCallback()], order=["math"], hub_strategy="end", **PUSH)
+    trainer.train()
     files = hub.files(REPO)
-    assert b"id: opencompass/AIME2025" in files[".eval_results/math.yaml"]
-    assert ".eval_results/writing.yaml" not in files
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/math.yaml"]))
+    score = trainer.run.final.scores["math"]
+    assert (entry.dataset_id, entry.dataset_revision, entry.task_id) == ("opencompass/AIME2025", "abc", "aime")
+    assert entry.value == score["value"] and f"n={score['n']}" in entry.notes
+    assert ".eval_results/writing.yaml" not in files and "- opencompass/AIME2025" in files["README.md"].decode()
 
 
 def test_what_is_refused(tmp_path):
