@@ -95,7 +95,6 @@ def read_record(entry: Any, where: str) -> StageRecord:
 def _check_types(values: dict[str, Any], types: dict[str, Any], where: str) -> None:
     for name, kind in types.items():
         value = values.get(name)
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if not isinstance(value, kind) or isinstance(value, bool) or not finite:
-            expected = getattr(kind, "__name__", kind)
-            raise ValueError(f"{where}, {name}: expected {expected}, found {value!r:.100}")
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if not fits or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{where}, {name}: expected {getattr(kind, '__name__', kind)}, found {value!r:.100}")

@@ -10,11 +10,12 @@ import numpy as np
 from ..evaluation.bootstrap import difference, score
 from ..evaluation.flips import flips
 from ..evaluation.metrics import recovered
-from ..run import Run, write_json
+from ..revision import split_revision
+from ..run import STAGES_NAME, Run, write_json
 from ..tables import console_table
 from .options import Options, empty_folder, option, parse
 from .output import show
-from .runs import checkpoint, recipe_of, training_settings
+from .runs import recipe_of, training_settings
 
 
 EXAMPLE = "trl-interfere evaluate out/stages/4-writing out/repair --peak out/stages/2-math"
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> None:
     )
     if options.dtype is not None:
         settings["model_init_kwargs"] = {**(settings["model_init_kwargs"] or {}), "dtype": options.dtype}
-    places = [checkpoint(name) for name in options.models]
+    places = [place_of(name) for name in options.models]
     for place in places:  # a name that does not exist must not cost the scores of those before it
         load_tokenizer(*place, trust_remote_code=bool(settings["trust_remote_code"]))
     entries, values, kept, bars = [], [], Run.new(output_dir, {}), sys.stderr.isatty()
@@ -94,11 +95,16 @@ def main(arguments: list[str]) -> None:
 
 def run_of(models: list[str]) -> Run | None:
     """The run that one of the models is, or lies in."""
-    for name in models:
-        for folder in (Path(name), *Path(name).resolve().parents):
-            if (folder / "stages.json").is_file():
-                return Run(folder)
-    return None
+    folders = (folder for name in models for folder in (Path(name), *Path(name).resolve().parents))
+    return next((Run(folder) for folder in folders if (folder / STAGES_NAME).is_file()), None)
+
+
+def place_of(name: str) -> tuple[str, str | None]:
+    """Folder or Hub id and revision of a checkpoint. A run stands for its last stage."""
+    if (Path(name) / STAGES_NAME).is_file():
+        run = Run(name)
+        return str(run.weights(run.stages[-1])), None
+    return split_revision(name)
 
 
 def changes(after: Values, before: Values, peak: Values | None) -> dict[str, dict[str, Any]]:

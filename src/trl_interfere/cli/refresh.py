@@ -74,8 +74,8 @@ def main(arguments: list[str]) -> int | None:
     trainer.add_callback(hub)
     trainer.remove_callback(RefreshCallback)  # what the recipe says about refreshes belongs to the training
     with_progress(trainer)
-    overrides = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
-    overrides["max_steps"] = options.steps
+    given = {"learning_rate": options.learning_rate, "max_steps": options.steps}
+    overrides = {name: value for name, value in given.items() if value is not None}
     stage = Stage(domains[0], "refresh", overrides)
     if options.method == "distill":
         stage = distillation({name: run.peak(name).name for name in domains}, overrides, options.reward_weight)
