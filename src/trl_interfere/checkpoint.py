@@ -44,22 +44,27 @@ class StoredTensor:
 
     def parts(self, itemsize: int | None = None) -> Iterator[tuple[Index, torch.Tensor]]:
         """
-        The tensor in parts of about `READ_BYTES`, whole rows of the last axis each, in the order of its elements, each
-        with its place; those of checkpoints of several data types are the same with one `itemsize`.
+        The tensor in parts of about `READ_BYTES`, in the order of its elements, each with its place; those of
+        checkpoints of several data types are the same with one `itemsize`.
         """
         # The bytes are read, and not mapped: pages of a mapped file count as resident memory of the process.
         with safe_open(self.file, framework="pt", backend="pread") as file:
-            if not self.shape:
-                yield (), file.get_tensor(self.name)
-                return
             stored = file.get_slice(self.name)
-            *leading, rows = self.shape[:-1] or self.shape
-            width = self.shape[-1] if len(self.shape) > 1 else 1
-            step = max(1, READ_BYTES // max(1, width * (itemsize or getattr(torch, self.dtype).itemsize)))
-            for place in np.ndindex(*leading):
-                for start in range(0, rows, step):
-                    index = (*(slice(i, i + 1) for i in place), slice(start, min(start + step, rows)))
-                    yield index, stored[index]
+            for index in parts(self.shape, itemsize or getattr(torch, self.dtype).itemsize):
+                yield index, stored[index] if self.shape else file.get_tensor(self.name)
+
+
+def parts(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:
+    """Places of parts of about `READ_BYTES`, whole rows of the last axis each, in the order of the elements."""
+    if not shape:
+        yield ()
+        return
+    *leading, rows = shape[:-1] if len(shape) > 1 else shape
+    width = shape[-1] if len(shape) > 1 else 1
+    step = max(1, READ_BYTES // max(1, width * itemsize))
+    for place in np.ndindex(*leading):
+        for start in range(0, rows, step):
+            yield (*(slice(i, i + 1) for i in place), slice(start, min(start + step, rows)))
 
 
 class Checkpoint:
