@@ -122,7 +122,7 @@ class Checkpoint:
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{path}: expected the configuration of a model ({error})") from error
         if getattr(self.config, "quantization_config", None) is not None:
-            raise ValueError(f"{path}: expected a model before its quantisation, found a quantization_config")
+            raise ValueError(f"{path}: expected unquantised weights, found a quantization_config")
         self.tensors = _folder_tensors(folder)
         self._aliases = self._tie()
         for weight in [] if self.adapter is None else self.adapter.names:
@@ -217,8 +217,10 @@ def check_comparable(first: Checkpoint, second: Checkpoint) -> list[str]:
     for name in sorted(names):
         expected, found = first[name], second[name]
         if expected.shape != found.shape:
+            sizes = [getattr(one.config.get_text_config(), "vocab_size", None) for one in (first, second)]
+            hint = "" if sizes[0] == sizes[1] else f" (the vocabularies have {sizes[0]} and {sizes[1]} tokens)"
             where = f"{found.file}: tensor {name}: expected shape {expected.shape} as in {expected.file}"
-            raise ValueError(f"{where}, found {found.shape}")
+            raise ValueError(f"{where}, found {found.shape}{hint}")
     return sorted(names, key=lambda name: (first[name].file, name))
 
 

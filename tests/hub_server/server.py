@@ -102,7 +102,6 @@ class Hub:
         self.failures: list[Failure] = []
         self.log: list[tuple[str, str]] = []  # method and path of each request
         self.uploads: Counter[str] = Counter()  # how often each large file was sent whole, by sha256
-        self.quota: int | None = None  # bytes that the large file storage takes
 
     def start(self) -> None:
         self._thread.start()
@@ -227,15 +226,12 @@ class Hub:
     async def _batch(self, request: Request):
         repo, body = self._repo(request, write=True), await request.json()
         assert body["operation"] == "upload" and body["hash_algo"] == "sha256"
-        objects, taken = [], sum(map(len, repo.storage.values()))
+        objects = []
         for entry in body["objects"]:
             objects.append({"oid": entry["oid"], "size": entry["size"]})
             if entry["oid"] not in repo.storage:
-                taken += entry["size"]
                 place = f"{self.url}/storage/{repo.kind}/{repo.id}/{entry['oid']}?{SIGNATURE}"
                 objects[-1]["actions"] = {"upload": {"href": place, "header": {}}}
-            if self.quota is not None and taken > self.quota:
-                raise HubError(403, "Private repository storage limit reached, please upgrade your plan.")
         return {"transfer": "basic", "objects": objects}
 
     def _stored(self, request: Request) -> tuple[Repo, str]:
