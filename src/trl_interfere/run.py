@@ -30,16 +30,6 @@ class Run:
     `stages.json` says what has finished. It is replaced atomically, and only after all files of a stage are on disk:
     it alone decides what a resumed run does next. The one before its last change is kept as `stages.json.previous`.
 
-    Example:
-
-    ```python
-    >>> from trl_interfere import Run
-
-    >>> run = Run("out")
-    >>> run.peak("math").name, run.final.name
-    ('2-math', '4-writing')
-    ```
-
     Args:
         folder (`str` or `pathlib.Path`):
             Folder of a run that has begun. Nothing in it is changed.
