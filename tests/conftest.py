@@ -1,9 +1,9 @@
-"""Tiny random float64 models, a tokenizer of single characters, and dense references that share no code with `src`."""
+"""Tiny random float64 models, a tokenizer of single characters, and references that share no code with `src`."""
 
 import copy
 import os
 
-from hub_server.listener import LISTENER, URL
+from hub_server.server import TOKEN, URL, Hub
 
 
 # Before the first import of a library that reads them.
@@ -14,9 +14,10 @@ os.environ["HF_ENDPOINT"] = URL
 import numpy as np
 import pytest
 import torch
+from architectures import ARCHITECTURES, FAMILIES, FURTHER, VOCABULARY
 from datasets import Dataset, disable_progress_bars
+from dense_routes import contributions, dense_sums, owned_slices  # noqa: F401 (fixtures)
 from finished_run import make as make_finished_run
-from hub_server.server import TOKEN, Hub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,124 +26,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from trl_interfere.analysis.references import References
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.domain import Domain
-
-
-CHARACTERS = " 0123456789+=?abcdefgh"
-VOCABULARY = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
-# Model type and settings: with and without biases, a head size of its own, tied and untied output layers.
-FAMILIES = {
-    "qwen3": ("qwen3", {"head_dim": 6, "tie_word_embeddings": True}),
-    "llama": ("llama", {}),
-    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "qwen2": ("qwen2", {}),
-    "mistral": ("mistral", {"head_dim": 6}),
-}
-# The others that the route map knows. Some of them compute parts in float32, or choose experts in jumps.
-ARCHITECTURES = {
-    **FAMILIES,
-    "qwen3-moe": (
-        "qwen3_moe",
-        {
-            "head_dim": 6,
-            "num_experts": 3,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 5,
-            "mlp_only_layers": [1],
-        },
-    ),
-    "qwen3-moe-every-second": (
-        "qwen3_moe",
-        {"num_experts": 5, "num_experts_per_tok": 1, "moe_intermediate_size": 3, "decoder_sparse_step": 2},
-    ),
-    "gemma2": ("gemma2", {"head_dim": 6, "query_pre_attn_scalar": 6}),
-    "gemma3-text": ("gemma3_text", {"head_dim": 6, "query_pre_attn_scalar": 6, "num_key_value_heads": 1}),
-    "gemma3": ("gemma3", {"head_dim": 6, "query_pre_attn_scalar": 6}),
-    "phi3": ("phi3", {}),
-    "gpt2": ("gpt2", {"n_inner": 12}),
-    "gpt2-default-width": ("gpt2", {}),
-    "smollm3": ("smollm3", {}),
-}
-
-
-_LINEAR = {
-    "head_dim": 6,
-    "linear_key_head_dim": 4,
-    "linear_value_head_dim": 4,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "layer_types": ["linear_attention", "full_attention"],
-}
-_EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 5}
-_SHARED = {
-    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 5},
-    **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
-}
-# The further model types of the route map, with the settings that make them tiny.
-FURTHER = {
-    "apertus": {},
-    "arcee": {},
-    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_state": 4},
-    "bloom": {"n_head": 4},
-    "cohere": {},
-    "cohere2": {},
-    "deepseek_v3": _SHARED
-    | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
-    | {"num_key_value_heads": 4},
-    "ernie4_5": {"head_dim": 6},
-    "exaone4": {},
-    "falcon_h1": {"head_dim": 6, "mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 4},
-    "gemma": {"head_dim": 6},
-    "gemma3n_text": {
-        "head_dim": 6,
-        "vocab_size_per_layer_input": len(VOCABULARY),
-        "hidden_size_per_layer_input": 4,
-        "num_kv_shared_layers": 0,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "laurel_rank": 4,
-        "intermediate_size": [12, 12],
-        "activation_sparsity_pattern": [0.0, 0.0],
-    },
-    "gemma4_text": {
-        "head_dim": 6,
-        "global_head_dim": 6,
-        "vocab_size_per_layer_input": len(VOCABULARY),
-        "hidden_size_per_layer_input": 4,
-        "num_kv_shared_layers": 0,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "glm": {"head_dim": 4},
-    "glm4": {"head_dim": 4},
-    "glm4_moe": _SHARED | {"head_dim": 4},
-    "gpt_neox": {},
-    "gpt_oss": _EXPERTS | {"head_dim": 6},
-    "gptj": {"n_inner": 12, "rotary_dim": 4},
-    "granite": {},
-    "granitemoe": _EXPERTS,
-    "helium": {"head_dim": 4},
-    "hunyuan_v1_dense": {"head_dim": 6},
-    "jamba": _EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4},
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 4},
-    "llama4_text": _EXPERTS
-    | {"head_dim": 6, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 10},
-    "ministral": {"head_dim": 6},
-    "ministral3": {"head_dim": 6},
-    "mixtral": _EXPERTS,
-    "mpt": {"d_model": 16, "n_heads": 4, "n_layers": 2},
-    "nemotron": {},
-    "olmo": {},
-    "olmo2": {},
-    "olmo3": {},
-    "opt": {"ffn_dim": 12, "word_embed_proj_dim": 16},
-    "phi": {},
-    "phimoe": _EXPERTS,
-    "qwen3_5_moe_text": _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 6},
-    "qwen3_5_text": _LINEAR,
-    "qwen3_next": _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 6},
-    "seed_oss": {"head_dim": 6},
-    "stablelm": {},
-    "starcoder2": {},
-    "vaultgemma": {"head_dim": 6},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -169,10 +52,9 @@ def finished_run(tmp_path_factory, _datasets_cache):
 
 @pytest.fixture(scope="session")
 def _hub():
-    hub = Hub(LISTENER)
+    hub = Hub()
     hub.start()
-    yield hub
-    hub.stop()
+    return hub
 
 
 @pytest.fixture
@@ -315,141 +197,6 @@ def token_loss():
         return sum(terms) / len(terms)
 
     return loss
-
-
-@pytest.fixture(scope="session")
-def owned_slices():
-    """
-    Function of a model: for each route, in order, `(kind, layer, position, slices)`, written out by hand. The last
-    slice of a channel or of a query head is the one that it writes through.
-    """
-
-    def llama_channel(model, layer, channel):
-        parts = [f"mlp.{name}_proj.{part}" for name in ("gate", "up") for part in ("weight", "bias")]
-        return [(part, np.s_[channel]) for part in parts] + [("mlp.down_proj.weight", np.s_[:, channel])]
-
-    def expert_channel(model, layer, channel):
-        width = model.config.moe_intermediate_size
-        expert, row = divmod(channel, width)
-        rows = [("mlp.experts.gate_up_proj", np.s_[expert, start + row]) for start in (0, width)]
-        return rows + [("mlp.experts.down_proj", np.s_[expert, :, row])]
-
-    def phi_channel(model, layer, channel):
-        rows = [("mlp.gate_up_proj.weight", np.s_[start + channel]) for start in (0, model.config.intermediate_size)]
-        return rows + [("mlp.down_proj.weight", np.s_[:, channel])]
-
-    def gpt_channel(model, layer, channel):
-        columns = [("mlp.c_fc.weight", np.s_[:, channel]), ("mlp.c_fc.bias", np.s_[channel])]
-        return columns + [("mlp.c_proj.weight", np.s_[channel])]
-
-    def rows_of(name, block):
-        return [(f"self_attn.{name}_proj.{part}", np.s_[block]) for part in ("weight", "bias")]
-
-    def write_out(model):
-        config, names = model.config.get_text_config(), {name for name, _ in model.named_parameters()}
-        kind_of_model = model.config.model_type
-        heads = config.num_attention_heads
-        keys = heads if kind_of_model == "gpt2" else config.num_key_value_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        routes = []
-
-        def add(kind, layer, position, owned):
-            prefix = {"gpt2": "transformer.h", "gemma3": "model.language_model.layers"}
-            prefix = f"{prefix.get(kind_of_model, 'model.layers')}.{layer}."
-            owned = [(prefix + name, index) for name, index in owned if prefix + name in names]
-            routes.append((kind, layer, position, owned))
-
-        def block(head, start=0):
-            return slice((start + head) * size, (start + head + 1) * size)
-
-        for layer in range(config.num_hidden_layers):
-            if f"model.layers.{layer}.mlp.experts.down_proj" in names:
-                count, channel_of = config.num_experts * config.moe_intermediate_size, expert_channel
-            elif kind_of_model == "gpt2":
-                count, channel_of = 4 * 16 if config.n_inner is None else config.n_inner, gpt_channel
-            else:
-                count, channel_of = config.intermediate_size, phi_channel if kind_of_model == "phi3" else llama_channel
-            for channel in range(count):
-                add("mlp", layer, channel, channel_of(model, layer, channel))
-        for layer in range(config.num_hidden_layers):
-            for head in range(heads):
-                if kind_of_model == "gpt2":
-                    columns = [("attn.c_attn.weight", np.s_[:, block(head)]), ("attn.c_attn.bias", np.s_[block(head)])]
-                    owned = columns + [("attn.c_proj.weight", np.s_[block(head)])]
-                else:
-                    rows = rows_of("q", block(head)) + [("self_attn.qkv_proj.weight", np.s_[block(head)])]
-                    owned = rows + [("self_attn.o_proj.weight", np.s_[:, block(head)])]
-                add("query", layer, head, owned)
-        for layer in range(config.num_hidden_layers):
-            for head in range(keys):
-                owned = rows_of("k", block(head)) + rows_of("v", block(head))
-                for start in (heads, heads + keys):
-                    owned.append(("self_attn.qkv_proj.weight", np.s_[block(head, start)]))
-                    owned.append(("attn.c_attn.weight", np.s_[:, block(head, start)]))
-                    owned.append(("attn.c_attn.bias", np.s_[block(head, start)]))
-                add("key_value", layer, head, owned)
-        return routes
-
-    return write_out
-
-
-@pytest.fixture(scope="session")
-def contributions(owned_slices):
-    """
-    Function of a model and token ids: what each channel and each query head writes into the residual stream,
-    `{(kind, layer): (routes, tokens, hidden size)}`, and what the module itself put out, by the same keys.
-    """
-
-    def compute(model, ids):
-        inputs, outputs, handles = {}, {}, []
-        for kind, layer, position, owned in owned_slices(model):
-            if kind == "key_value" or position > 0:
-                continue
-            module = model.get_submodule(owned[-1][0].rpartition(".")[0])
-
-            def keep(module, args, output, key=(kind, layer)):
-                inputs[key], outputs[key] = args, output
-
-            handles.append(module.register_forward_hook(keep))
-        with torch.no_grad():
-            model(input_ids=torch.tensor([ids]))
-        for handle in handles:
-            handle.remove()
-        written = {key: [] for key in inputs}
-        for kind, layer, _, owned in owned_slices(model):
-            if kind == "key_value":
-                continue
-            name, index = owned[-1]
-            column = model.get_parameter(name).detach()[index]
-            if "experts" in name:
-                (gate_name, gate), (_, up), _ = owned
-                hidden, experts, weights = inputs[kind, layer]
-                fused = model.get_parameter(gate_name).detach()
-                inner = torch.nn.functional.silu(hidden @ fused[gate]) * (hidden @ fused[up])
-                inner = inner * torch.where(experts == index[0], weights, 0).sum(dim=-1)
-            else:
-                inner = inputs[kind, layer][0][0][:, index[-1] if isinstance(index, tuple) else index]
-            if inner.ndim == 1:
-                written[kind, layer].append(inner[:, None] * column)
-            else:
-                written[kind, layer].append(inner @ (column if len(column) == inner.shape[1] else column.T))
-        outputs = {key: output.reshape(len(ids), -1) for key, output in outputs.items()}
-        return {key: torch.stack(parts) for key, parts in written.items()}, outputs
-
-    return compute
-
-
-@pytest.fixture(scope="session")
-def dense_sums(owned_slices):
-    """Function of a model and tensors: the sum of the elements of each route, and of those of no route."""
-
-    def sums(model, tensors):
-        routes = np.array(
-            [sum(tensors[name][index].sum().item() for name, index in owned) for *_, owned in owned_slices(model)]
-        )
-        return routes, sum(tensor.sum().item() for tensor in tensors.values()) - routes.sum()
-
-    return sums
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import yaml
-from tiny_runs import DEVICE
+from tiny_runs import SMALL
 
 from trl_interfere.cli import main
 from trl_interfere.lab import MODEL_FOLDER
@@ -19,19 +19,9 @@ def settings(folder: Path, **training) -> dict:
             (folder / f"{name}_{split}.jsonl").write_text("\n".join(lines) + "\n")
     return {
         "model": str(MODEL_FOLDER),
-        "training": {
-            "output_dir": str(folder / "out"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 8,
-            "num_generations": 4,
-            "max_completion_length": 12,
-            "bf16": False,
-            **DEVICE,
-            "gradient_checkpointing": False,
-            "report_to": [],
-            "disable_tqdm": True,
-            **training,
-        },
+        "training": SMALL
+        | {"output_dir": str(folder / "out"), "max_steps": 2, "max_completion_length": 12}
+        | training,
         "analysis": {"reference": "dataset", "reference_column": "answer", "max_prompts": 8},
         "domains": [
             {
@@ -39,7 +29,7 @@ def settings(folder: Path, **training) -> dict:
                 "train_dataset": f"{name}_train.jsonl",
                 "eval_dataset": f"{name}_test.jsonl",
                 "selection_dataset": f"{name}_selection.jsonl",
-                "reward_funcs": f"trl_interfere.lab.{name}.{name}_reward",
+                "reward_funcs": f"lab_{name}",
             }
             for name in ("math", "writing")
         ],

@@ -7,9 +7,15 @@ from trl_interfere.adapters import AdapterFactors
 from trl_interfere.lab import MODEL_FOLDER
 
 
-def updates_of(folder):
+def saved_adapter(base, folder, std=1.0, **settings):
+    """A random adapter of the model, and its updates as they are read from its folder."""
+    model = get_peft_model(base, LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    model.save_pretrained(folder)
     adapter = AdapterFactors(folder)
-    return {name: left @ right for name in adapter.names for left, right in [adapter.factors(name)]}
+    return model, {name: left @ right for name in adapter.names for left, right in [adapter.factors(name)]}
 
 
 @pytest.mark.parametrize(
@@ -23,12 +29,7 @@ def updates_of(folder):
 def test_updates_equal_those_of_peft(tmp_path, options):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER)
-    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "down_proj"], **options))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    model.save_pretrained(tmp_path)
-    updates = updates_of(tmp_path)
+    model, updates = saved_adapter(base, tmp_path, target_modules=["q_proj", "down_proj"], **options)
     modules = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -44,12 +45,8 @@ def test_an_update_below_the_precision_of_the_weights_is_kept(tmp_path):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.bfloat16)
     before = base.get_parameter("model.layers.0.mlp.down_proj.weight").clone()
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["down_proj"]))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=1e-4)
-    model.save_pretrained(tmp_path)
-    update = updates_of(tmp_path)["model.layers.0.mlp.down_proj.weight"]
+    _, updates = saved_adapter(base, tmp_path, std=1e-4, r=2, target_modules=["down_proj"])
+    update = updates["model.layers.0.mlp.down_proj.weight"]
     merged = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.bfloat16), tmp_path
     ).merge_and_unload()

@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 from finished_run import settings, write
-from safetensors.torch import load_file
 
 from trl_interfere import InterferenceReport, Run
 from trl_interfere.cli import COMMANDS, main
@@ -96,13 +93,11 @@ def test_bad_arguments(run, tmp_path, monkeypatch, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_options_from_yaml(run, tmp_path):
-    (tmp_path / "options.yaml").write_text("steps: 0\noutput_dir: x\n")
+@pytest.mark.parametrize("text, message", [("steps: 0\noutput_dir: x\n", "steps: "), ("stepz: 5\n", "'steps'")])
+def test_options_from_yaml(run, tmp_path, text, message):
+    (tmp_path / "options.yaml").write_text(text)
     code, _, err = run("lab", "--config", tmp_path / "options.yaml")
-    assert code == 2 and "steps: " in err
-    (tmp_path / "options.yaml").write_text("stepz: 5\n")
-    code, _, err = run("lab", "--config", tmp_path / "options.yaml")
-    assert code == 2 and "'steps'" in err
+    assert code == 2 and message in err
 
 
 def test_the_lab_leaves_other_files_alone(tmp_path, run):
@@ -110,13 +105,6 @@ def test_the_lab_leaves_other_files_alone(tmp_path, run):
     code, _, err = run("lab", "--output-dir", tmp_path)
     assert code == 2 and str(tmp_path) in err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_the_recipe_stays_in_the_run(finished_run):
-    run = Run(finished_run)
-    kept = yaml.safe_load(run.recipe.read_text())
-    assert kept["training"]["learning_rate"] == 1e-6 and kept["model"] == str(MODEL_FOLDER)
-    assert run.recipe_folder == finished_run.parent and run.base_model == str(MODEL_FOLDER)
 
 
 def test_analyze(damaged, run):
@@ -251,7 +239,7 @@ def test_refresh(damaged, run):
     assert (record.name, record.steps, record.overrides) == ("3-refresh-math", 1, overrides), err
     change = difference(Run(damaged).scores(3, "math"), Run(damaged).scores(2, "math"))
     assert f"math by {change:+.1f} points" in out and code == (3 if change.value < 0 else 0)
-    for arguments in (["--domain", "maths"], ["--steps", "0"], ["--step", "1"]):
+    for arguments in (["--domain", "maths"], ["--step", "1"], ["--method", "sft"]):
         assert run("refresh", damaged, *arguments)[0] == 2
     assert len(Run(damaged).stages) == 4
 
@@ -275,8 +263,7 @@ def test_a_refresh_by_distillation(damaged, run):
     peaks = {name: Run(damaged).peak(name).name for name in ("math", "writing")}
     assert (record.name, record.overrides["teachers"]) == ("3-refresh", peaks), err
     assert "math by" in out and "writing by" in out
-    assert run("refresh", damaged, "--domain", "math", "writing", "--steps", 1)[0] == 2
-    assert run("refresh", damaged, "--method", "sft")[0] == 2
+    assert run("refresh", damaged, "--domain", "math", "writing", "--steps", 1)[0] == 2  # by rewards
 
 
 def test_train_goes_on(tmp_path, content, run):
@@ -292,14 +279,15 @@ def test_train_goes_on(tmp_path, content, run):
     assert code == 2 and '"learning_rate": 0.0001' in err
     code, out, err = run("train", tmp_path / "out", "--resume")  # the kept recipe has the options
     assert code == 0 and out.splitlines()[-1].endswith(f"Next: trl-interfere analyze {tmp_path / 'out'}"), err
-    assert [record.domain for record in Run(tmp_path / "out").stages] == [None, "math", "writing"]
+    finished = Run(tmp_path / "out")
+    assert [record.domain for record in finished.stages] == [None, "math", "writing"]
+    assert finished.recipe_folder == tmp_path and finished.base_model == str(MODEL_FOLDER)
 
 
-@pytest.mark.parametrize("option", ["--dry-run", "--dry_run"])
-def test_dry_run(tmp_path, content, run, option):
+def test_dry_run(tmp_path, content, run):
     recipe = write(tmp_path, content)
     before = sorted(tmp_path.rglob("*"))
-    code, out, err = run("train", recipe, "--learning_rate", 3e-5, "--max_steps", 250, option)
+    code, out, err = run("train", recipe, "--learning_rate", 3e-5, "--max_steps", 250, "--dry-run")
     assert code == 0, err
     assert any({"1", "math", "250", "3e-05"} <= set(re.findall(r"[\w-]+", line)) for line in out.splitlines())
     assert sorted(tmp_path.rglob("*")) == before
@@ -321,49 +309,26 @@ def test_bad_arguments_of_train(tmp_path, content, run, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-FRAIL = """
-from pathlib import Path
-
-def frail_reward(completions, **kwargs):
-    if Path(__file__).with_name("broken").exists():
-        raise RuntimeError("out of order")
-    return [sum(map(ord, completion)) % 97 / 97 for completion in completions]
-"""
-
-
 @pytest.mark.slow
-def test_a_process_per_stage_gives_the_same_run(tmp_path, content, run, monkeypatch):
-    (tmp_path / "frail.py").write_text(FRAIL)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    content["training"]["learning_rate"] = 1e-3
+def test_a_stage_that_fails_in_a_process_of_its_own_can_be_resumed(tmp_path, content, run, monkeypatch):
+    (tmp_path / "frail.py").write_text("def reward(completions, **kwargs):\n    raise ValueError('out of order')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     metric = content["domains"][1]["reward_funcs"]
-    content["domains"][1] |= {"reward_funcs": "frail.frail_reward", "metric": metric}
-    recipe = write(tmp_path, content)
-    assert run("train", recipe, "--threads", 1)[0] == 0
-    arguments = ("train", recipe, "--threads", 1, "--process_per_stage", "--output-dir", tmp_path / "each")
-    (tmp_path / "broken").touch()
+    content["domains"][1] |= {"reward_funcs": "frail.reward", "metric": metric}
+    arguments = ("train", write(tmp_path, content), "--threads", 1, "--process_per_stage")
     assert run(*arguments)[0] == 2
-    assert [record.domain for record in Run(tmp_path / "each").stages] == [None, "math"]
-    (tmp_path / "broken").unlink()
+    assert [record.domain for record in Run(tmp_path / "out").stages] == [None, "math"]
+    (tmp_path / "frail.py").write_text("def reward(completions, **kwargs):\n    return [0.0] * len(completions)\n")
     assert run(*arguments, "--resume")[0] == 0
-    for name in ("1-math", "2-writing"):
-        first, second = (load_file(tmp_path / run / "stages" / name / "model.safetensors") for run in ("out", "each"))
-        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-    for path in (tmp_path / "out" / "scores").rglob("*.jsonl"):
-        assert path.read_bytes() == (tmp_path / "each" / path.relative_to(tmp_path / "out")).read_bytes()
-
-
-CORES = os.cpu_count()
+    assert [record.domain for record in Run(tmp_path / "out").stages] == [None, "math", "writing"]
 
 
 @pytest.mark.parametrize(
     "environment, threads",
     [
-        ({}, CORES),
+        ({}, os.cpu_count()),
         ({"OMP_NUM_THREADS": "3"}, 3),
-        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(CORES)}, 1),
-        ({"OMP_NUM_THREADS": "3", "LOCAL_WORLD_SIZE": "1"}, CORES),  # torchrun's 1 would not be a wish either
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1"}, os.cpu_count()),  # set by torchrun, and no wish
     ],
 )
 def test_threads_by_default(environment, threads):

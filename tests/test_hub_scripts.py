@@ -25,33 +25,19 @@ def header(script: Path) -> dict:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """Function that gives the interpreter of an environment made from a script's own header by uv."""
+    """Function that gives the interpreter of an environment made from a script's own header."""
     made = {}
 
     def make(script: Path) -> list[str]:
         dependencies = tuple(header(script)["dependencies"])
         if dependencies not in made:
             folder = tmp_path_factory.mktemp("environment")
-            # This source instead of the published package of the same name; where pip finds packages, uv does too.
+            # This source instead of the published package of the same name.
             found = [name.replace("trl-interfere", str(ROOT), 1) for name in dependencies]
-            settings = {}
-            for line in subprocess.run(
-                [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
-            ).stdout.splitlines():
-                name, _, value = line.partition("=")
-                settings[name.rpartition(".")[2]] = value.strip("'")
-            options = {"find-links": "UV_FIND_LINKS", "extra-index-url": "UV_INDEX", "index-url": "UV_DEFAULT_INDEX"}
-            variables = {options[name]: value for name, value in settings.items() if name in options}
-            uv = [sys.executable, "-m", "uv"]
-            run = {"check": True, "env": {**os.environ, **variables}, "capture_output": True, "text": True}
-            python = folder / "bin" / "python"
-            subprocess.run([*uv, "venv", "--python", sys.executable, str(folder)], **run)
-            subprocess.run(
-                [*uv, "pip", "install", "--python", str(python), "--index-strategy", "unsafe-best-match",
-                 "--constraints", str(ROOT / "constraints.txt"), *found],
-                **run,
-            )  # fmt: skip
-            made[dependencies] = str(python)
+            made[dependencies] = str(folder / "bin" / "python")
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            install = [made[dependencies], "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", *found]
+            subprocess.run(install, check=True)
         return made[dependencies]
 
     return make

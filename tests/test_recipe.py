@@ -1,6 +1,6 @@
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import pytest
 import yaml
@@ -66,23 +66,19 @@ def test_forms_of_data(source, folder):
 @pytest.mark.parametrize(
     "name, content, answers",
     [
-        ("a.csv", "prompt,answer\np1,007\np2,042\n", ["007", "042"]),
-        ("b.csv", "prompt,answer\np1,NA\np2,None\np3,null\np4,yes\n", ["NA", "None", "null", "yes"]),
-        ("e.tsv", "prompt\tanswer\np1\t1.10\np2\t2.50\n", ["1.10", "2.50"]),
-        ("o.jsonl", '{"prompt": "1", "answer": "2024-01-02"}\n{"prompt": "2", "answer": "2024-03-04"}\n', None),
-        ("q.jsonl", '{"prompt": "p", "answer": 1}\n{"prompt": "q", "answer": 2.5}\n', ["1", "2.5"]),
-        ("r.json", '[{"prompt": "p", "answer": 1}, {"prompt": "q", "answer": "x"}]', ["1", "x"]),
+        ("a.csv", "prompt,answer\np1,007\np2,NA\np3,null\np4,yes\n", ["007", "NA", "null", "yes"]),
+        ("e.tsv", "prompt\tanswer\np1\t1.10\n", ["1.10"]),
+        ("o.jsonl", '{"prompt": "1", "answer": "2024-01-02"}\n', ["2024-01-02"]),
+        ("r.json", '[{"prompt": "p", "answer": 1}, {"prompt": "q", "answer": 2.5}]', ["1", "2.5"]),
         ("s.jsonl", '{"prompt": "a\u2028b", "answer": "x"}\n{"prompt": "b", "answer": null, "more": 1}', ["x", None]),
     ],
 )
 def test_a_file_keeps_its_answers(name, content, answers, tmp_path):
     (tmp_path / name).write_text(content, encoding="utf-8")
-    assert load_prompts(name, "here", tmp_path)["answer"] == (answers or ["2024-01-02", "2024-03-04"])
+    assert load_prompts(name, "here", tmp_path)["answer"] == answers
 
 
-@pytest.mark.parametrize(
-    "name, content", [("x.jsonl", ""), ("x.json", "[]"), ("x.csv", ""), ("x.csv", "prompt,answer\n")]
-)
+@pytest.mark.parametrize("name, content", [("x.json", "[]"), ("x.csv", ""), ("x.csv", "prompt,answer\n")])
 def test_a_file_without_rows(name, content, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"here: .*{name}"):
@@ -95,19 +91,14 @@ def test_prompt_template(folder):
     assert plain[2]["prompt"] == [{"role": "user", "content": "Level 2: 2+2 = {?}"}]
     assert plain["question"] == TABLE["question"]  # the columns that the reward needs are still there
     with_system = load_prompts({**source, "system": "Answer briefly."}, "here", folder)
-    assert with_system[2]["prompt"] == [
-        {"role": "system", "content": "Answer briefly."},
-        {"role": "user", "content": "Level 2: 2+2 = {?}"},
-    ]
+    assert with_system[2]["prompt"] == [{"role": "system", "content": "Answer briefly."}, *plain[2]["prompt"]]
 
 
 @pytest.mark.parametrize(
-    "settings, expected",
-    [({"limit": 2}, [0, 1]), ({"skip": 1, "limit": 3}, [1, 2, 3]), ({"skip": 4, "limit": 10}, [4, 5])],
+    "settings, expected", [({"skip": 1, "limit": 3}, [1, 2, 3]), ({"skip": 4, "limit": 10}, [4, 5])]
 )
 def test_skip_and_limit(settings, expected, folder):
-    source = {"path": "rows.jsonl", "columns": {"prompt": "question"}, **settings}
-    assert load_prompts(source, "here", folder)["level"] == expected
+    assert load_prompts({**DATA, **settings}, "here", folder)["level"] == expected
 
 
 @pytest.mark.parametrize(
@@ -124,13 +115,11 @@ def test_skip_and_limit(settings, expected, folder):
         ({"path": "plain", "split": "dev"}, "'?dev'?"),
         ("rows.jsonl", r"'prompt', found \['question', 'answer', 'level'\]"),
         ({**DATA, "columns": {"prompt": "problem"}}, r"columns: .*'problem', found \['question', 'answer', 'level'\]"),
-        *(
-            ({"path": "rows.jsonl", "prompt": template}, "prompt: ")
-            for template in ("Solve {problem}", "Solve {question")
-        ),
+        ({"path": "rows.jsonl", "prompt": "Solve {problem}"}, "prompt: "),
+        ({"path": "rows.jsonl", "prompt": "Solve {question"}, "prompt: "),
         ({**DATA, "limit": "many"}, "limit: "),
         ({**DATA, "skip": -2}, "skip: "),
-        ({**DATA, "skip": 6}, "found 6"),
+        ({**DATA, "skip": 6}, "none of 6"),
     ],
 )
 def test_data_that_cannot_be_used(source, message, folder):
@@ -150,39 +139,30 @@ def write(folder, content):
 
 def test_run_file(folder):
     (folder / "model").mkdir()
-    domains = [
-        {
-            "name": "math",
-            "train_dataset": {**DATA, "limit": 4},
-            "eval_dataset": {**DATA, "skip": 4},
-            "selection_dataset": {**DATA, "skip": 3, "limit": 1},
-            "reward_funcs": ["exact_match", "trl_interfere.rewards.text.contains_words"],
-            "reward_weights": [1.0, 0.25],
-            "metric": "lab_math",
-            "settings": {"max_steps": 5},
-        },
-        {"name": "qa", "eval_dataset": "prompts.jsonl", "reward_funcs": "exact_match"},
-    ]
+    math = {
+        "name": "math",
+        "train_dataset": {**DATA, "limit": 4},
+        "eval_dataset": {**DATA, "skip": 4},
+        "selection_dataset": {**DATA, "skip": 3, "limit": 1},
+        "reward_funcs": ["exact_match", "trl_interfere.rewards.text.contains_words"],
+        "reward_weights": [1.0, 0.25],
+        "metric": "lab_math",
+        "settings": {"max_steps": 5},
+    }
     Dataset.from_dict({"prompt": ["?"], "answer": ["!"]}).to_json(folder / "prompts.jsonl")
     content = {
         "model": "model",
-        "training": {"learning_rate": 1e-5, "stage_overrides": {"qa": {"max_steps": 2}}},
-        "domains": domains,
-        "peft": {"r": 8},
-        "refresh": {"max_drop": 3.0},
-        "heal": {"rank": 8},
-        "analysis": {"max_prompts": 16},
+        "training": {"learning_rate": 1e-5, "stage_overrides": {"1": {"max_steps": 2}}},
+        "domains": [math, {"name": 1, "eval_dataset": "prompts.jsonl", "reward_funcs": "exact_match"}],
     }
-    run = load_run_file(write(folder, content))
+    settings = {"peft": {"r": 8}, "refresh": {"max_drop": 3.0}, "heal": {"rank": 8}, "analysis": {"max_prompts": 16}}
+    run = load_run_file(write(folder, content | settings))
     assert run.model == str(folder / "model")
-    assert run.training == {
-        "learning_rate": 1e-5,
-        "stage_overrides": {"qa": {"max_steps": 2}, "math": {"max_steps": 5}},
-    }
-    assert (run.peft, run.refresh, run.heal) == ({"r": 8}, {"max_drop": 3.0}, {"rank": 8})
-    assert run.analysis == {"max_prompts": 16}
+    overrides = {"1": {"max_steps": 2}, "math": {"max_steps": 5}}
+    assert run.training == {"learning_rate": 1e-5, "stage_overrides": overrides}
+    assert {name: getattr(run, name) for name in settings} == settings
     math, qa = run.domains
-    assert math.name == "math" and qa.name == "qa"
+    assert math.name == "math" and qa.name == "1"
     assert math.train_dataset["level"] == [0, 1, 2, 3]
     assert math.eval_dataset["level"] == [4, 5]
     assert math.selection_dataset["level"] == [3]
@@ -234,12 +214,6 @@ def test_shipped_domains_that_cannot_be(entry, message, folder):
         load_run_file(write(folder, {"model": "m", "domains": [entry]}))
 
 
-def test_settings_of_a_domain_with_a_number_for_a_name(folder):
-    entry = {"name": 1, "eval_dataset": DATA, "reward_funcs": "exact_match", "settings": {"max_steps": 5}}
-    run = load_run_file(write(folder, {"model": "some/model", "domains": [entry]}))
-    assert list(run.training["stage_overrides"]) == [domain.name for domain in run.domains] == ["1"]
-
-
 def domain(**settings):
     return {"name": "qa", "eval_dataset": DATA, "reward_funcs": "exact_match", **settings}
 
@@ -254,10 +228,7 @@ def domain(**settings):
         ({"model": "m", "domian": []}, "'domian'.*'domains'"),
         ({"model": "m", "domains": ["qa"]}, r", domains\[0\]: .*'qa'"),
         ({"model": "m", "domains": [{"eval_dataset": DATA}]}, r", domains\[0\]: .*'name'"),
-        *(
-            ({"model": "m", "domains": [domain()], part: value}, f", {part}: .*{value}")
-            for part, value in (("training", 5), ("refresh", True))
-        ),
+        ({"model": "m", "domains": [domain()], "refresh": True}, ", refresh: .*True"),
         ({"model": "m", "domains": [domain()], "training": {"stage_overrides": "qa"}}, "stage_overrides.*'qa'"),
     ],
 )
@@ -286,33 +257,20 @@ def test_domains_that_cannot_be_used(settings, message, folder):
 def test_run_file_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"absent.yaml: cannot be read \(No such file or directory\)"):
         load_run_file(tmp_path / "absent.yaml")
-    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)"):
-        load_run_file(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="binary.yaml: expected YAML"):
         load_run_file(tmp_path / "binary.yaml")
 
 
-@dataclass
-class Settings:
-    steps: int = 1
-    rate: float = 0.5
-
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps: expected at least 1, found {self.steps}")
-
-
-def test_build_dataclass():
-    assert build_dataclass(Settings, {"steps": 3}, "here") == Settings(steps=3)
-    with pytest.raises(ValueError, match="here: unknown option 'step', did you mean 'steps'?"):
-        build_dataclass(Settings, {"step": 3}, "here")
-    with pytest.raises(ValueError, match="here: steps: expected at least 1, found 0"):
-        build_dataclass(Settings, {"steps": 0}, "here")
-    with pytest.raises(ValueError, match="here, steps: expected int, found 'many'"):
-        build_dataclass(Settings, {"steps": "many"}, "here")
+def test_values_of_settings():
     # YAML 1.1 reads numbers without a point as text.
-    assert build_dataclass(Settings, {"steps": "3", "rate": "5e-3"}, "here") == Settings(3, 5e-3)
+    given = {"output_dir": "out", "use_cpu": True, "bf16": False, "max_steps": "3", "learning_rate": "5e-3"}
+    config = build_dataclass(SequentialGRPOConfig, given, "here")
+    assert (config.max_steps, config.learning_rate) == (3, 5e-3)
+    with pytest.raises(ValueError, match="here: unknown option 'max_step', did you mean 'max_steps'?"):
+        build_dataclass(SequentialGRPOConfig, {"max_step": 3}, "here")
+    with pytest.raises(ValueError, match="here, max_steps: expected int, found 'many'"):
+        build_dataclass(SequentialGRPOConfig, {"max_steps": "many"}, "here")
 
 
 @pytest.mark.parametrize("new", ["train_dataset", "eval_dataset", "selection_dataset", "reward_funcs"])
@@ -326,7 +284,6 @@ def test_names_of_earlier_versions(new, folder):
     "text, name",
     [
         ("model: a\nmodel: b\ndomains: []", "model"),
-        ("model: a\ndomains: [{name: x, name: y}]", "name"),
         ("model: a\ntraining: {max_steps: 1, 'max_steps': 2}\ndomains: []", "max_steps"),
     ],
 )

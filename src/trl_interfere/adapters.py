@@ -15,21 +15,9 @@ class ExpertAdapterError(ValueError):
 
 
 class AdapterFactors:
-    r"""
-    The two thin matrices of each update of an adapter, read when they are asked for.
-
-    ``δ = s B A`` with ``s = lora_alpha / r`` (``lora_alpha / sqrt(r)`` for rank-stabilised LoRA), as in
-    [LoRA](https://huggingface.co/papers/2106.09685).
-
-    Args:
-        folder (`str` or `pathlib.Path`):
-            Folder of the adapter, such as a stage of a run.
-
-    Attributes:
-        names (`list[str]`): Names of the weights in the base model that the adapter updates.
-
-    Raises:
-        `ValueError`: If the folder holds no LoRA adapter, or one whose update is not a product of two matrices.
+    """
+    The two thin matrices of each update of a LoRA adapter, by `names` of weights of the base model: ``δ = s B A`` with
+    ``s = lora_alpha / r`` (``lora_alpha / sqrt(r)`` for rank-stabilised LoRA), https://huggingface.co/papers/2106.09685.
     """
 
     def __init__(self, folder: str | Path):
@@ -40,23 +28,19 @@ class AdapterFactors:
         if not isinstance(self.config, LoraConfig) or self.config.use_dora:
             raise ValueError(f"{folder}: expected a LoRA adapter without DoRA, found {self.config.peft_type}")
         if self.config.target_parameters:
-            raise ExpertAdapterError(
-                f"{folder}: expected an adapter of linear layers, found target_parameters "
-                f"{self.config.target_parameters}: merge it first"
-            )
+            found = self.config.target_parameters
+            raise ExpertAdapterError(f"{folder}: expected an adapter of linear layers, found {found}: merge it first")
         try:
             with safe_open(self.path, framework="pt") as tensors:
                 keys = sorted(tensors.keys())
         except SafetensorError as error:
             raise ValueError(f"{self.path}: expected a whole safetensors file ({error})") from error
+        self._keys = {}
         for key in keys:
             if not key.endswith((".lora_A.weight", ".lora_B.weight")):
                 raise ValueError(f"{self.path}: expected matrices lora_A and lora_B of linear layers, found {key!r}")
-        self._keys = {
-            f"{key.removesuffix('.lora_A.weight').removeprefix('base_model.model.')}.weight": key
-            for key in keys
-            if key.endswith(".lora_A.weight")
-        }
+            if key.endswith(".lora_A.weight"):
+                self._keys[key.replace(".lora_A.", ".").removeprefix("base_model.model.")] = key
         self.names = list(self._keys)
 
     def factors(self, name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -116,23 +116,18 @@ class Checkpoint:
             self.adapter = AdapterFactors(folder)
             folder = local_folder(*(adapter_base(folder) if base is None else (base, None)))
         self.folder = folder
-        if not (folder / CONFIG_NAME).is_file():
-            raise ValueError(f"{folder}: expected {CONFIG_NAME} beside the weights, found none")
+        path = folder / CONFIG_NAME
         try:
             self.config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{folder / CONFIG_NAME}: expected the configuration of a model ({error})") from error
+            raise ValueError(f"{path}: expected the configuration of a model ({error})") from error
         if getattr(self.config, "quantization_config", None) is not None:
-            raise ValueError(
-                f"{folder / CONFIG_NAME}: expected unquantised weights, found a quantization_config: "
-                "compare the checkpoints from before the quantisation"
-            )
+            raise ValueError(f"{path}: expected unquantised weights, found a quantization_config")
         self.tensors = _folder_tensors(folder)
         self._aliases = self._tie()
-        if self.adapter is not None:
-            for weight in self.adapter.names:
-                if weight not in self.tensors:
-                    raise ValueError(f"{self.adapter.path}: tensor {weight}: expected one of {folder}, found none")
+        for weight in [] if self.adapter is None else self.adapter.names:
+            if weight not in self.tensors:
+                raise ValueError(f"{self.adapter.path}: tensor {weight}: expected one of {folder}, found none")
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[self._aliases.get(name, name)]
@@ -210,30 +205,22 @@ def published_name(checkpoint: str | Path) -> str:
 
 def check_comparable(first: Checkpoint, second: Checkpoint) -> list[str]:
     """Check that two checkpoints hold the same tensors."""
-    types = first.config.model_type, second.config.model_type
-    if types[0] != types[1]:
-        raise ValueError(
-            f"{second.folder / CONFIG_NAME}: expected model_type {types[0]!r} as in {first.folder / CONFIG_NAME}, "
-            f"found {types[1]!r}"
-        )
+    expected, found = first.config.model_type, second.config.model_type
+    if expected != found:
+        where = f"{second.folder / CONFIG_NAME}: expected model_type {expected!r}"
+        raise ValueError(f"{where} as in {first.folder / CONFIG_NAME}, found {found!r}")
     names = first.tensors.keys() | second.tensors.keys()
     for checkpoint, other in ((second, first), (first, second)):
-        missing = sorted(name for name in names if name not in checkpoint)
-        if missing:
-            raise ValueError(
-                f"{checkpoint.folder}: tensor {missing[0]}: expected as in {other[missing[0]].file}, found none"
-                + (f" ({len(missing)} tensors are missing)" if len(missing) > 1 else "")
-            )
+        if missing := sorted(name for name in names if name not in checkpoint):
+            where = f"{checkpoint.folder}: tensor {missing[0]}: expected as in {other[missing[0]].file}"
+            raise ValueError(f"{where}, found none ({len(missing)} are missing)")
     for name in sorted(names):
-        if first[name].shape != second[name].shape:
-            sizes = [
-                getattr(checkpoint.config.get_text_config(), "vocab_size", None) for checkpoint in (first, second)
-            ]
-            raise ValueError(
-                f"{second[name].file}: tensor {name}: expected shape {first[name].shape} as in {first[name].file}, "
-                f"found {second[name].shape}"
-                + (f" (the vocabularies have {sizes[0]} and {sizes[1]} tokens)" if sizes[0] != sizes[1] else "")
-            )
+        expected, found = first[name], second[name]
+        if expected.shape != found.shape:
+            sizes = [getattr(one.config.get_text_config(), "vocab_size", None) for one in (first, second)]
+            hint = "" if sizes[0] == sizes[1] else f" (the vocabularies have {sizes[0]} and {sizes[1]} tokens)"
+            where = f"{found.file}: tensor {name}: expected shape {expected.shape} as in {expected.file}"
+            raise ValueError(f"{where}, found {found.shape}{hint}")
     return sorted(names, key=lambda name: (first[name].file, name))
 
 
@@ -243,10 +230,8 @@ def _folder_tensors(folder: Path) -> dict[str, StoredTensor]:
         return stored_tensors(folder / SAFE_WEIGHTS_NAME)
     if not index.is_file():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        raise ValueError(
-            f"{folder}: expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}, found "
-            + (f"only {pickles[0]}: pickle can run code and is not read, convert it first" if pickles else "neither")
-        )
+        found = f"only {pickles[0]}: pickle can run code and is not read, convert it" if pickles else "neither"
+        raise ValueError(f"{folder}: expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}, found {found}")
     try:
         files = json.loads(index.read_text())["weight_map"]
         names = sorted(set(files.values()))
@@ -269,12 +254,10 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, framework="pt", backend="pread") as opened:
             for name in opened.keys():
                 entry = opened.get_slice(name)
-                if entry.get_dtype() not in DTYPES:
-                    raise ValueError(
-                        f"{file}: tensor {name}: expected unquantised weights ({', '.join(sorted(DTYPES))}), "
-                        f"found {entry.get_dtype()}"
-                    )
-                dtype = str(DTYPES[entry.get_dtype()]).removeprefix("torch.")
+                stored = entry.get_dtype()
+                if stored not in DTYPES:
+                    raise ValueError(f"{file}: tensor {name}: expected unquantised weights, found {stored}")
+                dtype = str(DTYPES[stored]).removeprefix("torch.")
                 tensors[name] = StoredTensor(name, file, dtype, tuple(entry.get_shape()))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: expected a whole safetensors file ({error})") from error

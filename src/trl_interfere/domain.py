@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from trl.trainer.grpo_trainer import RewardFunc
 
-from .benchmark import parse_benchmark
+from .revision import parse_benchmark
 
 
 DOMAIN_COLUMN = "domain"
@@ -74,22 +74,16 @@ class Domain:
         if scored and not self.reward_funcs and self.metric is None:  # else an environment may own the reward
             raise ValueError(f"domain {self.name!r}: expected at least one reward function or a metric, found neither")
         if self.benchmark is not None:
-            try:
-                parse_benchmark(self.benchmark)
-            except ValueError as error:
-                raise ValueError(f"domain {self.name!r}, {error}") from error
+            parse_benchmark(self.benchmark, f"domain {self.name!r}, ")
         n, weights = len(self.reward_funcs), self.reward_weights
         self.reward_weights = [1.0] * n if weights is None else weights
-        if (
-            not isinstance(self.reward_weights, (list, tuple))
-            or len(self.reward_weights) != n
-            or any(isinstance(weight, bool) or not isinstance(weight, (int, float)) for weight in self.reward_weights)
-            or not all(map(math.isfinite, self.reward_weights))
-        ):
-            raise ValueError(
-                f"domain {self.name!r}, reward_weights: expected {n} finite numbers, one per reward function, found "
-                f"{weights!r}"
-            )
+        try:
+            fits = len(self.reward_weights) == n and all(map(math.isfinite, self.reward_weights))
+        except TypeError:
+            fits = False
+        if not fits:
+            where = f"domain {self.name!r}, reward_weights"
+            raise ValueError(f"{where}: expected {n} finite numbers, one per reward function, found {weights!r}")
         for field in ("train_dataset", "eval_dataset", "selection_dataset"):
             if getattr(self, field) is not None:
                 setattr(self, field, self._checked(getattr(self, field), field))
@@ -102,14 +96,14 @@ class Domain:
                 f"{where}: expected a Dataset (scores are compared prompt by prompt: of a stream, take "
                 f"`Dataset.from_list(list(stream.take(n)))`), found {type(dataset).__name__}"
             )
-        columns = dataset.column_names
-        routed = field == "train_dataset" and columns is not None and "environment" in columns
-        if columns is not None and "prompt" not in columns and not routed:
+        columns = dataset.column_names or []  # those of a stream may be unknown
+        routed = field == "train_dataset" and "environment" in columns
+        if columns and "prompt" not in columns and not routed:
             raise ValueError(f"{where}: expected a column 'prompt', found {sorted(columns)}")
-        _check_reserved(columns or [], where)
+        _check_reserved(columns, where)
         if streamed:
-            if DOMAIN_COLUMN in (columns or []):
-                raise ValueError(f"{where}: the column '{DOMAIN_COLUMN}' is used to route rewards; rename it")
+            if DOMAIN_COLUMN in columns:
+                raise ValueError(f"{where}: the column '{DOMAIN_COLUMN}' routes rewards; rename it")
             return dataset.map(_mark, fn_kwargs={"name": self.name, "where": where})
         if len(dataset) == 0:
             raise ValueError(f"{where}: expected at least one row, found none")
@@ -133,17 +127,13 @@ def check_columns(domain: Domain) -> None:
             parameters = parameters_of(function).values()
             where = f"domain {domain.name!r}, {getattr(function, '__name__', type(function).__name__)}"
             named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-            for parameter in named:
-                if parameter.default is parameter.empty and parameter.name not in handed | {"environments"}:
-                    raise ValueError(
-                        f"{where}: expected a column {parameter.name!r} in {field}, found "
-                        f"{sorted(dataset.column_names)}"
-                    )
-            surplus = handed - {parameter.name for parameter in named}
+            needed = {p.name for p in named if p.default is p.empty} - handed - {"environments"}
+            if needed:
+                columns = sorted(dataset.column_names)
+                raise ValueError(f"{where}: expected a column {min(needed)!r} in {field}, found {columns}")
+            surplus = sorted(handed - {p.name for p in named})
             if parameters and surplus and not any(p.kind == p.VAR_KEYWORD for p in parameters):
-                raise ValueError(
-                    f"{where}: expected a function that takes **kwargs, found one that does not take {sorted(surplus)}"
-                )
+                raise ValueError(f"{where}: expected a function with **kwargs, found one that does not take {surplus}")
 
 
 def parameters_of(function: Callable) -> Mapping[str, inspect.Parameter]:
@@ -160,11 +150,9 @@ def _check_reserved(columns: Iterable[str], where: str) -> None:
 
 
 def _check_marks(marks: Iterable[Any], name: str, where: str) -> None:
-    if {*marks} != {name}:
-        raise ValueError(
-            f"{where}: the column '{DOMAIN_COLUMN}' is used to route rewards and holds {sorted(map(str, marks))[:5]}; "
-            "rename it"
-        )
+    if not {*marks} <= {name}:
+        found = sorted(map(str, marks))[:5]
+        raise ValueError(f"{where}: the column '{DOMAIN_COLUMN}' routes rewards, and holds {found}; rename it")
 
 
 def _mark(row: dict[str, Any], name: str, where: str) -> dict[str, str]:

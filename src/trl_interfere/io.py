@@ -58,18 +58,7 @@ def resolve_inside(folder: Path, part: str) -> Path:
 
 @contextmanager
 def lock_folder(folder: str | Path) -> Iterator[None]:
-    """
-    Be the only writer of a folder.
-
-    The lock ends with its process, however that ends.
-
-    Args:
-        folder (`str` or `pathlib.Path`):
-            The folder; it is made if it is missing.
-
-    Raises:
-        `ValueError`: If another process, or this one, writes to the folder already.
-    """
+    """Be the only writer of a folder, which is made if it is missing. The lock ends with its process."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -168,24 +168,20 @@ def load_tokenizer(
     if place[0] is not None:
         tokenizer, _ = _tokenizer(local_folder(*place, trust_remote_code), trust_remote_code)
     if tokenizer is None:
-        raise ValueError(
-            f"{name}: expected the files of a tokenizer, found {reason}: save it beside the weights "
-            "(`tokenizer.save_pretrained(folder)`)"
-        )
+        raise ValueError(f"{name}: expected the files of a tokenizer, found {reason}: save it beside the weights")
     warnings.warn(f"{name} has no tokenizer, that of {place[0]} is taken", stacklevel=2)
     return tokenizer
 
 
 def adapter_base(folder: Path) -> tuple[str, str | None]:
     """Name and revision of the model that an adapter stands on."""
+    path = folder / ADAPTER_CONFIG_NAME
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{folder / ADAPTER_CONFIG_NAME}: expected the configuration of an adapter ({error})"
-        ) from error
+        raise ValueError(f"{path}: expected the configuration of an adapter ({error})") from error
     if not config.base_model_name_or_path:
-        raise ValueError(f"{folder / ADAPTER_CONFIG_NAME}: expected base_model_name_or_path, found none: pass `base`")
+        raise ValueError(f"{path}: expected base_model_name_or_path, found none: pass `base`")
     return config.base_model_name_or_path, config.revision
 
 
@@ -211,10 +207,7 @@ def _load_weights(folder: Path, name: str, **options) -> PreTrainedModel:
             folder, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ImportError, SafetensorError) as error:
-        raise ValueError(
-            f"{name}: expected a folder or Hub repository with config.json and whole, unquantised safetensors "
-            f"weights ({error})"
-        ) from error
+        raise ValueError(f"{name}: expected config.json and whole, unquantised safetensors ({error})") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if loading[problem]:
             raise ValueError(f"{name}: {problem.replace('_keys', ' tensors')}: {sorted(map(str, loading[problem]))}")
@@ -239,8 +232,8 @@ def _load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: expected an adapter of {model.name_or_path} ({error})") from error
     loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    for tensor in sorted(stored):
-        if "lora_" in tensor and tensor not in loaded:
+    for tensor in sorted(stored - loaded.keys()):
+        if "lora_" in tensor:
             raise ValueError(f"{path}: tensor {tensor}: expected one of {model.name_or_path}, found none")
     for tensor, value in loaded.items():
         if not torch.isfinite(value).all():

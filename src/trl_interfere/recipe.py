@@ -17,41 +17,30 @@ import pandas
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from pandas.errors import EmptyDataError, ParserError
 from pyarrow import ArrowException
 
 from .domain import Domain
 
 
 _FILE_TYPES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-_TOP = ("model", "training", "domains", "peft", "heal", "refresh", "analysis")
+_PARTS = ("training", "peft", "heal", "refresh", "analysis")
 _DATASETS = ("train_dataset", "eval_dataset", "selection_dataset")
 _DOMAIN = ("name", *_DATASETS, "reward_funcs", "reward_weights", "metric", "benchmark", "settings")
+_SHIPPED = ("name", "domain", "options", "settings")
 _OLD_NAMES = {"rewards": "reward_funcs", **{name.removesuffix("_dataset"): name for name in _DATASETS}}
 # Packages that a dry run imports functions from, besides the folder of the recipe.
 _TRUSTED = ("trl", "trl_interfere")
-_SHIPPED = ("name", "domain", "options", "settings")
 # Name in YAML to the dotted path of a function that makes the domain.
-SHIPPED_DOMAINS = {
-    "math": "trl_interfere.datasets.math_domain",
-    "code": "trl_interfere.datasets.code_domain",
-    "qa": "trl_interfere.datasets.qa_domain",
-    "writing": "trl_interfere.datasets.writing_domain",
-}
+SHIPPED_DOMAINS = {name: f"trl_interfere.datasets.{name}_domain" for name in ("math", "code", "qa", "writing")}
 # Name in YAML to the dotted path of a reward function.
 BUILT_IN_REWARDS = {
-    "exact_match": "trl_interfere.rewards.text.exact_match",
-    "contains_answer": "trl_interfere.rewards.text.contains_answer",
-    "contains_words": "trl_interfere.rewards.text.contains_words",
+    **{kind: f"trl_interfere.rewards.text.{kind}" for kind in ("exact_match", "contains_answer", "contains_words")},
+    **{f"lab_{name}": f"trl_interfere.lab.{name}.{name}_reward" for name in SHIPPED_DOMAINS},
     "math_answer": "trl_interfere.rewards.math.math_reward",
     "choice": "trl_interfere.rewards.qa.qa_reward",
     "writing_rubric": "trl_interfere.rewards.writing.writing_reward",
     "math_verify": "trl.rewards.accuracy_reward",
     "think_format": "trl.rewards.think_format_reward",
-    "lab_code": "trl_interfere.lab.code.code_reward",
-    "lab_math": "trl_interfere.lab.math.math_reward",
-    "lab_qa": "trl_interfere.lab.qa.qa_reward",
-    "lab_writing": "trl_interfere.lab.writing.writing_reward",
 }
 _DATA = ("path", "name", "split", "columns", "prompt", "system", "limit", "skip")
 
@@ -80,39 +69,29 @@ def load_run_file(path: str | Path, folder: str | Path | None = None, dry: bool 
     """
     path = Path(path)
     content = read_yaml(path)
-    check_names(content, _TOP, str(path), required=("model", "domains"))
+    check_names(content, ("model", "domains", *_PARTS), str(path), required=("model", "domains"))
     if not isinstance(content["domains"], list) or not content["domains"]:
         raise ValueError(f"{path}, domains: expected a list of domains, found {content['domains']!r}")
     if not isinstance(content["model"], str) or not content["model"]:
         raise ValueError(f"{path}, model: expected a folder or a Hub id, found {content['model']!r}")
-
     # Functions of the file are looked for beside it: a console script has no folder of the user on its path.
     folder = path.parent if folder is None else Path(folder)
     if str(folder.resolve()) not in sys.path:
         sys.path.append(str(folder.resolve()))
-    parts = {
-        part: None if content.get(part) is None else _mapping(content[part], f"{path}, {part}")
-        for part in ("training", "peft", "heal", "refresh", "analysis")
-    }
-    training = parts.pop("training") or {}
+    parts = {part: _mapping(content[part], f"{path}, {part}") for part in _PARTS if content.get(part) is not None}
+    training = parts.setdefault("training", {})
     overrides = _mapping(training.get("stage_overrides"), f"{path}, training.stage_overrides")
     domains = []
     for position, entry in enumerate(content["domains"]):
         where = f"{path}, domains[{position}]"
-        make, names = (_shipped_domain, _SHIPPED) if "domain" in _mapping(entry, where) else (_domain, _DOMAIN)
-        check_names(entry, names, where, required=("name",) if make is _domain else ())
+        make = _shipped_domain if "domain" in _mapping(entry, where) else _domain
         domains.append(make(entry, where, folder, folder if dry else None))
         if entry.get("settings"):
             overrides[domains[-1].name] = _mapping(entry["settings"], f"{where}, settings")
     if overrides:
         training["stage_overrides"] = overrides
     local = folder / content["model"]
-    return RunFile(
-        model=str(local) if local.is_dir() else content["model"],
-        domains=domains,
-        training=training,
-        **{**parts, "analysis": parts["analysis"] or {}},
-    )
+    return RunFile(str(local) if local.is_dir() else content["model"], domains, **parts)
 
 
 class _Loader(yaml.SafeLoader):
@@ -214,18 +193,17 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def _domain(entry: dict[str, Any], where: str, folder: Path, only: Path | None) -> Domain:
+    check_names(entry, _DOMAIN, where, required=("name",))
     rewards = entry.get("reward_funcs") or []
     rewards = rewards if isinstance(rewards, list) else [rewards]
     for name, kinds in (("name", (str, int)), ("benchmark", (str, type(None)))):
         if not isinstance(entry.get(name, ""), kinds) or isinstance(entry.get(name), bool):
             raise ValueError(f"{where}, {name}: expected a text, found {entry[name]!r}")
+    parts = {part: entry[part] for part in _DATASETS if entry.get(part) is not None}
     try:
         return Domain(
             name=str(entry["name"]),
-            **{
-                part: None if entry.get(part) is None else load_prompts(entry[part], f"{where}, {part}", folder)
-                for part in _DATASETS
-            },
+            **{part: load_prompts(source, f"{where}, {part}", folder) for part, source in parts.items()},
             reward_funcs=[load_function(reward, f"{where}, reward_funcs", only=only) for reward in rewards],
             metric=entry.get("metric") and load_function(entry["metric"], f"{where}, metric", only=only),
             reward_weights=entry.get("reward_weights"),
@@ -236,6 +214,7 @@ def _domain(entry: dict[str, Any], where: str, folder: Path, only: Path | None) 
 
 
 def _shipped_domain(entry: dict[str, Any], where: str, folder: Path, only: Path | None) -> Domain:
+    check_names(entry, _SHIPPED, where)
     function = load_function(entry["domain"], f"{where}, domain", SHIPPED_DOMAINS, "shipped domain", only)
     options = _mapping(entry.get("options"), f"{where}, options")
     parameters = inspect.signature(function).parameters
@@ -257,15 +236,11 @@ def _shipped_domain(entry: dict[str, Any], where: str, folder: Path, only: Path 
 
 
 def load_function(
-    name: str,
-    where: str,
-    known: Mapping[str, str] = BUILT_IN_REWARDS,
-    kind: str = "built-in reward",
-    only: Path | None = None,
+    name: str, where: str, known: Mapping = BUILT_IN_REWARDS, kind: str = "built-in reward", only: Path | None = None
 ) -> Callable:
     """
-    A function by its built-in name or its dotted path, such as `"my_package.rewards.my_reward"`. With `only`, modules
-    that are neither trusted nor in that folder are not imported, and a function that cannot be called stands for them.
+    A function by its built-in name or its dotted path. With `only`, modules that are neither trusted nor in that
+    folder are not imported, and a function that cannot be called stands for theirs.
     """
     if not isinstance(name, str):
         raise ValueError(f"{where}: expected the name of a function, found {name!r}")
@@ -293,10 +268,8 @@ def _not_imported(**kwargs):
 
 def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
     """
-    Rows of a local file, a folder or a data set on the Hub.
-
-    Values of a file stay as they are written: what stands in a csv is text (`007`, `2.50`, `NA`), a text in json is
-    never made a date, and a json column of integers and decimals is text too.
+    Rows of a local file, a folder or a data set on the Hub. Values of a file stay as they are written: what stands in
+    a csv is text (`007`, `NA`), a text in json is never made a date, a column of integers and decimals is text.
     """
     split, local = source.get("split", "train"), folder / source["path"]
     try:
@@ -310,15 +283,11 @@ def read_dataset(source: dict[str, Any], where: str, folder: Path) -> Dataset:
         if isinstance(dataset, DatasetDict) and split not in dataset:
             raise ValueError(f"expected the split {split!r}, found {sorted(dataset)}")
         return dataset[split] if isinstance(dataset, DatasetDict) else dataset
-    except (DatasetGenerationError, ArrowException, EmptyDataError, ParserError, json.JSONDecodeError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"{where}: {source['path']!r} cannot be read ({cause})") from error
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    except (DatasetGenerationError, ArrowException, ValueError) as error:
+        raise ValueError(f"{where}: {source['path']!r} cannot be read ({error.__cause__ or error})") from error
     except (OSError, DatasetNotFoundError) as error:
-        raise ValueError(
-            f"{where}: {source['path']!r} is neither a local file or folder nor readable from the Hub ({error})"
-        ) from error
+        found = f"{source['path']!r} is neither a local file or folder nor readable from the Hub"
+        raise ValueError(f"{where}: {found} ({error})") from error
 
 
 def _read_file(path: Path) -> Dataset:
@@ -327,9 +296,8 @@ def _read_file(path: Path) -> Dataset:
     if path.suffix == ".parquet":
         return load_dataset("parquet", data_files=str(path), split="train")
     if path.suffix in (".csv", ".tsv"):
-        separator = "\t" if path.suffix == ".tsv" else ","
-        columns: Mapping[str, list] = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
-        columns = {str(name): list(values) for name, values in columns.items()}
+        table = pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
+        columns = {str(name): list(values) for name, values in table.items()}
     else:
         columns = _json_columns(path.read_text(encoding="utf-8-sig"))
     if not any(map(len, columns.values())):
@@ -374,17 +342,13 @@ def load_prompts(source: str | dict[str, Any], where: str, folder: Path) -> Data
             raise ValueError(f"{where}, {option}: expected a number of rows, found {found!r}")
     chosen = range(len(dataset))[source.get("skip") or 0 :][: source.get("limit")]
     if not chosen:
-        raise ValueError(
-            f"{where}: expected at least one row, found {len(dataset)} of which skip and limit leave none"
-        )
+        raise ValueError(f"{where}: expected at least one row, skip and limit leave none of {len(dataset)}")
     dataset = dataset.select(chosen)
     if source.get("prompt") is not None:
         settings = {"template": source["prompt"], "system": source.get("system"), "where": where}
         dataset = dataset.map(_to_messages, fn_kwargs=settings)
-    if "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"{where}: expected a column 'prompt', found {dataset.column_names}; use `columns` or `prompt`"
-        )
+    if "prompt" not in (columns := dataset.column_names):
+        raise ValueError(f"{where}: expected a column 'prompt', found {columns}; use `columns` or `prompt`")
     return dataset
 
 
@@ -392,8 +356,6 @@ def _to_messages(row: dict[str, Any], template: str, system: str | None, where: 
     try:
         text = template.format(**row)
     except (KeyError, IndexError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{where}, prompt: expected columns named in the template, {error} is missing from {sorted(row)}"
-        ) from error
+        raise ValueError(f"{where}, prompt: expected columns of {sorted(row)} in the template ({error})") from error
     messages = [] if system is None else [{"role": "system", "content": system}]
     return {"prompt": [*messages, {"role": "user", "content": text}]}

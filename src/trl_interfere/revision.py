@@ -1,9 +1,10 @@
-"""Names of checkpoints: a folder, `user/repo`, or `user/repo@revision`."""
+"""Names of checkpoints (a folder, `user/repo`, or `user/repo@revision`) and of benchmarks on the Hub."""
 
 import re
 from pathlib import Path
 
 
+_BENCHMARK = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<task>[\w./-]+))?")
 _STAGE_FOLDER = re.compile(r"(?:^|/)stages/([^/]+)/?$")
 
 
@@ -29,6 +30,14 @@ def split_revision(name: str | Path) -> tuple[str, str | None]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or not revision:
         raise ValueError(f"{name}: expected a folder that exists or user/repo@revision, found neither")
     return repo_id, revision
+
+
+def parse_benchmark(name: str, where: str = "") -> tuple[str, str | None, str]:
+    """Data set, revision and task of the name of a benchmark."""
+    match = _BENCHMARK.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{where}benchmark: expected user/dataset, user/dataset@revision or :task, found {name!r}")
+    return match["id"], match["revision"], match["task"] or "default"
 
 
 def stage_revision(stage: str) -> str:

@@ -30,16 +30,6 @@ class Run:
     `stages.json` says what has finished. It is replaced atomically, and only after all files of a stage are on disk:
     it alone decides what a resumed run does next. The one before its last change is kept as `stages.json.previous`.
 
-    Example:
-
-    ```python
-    >>> from trl_interfere import Run
-
-    >>> run = Run("out")
-    >>> run.peak("math").name, run.final.name
-    ('2-math', '4-writing')
-    ```
-
     Args:
         folder (`str` or `pathlib.Path`):
             Folder of a run that has begun. Nothing in it is changed.
@@ -57,15 +47,11 @@ class Run:
 
     @classmethod
     def new(
-        cls,
-        folder: str | Path,
-        identity: dict[str, Any],
-        run_name: str | None = None,
-        about: dict[str, Any] | None = None,
+        cls, folder: str | Path, identity: dict[str, Any], run_name: str | None = None, about: dict | None = None
     ) -> "Run":
         """
-        A run that begins, or goes on with [`~Run.resume`]; nothing is written before [`~Run.save`]. The identity makes
-        it this run and no other; `about`, for the card, may change when the run is resumed.
+        A run that begins, or goes on with [`~Run.resume`]; nothing is written before [`~Run.save`]. `about`, for the
+        card, may change when the run is resumed, `identity` may not.
         """
         run = cls.__new__(cls)
         run._begin(folder, json.loads(json.dumps(identity)), run_name, about)
@@ -154,17 +140,8 @@ class Run:
 
     def weights(self, stage: StageRecord | str | int) -> Path | str:
         """
-        Where the weights of a stage lie.
-
-        Args:
-            stage ([`StageRecord`] or `str` or `int`):
-                The stage, its name or its position.
-
-        Returns:
-            `pathlib.Path` or `str`: Folder of the weights or the adapter; [`~Run.base_model`] for the base.
-
-        Raises:
-            `FileNotFoundError`: If the folder is gone.
+        Folder of the weights or the adapter of a stage, which may be named or given by its position;
+        [`~Run.base_model`] for the base. A `FileNotFoundError` if the folder is gone.
         """
         record = stage if isinstance(stage, StageRecord) else self.stage(stage)
         if record.folder is None:
@@ -176,25 +153,13 @@ class Run:
 
     def rows(self, stage: StageRecord | str | int, domain: str) -> list[dict[str, Any]]:
         """
-        What a stage wrote on the test prompts of a domain.
-
-        Args:
-            stage ([`StageRecord`] or `str` or `int`):
-                The stage, its name or its position.
-            domain (`str`):
-                Name of the domain.
-
-        Returns:
-            `list[dict]`: For each prompt its `score` (0 to 1), the `prompt`, and the `completions`.
-
-        Raises:
-            `ValueError`: If the stage was not scored on the domain, or the file is broken.
+        For each test prompt of a domain its `score` (0 to 1), the `prompt`, and the `completions` that a stage wrote.
+        A `ValueError` if the stage was not scored on the domain, or the file is broken.
         """
         record = stage if isinstance(stage, StageRecord) else self.stage(stage)
         if domain not in record.scores:
-            raise ValueError(
-                f"domain {domain!r}: expected one that was scored after stage {record.name}, {list(record.scores)}"
-            )
+            scored = list(record.scores)
+            raise ValueError(f"domain {domain!r}: expected one that was scored after stage {record.name}, {scored}")
         entry = record.scores[domain]
         path = resolve_inside(self.folder, entry["file"])
         try:
@@ -217,8 +182,7 @@ class Run:
 
     def trained(self, domain: str) -> StageRecord | None:
         """The last stage of kind `train` of a domain; `None` where there is none."""
-        own = [record for record in self.stages if record.kind == "train" and record.domain == domain]
-        return own[-1] if own else None
+        return next((one for one in reversed(self.stages) if (one.kind, one.domain) == ("train", domain)), None)
 
     def peak(self, domain: str) -> StageRecord:
         """The stage up to the final one after which a domain scored best; the earliest one among equals."""
@@ -230,23 +194,20 @@ class Run:
     def resume(self) -> None:
         """
         Go on with what is in the folder: read its stages and remove what a killed process left half-written. Another
-        run is refused, but the schedule may be longer than that of the earlier process, and there may be more domains.
+        run is refused; the schedule may be longer than before, and there may be more domains.
         """
         identity, about, run_name = self.identity, self.about, self.run_name
         self._tidy()
         self._read()
         self._check_identity(self.identity, identity, sum(record.kind == "train" for record in self.stages))
         for record in self.records:
-            for part in record.parts:
-                if not (self.folder / part).exists():
-                    raise ValueError(
-                        f"{self.path}: stage {record.name} is listed, but {self.folder / part} is missing"
-                    )
+            for path in (self.folder / part for part in record.parts):
+                if not path.exists():
+                    raise ValueError(f"{self.path}: stage {record.name} is listed, but {path} is missing")
         self.identity, self.about, self.run_name = identity, {**self.about, **about}, run_name or self.run_name
 
     def _tidy(self) -> None:
-        for leftover in self.folder.glob(f".{STAGES_NAME}*.tmp"):
-            logger.warning("%s: half-written by a process that was killed, removed", leftover)
+        for leftover in self.folder.glob(f".{STAGES_NAME}*.tmp"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
 
     def _read(self) -> None:
@@ -287,12 +248,11 @@ class Run:
         if before == now:
             return
         before, now = (json.dumps(run, indent=1, sort_keys=True).splitlines() for run in (before, now))
-        changes = [
-            line for line in difflib.unified_diff(before, now, lineterm="", n=0) if line[:2] not in ("--", "++", "@@")
-        ]
+        _, _, *diff = difflib.unified_diff(before, now, lineterm="", n=0)
+        changes = "\n".join(line for line in diff if not line.startswith("@@"))
         raise ValueError(
-            f"{self.path}: this folder belongs to another run. Choose another output_dir or go back to its "
-            "settings. In the folder (-) and now (+):\n" + "\n".join(changes)
+            f"{self.path}: this folder belongs to another run. Choose another output_dir or go back to its settings. "
+            f"In the folder (-) and now (+):\n{changes}"
         )
 
     def lock(self):
@@ -335,8 +295,8 @@ class Run:
         self, stage: str, domain: str, values: np.ndarray, completions: list[str], prompts: list[Any] | None = None
     ) -> str:
         """
-        Keep the score, the prompt and the completions of each prompt, and the score of each completion where there are
-        several: `values` of shape `(n,)` or `(n, k)`. Returns the file, relative to the folder.
+        Keep the score of each prompt, of each completion where there are several (`values` of shape `(n,)` or
+        `(n, k)`), and the texts. Returns the file, relative to the folder.
         """
         file = Path("scores") / stage / f"{domain}.jsonl"
         values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)

@@ -1,8 +1,8 @@
 """What a run knows of one of its stages."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, get_origin
 
 
 KINDS = ("base", "train", "refresh", "heal")
@@ -72,13 +72,12 @@ def stage_domains(domain: str | None, overrides: dict[str, Any]) -> list[str]:
 
 
 def stage_name(index: int, kind: str, domain: str | None) -> str:
-    parts = {"base": ["base"], "train": [str(domain)]}.get(kind, [kind, *([] if domain is None else [domain])])
-    return "-".join([str(index), *parts])
+    return "-".join([str(index), *([] if kind == "train" else [kind]), *([] if domain is None else [domain])])
 
 
-_FIELDS = {"index": int, "kind": str, "domain": (str, type(None)), "folder": (str, type(None)), "steps": int}
-_FIELDS |= {"seconds": (int, float), "scores": dict, "seed": int, "overrides": dict, "versions": dict, "reason": dict}
-_SCORE = {"value": (int, float), "low": (int, float), "high": (int, float), "n": int, "file": str}
+_FIELDS = {entry.name: get_origin(entry.type) or entry.type for entry in fields(StageRecord)}
+_FIELDS |= {"domain": str | None, "folder": str | None, "seconds": int | float}
+_SCORE = {"value": int | float, "low": int | float, "high": int | float, "n": int, "file": str}
 
 
 def read_record(entry: Any, where: str) -> StageRecord:
@@ -96,7 +95,6 @@ def read_record(entry: Any, where: str) -> StageRecord:
 def _check_types(values: dict[str, Any], types: dict[str, Any], where: str) -> None:
     for name, kind in types.items():
         value = values.get(name)
-        number = isinstance(value, (int, float))
-        if not isinstance(value, kind) or isinstance(value, bool) or (number and not math.isfinite(value)):
-            names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-            raise ValueError(f"{where}, {name}: expected {names}, found {value!r:.100}")
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if not fits or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{where}, {name}: expected {getattr(kind, '__name__', kind)}, found {value!r:.100}")

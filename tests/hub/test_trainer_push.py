@@ -3,7 +3,9 @@
 import logging
 
 import pytest
-from tiny_runs import AskOnce, build, math_domain, writing_domain
+import yaml
+from huggingface_hub import parse_eval_result_entries
+from tiny_runs import AskOnce, build, config, math_domain, writing_domain
 
 from trl_interfere import HubCallback, SequentialGRPOTrainer
 from trl_interfere.hub.push import PushError
@@ -100,23 +102,13 @@ def test_a_hub_that_fails_does_not_stop_the_training(hub, tmp_path, no_waits, ca
     assert hub.files(REPO)["model.safetensors"] == weights(tmp_path, "2-writing")
 
 
-@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
-def test_whole_checkpoints_are_refused(tmp_path, strategy):
-    with pytest.raises(ValueError, match=f"hub_strategy: expected 'end' or 'every_save', found '{strategy}'"):
-        build(tmp_path, hub_strategy=strategy, **PUSH)
-
-
 def test_a_run_from_a_revision(hub, tmp_path):
     first = build(tmp_path / "first", max_steps=1, hub_model_id=REPO, order=["math"], callbacks=[HubCallback()])
     first.train()
     first.push_to_hub()
     name = f"{REPO}@stage-1-math"
-    trainer = SequentialGRPOTrainer(
-        model=name,
-        args=build(tmp_path / "second", max_steps=1, order=["writing"]).args,
-        domains=[math_domain(), writing_domain()],
-        callbacks=[HubCallback()],
-    )
+    args = config(tmp_path / "second", max_steps=1, order=["writing"])
+    trainer = SequentialGRPOTrainer(name, args, [math_domain(), writing_domain()], callbacks=[HubCallback()])
     for key, tensor in first.model.state_dict().items():
         assert (trainer.model.state_dict()[key] == tensor).all(), key
     trainer.train()
@@ -126,16 +118,20 @@ def test_a_run_from_a_revision(hub, tmp_path):
 
 
 def test_benchmarks_reach_the_hub(hub, tmp_path):
-    domains = [math_domain(benchmark="opencompass/AIME2025:aime"), writing_domain()]
-    build(tmp_path, domains=domains, callbacks=[HubCallback()], order=["math"], hub_strategy="end", **PUSH).train()
+    domains = [math_domain(benchmark="opencompass/AIME2025@abc:aime"), writing_domain()]
+    trainer = build(tmp_path, domains, [HubCallback()], order=["math"], hub_strategy="end", **PUSH)
+    trainer.train()
     files = hub.files(REPO)
-    assert (
-        b"id: opencompass/AIME2025" in files[".eval_results/math.yaml"] and ".eval_results/writing.yaml" not in files
-    )
-    assert "- opencompass/AIME2025" in files["README.md"].decode()
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/math.yaml"]))
+    score = trainer.run.final.scores["math"]
+    assert (entry.dataset_id, entry.dataset_revision, entry.task_id) == ("opencompass/AIME2025", "abc", "aime")
+    assert entry.value == score["value"] and f"n={score['n']}" in entry.notes
+    assert ".eval_results/writing.yaml" not in files and "- opencompass/AIME2025" in files["README.md"].decode()
 
 
-def test_a_push_that_nobody_would_make_is_refused(tmp_path):
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="hub_strategy: expected 'end' or 'every_save', found 'checkpoint'"):
+        build(tmp_path, hub_strategy="checkpoint", **PUSH)
     trainer = build(tmp_path, hub_strategy="end", **PUSH)
     for call in (trainer.train, trainer.push_to_hub):
         with pytest.raises(ValueError, match="HubCallback"):

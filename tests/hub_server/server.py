@@ -3,6 +3,7 @@ A small Hub: the part of the upload and download protocol that huggingface_hub, 
 
 Repositories are kept in memory as commits. What an upload sends is checked as the Hub checks it: a commit with a large
 file that was not uploaded is refused, a sha256 that does not fit its bytes too. `Hub.fail` makes the server misbehave.
+huggingface_hub reads the address once, at its first import; nothing listens there before `Hub.start`.
 """
 
 import asyncio
@@ -13,98 +14,25 @@ import re
 import socket
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 
 import uvicorn
-import yaml
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from .repository import Blob, HubError, Repo, metadata_of, now, problems
 
+
+LISTENER = socket.socket()
+LISTENER.bind(("127.0.0.1", 0))
+URL = "http://{}:{}".format(*LISTENER.getsockname())
 TOKEN = "hf_testtokenthatmaynotbeprinted"
 USER = "tester"
 SIGNATURE = "X-Amz-Signature=secretsignaturethatmaynotbeprinted"
 _LARGE = (".safetensors", ".bin", ".pt", ".npz", ".parquet", ".arrow", ".gguf", ".zip")
-_LICENSES = set("apache-2.0 mit cc-by-4.0 cc0-1.0 bsd-3-clause gpl-3.0 llama3 gemma other unknown".split())
 _PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
-
-
-class HubError(Exception):
-    def __init__(self, status: int, message: str, code: str | None = None, **content):
-        self.status, self.message, self.code, self.content = status, message, code, content
-
-
-@dataclass(frozen=True)
-class Blob:
-    """A file of a commit; a large one lies in the storage, and git has a pointer to it."""
-
-    content: bytes
-    large: bool = False
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.content).hexdigest()
-
-    @property
-    def pointer(self) -> bytes:
-        text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
-        return text.encode()
-
-    @property
-    def oid(self) -> str:
-        data = self.pointer if self.large else self.content
-        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-    def entry(self, path: str) -> dict:
-        entry = {"type": "file", "path": path, "oid": self.oid, "size": len(self.content)}
-        large = {"oid": self.sha256, "size": len(self.content), "pointerSize": len(self.pointer)}
-        return {**entry, "lfs": large} if self.large else entry
-
-
-@dataclass
-class Commit:
-    id: str
-    parent: "Commit | None"
-    files: dict[str, Blob]
-    title: str
-    date: str
-
-
-@dataclass
-class Repo:
-    kind: str
-    id: str
-    private: bool
-    sdk: str | None = None
-    branches: dict[str, Commit] = field(default_factory=dict)
-    commits: dict[str, Commit] = field(default_factory=dict)
-    storage: dict[str, bytes] = field(default_factory=dict)
-
-    def commit(self, branch: str, files: dict[str, Blob], title: str) -> Commit:
-        parent = self.branches.get(branch)
-        content = json.dumps([len(self.commits), parent and parent.id, title, *((p, b.oid) for p, b in files.items())])
-        commit = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, files, title, _now())
-        self.commits[commit.id] = self.branches[branch] = commit
-        return commit
-
-    def resolve(self, revision: str) -> Commit:
-        found = self.branches.get(revision) or self.commits.get(revision)
-        if found is None:
-            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return found
-
-    def about(self, commit: Commit) -> dict:
-        metadata = _metadata(commit.files["README.md"].content.decode()) if "README.md" in commit.files else {}
-        siblings = [{"rfilename": path, "size": len(blob.content)} for path, blob in sorted(commit.files.items())]
-        return {
-            "_id": "0", "id": self.id, "modelId": self.id, "author": self.id.split("/")[0], "sha": commit.id,
-            "private": self.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0,
-            "tags": metadata.get("tags") or [], "lastModified": commit.date, "createdAt": commit.date,
-            "siblings": siblings, **({"sdk": self.sdk} if self.sdk else {}),
-        }  # fmt: skip
 
 
 @dataclass
@@ -137,8 +65,9 @@ class Failure:
 class Hub:
     """The server, in a thread."""
 
-    def __init__(self, listener: socket.socket):
-        self.url = "http://{}:{}".format(*listener.getsockname())
+    url = URL
+
+    def __init__(self):
         self.reset()
         repo, storage = "/api/{kinds}/{owner}/{name}", "/storage/{kind}/{owner}/{name}/{sha}"
         table = [
@@ -164,7 +93,7 @@ class Hub:
         self._app = Starlette(routes=sorted(routes, key=lambda route: (route.path[:5] != "/api/", -len(route.path))))
         config = uvicorn.Config(self, log_level="critical", lifespan="off", http="h11", ws="none", loop="asyncio")
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [LISTENER]}, daemon=True)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -173,16 +102,11 @@ class Hub:
         self.failures: list[Failure] = []
         self.log: list[tuple[str, str]] = []  # method and path of each request
         self.uploads: Counter[str] = Counter()  # how often each large file was sent whole, by sha256
-        self.quota: int | None = None  # bytes that the large file storage takes
 
     def start(self) -> None:
         self._thread.start()
         while not self._server.started:
             assert self._thread.is_alive(), "the server did not start"
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
 
     def fail(self, *arguments, **options) -> None:
         """Answer the next requests with a [`Failure`]."""
@@ -216,7 +140,7 @@ class Hub:
                 headers |= {"X-Error-Code": error.code} if error.code else {}
                 return JSONResponse({"error": error.message, **error.content}, error.status, headers)
             except ClientDisconnect:
-                return Response(status_code=400)
+                return Response()
 
         return endpoint
 
@@ -245,7 +169,7 @@ class Hub:
         owner, kind = body.get("organization") or user, body.get("type") or "model"
         repo_id = f"{owner}/{body['name']}"
         if owner != user:
-            raise HubError(403, f"You don't have the rights to create a {kind} under the namespace {owner!r}")
+            raise HubError(403, f"You don't have the rights to create a {kind} under {owner!r}")
         url = f"{self.url}/{_PREFIXES[kind]}{repo_id}"
         if (kind, repo_id) in self.repos:
             raise HubError(409, f"You already created this {kind} repo", url=url)
@@ -302,22 +226,19 @@ class Hub:
     async def _batch(self, request: Request):
         repo, body = self._repo(request, write=True), await request.json()
         assert body["operation"] == "upload" and body["hash_algo"] == "sha256"
-        objects, taken = [], sum(map(len, repo.storage.values()))
+        objects = []
         for entry in body["objects"]:
             objects.append({"oid": entry["oid"], "size": entry["size"]})
             if entry["oid"] not in repo.storage:
-                taken += entry["size"]
                 place = f"{self.url}/storage/{repo.kind}/{repo.id}/{entry['oid']}?{SIGNATURE}"
                 objects[-1]["actions"] = {"upload": {"href": place, "header": {}}}
-            if self.quota is not None and taken > self.quota:
-                raise HubError(403, "Private repository storage limit reached, please upgrade your plan.")
         return {"transfer": "basic", "objects": objects}
 
     def _stored(self, request: Request) -> tuple[Repo, str]:
         if request.url.query != SIGNATURE:
             raise HubError(403, "SignatureDoesNotMatch")
-        kind, owner, name, sha = (request.path_params[key] for key in ("kind", "owner", "name", "sha"))
-        return self.repos[kind, f"{owner}/{name}"], sha
+        found = request.path_params
+        return self.repos[found["kind"], f"{found['owner']}/{found['name']}"], found["sha"]
 
     async def _put(self, request: Request):
         (repo, sha), content = self._stored(request), await request.body()
@@ -353,8 +274,6 @@ class Hub:
                 case "deletedFile":
                     if files.pop(path, None) is None:
                         raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
-                case "deletedFolder":
-                    files = {name: blob for name, blob in files.items() if not name.startswith(path.rstrip("/") + "/")}
                 case key:
                     raise HubError(400, f"unknown operation {key!r}")
         commit = repo.commit(branch, files, title)
@@ -376,66 +295,29 @@ class Hub:
         return RedirectResponse(f"{place}/storage/{repo.kind}/{repo.id}/{blob.sha256}?{SIGNATURE}", 302, headers)
 
     async def _validate(self, request: Request):
-        body = await request.json()
-        errors = [{"message": error} for error in _problems(_metadata(body["content"]), body.get("repoType", "model"))]
+        errors = [{"message": error} for error in problems(metadata_of((await request.json())["content"]))]
         return JSONResponse({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     async def _create_collection(self, request: Request):
         user, body = self._user(request), await request.json()
-        if body["namespace"] != user:
-            raise HubError(403, f"You don't have the rights to create a collection under {body['namespace']!r}")
         slug = f"{user}/{re.sub('[^a-z0-9]+', '-', body['title'].lower())}-{hashlib.sha1(b'x').hexdigest()[:24]}"
         if slug in self.collections:
             raise HubError(409, "This collection already exists", slug=slug)
         self.collections[slug] = {
-            "slug": slug, "title": body["title"], "owner": {"name": user}, "items": [], "lastUpdated": _now(),
+            "slug": slug, "title": body["title"], "owner": {"name": user}, "items": [], "lastUpdated": now(),
             "position": 0, "private": body.get("private", False), "theme": "blue", "upvotes": 0,
             "description": body.get("description", ""),
         }  # fmt: skip
         return self.collections[slug]
 
     async def _collection(self, request: Request):
-        slug = "{owner}/{slug}".format(**request.path_params)
-        if slug not in self.collections:
-            raise HubError(404, "Collection not found")
-        return self.collections[slug]
+        return self.collections["{owner}/{slug}".format(**request.path_params)]
 
     async def _add_item(self, request: Request):
         self._user(request)
         collection, item = await self._collection(request), (await request.json())["item"]
-        if (item["type"], item["id"]) not in self.repos:
-            raise HubError(404, f"{item['type']} {item['id']} not found")
         if any((entry["type"], entry["id"]) == (item["type"], item["id"]) for entry in collection["items"]):
             raise HubError(409, "Item already in collection")
         place = len(collection["items"])
         collection["items"].append({"_id": str(place), "position": place, **item})
         return collection
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-
-
-def _metadata(card: str) -> dict:
-    match = re.match(r"\s*---\r?\n(.*?)\r?\n---", card, re.DOTALL)
-    return (yaml.safe_load(match[1]) if match else None) or {}
-
-
-def _problems(metadata: dict, kind: str) -> list[str]:
-    """Errors of a card, after the rules in the Hub's documentation."""
-    ids = [value for name in ("base_model", "datasets") for value in _listed(metadata.get(name, []))]
-    checks = {
-        f"license must be one of {sorted(_LICENSES)}": metadata.get("license", "mit") in _LICENSES,
-        f"expected ids of models and datasets, found {ids}": all(
-            isinstance(value, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) for value in ids
-        ),
-        "base_model_relation is unknown": metadata.get("base_model_relation", "adapter")
-        in ("adapter", "merge", "quantized", "finetune"),
-        "tags must be a list of strings": all(isinstance(tag, str) for tag in metadata.get("tags") or []),
-        "sdk of the space is unknown": kind != "space" or metadata.get("sdk") in ("gradio", "docker", "static"),
-    }
-    return [message for message, holds in checks.items() if not holds]
-
-
-def _listed(value) -> list:
-    return value if isinstance(value, list) else [value]

@@ -45,8 +45,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"unknown command {name!r}, {hint}")
         code = import_module(f".{name}", __name__).main(arguments)
     except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("TRL_INTERFERE_TRACEBACK"):
-            raise
         print(f"Error: {plain(str(error))}", file=sys.stderr)
         code = 2
     if code:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..domain import Domain
 from ..evaluation.bootstrap import difference
 from ..evaluation.flips import flips
 from ..evaluation.score_matrix import ScoreMatrix
+from ..recipe import RunFile, build_dataclass
 from ..reporting.verdict import losses
 from ..reporting.verdict import verdict as run_verdict
 from ..run import Run, lock_folder, write_atomically
@@ -60,35 +62,30 @@ def main(arguments: list[str]) -> None:
         update = update_of_run(run, options.domain)
     folder = Path(options.output_dir) if options.output_dir else run.analysis(update.earlier)
     recipe = recipe_of(run, options.recipe)
-    earlier, *later = domains_of(recipe, [update.earlier, *update.later])
+    domains = domains_of(recipe, [update.earlier, *update.later])
     options.prepare()
     with lock_folder(folder if run is None else run.folder):
-        report = analyze(update, earlier, later, settings_of(recipe), options, folder)
+        report = analyze(update, domains, recipe, options, folder)
     elsewhere = f"--final {update.after} --peak {update.earlier}={update.before} --recipe {options.recipe}"
     next_step = f"trl-interfere heal {run.folder if run else elsewhere}"
     show(*verdict(report, run, update), f"The report and its figures are in {folder}. Next: {next_step}")
 
 
-def settings_of(recipe: Any) -> Any:
-    """Settings of the recipe; completions are as long as in the training, where it does not say otherwise."""
-    from ..analysis.config import InterferenceConfig
-    from ..recipe import build_dataclass
-
-    longest = recipe.training.get("max_completion_length")
-    settings = {**({"max_new_tokens": longest} if longest else {}), **recipe.analysis}
-    return build_dataclass(InterferenceConfig, settings, "recipe, analysis")
-
-
-def analyze(update: Update, earlier: Any, later: list[Any], config: Any, options: AnalyzeOptions, folder: Path) -> Any:
+def analyze(update: Update, domains: list[Domain], recipe: RunFile, options: AnalyzeOptions, folder: Path) -> Any:
     """Analyse, and put the report into its folder when all of it is written."""
     from ..analysis.analyzer import InterferenceAnalyzer
+    from ..analysis.config import InterferenceConfig
     from ..reporting.card import report_markdown
     from ..reporting.plots import save_figures
 
+    # Completions are as long as in the training, where the recipe does not say otherwise.
+    longest = recipe.training.get("max_completion_length")
+    settings = {**({"max_new_tokens": longest} if longest else {}), **recipe.analysis}
+    config = build_dataclass(InterferenceConfig, settings, "recipe, analysis")
     scratch = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     scratch.mkdir(parents=True)  # an analysis must not be lost to a folder that cannot be made
-    base = options.base or update.base
+    base, (earlier, *later) = options.base or update.base, domains
     analyzer = InterferenceAnalyzer.from_pretrained(
         update.before, update.after, base=base, config=config, dtype=options.dtype
     )
@@ -104,8 +101,7 @@ def analyze(update: Update, earlier: Any, later: list[Any], config: Any, options
     report.save_pretrained(scratch)
     write_atomically(scratch / "report.md", report_markdown(report))
     save_figures(report, scratch / "figures")
-    if folder.exists():
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(scratch, folder)
     return report
 

@@ -28,16 +28,23 @@ class DoctorOptions(Options):
 
 def main(arguments: list[str]) -> None:
     parse(DoctorOptions, arguments, "", EXAMPLE)
-    versions = {name: installed(name) or "missing" for name in PACKAGES}
     lines = [f"python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"]
-    lines += [", ".join(f"{name} {found}" for name, found in versions.items())]
-    lines += devices()
+    lines.append(", ".join(f"{name} {installed(name) or 'missing'}" for name in PACKAGES))
+    import torch
+    from huggingface_hub import constants, get_token
+
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        lines.append(f"device {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        lines.append(f"device: CPU, {torch.get_num_threads()} threads")
     bwrap = shutil.which("bwrap")
     lines.append(f"bubblewrap: {bwrap or 'missing: programs of the code domain need it (apt-get install bubblewrap)'}")
     for extra, (package, what) in EXTRAS.items():
         found = installed(package)
         lines.append(f"{package}: {found or f'missing, for {what}: pip install trl-interfere[{extra}]'}")
-    lines.append(f"Hub: {hub()}")
+    place = f"{constants.ENDPOINT}, " + ("a token is set" if get_token() else "no token: hf auth login")
+    lines.append(f"Hub: {'offline (HF_HUB_OFFLINE)' if constants.HF_HUB_OFFLINE else place}")
     free = shutil.disk_usage(".").free
     lines.append(f"disk here: {free / 1e9:.1f} GB free; a stage takes its weights once, and its checkpoints meanwhile")
     show("\n".join(lines), "Next: trl-interfere lab")
@@ -48,20 +55,3 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def devices() -> list[str]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return [f"device: CPU, {torch.get_num_threads()} threads"]
-    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [f"device {index}: {entry.name}, {entry.total_memory / 2**30:.0f} GiB" for index, entry in enumerate(found)]
-
-
-def hub() -> str:
-    from huggingface_hub import constants, get_token
-
-    if constants.HF_HUB_OFFLINE:
-        return "offline (HF_HUB_OFFLINE)"
-    return constants.ENDPOINT + (", a token is set" if get_token() else ", no token: hf auth login")

@@ -10,11 +10,12 @@ import numpy as np
 from ..evaluation.bootstrap import difference, score
 from ..evaluation.flips import flips
 from ..evaluation.metrics import recovered
-from ..run import Run, write_json
+from ..revision import split_revision
+from ..run import STAGES_NAME, Run, write_json
 from ..tables import console_table
 from .options import Options, empty_folder, option, parse
 from .output import show
-from .runs import checkpoint, recipe_of, training_settings
+from .runs import recipe_of, training_settings
 
 
 EXAMPLE = "trl-interfere evaluate out/stages/4-writing out/repair --peak out/stages/2-math"
@@ -58,15 +59,21 @@ def main(arguments: list[str]) -> None:
     run = run_of(options.models)
     recipe = recipe_of(run, options.recipe)
     domains = chosen_domains(recipe.domains, options.domain, options.split)
-    settings = settings_of(options, recipe)
-    places = [checkpoint(name) for name in options.models]
+    settings = training_settings(
+        recipe,
+        score_temperature=options.temperature,
+        score_samples=options.num_samples,
+        score_batch_size=options.batch_size,
+        score_max_new_tokens=options.max_new_tokens,
+    )
+    if options.dtype is not None:
+        settings["model_init_kwargs"] = {**(settings["model_init_kwargs"] or {}), "dtype": options.dtype}
+    places = [place_of(name) for name in options.models]
     for place in places:  # a name that does not exist must not cost the scores of those before it
         load_tokenizer(*place, trust_remote_code=bool(settings["trust_remote_code"]))
-    entries, values, kept = [], [], Run.new(output_dir, {})
+    entries, values, kept, bars = [], [], Run.new(output_dir, {}), sys.stderr.isatty()
     for position, (model, (folder, revision)) in enumerate(zip(options.models, places, strict=True)):
-        found = score_checkpoint(
-            folder, domains, settings, options.split, revision, options.engine, progress=sys.stderr.isatty()
-        )
+        found = score_checkpoint(folder, domains, settings, options.split, revision, options.engine, bars)
         figures, label = {}, f"{position}-{Path(model).name}"
         for domain, scores in found.items():
             file = kept.write_scores(label, domain, scores.samples, scores.completions, scores.prompts)
@@ -88,24 +95,16 @@ def main(arguments: list[str]) -> None:
 
 def run_of(models: list[str]) -> Run | None:
     """The run that one of the models is, or lies in."""
-    for name in models:
-        for folder in (Path(name), *Path(name).resolve().parents):
-            if (folder / "stages.json").is_file():
-                return Run(folder)
-    return None
+    folders = (folder for name in models for folder in (Path(name), *Path(name).resolve().parents))
+    return next((Run(folder) for folder in folders if (folder / STAGES_NAME).is_file()), None)
 
 
-def settings_of(options: EvaluateOptions, recipe: Any) -> dict[str, Any]:
-    settings = training_settings(
-        recipe,
-        score_temperature=options.temperature,
-        score_samples=options.num_samples,
-        score_batch_size=options.batch_size,
-        score_max_new_tokens=options.max_new_tokens,
-    )
-    if options.dtype is not None:
-        settings["model_init_kwargs"] = {**(settings["model_init_kwargs"] or {}), "dtype": options.dtype}
-    return settings
+def place_of(name: str) -> tuple[str, str | None]:
+    """Folder or Hub id and revision of a checkpoint. A run stands for its last stage."""
+    if (Path(name) / STAGES_NAME).is_file():
+        run = Run(name)
+        return str(run.weights(run.stages[-1])), None
+    return split_revision(name)
 
 
 def changes(after: Values, before: Values, peak: Values | None) -> dict[str, dict[str, Any]]:

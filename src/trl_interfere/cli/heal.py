@@ -87,10 +87,9 @@ def heal_checkpoints(options: HealOptions) -> int | None:
     bars = sys.stderr.isatty()
     scorer = scorer_of(load_tokenizer(options.final), training_settings(recipe), progress=bars)
     method = SubspaceRollback(rank=options.rank or None, max_new_tokens=scorer.max_new_tokens)
+    settings = {"max_drop": options.max_drop, "search": options.search, "progress": bars}
     with lock_folder(folder):
-        repair, _ = heal(
-            options.final, peaks, domains, scorer, method, options.max_drop, options.search, progress=bars
-        )
+        repair, _ = heal(options.final, peaks, domains, scorer, method, **settings)
         if options.merge:
             repair.merge().save_pretrained(folder / "merged")
             scorer.tokenizer.save_pretrained(folder / "merged")

@@ -7,8 +7,8 @@ import re
 import warnings
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from ..recipe import check_names, read_yaml, typed
 
@@ -74,11 +74,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message.removeprefix("argument "))
 
-    def add(self, entry: Field, hint: Any, first: bool) -> None:
+    def add(self, entry: Field, first: bool) -> None:
         """An option of a dataclass; with `first` it stands without its name."""
-        parts = [part for part in (() if get_origin(hint) is list else get_args(hint)) if part is not NoneType]
-        kind = parts[0] if parts else hint
-        listed, about = get_origin(kind) is list, entry.metadata["help"]
+        kind, about = entry.type, entry.metadata["help"]
+        if isinstance(kind, UnionType):  # with None
+            kind = get_args(kind)[0]
+        listed = get_origin(kind) is list
         kind = get_args(kind)[0] if listed else kind
         if first:
             self.add_argument(entry.name, nargs="*" if listed else "?", help=about)
@@ -101,30 +102,30 @@ def parse(
     """
     name = command.__module__.rpartition(".")[2]
     shown = " ".join(part.lstrip("*").upper() + " ..." * part.startswith("*") for part in positional.split())
+    usage = f"{' '.join(['trl-interfere', name, shown]).strip()} [options]"
     parser = _Parser(
         usage=argparse.SUPPRESS,
-        description=f"Example:\n  {example}\n\n{' '.join(['trl-interfere', name, shown]).strip()} [options]\n\n"
-        + inspect.cleandoc(command.__doc__ or ""),
+        description=f"Example:\n  {example}\n\n{usage}\n\n{inspect.getdoc(command)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    places, hints, known = positional.replace("*", "").split(), get_type_hints(command), fields(command)
-    for entry in sorted(known, key=lambda entry: places.index(entry.name) if entry.name in places else len(places)):
-        parser.add(entry, hints[entry.name], entry.name in places)
+    known, places = {entry.name: entry for entry in fields(command)}, positional.replace("*", "").split()
+    for entry in (known[option] for option in dict.fromkeys([*places, *known])):
+        parser.add(entry, entry.name in places)
     parser.add_argument("--config", metavar="FILE", type=Path, help="options from YAML")
     # Names may be spelt with `-`.
     spelt = [re.sub("^--[^=]+", lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in arguments]
     found, left = parser.parse_known_args(spelt)
-    given, names = vars(found), [entry.name for entry in known]
+    given = vars(found)
     if (path := given.pop("config", None)) is not None:
         content = read_yaml(path)
-        check_names(content, names, str(path))
+        check_names(content, known, str(path))
         given = typed(command, content, str(path)) | given
     for argument in [] if rest else left:
         if not argument.startswith("--"):
             raise ValueError(f"{name}: expected {shown} first and then options, found {argument!r}")
-        check_names({argument[2:].split("=")[0]: None}, names, f"{name}, command line")
+        check_names({argument[2:].split("=")[0]: None}, known, f"{name}, command line")
     options = command(**given)
     for place in places:
         if getattr(options, place) in ("", []):

@@ -12,7 +12,6 @@ from ..tables import printable
 
 
 def plain(text: str) -> str:
-    """Text without control characters, which a model or a file of a stranger may hold."""
     return "\n".join(map(printable, text.split("\n")))
 
 

@@ -38,8 +38,7 @@ def main(arguments: list[str]) -> None:
     chosen = {name: getattr(options, name) for name in names}
     result = push_folder(options.run, options.repo, private=options.private or None, page=page, **chosen)
     if options.dry_run:
-        command = f"trl-interfere push {options.run} {options.repo}"
-        show(result.to_table(), f"Nothing was sent. Next: {command}")
+        show(result.to_table(), f"Nothing was sent. Next: trl-interfere push {options.run} {options.repo}")
         return
     for branch, commit in result.commits.items():
         show(f"{branch}: {commit}")

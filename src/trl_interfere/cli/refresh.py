@@ -48,7 +48,9 @@ def main(arguments: list[str]) -> int | None:
     options, rest = parse(RefreshOptions, arguments, "run", EXAMPLE, rest=True)
     run = Run(options.run)
     recipe = recipe_of(run, options.recipe)
-    domains = options.domain or _damaged(run, options.method)
+    domains = options.domain or [most_damaged(run)]
+    if options.domain is None and options.method == "distill":
+        domains = list(losses(run, ScoreMatrix.from_run(run)))
     names = [entry.name for entry in recipe.domains if entry.train_dataset is not None]
     for domain in domains:
         if domain not in names:
@@ -72,8 +74,8 @@ def main(arguments: list[str]) -> int | None:
     trainer.add_callback(hub)
     trainer.remove_callback(RefreshCallback)  # what the recipe says about refreshes belongs to the training
     with_progress(trainer)
-    overrides = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
-    overrides["max_steps"] = options.steps
+    given = {"learning_rate": options.learning_rate, "max_steps": options.steps}
+    overrides = {name: value for name, value in given.items() if value is not None}
     stage = Stage(domains[0], "refresh", overrides)
     if options.method == "distill":
         stage = distillation({name: run.peak(name).name for name in domains}, overrides, options.reward_weight)
@@ -93,19 +95,11 @@ def main(arguments: list[str]) -> int | None:
     return code
 
 
-def _damaged(run: Run, method: str) -> list[str]:
-    worst = most_damaged(run)
-    return [worst] if method == "grpo" else list(losses(run, ScoreMatrix.from_run(run)))
-
-
 def verdict(run: Run, domains: list[str], max_drop: float) -> int | None:
     """What the last stage did to its domains, and to the others."""
     after, before = run.stages[-1], run.stages[-2]
-    changes = {
-        name: difference(run.scores(after, name), run.scores(before, name))
-        for name in after.scores
-        if name in before.scores
-    }
+    both = [name for name in after.scores if name in before.scores]
+    changes = {name: difference(run.scores(after, name), run.scores(before, name)) for name in both}
     parts = []
     for domain in domains:
         share = recovered(*(run.scores(stage, domain) for stage in (after, before, run.peak(domain))))

@@ -1,14 +1,12 @@
 """What follows from a run: the most damaged domain, its peak, the final stage, the recipe."""
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from ..domain import Domain
 from ..evaluation.score_matrix import ScoreMatrix
 from ..recipe import RunFile, load_run_file
 from ..reporting.verdict import losses
-from ..revision import split_revision
 from ..run import Run, StageRecord
 from .options import pairs
 
@@ -25,9 +23,8 @@ def recipe_of(run: Run | None, recipe: str | None = None) -> RunFile:
 
 def domains_of(recipe: RunFile, names: list[str]) -> list[Domain]:
     known = {domain.name: domain for domain in recipe.domains}
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown domain {name!r}, expected some of {sorted(known)}")
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown domain {unknown[0]!r}, expected some of {sorted(known)}")
     return [known[name] for name in names]
 
 
@@ -79,11 +76,3 @@ def update_of_checkpoints(final: str | None, peak: list[str] | None, later: list
         raise ValueError("expected the folder of a run, or --final B --peak math=A --later qa --recipe FILE")
     ((domain, checkpoint),) = named.items()
     return Update(domain, later, checkpoint, final)
-
-
-def checkpoint(name: str) -> tuple[str, str | None]:
-    """A checkpoint of the command line: a folder, a Hub id, or `user/repo@branch`. A run stands for its last stage."""
-    if (Path(name) / "stages.json").is_file():
-        run = Run(name)
-        return str(run.weights(run.stages[-1])), None
-    return split_revision(name)

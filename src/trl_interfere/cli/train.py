@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..recipe import RunFile
 from ..run import Run
 from .options import Options, option, parse
 from .output import show
@@ -56,25 +55,19 @@ def main(arguments: list[str]) -> int | None:
         passed = [argument for argument in arguments if argument.replace("_", "-") not in own]
         return train_in_processes(["train", *passed], options.resume)
     options.prepare()
-    if options.dry_run:
-        from ..training.dry_run import plan_run
-        from ..training.recipe_trainer import load_run
-
-        kept = kept_recipe(options.recipe)
-        plan = plan_run(*load_run(options.recipe, settings, options.model, kept, dry=True))
-        if os.environ.get("RANK", "0") == "0":
-            show(plan.render(), f"Next: trl-interfere train {options.recipe}")
-        return None
-    return run_training(options, settings)
-
-
-def run_training(options: TrainOptions, settings: dict[str, Any]) -> int | None:
     from ..hub.callback import HubCallback
+    from ..training.dry_run import plan_run
     from ..training.processes import STAGES_LEFT
     from ..training.recipe_trainer import RecipeKeeper, build_trainer, load_run
 
-    kept = kept_recipe(options.recipe)
-    trainer = build_trainer(options.recipe, loaded=load_run(options.recipe, settings, options.model, recipe=kept))
+    kept = recipe_of(Run(options.recipe)) if Path(options.recipe).is_dir() else None  # that of the run to go on with
+    loaded = load_run(options.recipe, settings, options.model, kept, dry=options.dry_run)
+    if options.dry_run:
+        plan = plan_run(*loaded).render()
+        if os.environ.get("RANK", "0") == "0":
+            show(plan, f"Next: trl-interfere train {options.recipe}")
+        return None
+    trainer = build_trainer(options.recipe, loaded=loaded)
     trainer.add_callback(HubCallback())
     if kept is None:
         trainer.add_callback(RecipeKeeper(options.recipe, settings, options.model))
@@ -88,11 +81,6 @@ def run_training(options: TrainOptions, settings: dict[str, Any]) -> int | None:
     return None
 
 
-def kept_recipe(name: str) -> RunFile | None:
-    """The recipe that a run has kept, if the name is that of a run."""
-    return recipe_of(Run(name)) if Path(name).is_dir() else None
-
-
 def with_progress(trainer: Any) -> None:
     """Bars on stderr for the run and its stage, in place of those of transformers."""
     from transformers import PrinterCallback, ProgressCallback
@@ -104,13 +92,11 @@ def with_progress(trainer: Any) -> None:
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.scorer.progress = main_process and sys.stderr.isatty() and not args.disable_tqdm
-    steps = [
-        stage_steps(
-            ChainMap(args.stage_settings(stage.overrides), vars(args)), trainer.domains[stage.domain].train_dataset
-        )
-        for stage in trainer.schedule
-    ]
     if main_process:
+        steps = []
+        for stage in trainer.schedule:
+            settings = ChainMap(args.stage_settings(stage.overrides), vars(args))
+            steps.append(stage_steps(settings, trainer.domains[stage.domain].train_dataset))
         trainer.add_callback(StageProgress(steps, bars=not args.disable_tqdm))
 
 

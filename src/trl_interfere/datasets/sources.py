@@ -55,8 +55,8 @@ PARTS = {"test": "eval_dataset", "selection": "selection_dataset", "train": "tra
 
 class DataOptions(TypedDict, total=False):
     """
-    Options that all domains take. Data that cannot be read and too few rows end with a `ValueError`, an extra that is
-    not installed with an `ImportError`.
+    Options that all domains take. Unreadable data and too few rows are a `ValueError`, a missing extra an
+    `ImportError`.
 
     Attributes:
         test_source (`str`, *optional*):
@@ -142,10 +142,8 @@ def read_source(
     name = None if path else source.name
     dataset = read_dataset({"path": path or source.path, "split": source.split, "name": name}, where, folder)
     if set(wanted.values()) - set(dataset.column_names):
-        raise ValueError(
-            f"{where}: expected the columns {sorted(wanted.values())} in {path or source.path!r}, found "
-            f"{dataset.column_names}; give other names by `columns`, e.g. {{{next(iter(wanted))}: NAME}}"
-        )
+        expected = f"{where}: expected the columns {sorted(wanted.values())} in {path or source.path!r}"
+        raise ValueError(f"{expected}, found {dataset.column_names}; give other names by `columns`")
     dataset = dataset.select_columns(list(dict.fromkeys(wanted.values())))
     return dataset.rename_columns({old: new for new, old in wanted.items() if old != new})
 
@@ -178,7 +176,7 @@ def split_dataset(dataset: Dataset, sizes: Mapping[str, int | None], where: str)
     parts = {}
     for part, field in PARTS.items():
         size = sizes.get(part, 0)
-        chosen, rows = (rows, []) if size is None else (rows[:size], rows[size:])
+        chosen, rows = rows[:size], rows[len(rows[:size]) :]
         if chosen:
             parts[field] = dataset.select(chosen)
     return parts

@@ -70,10 +70,8 @@ def writing_domain(
     if sources != [offline] and partial_score:
         raise ValueError(f"{where}, partial_score: expected it with the source {offline!r} only, found {sources}")
     if (sources == [offline]) != (judge is None):
-        raise ValueError(
-            f"{where}, judge: expected the settings of a judge (base_url, model, max_requests, ...), and none for the "
-            f"source {offline!r}, which has a rubric, found {judge} for {sources}"
-        )
+        expected = f"settings of a judge (base_url, model, ...), and none for {offline!r}, which has a rubric"
+        raise ValueError(f"{where}, judge: expected {expected}, found {judge} for {sources}")
 
     def row(given: dict[str, Any]) -> dict[str, Any]:
         question, found = given["question"], "rubric" if "rubric" in given else "reference"

@@ -26,15 +26,6 @@ class HubCallback(StageCallback):
     With `push_to_hub=True`, the run is published when it has ended; with `hub_strategy="every_save"` also each stage
     when it has finished, and the weights of each checkpoint on the branch of its stage. A failure on the way is a
     warning, one at the end an error.
-
-    Example:
-
-    ```python
-    >>> from trl_interfere import HubCallback, SequentialGRPOConfig, SequentialGRPOTrainer
-
-    >>> args = SequentialGRPOConfig(output_dir="out", push_to_hub=True, hub_model_id="user/model")
-    >>> trainer = SequentialGRPOTrainer(model, args, domains, callbacks=[HubCallback()])
-    ```
     """
 
     run: Run | None = None
@@ -51,7 +42,7 @@ class HubCallback(StageCallback):
                 self.push(only=[record.name])
 
     def on_save(self, args, state, control, **kwargs):
-        if PartialState().is_main_process and self.run is not None and self._every_save:
+        if PartialState().is_main_process and self._every_save:
             checkpoint, stage = Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir).name
             with _warned():
                 push_checkpoint(checkpoint, self._name, stage, f"Stage {stage}, step {state.global_step}", args)
@@ -62,7 +53,7 @@ class HubCallback(StageCallback):
 
     @property
     def _every_save(self) -> bool:
-        return self.args.push_to_hub and self.args.hub_strategy == "every_save"
+        return self.run is not None and self.args.push_to_hub and self.args.hub_strategy == "every_save"
 
     @property
     def _name(self) -> str:
@@ -101,13 +92,12 @@ def update_card(folder: str | Path) -> None:
         logger.warning("the card of the run is not up to date (%s); the training goes on", error)
 
 
-def write_card(folder: str | Path, license: str | None = None) -> Path:
-    """Write the card of a run into its folder, from what the folder holds by now."""
-    run = Run(folder)
-    figures = {path.stem: f"figures/{path.name}" for path in sorted((run.folder / "figures").glob("*.png"))}
-    for name, report in run.reports.items():
-        for path in sorted((report / "figures").glob("*.png")):
-            figures[f"{name}/{path.stem}"] = path.relative_to(run.folder).as_posix()
+def write_card(folder: str | Path) -> Path:
+    """Write the card of a run, `README.md`, into its folder, from what the folder holds by now."""
+    run, figures = Run(folder), {}
+    for prefix, place in [("", run.folder), *((f"{name}/", report) for name, report in run.reports.items())]:
+        for path in sorted((place / "figures").glob("*.png")):
+            figures[prefix + path.stem] = path.relative_to(run.folder).as_posix()
     path = run.folder / "README.md"
-    write_atomically(path, str(analysis_card(run, license=license, figures=figures)))
+    write_atomically(path, str(analysis_card(run, figures=figures)))
     return path

@@ -14,14 +14,13 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from rich.table import Table
 
 from ..analysis.report import REPORT_FOLDER, REPORT_NAME, InterferenceReport
-from ..benchmark import parse_benchmark
 from ..checkpoint import published_name
 from ..evaluation.score_matrix import ScoreMatrix
 from ..models import MODEL_FILES
 from ..reporting.card import analysis_card, repair_card, report_card, stage_card
 from ..reporting.plots import plot_scores
 from ..reporting.verdict import REPAIR_NAME, read_repair
-from ..revision import stage_revision
+from ..revision import parse_benchmark, stage_revision
 from ..run import STAGES_NAME, Run, StageRecord, resolve_inside
 from ..tables import console_table
 
@@ -29,7 +28,8 @@ from ..tables import console_table
 Files = dict[str, Path | bytes]
 
 PAGE_NAME = "interference.html"
-_NOT_PUBLISHED = ("trainer_state.json", "resume_state_*", "generation_buffer_*", "entropy_ctrl_state.json")
+_TRAINING_FILES = ("trainer_state.json", "resume_state_*", "generation_buffer_*", "entropy_ctrl_state.json")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 _REPORT_FILES = ("*.json", "*.safetensors", "*.md", "figures/*.png")
 
 
@@ -44,12 +44,10 @@ class PushPlan:
         """Branch, path and size of each file."""
         rows = []
         for branch, files in self.branches.items():
-            sizes = {
-                path: len(content) if isinstance(content, bytes) else content.stat().st_size
-                for path, content in sorted(files.items())
-            }
-            rows += [[branch, path, f"{size:,}"] for path, size in sizes.items()]
-            rows.append([branch, f"{len(sizes)} files", f"{sum(sizes.values()):,}"])
+            contents = dict(sorted(files.items())).values()
+            sizes = [len(one) if isinstance(one, bytes) else one.stat().st_size for one in contents]
+            rows += [[branch, path, f"{size:,}"] for path, size in zip(sorted(files), sizes, strict=True)]
+            rows.append([branch, f"{len(sizes)} files", f"{sum(sizes):,}"])
         return console_table(f"What goes to {self.repo_id}", ["branch", "file", "bytes"], rows)
 
 
@@ -102,16 +100,18 @@ def model_files(folder: Path, root: Path) -> Files:
     """Files of a checkpoint, all of them inside `root`: no pickle, no hidden file, no state of a training."""
 
     def wanted(name: str) -> bool:
-        return any(fnmatch(name, pattern) for pattern in MODEL_FILES) and not (
-            any(fnmatch(name, pattern) for pattern in _NOT_PUBLISHED)
-            or ("/" in name and not name.startswith("adapters/"))
-            or name.endswith((".bin", ".pt", ".pth", ".pkl"))
-        )
+        if "/" in name and not name.startswith("adapters/"):
+            return False
+        return _fits(name, MODEL_FILES) and not _fits(name, (*_TRAINING_FILES, *_PICKLES))
 
     files = _inside(folder, root, wanted)
     if not any(name.endswith(".safetensors") for name in files):
         raise ValueError(f"{folder}: expected weights as safetensors, found none")
     return files
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _inside(folder: Path, root: Path, wanted: Callable[[str], bool]) -> Files:
@@ -167,20 +167,14 @@ def _eval_result_files(run: Run) -> dict[str, bytes]:
     """`.eval_results/*.yaml`, which the Hub shows on pages of models and benchmarks: a file for each benchmark."""
     config = run.identity.get("config", {})
     sampling = f"temperature {config['score_temperature']:g}" if "score_temperature" in config else "see the card"
-    files = {}
+    files, scores = {}, run.final.scores
     for domain, name in run.about.get("benchmarks", {}).items():
-        if domain not in run.final.scores:
+        if domain not in scores:
             continue
-        entry = run.final.scores[domain]
-        dataset, revision, task = parse_benchmark(name)
+        (dataset, revision, task), entry = parse_benchmark(name), scores[domain]
         interval = f"95% interval [{entry['low']:.1f}, {entry['high']:.1f}]"
-        result = EvalResultEntry(
-            dataset_id=dataset,
-            task_id=task,
-            value=entry["value"],
-            dataset_revision=revision,
-            notes=f"after stage {run.final.name}; n={entry['n']}, {interval}; {sampling}",
-        )
+        notes = f"after stage {run.final.name}; n={entry['n']}, {interval}; {sampling}"
+        result = EvalResultEntry(dataset, task, entry["value"], dataset_revision=revision, notes=notes)
         text = yaml.safe_dump(eval_result_entries_to_yaml([result]), sort_keys=False)
         files[f".eval_results/{domain}.yaml"] = text.encode()
     return files
@@ -210,6 +204,7 @@ def _without_folders(path: Path) -> Path | bytes:
 
 
 def _shortened(content: Any) -> Any:
+    """JSON with the published names of checkpoints."""
     if isinstance(content, dict):
         return {key: _shortened(value) for key, value in content.items()}
     if isinstance(content, list):

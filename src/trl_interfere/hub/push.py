@@ -185,7 +185,6 @@ class Target:
         raise AssertionError("unreachable")
 
     def create(self, private: bool | None = None) -> None:
-        """Make the repository, unless it exists."""
         name = self.result.repo_id
         url = self.call("making the repository", lambda: self.api.create_repo(name, private=private, exist_ok=True))
         self.result.repo_id, self.result.url = url.repo_id, str(url)
@@ -201,11 +200,10 @@ class Target:
 
     def refuse_another_model(self) -> None:
         remote, _ = self.remote_files("main")
-        foreign = any(path.endswith(".safetensors") for path in remote)
-        if foreign and f"{REPORT_FOLDER}/{STAGES_NAME}" not in remote:
+        if any(path.endswith(".safetensors") for path in remote) and f"{REPORT_FOLDER}/{STAGES_NAME}" not in remote:
             raise ValueError(
-                f"{self.result.repo_id}: expected an empty repository or one that a run was pushed to, found another "
-                "model; choose another name, or replace it with --overwrite (`overwrite=True`)"
+                f"{self.result.repo_id}: expected no model or that of a pushed run, found another one; choose another "
+                "name, or replace it with --overwrite (`overwrite=True`)"
             )
 
     def send(self, branch: str, files: Files, message: str, managed: Iterable[str] = ()) -> None:
@@ -221,9 +219,8 @@ class Target:
                 CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
                 for path, content in files.items()
             ]
-            return self.api.create_commit(
-                repo_id, operations, commit_message=message, revision=branch, parent_commit=head
-            ).oid
+            options = {"commit_message": message, "revision": branch, "parent_commit": head}
+            return self.api.create_commit(repo_id, operations, **options).oid
 
         self.result.commits[branch] = self.call(f"uploading {branch}", commit)
 
@@ -253,6 +250,4 @@ class Target:
         done = ", ".join(self.result.commits) or "none"
         text = f"{self.result.repo_id}: {label} failed, {reason}" + (f" ({detail})" if detail else "")
         text += f". Finished branches: {done}" + ("" if "main" in self.result.commits else "; main is as it was")
-        return (
-            f"{text}; to continue, run again:\n  {self.command}" if self.command else f"{text}; push again to continue"
-        )
+        return f"{text}; to continue, " + (f"run again:\n  {self.command}" if self.command else "push again")

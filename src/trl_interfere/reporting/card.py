@@ -7,11 +7,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..analysis.report import InterferenceReport, top_share
-from ..benchmark import parse_benchmark
 from ..checkpoint import published_name
 from ..evaluation.bootstrap import Interval
 from ..evaluation.score_matrix import ScoreMatrix
-from ..revision import published_checkpoint, split_revision, stage_revision
+from ..revision import parse_benchmark, published_checkpoint, split_revision, stage_revision
 from ..run import Run, StageRecord
 from ..tables import code, fenced, markdown_table, plain
 from .claims import report_claims
