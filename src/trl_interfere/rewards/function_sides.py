@@ -33,9 +33,9 @@ def plain(value):
     for kind in (bool, str, int, float, complex, bytes):
         if isinstance(value, kind):
             return kind(value)
-    for base, kind in ((list, list), (tuple, tuple), ((set, frozenset), set)):
-        if isinstance(value, base):
-            return kind(map(plain, value))
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return (set if kind is frozenset else kind)(map(plain, value))
     if isinstance(value, dict):
         return {plain(key): plain(item) for key, item in value.items()}
     raise TypeError(f"{type(value).__name__} is no plain value")

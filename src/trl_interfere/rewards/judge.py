@@ -168,6 +168,8 @@ class Judge:
             completion = json.loads(text)
             usage = (completion.get("usage") or {}).get("total_tokens")
             reply = completion["choices"][0]["message"]["content"] or ""
+            if isinstance(reply, list):  # parts of a message
+                reply = "".join(part["text"] for part in reply if part["type"] == "text")
             if not isinstance(reply, str):
                 raise TypeError(f"a message of type {type(reply).__name__}")
             if type(usage) is not int and (usage is not None or self.max_tokens is not None) or (usage or 0) < 0:
