@@ -25,33 +25,22 @@ TABLE = [
     # meets all of it
     (GOOD, 6),
     (f"**{GOOD}**", 6),
-    (f'"{GOOD}"', 6),
     (f"<think>A market, in two sentences.</think>{GOOD}", 6),
     (GOOD.replace("lantern", "Lantern"), 6),
     (GOOD.replace("a lantern", "“a lantern”"), 6),
-    (GOOD.replace(". Sacks", "! Sacks"), 6),
-    (
-        "Where had the lantern gone? The old fishwife shook her head. She weighed the salt twice and said nothing more.",
-        6,
-    ),
     # meets some of it
     (GOOD.replace("lantern", "lamp"), 5),
     (GOOD.replace("lantern", "lanterns"), 5),
-    (GOOD.replace("lantern", "lamp").replace("salt", "pepper"), 4),
     (GOOD.replace("the cold", "the very cold wind"), 5),
     (GOOD[:-1] + "!", 5),
     (f"{GOOD} A dog slept under the scales. Nobody bought the apples that day.", 5),
-    ("The lantern swung over the market while she poured coarse grey salt into paper bags for the waiting cooks.", 5),
     ("The lantern burned low. She sold salt.", 5),
     (f"{GOOD} And then the rest of the morning", 5),
-    ("People talk loudly on Sundays. Children run between the tables and steal warm bread from the old baker.", 4),
     ("Is this a market? Nobody knows that here!", 2),
     # no prose
     ("", 0),
-    ("Lantern. Salt.", 0),
     ("lantern, salt, lantern, salt.", 0),
     ("1234567890 1234567890.", 0),
-    ("!!!???...", 0),
     (f"<think>{GOOD}", 0),
     # adversarial
     (
@@ -64,10 +53,7 @@ TABLE = [
         "The lantern and the salt and the lantern and the salt and the lantern and the salt. The lantern and the salt and the lantern.",
         0,
     ),
-    ("lantern salt " * 5_000, 0),
     (GOOD * 1_000, 0),
-    ("." * 100_000, 0),
-    ('{"lantern": true, "salt": true, "ending": "."}', 0),
 ]
 
 
