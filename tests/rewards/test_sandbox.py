@@ -104,7 +104,7 @@ EXHAUSTIONS = {
         {"error", "timeout"},
     ),
     "a program that does not compile": ("(" * 100_000, {"error"}),
-    "a program of many parentheses": ("x = " + "-" * 50_000 + "1", {"error", "ok"}),
+    "a program of many signs": ("x = " + "-" * 50_000 + "1", {"error", "ok"}),
     "a crash": ("import ctypes\nctypes.string_at(0)", {"error"}),
 }
 

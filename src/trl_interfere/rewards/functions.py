@@ -39,7 +39,7 @@ def check_function(
     apart = function is not None and type(sandbox) is Sandbox
     execution = again(lambda: _two_processes(sandbox, request, limits)) if apart else None
     if execution is None or execution.stdout.startswith("not plain"):
-        execution, apart = sandbox.run(f"{_SIDES}\nmain('both')\n", json.dumps(request), limits), False
+        execution, apart = sandbox.run(f"{_SIDES}\nmain('test')\n", json.dumps(request), limits), False
     return execution.status == "ok" and execution.stdout.endswith(nonce), not apart
 
 
