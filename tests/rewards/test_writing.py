@@ -185,14 +185,15 @@ def test_endpoints_that_do_not_answer(endpoint, tmp_path):
 
 
 def test_replies_that_cannot_be_read_count_as_lost(endpoint, tmp_path):
-    for index, (reply, grades) in enumerate((
-        *((f'{{"first": {grade}, "second": 3}}', [(1, 10)] * 2) for grade in ("11", "true", '"9"')),
-        ('no grades, {"second": 3}', [(1, 10)] * 2),
-        ('<think>{"first": 1, "second": 1}</think> {"first": 9, "second": 3}', [(9, 3), (3, 9)]),
-        ('```json\n{"first": 7.5, "second": 3}\n```', [(7.5, 3), (3, 7.5)]),
-    )):
+    lost, read = [(1, 10)] * 2, [(9, 3), (3, 9)]
+    for reply, grades in {
+        **{f'{{"first": {grade}, "second": 3}}': lost for grade in ("11", "true", '"9"')},
+        'no grades, {"second": 3}': lost,
+        '<think>{"first": 1, "second": 1}</think> {"first": 9, "second": 3}': read,
+        '```json\n{"first": 9.0, "second": 3}\n```': read,
+    }.items():
         endpoint.reply = reply
-        assert judge(endpoint, tmp_path).compare("Write.", f"text {index}", "a") == grades
+        assert judge(endpoint, tmp_path).compare("Write.", f"a text for {reply}", "a") == grades
 
 
 def test_a_text_cannot_leave_its_tags(endpoint, tmp_path):

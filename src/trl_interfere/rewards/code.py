@@ -66,7 +66,11 @@ class CodeReward:
         self.partial, self.thinking = partial, thinking
 
     def __call__(
-        self, completions: list, tests: list[str], log_metric: Callable[[str, float], None] | None = None, **kwargs: Any
+        self,
+        completions: list,
+        tests: list[str],
+        log_metric: Callable[[str, float], None] | None = None,
+        **kwargs: Any,
     ) -> list[float]:
         """
         Rewards of completions by the tests of each problem, as JSON: `inputs` and `outputs`, or `calls` (texts of

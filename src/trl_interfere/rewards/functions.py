@@ -29,10 +29,9 @@ def check_function(
     Whether a program passes tests that call its function, after a header of imports and helpers, and whether one that
     knows how could pass without being right.
 
-    Tests and program run in two sandboxes, and the calls go from one to the other: the process of the program sees
-    their arguments and neither the tests nor the expected results, and only plain values come out of it. Without a
-    `function`, for tests that hand over what is no plain value, and on a server, both run in one process: there the
-    program could find the word by which the tests say that they passed.
+    Tests and program run in two sandboxes: the program sees the arguments of calls and no expected result, and only
+    plain values come out of it. Without a `function`, for tests that hand over what is no plain value, and on a server
+    both run in one process, where the program could find the word by which the tests say that they passed.
     """
     nonce = secrets.token_hex(16)
     request = {"program": program, "tests": tests, "header": header, "function": function, "nonce": nonce}

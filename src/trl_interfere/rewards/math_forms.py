@@ -151,8 +151,9 @@ def _same_equation(expected: tuple, given: tuple) -> bool:
         return named and _same(_read(one[1]), given)
     if len(one) != 2:
         return False
-    equal = one[0] == two[0]
-    if named and is_name(two[0]) and (equal or max(len(one[0]), len(two[0])) > 1) and _same(*map(_read, (one[1], two[1]))):
+    names = {one[0], two[0]}
+    equal = len(names) == 1
+    if named and is_name(two[0]) and (equal or max(map(len, names)) > 1) and _same(_read(one[1]), _read(two[1])):
         return True
     # `x = 5` is a value, which `2x = 10` does not state and `y = 5` states of something else.
     if named and (equal or (quantity(one[1]) and not re.search(r"[+-]", one[0]))):

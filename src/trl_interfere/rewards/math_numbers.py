@@ -30,8 +30,6 @@ _SAME = tuple((re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<=\d)(?:,?\\[,;: ]|\{,\})(?=\d{3})", ""),
     (rf"\\(le|ge|ne)q{END}", r"\\\1"),
     (rf"\\(?:c?dots|dotsc){END}|\.\.\.+", r"\\ldots "),
-    (rf"\\lt{END}", "<"),
-    (rf"\\gt{END}", ">"),
     (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree", " degrees "),
     (r"\\%", "%"),
     (r"\\\$|(?<!\\)\$(?=\s*\d[\d,.]*(?:[^$]*$))", " dollars "),
@@ -39,11 +37,9 @@ _SAME = tuple((re.compile(pattern), replacement) for pattern, replacement in (
     (rf"(?<!\\)\\[,;: ]|~|\\q?quad{END}|\\[()\[\]](?!\s*\d+pt)|\$|\*\*|__", " "),
     (r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d,])", lambda match: match[1].replace(" ", "")),
     (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r"\\frac{\1\2}{\3\4}"),
-    (r"\\[dtc]frac", r"\\frac"),
     (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
     (r"\\begin\{[pbB]?matrix\}(.*?)\\end\{[pbB]?matrix\}",
      lambda match: "({})".format(match[1].strip().removesuffix(r"\\").replace("&", ",").replace(r"\\", ";"))),
-    (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2"),
     (r"\s+", " "),
 ))  # fmt: skip
 

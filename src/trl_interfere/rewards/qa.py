@@ -14,7 +14,8 @@ _LETTER = r"[\s(]*(?:option\s+)?[\s(]*([A-Za-z])(?![A-Za-z'])"
 _REST = r"(?=[)\s]*(?:[.!]?\s*$|[.:)]|,?\s+(?:because|since|as|which)\b|,\s+\w|\s[-–—]+\s|\s\())"
 _STATED = re.compile(
     r"(?:\b(?:answer|option|choice)\b(?:(?:\s+(?:would|must) be|[^.:;\n]{0,40}?(?:\bis\b|:))"
-    rf"(?:\s+(?:clearly|thus|therefore|indeed))?)??\s?[:=–-]?|\\boxed|\b(?:choose|select|pick|go with)){_LETTER}{_REST}"
+    r"(?:\s+(?:clearly|thus|therefore|indeed))?)??\s?[:=–-]?"
+    rf"|\\boxed|\b(?:choose|select|pick|go with)){_LETTER}{_REST}"
     rf"|^(?:so|thus|hence|therefore)\b,?{_LETTER}[)\s]*[.!]?\s*$"
     r"|(?:^|[\s(])(?-i:([A-Z]))\)?\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b",
     re.IGNORECASE,
