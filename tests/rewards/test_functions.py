@@ -96,20 +96,14 @@ def test_the_program_sees_no_expected_result(sandbox, monkeypatch):
     assert len(seen) == len(TESTS) and all("987654" not in text for text in seen)
 
 
-@pytest.mark.parametrize(
-    "tests, function",
-    [
-        ("assert f(1) == 2", "f"),
-        ("assert gcd(4, 6) == 2", "gcd"),
-        ("assert is_close(f(1), 0.5)", None),
-        ("numbers = [2, 1]\nf(numbers)\nassert numbers == [1, 2]", None),
-        ("node = f([1])\nassert node.value == 1", None),
-        ("assert f.cache == {}", None),
-        ("assert isinstance(f(1), Node)", None),
-    ],
-)
-def test_which_tests_can_be_run_apart(tests, function):
-    assert called_function(tests) == function
+def test_which_tests_can_be_run_apart():
+    assert called_function("assert gcd(4, 6) == 2") == "gcd"  # though the header imports one
+    for tests in (
+        "assert is_close(f(1), 0.5)",
+        "numbers = [2, 1]\nf(numbers)\nassert numbers == [1, 2]",
+        "f.cache == {}",
+    ):
+        assert called_function(tests) is None
 
 
 def test_tests_that_cannot_be_run():

@@ -95,21 +95,15 @@ n \equiv 3 \pmod 7 || 3 \pmod{7} ||
 3 \pmod{7} || n \equiv 3 (mod 7) || 3 | 7 \pmod 3
 \pm 2 || -2, 2 || 2
 2 \pm \sqrt{3} || \sqrt{3}+2, 2-\sqrt{3} | x=2\pm\sqrt3 ||
-3+4i || 4i+3 || 3-4i
 2i || (1+i)^2 ||
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} || \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix} ||
-\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ||  || \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
 \begin{pmatrix} 1 \\ 2 \end{pmatrix} || (1, 2) || \langle 2, 1 \rangle
 f(x)=x^2+1 || f(x) = 1 + x^2 | x^2+1 || f(x) = x^2-1
-\binom{n}{2} || \frac{n(n-1)}{2} || \frac{n(n+1)}{2}
-\log_2 3 || \frac{\ln 3}{\ln 2} | \log_{2}{3} ||
 \text{Yes} || yes || no
-\text{(B)} || B || C
 ABCD ||  || DCBA
 x ||  || |x| | \sqrt{x^2}
 \frac{5!}{2!3!} || (5!)/(2!3!) | 10 ||
 \frac{1}{2} || \frac 12 | .5 | ½ | 0.5 | \frac12 || \frac13
--\frac{1}{2} || \frac{1}{-2} ||
 1500000 || 1.5 \cdot 10^6 | 1.5e6 ||
 144 || 57+87=144 || 57+88=144 | 57 + 87
 x \ne 2 || x\neq 2 || x\neq 3
@@ -118,7 +112,6 @@ x \ne 2 || x\neq 2 || x\neq 3
 5 || {5} | 5\text{ units}^2 | 5\text{ sq units} || 5! | {6}
 \pi ||  || 3.14 | \frac{22}{7}
 2a ||  || 2A
-e^2 || \mathrm{e}^2 | e^{2} ||
 100, 200 || 100,200 ||
 (100,200) || (100, 200) ||
 2\text{ boys}, 4\text{ girls} ||  || 2\text{ boys}, 3\text{ girls}
@@ -135,7 +128,6 @@ x^2+1 || x²+1 ||
 \frac{\sqrt2}{2} || √(2)/2 ||
 \ge 3 || ≥ 3 ||
 x \in \mathbb{R} || x ∈ ℝ ||
-x=k\pi || k\pi || 2k\pi
 A, C || \text{A, C} || A, B
 \sqrt{ab} || \sqrt{a}\sqrt{b} ||
 12\text{ minutes} ||  || 12\text{ hours}

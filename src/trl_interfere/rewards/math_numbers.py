@@ -58,8 +58,6 @@ def plain(text: str) -> str:
 
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 _SHORT = (
-    (r"^\s*\{([^{}]*)\}\s*$", r"\1"),
-    (r"^([+-]?) ?(dollars|[€£]) ?(.*)", r"\1\3 \2"),
     (rf"\\frac ?\{{ ?([+-]?{_DIGITS}) ?\}} ?\{{ ?([+-]?{_DIGITS}) ?\}}", r" \1/\2"),
     (r"(?<![\d.,])10 ?\^ ?\{? ?([+-]?\d{1,3}) ?\}?", r"1e\1"),
     (r" ?(?:\\times|\\cdot|\*) ?1e", "e"),
@@ -74,7 +72,8 @@ _NAMES = dict(pair.split(":") for pair in (
     "mm:millimeter cm:centimeter m:meter km:kilometer ft:foot feet:foot in:inch inche:inch mi:mile yd:yard "
     "mg:milligram g:gram kg:kilogram lb:pound oz:ounce l:liter L:liter ml:milliliter mL:milliliter s:second "
     "sec:second min:minute h:hour hr:hour deg:degree rad:radian mph:mile/hour kmh:kilometer/hour Hz:hertz J:joule "
-    "N:newton Pa:pascal V:volt W:watt €:euro £:sterling people:people children:children men:men women:women yen:yen"
+    "N:newton Pa:pascal V:volt W:watt €:euro £:sterling people:people children:children men:men women:women "
+    "fish:fish yen:yen"
 ).split())  # fmt: skip
 # Words behind a number that change its value, or say that it is not the answer.
 _NO_UNIT = re.compile(
@@ -86,7 +85,7 @@ _NO_UNIT = re.compile(
 )
 _LEFT = re.compile(r"(?:^| )(?:left|altogether|in total|in all|total|each|overall)$")
 _PART = re.compile(
-    r"(?:(sq(?:uare)?|cu(?:bic)?)\.? )?([A-Za-z]+\.? )?([A-Za-z]+|[€£])( of [a-z]+| celsius| fahrenheit| [CF])?"
+    r"(?:(sq(?:uare)?|cu(?:bic)?)\.? )?([A-Za-z]+\.? )??([A-Za-z]+|[€£])( of [a-z]+| celsius| fahrenheit| [CF])?"
     r"(?: ?\^ ?\{? ?([23]) ?\}?)?"
 )
 
@@ -111,10 +110,13 @@ def number(text: str) -> Fraction | None:
 
 def quantity(text: str) -> tuple[Fraction, str] | None:
     """Value and unit of a number in plain form."""
-    if match := re.fullmatch(r"\s*(\d{1,4})!\s*", text):
+    text = re.sub(r"^\s*\{([^{}]*)\}\s*$", r"\1", text).strip()
+    if currency := re.match(r"([+-]?) ?(dollars|[€£]) ?", text):
+        text = currency[1] + text[currency.end() :]
+    if match := re.fullmatch(r"(\d{1,4})!", text):
         return Fraction(math.factorial(int(match[1]))), ""
     for pattern, replacement in _SHORT:
-        text = re.sub(pattern, replacement, text.strip())
+        text = re.sub(pattern, replacement, text)
     match = _QUANTITY.fullmatch(text)
     if match is None:
         return None
@@ -126,7 +128,7 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
     value = (int(whole or 0) + top / bottom) * Fraction(10) ** power * (-1 if sign == "-" else 1)
     spaced = unit[:1] in ("", " ") or re.match(rf"(?:[ckm]m|kg){END}", unit)
     name = unit_name(unit, singular=abs(value) <= 1) if spaced else None
-    return None if name is None else (value, name)
+    return None if name is None else (value, unit_name(currency[2]) if currency else name)
 
 
 def unit_name(text: str, singular: bool = False) -> str | None:
@@ -140,7 +142,7 @@ def unit_name(text: str, singular: bool = False) -> str | None:
             return None
         power, kind, noun, of, exponent = match.groups("")
         name = _NAMES.get(noun)
-        if name is None:
+        if name is None or (kind and name != noun):
             noun = re.sub("(met|lit)re", r"\1er", noun.lower())
             if not noun.endswith("s") and (len(noun) < 2 or not (singular or names)):
                 return None
