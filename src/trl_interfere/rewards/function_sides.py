@@ -1,8 +1,7 @@
 """
 Runs inside the sandbox: the process of a generated program, that of the tests that call its function, or both in one.
 
-Standard library only. Between the two go lines of Python literals, so that no object of the generated code, with an
-`__eq__` of its own, reaches a test.
+Between the two go lines of Python literals: no object of the program, with an `__eq__` of its own, reaches a test.
 """
 
 import ast

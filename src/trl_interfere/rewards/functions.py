@@ -59,7 +59,7 @@ def _two_processes(sandbox: Sandbox, request: dict, limits: Limits) -> Execution
 def called_function(tests: str) -> str | None:
     """
     Name of the one function of a program that tests with `HEADER` call with plain values; `None` if they need more of
-    the program. Refuses tests that cannot be run.
+    it. Refuses tests that cannot be run.
     """
     try:
         nodes = [*ast.walk(ast.parse(tests))]
