@@ -29,6 +29,7 @@ _SAME = tuple((re.compile(pattern), replacement) for pattern, replacement in (
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle){END}|\\!", ""),
     (r"(?<=\d)(?:,?\\[,;: ]|\{,\})(?=\d{3})", ""),
     (rf"\\(le|ge|ne)q{END}", r"\\\1"),
+    (rf"\\([lg]t){END}", lambda match: "<" if match[1] == "lt" else ">"),
     (rf"\\(?:c?dots|dotsc){END}|\.\.\.+", r"\\ldots "),
     (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree", " degrees "),
     (r"\\%", "%"),
