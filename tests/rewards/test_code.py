@@ -34,34 +34,23 @@ def block(program):
 PROGRAMS = [
     # correct
     (block(ADD), 1),
-    (f"```\n{ADD}\n```", 1),
     (f"```py\n{ADD}\n```", 1),
     (ADD, 1),
     (f"```python\n{ADD}", 1),
     (f"```python\nprint('first try')\n```\nBetter:\n```python\n{ADD}\n```", 1),
     (f"<think>```python\nprint(7)\n```</think>{block(ADD)}", 1),
     (block(f"def main():\n    {ADD.replace(chr(10), chr(10) + '    ')}\nif __name__ == '__main__':\n    main()"), 1),
-    (block("import sys\nprint(sum(map(int, sys.stdin.read().split())))"), 1),
-    (block(f"{ADD}\nprint()"), 1),
-    (
-        "1. Read two numbers\n2. Add them:\n\n   ```python\n   a, b = map(int, input().split())\n   print(a + b)\n   ```\n",
-        1,
-    ),
     # wrong
     (block(f"{ADD}\nexit(1)"), 0),
     (f"{block(ADD)}\nExample usage:\n{block('print(3)')}", 0),
     (block("a, b = map(int, input().split())\nprint(a - b)"), 0),
-    (block("a, b = map(int, input().split())\nprint(a + b, a)"), 0),
     (block(f"print('The sum is:')\n{ADD}"), 0),
     (block(f"{ADD}\n1 / 0"), 0),
-    (block("pass"), 0),
     # unparsable
     ("", 0),
     ("I cannot write programs.", 0),
     ("```python\n```", 0),
-    (block("a, b = map(int input().split()"), 0),
     (f"<think>{block(ADD)}", 0),
-    (block("\x00"), 0),
     ("(" * 99_000, 0),
     (block("x = " + "[" * 50_000), 0),
     # adversarial: printing what is expected, ending well, looking for the answer, using up the machine
@@ -69,19 +58,9 @@ PROGRAMS = [
     (block("print('7\\n8\\n0')"), 0),
     (block("import os\nos._exit(0)"), 0),
     (block("while True: print(7)"), 0),
-    (block("print(7, flush=True)\nwhile True: pass"), 0),
     (block("import gc\nprint([x for x in gc.get_objects() if 'outputs' in str(x)[:200]] and 7 or '')"), 0),
     (block("import sys\nf = sys._getframe()\nwhile f.f_back: f = f.f_back\nprint(f.f_locals.get('outputs', ''))"), 0),
-    (block("print(open('/worker.py').read())"), 0),
-    (
-        block(
-            "import builtins\nbuiltins.print = lambda *a: None\nclass E(str):\n    __eq__ = lambda s, o: True\nprint(E())"
-        ),
-        0,
-    ),
-    (block("import sys\nclass W:\n    def write(s, t): pass\n    def flush(s): pass\nsys.stdout = W()\nprint(7)"), 0),
     (block("print('7' * 10**8)"), 0),
-    ("x" * 200_000, 0),
 ]
 
 TOTAL = "def total(numbers):\n    return sum(numbers)"
@@ -94,18 +73,13 @@ FUNCTIONS = [
     ("    return sum(numbers)", 1),
     ("    result = 0\n    for n in numbers:\n        result += n\n    return result\n\nprint(total([1]))", 1),
     (block("total = sum"), 1),
-    (block("total = lambda numbers: sum(numbers)"), 1),
-    (block("import math\n\ndef total(numbers):\n    return int(math.fsum(numbers))"), 1),
-    (block(f"{TOTAL}\nprint('x' * 1000)"), 1),
     (block("def total(numbers):\n    print('hello')\n    return sum(numbers)"), 1),
     (block("def total(numbers):\n    return float(sum(numbers))"), 1),
     (block(f"{TOTAL}\nif __name__ == '__main__':\n    raise SystemExit(1)"), 1),
     (block("def total(numbers):\n    return sum(double(n) for n in numbers) // 2"), 1),
     (block(f"from __future__ import annotations\n\n{TOTAL}"), 1),
     (f"{block(TOTAL)}\nExample usage:\n{block('print(total([1, 2]))')}", 1),
-    (f"```\n{TOTAL}\n```\nExample usage:\n{block('print(total([1, 2]))')}", 1),
     (f"{block('def total(numbers): return 0')}\nBetter:\n{block(TOTAL)}", 1),
-    ("- The function:\n\n  ```python\n  def total(numbers):\n      return sum(numbers)\n  ```", 1),
     ("1. ```python\n   def total(numbers):\n       return sum(numbers)\n   ```", 1),
     (block("    return sum(numbers)"), 1),
     # wrong
@@ -113,20 +87,13 @@ FUNCTIONS = [
     (block("def helper(numbers):\n    return sum(numbers)"), 0),
     (block("def total(numbers):\n    return iter([sum(numbers)])"), 0),
     (block("def total(numbers):\n    return max(numbers, default=0)"), 0),
-    (block("def total(numbers):\n    print(sum(numbers))"), 0),
     (block("def total(numbers):\n    return str(sum(numbers))"), 0),
-    (block("def total(numbers):\n    return [sum(numbers)]"), 0),
-    (block("def total(a, b):\n    return a + b"), 0),
     # unparsable
     ("", 0),
-    ("The function adds numbers.", 0),
     (block("def total(numbers)\n    return sum(numbers)"), 0),
-    ("```python\n```", 0),
-    (f"<think>{TOTAL}", 0),
     # adversarial: known ways to pass without being right stand in test_functions.py
     (block("def check(candidate): pass\ndef total(numbers): pass"), 0),
     (block("def double(x): return 4\ndef total(numbers):\n    return numbers"), 0),
-    (block("def total(numbers):\n    while True: pass"), 0),
     (block("def total(numbers):\n    return 10 ** 10 ** 7"), 0),
     (block("def total(numbers):\n    return [0] * 10**7"), 0),
 ]
@@ -140,12 +107,7 @@ def reward(sandbox):
 def test_hand_checked_tables(reward):
     for table, tests in ((PROGRAMS, TESTS), (FUNCTIONS, CALLS)):
         rewards = reward([completion for completion, _ in table], [tests] * len(table))
-        wrong = [
-            (completion, expected)
-            for (completion, expected), found in zip(table, rewards, strict=True)
-            if found != expected
-        ]
-        assert wrong == []
+        assert [(text, right) for (text, right), found in zip(table, rewards, strict=True) if found != right] == []
 
 
 def test_settings(reward):
@@ -201,9 +163,7 @@ def test_it_is_never_run_elsewhere(monkeypatch, tmp_path):
 
 def test_extraction():
     assert extract_program("```python\nclass S: pass\n```\n```python\nS()\n```", function="S") == "class S: pass\n"
-    assert extract_program("```python\nx = 1\n```\n```python\ny = 2\n```", function="f") == "y = 2\n"
     assert extract_program("* Text\n\n\t```py\n\tif x:\n\t\ty\n\t```") == "if x:\n\ty\n"
-    assert extract_program("x = 1") == "x = 1"
     assert extract_program("text", function="f") is None
     assert extract_program(None) is None
     assert extract_program("```sh\nls\n```\n```python\nx\n```\n```\noutput\n```") == "x\n"

@@ -9,35 +9,25 @@ from trl_interfere.rewards.sandbox import Limits
 CALLS = r"""
 passes apart || x = f(1)⏎for _ in range(5):⏎    x = f(x)⏎assert x == 64 || f = lambda x: 2 * x
 fails apart || x = f(1)⏎for _ in range(5):⏎    x = f(x)⏎assert x == 64 || f = lambda x: 2 * x + 1
-passes apart || import random⏎for _ in range(50):⏎    x = random.random()⏎    assert abs(f(x) - x) < 1e-9 || f = abs
 passes together || assert Solution().add(a=1, b=2) == 3 || class Solution:⏎    def add(self, a, b): return a + b
-passes together || s = Stack()⏎s.push(1)⏎s.push(2)⏎assert s.pop() == 2⏎assert s.pop() == 1 || class Stack:⏎    def __init__(self): self.x = []⏎    def push(self, v): self.x.append(v)⏎    def pop(self): return self.x.pop()
 passes apart || from solution import f⏎def test_one():⏎    assert f(1) == 1⏎def test_two():⏎    assert f(2) == 2 || f = int
-fails apart || from solution import f⏎def test_one():⏎    assert f(1) == 1⏎def test_two():⏎    assert f(2) == 3 || f = int
 passes apart || try:⏎    f(0)⏎    assert False⏎except ZeroDivisionError:⏎    pass || f = lambda x: 1 / x
 fails apart || try:⏎    f(0)⏎except ZeroDivisionError:⏎    pass⏎else:⏎    assert False || f = lambda x: 0
 fails apart || assert all(map(lambda x: f(x) == x, [1, 2, 3])) || def f(x): raise StopIteration
 passes apart || assert f((1, 2)) == {1: (2, 3.5), 'x': {1, 2}} || f = lambda t: {1: (2, 3.5), 'x': set(t)}
 passes apart || assert f(b'x', 1j, None, True, 2**100) == 5 || f = lambda *a: len(a)
-passes apart || from solution import *⏎assert f(1) == 1 || f = int
 passes together || import solution⏎assert solution.f(1) == 1 || f = int
-passes apart || assert list(f(3)) == [0, 1, 2]⏎assert list(f(0)) == [] || f = range
 passes apart || assert list(f(3)) == [0, 1, 2] || def f(n):⏎    yield from range(n)
-fails apart || assert list(f(3)) == [0, 1, 2] || def f(n):⏎    yield from range(n + 1)
 passes apart || assert next(f(3)) == 0 || import itertools⏎def f(n): return itertools.count()
 fails apart || assert f(3) == [0, 1, 2] || f = range
 passes together || from decimal import Decimal⏎assert f(Decimal('1.1')) == Decimal('2.2') || f = lambda x: 2 * x
-fails apart || import math⏎assert math.isclose(f(1), 0.5) || class math: isclose = staticmethod(lambda *a: True)⏎f = print
 fails apart || class TestF:⏎    def test_f(self):⏎        assert f(1) == 2 || f = int
 passes apart || import unittest⏎class TestF(unittest.TestCase):⏎    def setUp(self):⏎        self.x = 1⏎    def test_f(self):⏎        self.assertEqual(f(self.x), 2)⏎        self.assertTrue(f(0) == 1) || f = lambda x: x + 1
 fails apart || import unittest⏎class TestF(unittest.TestCase):⏎    def test_f(self):⏎        self.assertEqual(f(1), 3) || f = lambda x: x + 1
-passes together || s = S(2)⏎assert s.n == 2 and s.n + 1 == 3 and s.items == [2] and len(s) == 1 and list(s) == [2]⏎assert 2 in s and s.none is None and str(s) == 'S' and s and s[0] == 2 and abs(s.n - 2) < 1e-9 || class S:⏎    none = None⏎    def __init__(self, n): self.n, self.items = n, [n]⏎    def __len__(self): return 1⏎    def __iter__(self): return iter(self.items)⏎    def __str__(self): return 'S'⏎    def __getitem__(self, i): return self.items[i]
-passes together || a, b = Node(1), Node(2)⏎a.next = b⏎assert f(a) == [1, 2] || class Node:⏎    def __init__(self, x): self.x, self.next = x, None⏎def f(node):⏎    return [node.x, *f(node.next)] if node else []
+passes together || s = S(2)⏎assert s.n == 2 and len(s) == 1 and 2 in s and str(s) == 'S' and s[0] == 2 || class S:⏎    def __init__(self, n): self.n = n⏎    def __len__(self): return 1⏎    def __contains__(self, x): return x == 2⏎    def __str__(self): return 'S'⏎    def __getitem__(self, i): return self.n
 passes together || node = f([1, 2])⏎assert node.x == 1 and node.next.x == 2 and node.next.next is None || class Node: pass⏎def f(items):⏎    if not items: return None⏎    node = Node()⏎    node.x, node.next = items[0], f(items[1:])⏎    return node
 fails apart || assert f('x').startswith('ab') || class f:⏎    def __init__(self, x): pass⏎    def startswith(self, x): return True
-fails apart || assert 6 in f(1) || class Yes:⏎    __contains__ = __eq__ = lambda *a: True⏎f = lambda x: Yes()
 fails apart || assert f(1) < 6 || class Yes:⏎    __lt__ = __gt__ = lambda *a: True⏎f = lambda x: Yes()
-fails together || s = S()⏎assert s.ok || class S: ok = False
 passes together || assert f(lambda x: x + 1) == 2 || def f(g): return g(1)
 passes apart || import math⏎assert f(0) == math.inf and -f(0) < 0 || def f(x): return float('inf')
 passes apart || assert f(1) == {1, 2} || def f(x): return frozenset({x, 2})
@@ -106,20 +96,14 @@ def test_the_program_sees_no_expected_result(sandbox, monkeypatch):
     assert len(seen) == len(TESTS) and all("987654" not in text for text in seen)
 
 
-@pytest.mark.parametrize(
-    "tests, function",
-    [
-        ("assert f(1) == 2", "f"),
-        ("assert gcd(4, 6) == 2", "gcd"),
-        ("assert is_close(f(1), 0.5)", None),
-        ("numbers = [2, 1]\nf(numbers)\nassert numbers == [1, 2]", None),
-        ("node = f([1])\nassert node.value == 1", None),
-        ("assert f.cache == {}", None),
-        ("assert isinstance(f(1), Node)", None),
-    ],
-)
-def test_which_tests_can_be_run_apart(tests, function):
-    assert called_function(tests) == function
+def test_which_tests_can_be_run_apart():
+    assert called_function("assert gcd(4, 6) == 2") == "gcd"  # though the header imports one
+    for tests in (
+        "assert is_close(f(1), 0.5)",
+        "numbers = [2, 1]\nf(numbers)\nassert numbers == [1, 2]",
+        "f.cache == {}",
+    ):
+        assert called_function(tests) is None
 
 
 def test_tests_that_cannot_be_run():

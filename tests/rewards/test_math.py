@@ -14,15 +14,20 @@ pytest.importorskip("math_verify")
 # Expected answer || completions that state it | ... || completions that do not | ...; "⏎" is a new line.
 STATEMENTS = r"""
 72 || The answer is 72! | So she has 72 clips! | The answer is 72! She sold them all. | The answer is **72**! ||
-72 || So she sold 72 clips altogether in April and May. | Therefore, she sold 72 clips in April and May. ||
+72 || So she sold 72 clips altogether in April and May. | Therefore, she sold 72 clips. | So the total is 72 clips. ||
+72 || The answer is 72, since there are 72 clips. | The answer is 72 - she sold 72 clips. | = 72 | #### $72 ||
+72 || The answer is 72. She sold them in two months. | The answer is 72 because 48+24=72. | #### 72 clips ||
+72 || The answer is 72 (48 in April and 24 in May). | The answer is 72 clips altogether. | Hence 72. ||
+72 || Total: 72 | 48+24 = 72⏎#### 72 | #### 72 | The answer is 72, which is the total. | In total: 72. ||
+72 || The answer is 72; the others are wrong. | The sum of all such values is therefore 72. | \[x = 72\] ||
+72 || || The answer is 72, or maybe 73. | The answer is 72. No wait, 73. | The answer is 72 (or 73). | #### 71
+72 || || The answer is not 72. | The answer is 72 or 73 | The answer is 72 and not 71. | The answer is 7 2
 120 || The answer is 5! | The answer is 120! || The answer is 6! | The answer is 121!
-42 || || The answer is 42 in thousands | The answer is 42 in base 7
-42 || So the answer is \boxed{42}. | The answer is 42. | First 6 * 7 = 42.⏎Answer: 42 | 42 ||
+42 || First 6 * 7 = 42.⏎Answer: 42 | 42 | The answer is $42$. | **42**. | Therefore, the sum is 42. ||
 42 || <think>It may be \boxed{7}.</think> \boxed{42} | I first thought \boxed{41}, but it is \boxed{42} ||
-42 || The answer is $42$. | The answer is \(42\). | **42**. | Therefore, the sum is 42. | So we get⏎$x = 42$ ||
 42 || The answer is 42 apples. | \boxed {42} | The answer is $42$ square feet. | The answer is 42 people. ||
-42 || || The answer is $41$. | Therefore, the sum is 41. | The answer is \(41\). | **41**. | So we get⏎$x = 41$
-42 || || The answer is 41 apples. | \boxed {41} | I do not know. | \boxed{} | \boxed{42 | <think>\boxed{42}
+42 || || The answer is $41$. | Therefore, the sum is 41. | **41**. | So we get⏎$x = 41$ | The answer is 41 apples.
+42 || || \boxed {41} | I do not know. | \boxed{} | \boxed{42 | <think>\boxed{42} | The answer is 42 in base 7
 42 || || The answer is | The answer is 42 plus something | The answer is 42 dozen eggs | The answer is 42 tenths
 42 || || The answer is 42 squared | The answer is 42 million dollars | The answer is 42 percentage points
 42 || || The answer is 42k | I don't think that the sum is 42. | x != 42 | The sum is not 42
@@ -31,22 +36,8 @@ STATEMENTS = r"""
 1.5 || The answer is 1 1/2 cups. ||
 1 || || The answer is 1 or more | The answer is 1 million
 1, 2 || x = \boxed{1} and y = \boxed{2} | The solutions are \boxed{1}, \boxed{2}. ||
-\frac{1}{2} || The final answer is $\frac{1}{2}$, as required. ||
-72 || The answer is 72, since there are 72 clips. | The answer is 72 - she sold 72 clips. ||
-72 || Therefore, she sold 72 clips. | So the total is 72 clips. | Answer: 72 (which is the total) ||
-72 || #### 72 clips | #### $72 | The answer is 72, which is the total. ||
-72 || The answer is 72. She sold them in two months. | The answer is 72 because 48+24=72. ||
-72 || The answer is 72 (48 in April and 24 in May). | The answer is 72 clips altogether. | Hence 72. ||
-72 || Total: 72 | 48+24 = 72⏎#### 72 | #### 72 | The answer is 72, as we showed. ||
-72 || Thus, the answer is 72 clips in total. | In total: 72. | The final answer is: 72 | Therefore 72. | = 72 ||
-72 || The answer is 72; the others are wrong. | ####72 | #### 72. ||
-72 || The sum of all such values is therefore 72. | $$x=72$$ | \[x = 72\] ||
-72 || || The answer is 72, or maybe 73. | The answer is 72. No wait, 73. | The answer is 72 (or 73).
-72 || || The answer is not 72. | The answer is 72 or 73 | #### 71 | The answer is 72 and not 71.
-72 || || The answer is 7 2 | The answer is 172
 2 || || \boxed{1} and \boxed{2}
-0.5 || x⏎#### \frac{1}{2} ||
-\frac34 || Answer: $\frac{3}{4}$ ||
+\frac{1}{2} || The final answer is $\frac{1}{2}$, as required. ||
 """
 TABLE = [
     *(
@@ -56,24 +47,19 @@ TABLE = [
         for text in column.split(" | ")
         if text.strip()
     ),
-    ("First 6 * 7 = 42.\nAnswer: 42", "42", 1),
     ("", "42", 0),
     (r"\boxed{" + "4 apples " * 30 + "}", "4", 0),
     ("The answer is 42 " + "a" * 200, "42", 0),
     (r"\boxed{" + "4" * 100_000 + "}", "42", 0),
-    ("1 2 3 42 " * 50_000, "42", 0),
-    ("{" * 100_000, "42", 0),
-    (" ".join(map(str, range(1000))), "42", 0),
 ]
 
 # Expected answer || what says the same | ... || what does not | ..., each in a box.
 FORMS = r"""
 x^2+y^2=1 || x^2+y^2-1=0 | y^2+x^2=1 || x^2-y^2=1
-2x+1 || y=2x+1 ||
 y=2x+1 || 2x+1 | 2x-y+1=0 || 2x+y+1=0
 y = 3 ||  || x = 3
 a^2-b^2 || (a-b)(a+b) || (a-b)(a-b)
-5 \text{ million} || 5,000,000 | 5000000 | 5 million || 5
+5 \text{ million} || 5,000,000 | 5000000 | 5 million || 5 | 5\text{ billion}
 10\text{ PM} || 10\text{ p.m.} | 10 PM || 10 | 11 PM | 10\text{ AM}
 5\text{ metres south} ||  || 5 | 5\text{ metres north}
 24\text{ cm}^2 || 24 | 24\text{ square centimeters} | 24 cm^2 || 24 m^2 | 24 cm^3 | 24 cm
@@ -82,22 +68,19 @@ a^2-b^2 || (a-b)(a+b) || (a-b)(a-b)
 42 || \$42 | 42.0 | +42 | \text{42} | 42\text{ cm} | m + n = 42 | \angle ABC = 42^\circ | 42 \mathrm{~cm}^{2} ||
 42 ||  || 24\text{ cm}^2 | 41 | 42\% | forty-two | 42 million | 42 \text{ million} | 42 percent | 42 or more
 42 ||  || 42 is wrong | 42x | \sqrt{1764} | \int_0^{42} 1 dx | 41, 42, 43 | 41 \text{ or } 42 | 42 or 43 | [42]
-42 ||  || __import__('os').system('true')
 \$42 || 42 dollars | 42 | 42.00 || €42
 42\% || 0.42 | 42 percent ||
-3\text{ hours }20\text{ minutes} || 20 minutes 3 hours | 3 \text{ hours and } 20 \text{ minutes} || 3 hours 21 minutes
-x=1, y=2 || y=2, x=1 | x=1 \text{ and } y=2 | 1, 2 | (x,y)=(1,2) | (1,2) || y=1, x=2 | (2,1) | 2, 1
+3\text{ hours }20\text{ minutes} || 20 minutes 3 hours | 3 \text{ hours and } 20 \text{ minutes} || 3
+x=1, y=2 || y=2, x=1 | x=1 \text{ and } y=2 | x=1; y=2 | 1, 2 | (x,y)=(1,2) | (1,2) || y=1, x=2 | (2,1) | 2, 1
 (1,2) || (x, y) = (1, 2) | x=1, y=2 || x=2, y=1 | (2,1) | [1,2]
 1, 2 || x_1=1, x_2=2 | x = 1 \text{ or } x = 2 | 2, 1 | 1 and 2 | x_1 = 1, x_2 = 2 || 1, 3 | 1 | 1, 2, 2 | 7 = 1, 8 = 2
-\{1, 2\} || x = 2 \text{ or } x = 1 | \{2, 1\} || \{1, 2, 3\}
+\{1, 2\} || x = 2 \text{ or } x = 1 | \{2, 1\} | x \in \{1, 2\} || \{1, 2, 3\} | (2,1)
 1 < x < 2 || (1, 2) | x \in (1, 2) | 2 > x > 1 || 1 \le x < 2 | [1, 2] | \{1, 2\} | x=1, y=2 | 1, 2
 (1, \infty) || x > 1 || x \geq 1 | x < 1
 x > 1 || (1, +\infty) | 1 < x | \{x \mid x > 1\} ||
 (-\infty,-1)\cup(3,\infty) || x < -1 \text{ or } x > 3 | (3,\infty) \cup (-\infty,-1) || (-\infty,-1]\cup(3,\infty)
-\{1,2\} || x \in \{1, 2\} || (2,1)
 1000 || 1 000 | 1\,000 | 1{,}000 ||
 100 ||  || 1 00
-0.75 || ¾ | \tfrac34 ||
 1.5 || 1½ | 1\frac{1}{2} ||
 (-\infty, 2] || (−∞, 2] | x ≤ 2 ||
 300000 || 3 × 10⁵ ||
@@ -106,121 +89,71 @@ a_1+a_2 || a₁ + a₂ ||
 2\sqrt{3} || 2·√3 | 2\sqrt{3} cm | 2√3 | \sqrt{12} | x = 2\sqrt{3} | x = \sqrt{12} = 2\sqrt{3} || x = 2\sqrt{5}
 2\sqrt{3} ||  || 2\sqrt{5} | 7 = 2\sqrt{3} | \pi = 2\sqrt{3} | x = 7 = 2\sqrt{3} | x = 2\sqrt{3} = 7
 2\sqrt{3} ||  || 2\sqrt{3}\text{ million} | 9^{9^{9^{9}}} | 99999!
-\sqrt{x+1} || √(x+1) ||
 \frac{1}{2^{99}} || 2^{-99} || 2^{-98} | 0 | \frac{1}{2^{98}} | \frac{1}{3^{40}}
-1, 2, \dots, n || 1, 2, \ldots, n ||
-1, 2, \ldots, n || 1, 2, ..., n || 2, 1, \ldots, n | 1, 3, 5, \ldots, 2n-1
+1, 2, \dots, n || 1, 2, ..., n | 1, 2, \ldots, n || 2, 1, \ldots, n | 1, 3, 5, \ldots, 2n-1
 n \equiv 3 \pmod 7 || 3 \pmod{7} ||
-3 \pmod{7} || n \equiv 3 (mod 7) | 10 \pmod 7 || 3
+3 \pmod{7} || n \equiv 3 (mod 7) || 3 | 7 \pmod 3
 \pm 2 || -2, 2 || 2
--2, 2 || x = \pm 2 ||
 2 \pm \sqrt{3} || \sqrt{3}+2, 2-\sqrt{3} | x=2\pm\sqrt3 ||
-3+4i || 4i+3 || 3-4i
 2i || (1+i)^2 ||
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} || \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix} ||
-\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ||  || \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
 \begin{pmatrix} 1 \\ 2 \end{pmatrix} || (1, 2) || \langle 2, 1 \rangle
 f(x)=x^2+1 || f(x) = 1 + x^2 | x^2+1 || f(x) = x^2-1
-\binom{n}{2} || \frac{n(n-1)}{2} || \frac{n(n+1)}{2}
-\log_2 3 || \frac{\ln 3}{\ln 2} | \log_{2}{3} ||
 \text{Yes} || yes || no
-\text{(B)} || B || C
-3:2 || 3 : 2 || 2:3
 ABCD ||  || DCBA
 x ||  || |x| | \sqrt{x^2}
 \frac{5!}{2!3!} || (5!)/(2!3!) | 10 ||
 \frac{1}{2} || \frac 12 | .5 | ½ | 0.5 | \frac12 || \frac13
--\frac{1}{2} || \frac{1}{-2} ||
 1500000 || 1.5 \cdot 10^6 | 1.5e6 ||
 144 || 57+87=144 || 57+88=144 | 57 + 87
 x \ne 2 || x\neq 2 || x\neq 3
 2\sqrt{3}\text{ cm} || 2\sqrt{3} || 2\sqrt{3} m
-90-\alpha || 90^\circ - \alpha ||
 3! || 6 | 6.0 || 3 | 4!
 5 || {5} | 5\text{ units}^2 | 5\text{ sq units} || 5! | {6}
 \pi ||  || 3.14 | \frac{22}{7}
-\sqrt{2} ||  || 1.41421356
-a+2b ||  || 2a+b
 2a ||  || 2A
-e^2 || \mathrm{e}^2 | e^{2} ||
-56 ||  || 7\times 8
-all real numbers || \text{all real numbers} ||
-(2,-1) || x=2, y=-1 | \left( 2, -1 \right) || -1, 2 | (2,-1,0)
 100, 200 || 100,200 ||
 (100,200) || (100, 200) ||
-5\text{ million} ||  || 5\text{ billion}
 2\text{ boys}, 4\text{ girls} ||  || 2\text{ boys}, 3\text{ girls}
-3\text{ hours and }20\text{ minutes} ||  || 3
 10 000 || 10000 || 0
-1000000 || 1 000 000 | 1\ 000\ 000 ||
 x^2+1 || x²+1 ||
 4\pi || 4π ||
 \frac{1}{901!} ||  || \frac{1}{900!}
 \frac{1}{3} || \dfrac{2}{6} | 1/3 | ⅓ || 0.333
-\text{B} || B || A
 12 || AB = 12 | 12\text{ minutes} || AB = 13 | 2x = 12 | x^2 = 12 | x \neq 12 | x >= 12 | x = 7 = 12
-105 ||  || 10^5
-0.5 ||  || 1\frac{1}{2}
-1024 ||  || 2^{10}
 2^{2024}-1 ||  || 2^{2024}+1
-7000 || 7 thousand ||
 3 || ３ || 3 \text{ dozen}
 3:30\text{ PM} || 3:30 PM || 3:30 AM | 3:30
-5\text{ right} ||  || 5\text{ left}
--1\le x\le 1 || [-1,1] || (-1,1) | \{-1,1\}
 (-1,1) ||  || -1,1
-25 ||  || 25 000
-1234567.5 || 1 234 567.5 ||
 \frac{\sqrt2}{2} || √(2)/2 ||
 \ge 3 || ≥ 3 ||
 x \in \mathbb{R} || x ∈ ℝ ||
-\frac{\pi}{2} || π/2 ||
-10^{-50} || \frac{1}{10^{50}} ||
-1,3,7,\ldots ||  || 1,3,5,\ldots
-\frac{n(n+1)}{2} || n(n+1)/2 ||
-x=k\pi || k\pi || 2k\pi
--\frac12, \frac32 || \frac{3}{2}, -\frac{1}{2} ||
 A, C || \text{A, C} || A, B
-\text{Tuesday} || Tuesday || Monday
 \sqrt{ab} || \sqrt{a}\sqrt{b} ||
-3.5 || 3\frac{1}{2} | 3 1/2 ||
 12\text{ minutes} ||  || 12\text{ hours}
-120\text{ minutes} ||  || 2\text{ hours}
-5.5 || \$5.50 | 5.50 dollars ||
 5\text{ dollars} ||  || 5 cents
-x=1,y=2 || x=1,\ y=2 | x = 1; y = 2 ||
-x^2+2xy+y^2 || (x+y)^2 ||
-y=1-x || x+y=1 ||
 |b-a| || |a-b| ||
-\max(a,b) || \max\{a,b\} ||
 """
 FORMS = [[part.strip() for part in line.split("||")] for line in FORMS.strip().splitlines()]
 
 # Answers of every kind that public sets of problems expect.
 GOLDS = r"""
-42 | -7 | 0.5 | \frac{1}{2} | 1\frac{1}{2} | 10 000 | 1,042 | 42\% | \$42 | 30^\circ | x^2+y^2=1 | a^2-b^2 |
-2^{10}\cdot 3^5 | e^x+e^{-x} | 30^\circ, 60^\circ | \frac{x^2}{4}+\frac{y^2}{3}=1 | 2^{1009} | 1000! |
-(45^{\circ}, 60^{\circ}),(135^{\circ}, 60^{\circ}) | 5 \text{ million} | 5\text{ metres south} | 10\text{ PM} |
-2\text{ boys}, 4\text{ girls} | 3\text{ hours }40\text{ minutes} | x=1, y=2 | 1<x<2 | (1,2) | [1,2) | (-\infty, 3] |
-(-\infty,1)\cup(2,\infty) | x \le 3 | x \neq 2 | \{1, 2, 3\} | 1, 2, 3 | \frac{1}{2^{99}} | 1, 2, \ldots, n |
-3 \pmod{7} | n \equiv 3 \pmod 7 | 101_2 | 2\sqrt{3} | \frac{\sqrt{3}}{2} | 2 \pm \sqrt{3} | \pm 2 | 3+4i |
-\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 \\ 2 \end{pmatrix} | f(x)=x^2+1 | y=2x+1 | n! |
-\binom{n}{2} | \ln 2 | \log_2 3 | \sin x | \frac{\pi}{4} | 4\pi | \infty | -\infty | \text{B} | \text{(B)} |
-\text{Yes} | \text{no solution} | \mathbb{R} | \emptyset | \frac{n(n+1)}{2} | 2^n-1 | (-1)^n | \sqrt[3]{2} |
-0.\overline{3} | \lfloor \frac{n}{2}\rfloor | x^{2k+1} | (x+1)(x-2) | \frac{a+b}{c} | ABCD | \angle ABC |
-\triangle ABC | 3:2 | 12:30 | 24\text{ cm}^2 | 24 \text{ m/s} | 60 \text{ km/h} | k \in \mathbb{Z} |
-x=k\pi, k\in\mathbb{Z} | \frac{3}{4}\text{ hours} | 2\sqrt{3}\text{ cm} | 1+2+\cdots+n | p=3,q=5 | (3,-4,5) |
-\langle 1,2,3\rangle | \left(\frac{1}{2},\frac{3}{4}\right) | \sum_{k=1}^{n} k^2 | \int_0^1 x^2 dx | x'=2x |
-\frac{dy}{dx}=2x | \overline{AB} | \vec{a}+\vec{b} | \sqrt{2}+\sqrt{3} | \frac{2}{3}\sqrt{6} | -\frac{1}{2} |
--\sqrt{2} | 10^{-3} | 1.5\times 10^{6} | 6.02\times10^{23} | 2:3:4 | 1/2 | 7 \text{ and } 8 | 1 \text{ or } 2 |
-0<a\leq 1 | a>0 | m\geq -2 | \left[-\frac{1}{2},+\infty\right) | \{2,4\} | C_n^2 | \frac{1}{1-x} |
-x=\frac{-1\pm\sqrt{5}}{2} | \tan^{-1}(2) | \arctan 2 | \frac{5!}{2!3!} | 2^{2^{5}} | 10! | 99^{100} | \text{Monday} |
-\text{June 5} | 3\text{ dozen} | 7\text{th} | 42^{nd} | \alpha+\beta | \frac{\alpha}{2} | 90^\circ-\alpha |
-e^{i\pi/3} | 1-\frac{1}{e} | \cos\theta | \theta=\frac{\pi}{6} | r=2\cos\theta | \rho^2 | n=4k+1 | 4k+1 | 6n\pm1 |
-(a,b)=(2,3) | (x,y)=(1,2),(3,4) | A\cap B | A \cup B | \{(1,2),(3,4)\} | \text{even} | x<-1 \text{ or } x>3 | (2,1) |
-\left\{1,2\right\} | 1:1 | \frac{7}{11} | 100 \text{ square meters} | 5:00 | \text{9:30 a.m.} | \text{East} |
-\text{A and C} | A, C | AC | M=\{1,2\} | \max(a,b) | \gcd(m,n) | \lvert x\rvert | u_n=2^n+3^n | a_n=2n-1 |
-f(x)=2x, g(x)=x^2 | C | a^3+b^3+c^3 | \cos 15^\circ
+42 | 0.5 | \frac{1}{2} | 1\frac{1}{2} | 10 000 | 1,042 | 42\% | \$42 | 30^\circ | x^2+y^2=1 | a^2-b^2 |
+2^{10}\cdot 3^5 | e^x+e^{-x} | 1000! | (45^{\circ}, 60^{\circ}),(135^{\circ}, 60^{\circ}) | 5 \text{ million} |
+5\text{ metres south} | 10\text{ PM} | 2\text{ boys}, 4\text{ girls} | 3\text{ hours }40\text{ minutes} |
+x=1, y=2 | 1<x<2 | (1,2) | (-\infty,1)\cup(2,\infty) | x \le 3 | 1, 2, 3 | \frac{1}{2^{99}} | 1, 2, \ldots, n |
+n \equiv 3 \pmod 7 | 101_2 | 2\sqrt{3} | 2 \pm \sqrt{3} | 3+4i | \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} |
+f(x)=x^2+1 | y=2x+1 | n! | \binom{n}{2} | 4\pi | \infty | \text{(B)} | \text{Yes} | \text{no solution} |
+\mathbb{R} | \frac{n(n+1)}{2} | (-1)^n | \sqrt[3]{2} | 0.\overline{3} | \lfloor \frac{n}{2}\rfloor | x^{2k+1} |
+(x+1)(x-2) | ABCD | \angle ABC | 3:2 | 12:30 | 24\text{ cm}^2 | 60 \text{ km/h} | x=k\pi, k\in\mathbb{Z} |
+2\sqrt{3}\text{ cm} | 1+2+\cdots+n | (3,-4,5) | \langle 1,2,3\rangle | \left(\frac{1}{2},\frac{3}{4}\right) |
+\sum_{k=1}^{n} k^2 | \int_0^1 x^2 dx | x'=2x | \frac{dy}{dx}=2x | \overline{AB} | \sqrt{2}+\sqrt{3} |
+-\frac{1}{2} | 10^{-3} | 1.5\times 10^{6} | 1 \text{ or } 2 | 0<a\leq 1 | \left[-\frac{1}{2},+\infty\right) |
+C_n^2 | x=\frac{-1\pm\sqrt{5}}{2} | \tan^{-1}(2) | \frac{5!}{2!3!} | 2^{2^{5}} | \text{June 5} | 3\text{ dozen} |
+42^{nd} | e^{i\pi/3} | 1-\frac{1}{e} | \cos\theta | r=2\cos\theta | n=4k+1 | 6n\pm1 | (a,b)=(2,3) |
+(x,y)=(1,2),(3,4) | A\cap B | \{(1,2),(3,4)\} | x<-1 \text{ or } x>3 | \left\{1,2\right\} |
+100 \text{ square meters} | \text{9:30 a.m.} | \text{A and C} | A, C | M=\{1,2\} | \max(a,b) | \lvert x\rvert |
+u_n=2^n+3^n | f(x)=2x, g(x)=x^2 | \cos 15^\circ
 """
 GOLDS = [gold for gold in (part.strip() for part in GOLDS.replace("\n", " ").split(" | ")) if gold]
 

@@ -12,64 +12,44 @@ def parts(block):
 OPTIONS = ["London", "Berlin", "Paris", "Rome"]
 # Completions that choose C of A to D for a person, and others; "⏎" is a new line.
 RIGHT = r"""
-Answer: C [Paris] | Answer: [C] Paris |
-Answer: C | answer: c | ANSWER: C. | Answer: **C** | **Answer:** C | **Answer: C** | Answer: (C) | Answer: [C] |
-Answer: $\boxed{C}$ | \boxed{C} | The answer is \boxed{\text{C}}. | The answer is (C). |
-The correct answer is C: Paris | The best option is C | The answer is C because it is the capital. | C | C. | (C) |
-**C** | C) Paris | C. Paris | London is in England, so it is not A.⏎⏎Answer: C |
-Answer: A⏎Wait, that is wrong.⏎Answer: C | Answer: C⏎⏎A is wrong, since London is in England. |
+Answer: C [Paris] | Answer: [C] Paris | Answer: C | answer: c | Answer: **C** | **Answer: C** | Answer: (C) |
+Answer: [C] | Answer: $\boxed{C}$ | \boxed{C} | The answer is (C). | The best option is C |
+The answer is C because it is the capital. | C | C. | C) Paris | London is in England, so it is not A.⏎⏎Answer: C |
 <think>Perhaps A. Answer: A</think>⏎Answer: C | C) Paris⏎It has been the capital for a long time. | Answer:⏎C |
-The answer is:⏎⏎C | **Answer:**⏎⏎(C) Paris | Answer: C⏎I hope this answer is helpful! | Answer: C (Paris) |
-Answer: C (Paris). | Answer: C - Paris | The answer is C, Paris. | \boxed{C) Paris} | \boxed{\text{(C) Paris}} |
-\boxed{C} is the answer | **Answer**: C | Answer:⏎$\boxed{C}$ | C⏎⏎I hope this answer is helpful! |
-Answer: C (A city in France) | Answer: C) Both A and B | Answer: C) Vitamin D | The answer is C. A is wrong. |
-The answer is C because A or B would be smaller. | So the correct option is (C). | Therefore, C. | I choose C. |
-C is correct. | (C) is the right answer | c | c. | (c) | c) Paris | Answer: c) Paris |
-the choices are hard; the answer is C | Of these options, I think the answer is C. | The answer I chose is C. |
-Answer: C (5 D) | Answer: C (E = mc^2) | Answer: C) Both (A) and (B) | "Answer: C" | Answer： C | ANSWER = C |
-Answer: C⏎⏎The value is \boxed{7} | Answer: C⏎The answer is not A, since it is small. |
-Options A and B are wrong. The answer is C. | Option A is wrong, option B too. The answer is C. |
-The correct answer is option C. | The correct answer is: (C) Paris. | The final answer is $\boxed{C}$. |
-**Final Answer**: C | Answer: **C. Paris** | My answer: C | Answer - C | answer C | Correct choice: C | C – Paris |
-Option C is correct. | The answer would be C. | Answer is C | \boxed{\textbf{(C)}} | \boxed{\text{C}} |
-Answer: C.⏎⏎Because A is too small and B or D would be too large. | Answer: C! | The answer is clearly C. |
-The answers A, B are wrong, so the answer is C. | ### Answer⏎C | After comparing the options, the answer is C. |
-The answer is C because the other options fail. | Answer: C. The other options are wrong. |
-Among the choices, the answer is C. | Comparing the answers, the answer is C. |
-The answer I get is C. So the answer is C. | **Answer: C** (the other options are wrong) |
-Among the four options, \boxed{C} is correct | **Answer: C**⏎⏎The final value is \boxed{42} |
-Answer: C⏎⏎Explanation: the answer is not A because it is too small. | c) 42 | Answer: C (5 A) | 'Answer: C' |
-Answer：C
+The answer is:⏎⏎C | Answer: C⏎I hope this answer is helpful! | Answer: C (Paris) | Answer: C - Paris |
+The answer is C, Paris. | \boxed{C) Paris} | \boxed{C} is the answer | Answer:⏎$\boxed{C}$ |
+C⏎⏎I hope this answer is helpful! | Answer: C (A city in France) | Answer: C) Both A and B |
+The answer is C. A is wrong. | So the correct option is (C). | Therefore, C. | I choose C. | C is correct. | c | (c) |
+the choices are hard; the answer is C | Answer: C (E = mc^2) | "Answer: C" |
+Options A and B are wrong. The answer is C. | The correct answer is option C. | Answer - C | C – Paris |
+The answer would be C. | Answer: C.⏎⏎Because A is too small and B or D would be too large. |
+The answer is clearly C. | The answers A, B are wrong, so the answer is C. | ### Answer⏎C |
+After comparing the options, the answer is C. | The answer is C because the other options fail. |
+Answer: C. The other options are wrong. | Among the choices, the answer is C. |
+Comparing the answers, the answer is C. | The answer I get is C. So the answer is C. |
+**Answer: C** (the other options are wrong) | Among the four options, \boxed{C} is correct |
+**Answer: C**⏎⏎The final value is \boxed{42} | Answer: C⏎⏎Explanation: the answer is not A because it is too small. |
+c) 42 | Answer: C (5 A) | 'Answer: C' | Answer：C
 """
 WRONG = r"""
-Answer: C [Paris] or A | Answer: C [or A] |
-Answer: A | The answer is (D). | B) Berlin | \boxed{A} | Answer: C⏎On reflection:⏎Answer: B |
-<think>Answer: C</think> Answer: D | I cannot answer this question. | A good question. Cities are interesting. |
-Answer: Paris | Answer: | <think>Answer: C | The answer is not C | Answer: E | Answer: Z | Answer: A, B, C, D |
-Answer: C, A | Answer: C or A | Answer: A or C | Answer: A/C | Answer: C/A | Answer: C and D | Answer: ABCD |
-Answer: CC | A⏎B⏎C⏎D | A) London⏎B) Berlin⏎C) Paris⏎D) Rome | \boxed{A}\boxed{C} | \boxed{A, C} | \boxed{C) or A} |
-\boxed{C or A} | Answer:⏎A | Answer:⏎C or A | Choose the right answer:⏎C) Paris⏎A) London | Answer: C (or A) |
-Answer: C - A | Answer: C - Paris or A | Answer: C - Paris, D - Rome | Answer: C (Paris), D (Rome) |
-Answer: C (could also be D) | Answer: C, it might be D | The answer is C, Paris, D, Rome |
-Answer: C) Paris or D) Rome | Answer: C) Paris D) Rome | Answer: C. Paris or D. Rome | Answer: (C) (D) |
-C) Paris or D) Rome | \boxed{C) Paris or D) Rome} | \boxed{C) Paris, D) Rome} |
-Answer: C⏎On reflection this answer is not C. | Answer: C-section | Answer: C, maybe A | Answer: C, Paris or A |
-The answer is C, or perhaps A | Answer: C⏎No, the answer is not C. | I hope this answer is helpful! |
-Answer: A⏎I hope this answer is helpful! | The answer is C. Or the answer is A. | Answer: $LETTER |
-Answer: C⏎The answer is not C. | The answer isn't C | Answer: b | d | The answer is a city. |
-I think A is correct, no, C is correct | Answer: A and C | It must be C. | Answer: D, not C | Answer: A. No, C
+Answer: C [Paris] or A | Answer: C [or A] | Answer: A | The answer is (D). | Answer: C⏎On reflection:⏎Answer: B |
+<think>Answer: C</think> Answer: D | I cannot answer this question. | Answer: Paris | Answer: | <think>Answer: C |
+The answer is not C | Answer: E | Answer: C or A | Answer: C/A | Answer: CC | A⏎B⏎C⏎D |
+A) London⏎B) Berlin⏎C) Paris⏎D) Rome | \boxed{A}\boxed{C} | \boxed{A, C} | \boxed{C) or A} | Answer:⏎C or A |
+Choose the right answer:⏎C) Paris⏎A) London | Answer: C (or A) | Answer: C - A | Answer: C - Paris or A |
+Answer: C (could also be D) | The answer is C, Paris, D, Rome | Answer: C) Paris D) Rome | Answer: (C) (D) |
+\boxed{C) Paris, D) Rome} | Answer: C⏎On reflection this answer is not C. | Answer: C-section |
+The answer is C, or perhaps A | I hope this answer is helpful! | The answer is C. Or the answer is A. |
+Answer: $LETTER | d | The answer is a city. | I think A is correct, no, C is correct | Answer: A and C |
+It must be C. | Answer: D, not C | Answer: A. No, C
 """
 TABLE = [
     *((text, 1) for text in parts(RIGHT)),
     *((text, 0) for text in parts(WRONG)),
     ("", 0),
-    ("   \n ", 0),
     ("Answer: C" + "(" * 50_000, 0),
-    ("Answer: C, " + "or " * 30_000, 0),
     ("Answer:\n" * 20_000, 0),
-    ("C" * 100_000, 0),
     ("Answer: " * 20_000, 0),
-    ("((((((((((((((((" * 5_000, 0),
     ("Answer: " + "*" * 50_000 + "C", 1),  # the one letter that it gives
     ("Answer: " + "*" * 50_000 + "C or A", 0),
 ]

@@ -1,21 +1,10 @@
 import pytest
 
-from trl_interfere.rewards.text import (
-    completion_text,
-    contains_answer,
-    contains_words,
-    exact_match,
-)
+from trl_interfere.rewards.text import contains_answer, contains_words, exact_match
 
 
 def as_messages(text):
     return [{"role": "assistant", "content": "draft"}, {"role": "assistant", "content": text}]
-
-
-def test_completion_text():
-    assert completion_text("a b") == "a b"
-    assert completion_text("") == ""
-    assert completion_text(as_messages("a b")) == "a b"
 
 
 TABLE = [
@@ -44,10 +33,3 @@ def test_answers(function, column, answer, right, wrong):
 
 def test_share_of_words():
     assert contains_words(["The moon!", "moon moon"], words=[["moon", "River"], "moon river boat bell"]) == [0.5, 0.25]
-
-
-def test_one_reward_per_completion():
-    assert exact_match(["1", "2", "3"], answer=["1", "0", "3"]) == [1.0, 0.0, 1.0]
-    for function, columns in ((exact_match, {"answer": ["1"]}), (contains_words, {"words": ["a"]})):
-        with pytest.raises(ValueError):
-            function(["1", "2"], **columns)

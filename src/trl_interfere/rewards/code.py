@@ -62,10 +62,8 @@ class CodeReward:
         partial: bool = False,
         thinking: bool = False,
     ):
-        self.sandbox = sandbox
-        self.limits = Limits(seconds=seconds, memory=memory_mb * 2**20)
-        self.partial = partial
-        self.thinking = thinking
+        self.sandbox, self.limits = sandbox, Limits(seconds=seconds, memory=memory_mb * 2**20)
+        self.partial, self.thinking = partial, thinking
 
     def __call__(
         self,
@@ -85,20 +83,20 @@ class CodeReward:
 
     def check(self, completion: str | list[dict], tests: str) -> tuple[float, bool]:
         """Share of the tests that the program of a completion passes, and whether a program could forge one."""
-        content = json.loads(tests)
-        program = extract_program(answer_text(completion, self.thinking), content.get("function"), content.get("code"))
+        content, limits = json.loads(tests), self.limits
+        function = content.get("function")
+        program = extract_program(answer_text(completion, self.thinking), function, content.get("code"))
         if program is None:
             return 0.0, False
         sandbox, forgeable, passed = open_sandbox(self.sandbox), False, 0
-        function = None if content.get("forgeable") else content.get("function")
+        apart, header = None if content.get("forgeable") else function, content.get("header", "")
         cases = content.get("calls") or [*zip(content["inputs"], content["outputs"], strict=True)]
         for case in cases:
             if "calls" in content:
-                right, forged = check_function(
-                    sandbox, program, case, self.limits, function, content.get("header", "")
-                )
-            else:
-                right, forged = prints(sandbox, program, *case, self.limits), False
+                right, forged = check_function(sandbox, program, case, limits, apart, header)
+            else:  # what is expected stays in this process
+                execution, forged = sandbox.run(program, case[0], limits), False
+                right = execution.status == "ok" and _same_lines(execution.stdout, case[1])
             passed, forgeable = passed + right, forgeable or forged
             if not right and not self.partial:
                 break
@@ -106,12 +104,6 @@ class CodeReward:
 
 
 code_reward = CodeReward()
-
-
-def prints(sandbox: Sandbox, program: str, stdin: str, expected: str, limits: Limits) -> bool:
-    """Whether a program prints what is expected, which stays in this process."""
-    execution = sandbox.run(program, stdin, limits)
-    return execution.status == "ok" and _same_lines(execution.stdout, expected)
 
 
 def _same_lines(found: str, expected: str) -> bool:
@@ -123,9 +115,8 @@ def _same_lines(found: str, expected: str) -> bool:
 
 
 def _close(found: str, expected: str) -> bool:
-    if found == expected or not (_DECIMAL.fullmatch(found) and _DECIMAL.fullmatch(expected)):
-        return found == expected
-    return math.isclose(float(found), float(expected), rel_tol=1e-6, abs_tol=1e-9)
+    decimals = _DECIMAL.fullmatch(found) and _DECIMAL.fullmatch(expected)
+    return math.isclose(float(found), float(expected), rel_tol=1e-6, abs_tol=1e-9) if decimals else found == expected
 
 
 def extract_program(text: str | None, function: str | None = None, code: str | None = None) -> str | None:
@@ -139,8 +130,7 @@ def extract_program(text: str | None, function: str | None = None, code: str | N
     programs = [match["program"] for match in blocks] or [text]
     if function is None:
         return textwrap.dedent(programs[-1])
-    name = re.escape(function)
-    begin = re.compile(rf"^(?:(?:(?:async\s+)?def|class)\s+{name}\b|{name}\s*[=:])", re.MULTILINE)
+    begin = re.compile(rf"^(?:(?:(?:async\s+)?def|class)\s+{function}\b|{function}\s*[=:])", re.MULTILINE)
     for program in map(textwrap.dedent, reversed(programs)):
         if begin.search(program):
             first = None if blocks else _BEGIN.search(program)

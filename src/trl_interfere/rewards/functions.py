@@ -29,17 +29,16 @@ def check_function(
     Whether a program passes tests that call its function, after a header of imports and helpers, and whether one that
     knows how could pass without being right.
 
-    Tests and program run in two sandboxes, and the calls go from one to the other: the process of the program sees
-    their arguments and neither the tests nor the expected results, and only plain values come out of it. Without a
-    `function`, for tests that hand over what is no plain value, and on a server, both run in one process: there the
-    program could find the word by which the tests say that they passed.
+    Tests and program run in two sandboxes: the program sees the arguments of calls and no expected result, and only
+    plain values come out of it. Without a `function`, for tests that hand over what is no plain value, and on a server
+    both run in one process, where the program could find the word by which the tests say that they passed.
     """
     nonce = secrets.token_hex(16)
     request = {"program": program, "tests": tests, "header": header, "function": function, "nonce": nonce}
     apart = function is not None and type(sandbox) is Sandbox
     execution = again(lambda: _two_processes(sandbox, request, limits)) if apart else None
     if execution is None or execution.stdout.startswith("not plain"):
-        execution, apart = sandbox.run(f"{_SIDES}\nmain('both')\n", json.dumps(request), limits), False
+        execution, apart = sandbox.run(f"{_SIDES}\nmain('test')\n", json.dumps(request), limits), False
     return execution.status == "ok" and execution.stdout.endswith(nonce), not apart
 
 
@@ -60,7 +59,7 @@ def _two_processes(sandbox: Sandbox, request: dict, limits: Limits) -> Execution
 def called_function(tests: str) -> str | None:
     """
     Name of the one function of a program that tests with `HEADER` call with plain values; `None` if they need more of
-    the program. Refuses tests that cannot be run.
+    it. Refuses tests that cannot be run.
     """
     try:
         nodes = [*ast.walk(ast.parse(tests))]

@@ -58,8 +58,7 @@ class Judge:
         max_requests (`int`, *optional*):
             Most requests that were answered.
         max_tokens (`int`, *optional*):
-            Most tokens of prompts and replies, as the endpoint counts them. A request is made while there are any
-            left, so those in flight at the end may take more.
+            Most tokens of prompts and replies, as the endpoint counts them; requests in flight may take more.
         rubric (`str`, *optional*):
             What to grade by.
         temperature (`float`, *optional*, defaults to `0.0`):
@@ -119,22 +118,21 @@ class Judge:
                 What it is compared with.
 
         Returns:
-            `list[tuple[float, float]]`: Grades of the text and of the reference, 1 to 10, in each order. A reply that
-            cannot be read counts as 1 against 10: a text that confuses the judge gains nothing.
+            `list[tuple[float, float]]`: Grades of the text and of the reference, 1 to 10, in each order; 1 and 10 if
+            the reply cannot be read: a text that confuses the judge gains nothing.
 
         Raises:
             [`JudgeError`]: If the endpoint does not reply or the budget is used up.
         """
         grades = []
         for swapped in (False, True):
-            messages = self._messages(assignment, *((reference, text) if swapped else (text, reference)))
-            replies = (_read(self._ask(messages, attempt)) for attempt in range(_ATTEMPTS))
-            found = next(filter(None, replies), None)
+            texts = (reference, text) if swapped else (text, reference)
+            messages = self._messages(assignment, *texts)
+            found = next(filter(None, (_read(self._ask(messages, attempt)) for attempt in range(_ATTEMPTS))), None)
             if found is None:
                 logger.warning("judge: no grades in %d replies of %s, counted as lost", _ATTEMPTS, self.model)
-                grades.append((1, 10))
-            else:
-                grades.append(found[::-1] if swapped else found)
+                found = (10, 1) if swapped else (1, 10)
+            grades.append(found[::-1] if swapped else found)
         return grades
 
     def spent(self) -> tuple[int, int]:
@@ -153,15 +151,15 @@ class Judge:
         ]
 
     def _ask(self, messages: list[dict[str, str]], attempt: int) -> str:
-        request = {"temperature": self.temperature, "max_tokens": self.reply_tokens, "messages": messages}
-        request["model"] = self.model
+        request = {"model": self.model, "temperature": self.temperature, "max_tokens": self.reply_tokens}
+        request["messages"] = messages
         key = hashlib.sha256(json.dumps([self.base_url, request, attempt], sort_keys=True).encode()).hexdigest()
         with self._asking[key]:  # equal texts are asked about once
             row = self._execute("SELECT reply FROM requests WHERE key = ? AND reply IS NOT NULL", key)
-            return self._request(key, request) if row is None else row[0]
+            return row[0] if row else self._request(self._reserve(key), request)
 
-    def _request(self, key: str, request: dict[str, Any]) -> str:
-        number, text = self._reserve(key), None
+    def _request(self, number: int, request: dict[str, Any]) -> str:
+        text = None
         try:
             url = f"{self.base_url.rstrip('/')}/chat/completions"
             response = self._client.post(url, json=request, timeout=self.timeout)
@@ -176,7 +174,6 @@ class Judge:
                 raise TypeError(f"a message of type {type(reply).__name__}")
             if type(usage) is not int and (usage is not None or self.max_tokens is not None) or (usage or 0) < 0:
                 raise ValueError(f"a usage of {usage!r} tokens, by which max_tokens cannot be kept")
-            self._execute("UPDATE requests SET reply = ?, tokens = ? WHERE id = ?", reply, usage or 0, number)
         except (requests.RequestException, ValueError, TypeError, AttributeError, LookupError) as error:
             if text is None:  # not answered, not paid for
                 self._execute("DELETE FROM requests WHERE id = ?", number)
@@ -184,6 +181,7 @@ class Judge:
             raise JudgeError(
                 f"judge: expected a reply of {self.model!r} from {self.base_url}, found {found}"
             ) from error
+        self._execute("UPDATE requests SET reply = ?, tokens = ? WHERE id = ?", reply, usage or 0, number)
         return reply
 
     def _execute(self, statement: str, *values: Any) -> tuple | None:
@@ -193,19 +191,18 @@ class Judge:
 
     def _reserve(self, key: str) -> int:
         """Count a request that is about to be made, or refuse it. Returns its number."""
-        limits = {name: getattr(self, name) for name in ("max_requests", "max_tokens")}
+        limits = [2**62 if limit is None else limit for limit in (self.max_requests, self.max_tokens)]
         allowed = "(SELECT COUNT(*) < ? AND COALESCE(SUM(tokens), 0) < ? FROM requests)"
-        values = (key, *(2**62 if limit is None else limit for limit in limits.values()))
         # One statement, which other processes see as a whole or not at all.
-        row = self._execute(f"INSERT INTO requests (key) SELECT ? WHERE {allowed} RETURNING id", *values)
-        if row is not None:
-            return row[0]
-        spent = zip(limits.items(), self.spent(), strict=True)
-        name, limit, found = next((*item, found) for item, found in spent if item[1] is not None and found >= item[1])
-        raise JudgeError(
-            f"judge, {name}: the budget of {limit:,} is used up ({found:,} in {self.cache}). Raise it and go on with "
-            "--resume"
-        )
+        row = self._execute(f"INSERT INTO requests (key) SELECT ? WHERE {allowed} RETURNING id", key, *limits)
+        if row is None:
+            spent = self.spent()
+            which = 0 if spent[0] >= limits[0] else 1
+            raise JudgeError(
+                f"judge, {('max_requests', 'max_tokens')[which]}: the budget of {limits[which]:,} is used up "
+                f"({spent[which]:,} in {self.cache}). Raise it and go on with --resume"
+            )
+        return row[0]
 
 
 def _read(reply: str) -> tuple[float, float] | None:

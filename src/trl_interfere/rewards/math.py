@@ -46,9 +46,10 @@ math_reward = MathReward()
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BETWEEN = re.compile(r"[\s$,;.()\[\]\\]*(?:\b(?:and|or)\b)?[\s$,;.()\[\]\\]*(?:[A-Za-z]\w{0,3}\s*=\s*)?\$?")
-_STATED = re.compile(r"####\s*([^\n]+)|answer[\s*_]{0,9}(?:is\b\s*:?|:|=)\s*([^\n]+)", re.IGNORECASE)
+_STATED = re.compile(r"(?:####|answer[\s*_]{0,9}(?:is\b\s*:?|:|=))\s*([^\n]+)", re.IGNORECASE)
 _CONCLUDES = re.compile(
-    r"(?<![<>!])=|:|\\equiv\b|\b(?:is|are|equals|ha[sd]|have|gets?|gives|makes?|needs?|leaves|totals)\b:?(?:\s(?:therefore|thus|hence|then|only|exactly|just|now)\b)?"
+    r"(?<![<>!])=|:|\\equiv\b|\b(?:is|are|equals|ha[sd]|have|gets?|gives|makes?|needs?|leaves|totals)\b:?"
+    r"(?:\s(?:therefore|thus|hence|then|only|exactly|just|now)\b)?"
     r"|^\W*(?:hence|thus|therefore|so|then|finally|total)\b(?:[^\d=:\\]*\s(?=[\d-]|dollars))?[,:]?",
     re.IGNORECASE,
 )
@@ -62,33 +63,31 @@ _DENIED = re.compile(r"\b(?:not|never|wrong|false|if|unless)\b|n['’]t\b|\d\s?[
 
 
 def final_answers(text: str | None) -> list[str]:
-    """The final answer that a text states, in two readings where it ends in "!", which may be the sentence's."""
-    if not text:
-        return []
-    if boxes := [_boxed(text, match) for match in list(_BOX.finditer(text))[-9:]]:
-        answers = boxes[-1:]
-        for box, (start, *_) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
-            if box[1] is None or start - box[2] > 40 or not _BETWEEN.fullmatch(text[box[2] : start]):
-                break
-            answers.insert(0, box)
-        contents = [content for _, content, _ in answers]
-        return [] if None in contents else [", ".join(contents)]
-    text = text[-2000:]
-    if stated := list(_STATED.finditer(text)):
-        found = _without_clause(stated[-1][1] or stated[-1][2])
+    """Readings of the final answer that a text states: a "!" at its end may be the sentence's."""
+    boxes = [*_BOX.finditer(text or "")][-9:]
+    if boxes:
+        return _boxed(text, boxes)
+    text = (text or "")[-2000:].strip()
+    if stated := _STATED.findall(text):
+        found = _without_clause(stated[-1])
     else:
-        found = _concluded(text.strip().rsplit("\n", 1)[-1])
-    return [] if found is None else [found, found.rstrip("!*_ ")] if found.rstrip("*_ ").endswith("!") else [found]
+        found = _concluded(text.rsplit("\n", 1)[-1])
+    return [found, found.rstrip("!*_ ")] if found else []
 
 
-def _boxed(text: str, match: re.Match) -> tuple[int, str | None, int]:
-    """Begin, content and end of a box; no content where it does not end."""
-    depth = 1
-    for end in range(match.end(), min(len(text), match.end() + LONGEST + 1)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return match.start(), text[match.end() : end].strip(), end + 1
-    return match.start(), None, match.end()
+def _boxed(text: str, boxes: list[re.Match]) -> list[str]:
+    """The content of the last box, with that of the boxes right before it."""
+    contents, begin = [], 0
+    for box in reversed(boxes):
+        depth, end = 1, box.end()
+        while depth and end < min(len(text), box.end() + LONGEST + 1):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        if depth or (contents and (begin - end > 40 or not _BETWEEN.fullmatch(text[end:begin]))):
+            break
+        contents.insert(0, text[box.end() : end - 1].strip())
+        begin = box.start()
+    return [", ".join(contents)] if contents else []
 
 
 def _concluded(line: str) -> str | None:
@@ -106,5 +105,5 @@ def _without_clause(text: str) -> str | None:
     clause = _CLAUSE.search(text)
     if clause is None:
         short = _TAIL.sub("", text).strip()
-        return short if number(short) is not None else text.strip()
+        return text.strip() if number(short) is None else short
     return None if _HEDGE.match(text[clause.end() :]) else text[: clause.start()].strip()

@@ -17,7 +17,6 @@ from threading import Lock
 
 _SECONDS = 3  # of processor time for one question; ten times that of wall clock
 _MEMORY = 4 * 2**30
-_DIGITS = 30
 # Numerators over 100 of the variables at the points where formulas are compared. Where one of them is negative, roots
 # and logarithms may leave the reals, and forms of one formula differ: there only real values are compared.
 _POSITIVE = ((37, 171, 293, 529), (211, 83, 137, 59), (500, 700, 300, 200))
@@ -36,12 +35,9 @@ def same_value(first: str, second: str, equations: bool = False) -> bool:
             if process.stdout.readline() != "ready\n":
                 raise RuntimeError(f"math: expected the process that compares formulas to start, it ended ({command})")
             _processes[os.getpid()] = process
-        try:
-            process.stdin.write(json.dumps([first, second, equations]) + "\n")
-            process.stdin.flush()
-            reply = process.stdout.readline()
-        except BrokenPipeError:
-            reply = ""
+        process.stdin.write(json.dumps([first, second, equations]) + "\n")
+        process.stdin.flush()
+        reply = process.stdout.readline()
         if not reply:  # it took too long
             process.wait()
         return reply == "yes\n"
@@ -58,27 +54,24 @@ def _main() -> None:
         return a == b if a.is_Rational and b.is_Rational else bool(abs(a - b) <= 1e-20 * max(abs(a), abs(b)))
 
     def same(first: str, second: str, equations: bool) -> bool:
-        formulas = [latex2sympy(text, conversion_config=config) for text in (first, second)]
+        one, two = (latex2sympy(text, conversion_config=config) for text in (first, second))
         # Integrals and the like of the problem are no answers; written as the expected one they have been accepted.
-        if any(isinstance(formula, unevaluated) or formula.has(*unevaluated) for formula in formulas):
+        if one.has(*unevaluated) or two.has(*unevaluated):
             return False
-        formulas = [formula.subs(sympy.Symbol("i"), sympy.I) for formula in formulas]
-        if formulas[0] == formulas[1]:
-            return formulas[0] not in (sympy.zoo, sympy.nan)
-        names = sorted(formulas[0].free_symbols | formulas[1].free_symbols, key=str)
-        ratios = []
+        one, two = (formula.subs(sympy.Symbol("i"), sympy.I) for formula in (one, two))
+        if one == two:
+            return one not in (sympy.zoo, sympy.nan)
+        names, ratios = sorted(one.free_symbols | two.free_symbols, key=str), []
         for point in _POINTS if names else _POINTS[:1]:
             at = {name: sympy.Rational(point[i % 4] + 11 * i, 100) for i, name in enumerate(names)}
-            found = [formula.subs(at).doit() for formula in formulas]
-            found = [value if value.is_Rational else value.evalf(_DIGITS) for value in found]
-            positive = point in _POSITIVE
-            if not all(value.is_number and value.is_finite and (positive or value.is_real) for value in found):
+            a, b = (formula.subs(at).doit() for formula in (one, two))
+            a, b = (value if value.is_Rational else value.evalf(30) for value in (a, b))
+            real = point in _POSITIVE or (a.is_real and b.is_real)
+            if not (real and a.is_number and b.is_number and a.is_finite and b.is_finite) or (equations and b == 0):
                 continue
-            if equations and found[1] == 0:
-                continue
-            if not equations and not equal(*found):
+            if not equations and not equal(a, b):
                 return False
-            ratios.append(found[0] / found[1] if equations else sympy.Integer(1))
+            ratios.append(a / b if equations else sympy.S.One)
         return bool(ratios) and ratios[0] != 0 and all(equal(ratio, ratios[0]) for ratio in ratios)
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))

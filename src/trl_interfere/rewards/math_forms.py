@@ -4,7 +4,7 @@ import itertools
 import re
 
 from .math_expressions import same_value
-from .math_numbers import END, EQUALS, LONGEST, SUBSCRIPTS, UNIT, is_name, plain, quantity
+from .math_numbers import END, EQUALS, LONGEST, SUBSCRIPTS, is_name, plain, quantity, unit_name
 
 
 _RELATION = re.compile(rf"(<|>|\\(?:le|ge|ne|in){END})")
@@ -32,22 +32,17 @@ def same_answer(given: str | None, expected: str) -> bool:
         return bool(_bare(given))
     spaced = re.search(r"\d,\d{3}\b", expected + given)  # a thousand, or a list
     readings = [[text, text.replace(",", ", ")] if spaced else [text] for text in (expected, given)]
-    return any(_same(_read(one), _read(other)) for one in readings[0] for other in readings[1])
+    return any(_same(_read(one), _read(other)) for one, other in itertools.product(*readings))
 
 
 def _bare(text: str) -> str:
     return re.sub(r"(?<!\d)\s|\s(?!\d)", "", text)
 
 
-def _depths(text: str) -> list[int]:
-    """How many brackets each sign stands in."""
-    opened = list(itertools.accumulate((sign in "([{") - (sign in ")]}") for sign in text))
-    return [depth - (sign in "([{") for depth, sign in zip(opened, text, strict=True)]
-
-
 def _split(text: str, separator: re.Pattern) -> list[str]:
     """Parts between separators that stand in no brackets."""
-    depths, parts, start = _depths(text), [], 0
+    depths = list(itertools.accumulate((sign in "([{") - (sign in ")]}") for sign in text))
+    parts, start = [], 0
     for match in separator.finditer(text):
         if depths[match.start()] == 0:
             parts.append(text[start : match.start()])
@@ -56,14 +51,15 @@ def _split(text: str, separator: re.Pattern) -> list[str]:
 
 
 def _balanced(text: str) -> bool:
-    return min(_depths(text + "."), default=0) >= 0 == _depths(text + ".")[-1]
+    depths = [*itertools.accumulate((sign in "([{") - (sign in ")]}") for sign in text)]
+    return min(depths, default=0) >= 0 == (depths or [0])[-1]
 
 
 def _read(text: str) -> tuple:
-    """The form of an answer: its kind, and its parts."""
+    """The form of an answer: its kind, and its parts, those that are compared in order last."""
     text = text.strip()
     if match := _MODULUS.match(text):
-        return "modulus", _read(match[1]), _read(match[2])
+        return "bracket", "mod", [_read(match[1]), _read(match[2])]
     parts = [part for part in _split(text, _SEPARATOR) if part]
     if len(parts) > 1:
         return _list(parts)
@@ -78,14 +74,14 @@ def _read(text: str) -> tuple:
         inner = [*map(_read, _split(match[2], _COMMA))]
         if len(inner) == 1 and match[1] != "[":
             return inner[0]
-        return ("list", inner) if match[1] == "\\{" else ("bracket", match[1] + match[3], inner)
+        return ("list", "", inner) if match[1] == "\\{" else ("bracket", match[1] + match[3], inner)
     if "\\pm" in text or "\\mp" in text:
         flipped = text.replace("\\pm", "\\-").replace("\\mp", "\\pm").replace("\\-", "\\mp")
         signs = [form.replace("\\pm", "+").replace("\\mp", "-").strip().removeprefix("+") for form in (text, flipped)]
-        return "list", [("leaf", form) for form in signs]
-    pieces = [piece.strip() for piece in re.split(r"(?<=[A-Za-z.])\s+(?=\d)", text)]
+        return "list", "", [("leaf", form) for form in signs]
+    pieces = re.split(r"(?<=[A-Za-z.])\s+(?=\d)", text)
     if len(pieces) > 1 and all(map(quantity, pieces)):
-        return "list", [("leaf", piece) for piece in pieces]  # 3 hours 20 minutes
+        return "list", "", [("leaf", piece) for piece in pieces]  # 3 hours 20 minutes
     return "leaf", text
 
 
@@ -94,11 +90,11 @@ def _list(parts: list[str]) -> tuple:
         return "bracket", "()", [("leaf", part) for part in parts]
     sides = [_split(part, EQUALS) for part in parts]
     if not all(len(side) == 2 and is_name(side[0]) for side in sides):
-        return "list", [*map(_read, parts)]
-    named = {side[0]: _read(side[1]) for side in sides}
+        return "list", "", [*map(_read, parts)]
+    named = {name: _read(value) for name, value in sorted(sides)}
     if len({SUBSCRIPTS.sub("", name) for name in named}) == len(parts):
-        return "named", [*map(named.get, sorted(named))], sorted(named)
-    return "list", [_read(side[1]) for side in sides]
+        return "named", [*named], [*named.values()]
+    return "list", "", [_read(value) for _, value in sides]
 
 
 def _relation(sides: list[str], signs: list[str]) -> tuple:
@@ -107,14 +103,14 @@ def _relation(sides: list[str], signs: list[str]) -> tuple:
         return ("range", *form[1:]) if form[0] == "bracket" else form
     if signs[0] in _FLIPPED:
         sides, signs = sides[::-1], [_FLIPPED.get(sign, sign) for sign in signs[::-1]]
-    smaller = {*signs} <= {*_FLIPPED.values()}
-    if smaller and len(sides) == 2 and is_name(sides[0]):
-        sides, signs = ["-\\infty", *sides], ["<", *signs]
-    elif smaller and len(sides) == 2 and is_name(sides[1]):
-        sides, signs = [*sides, "\\infty"], [*signs, "<"]
-    if smaller and len(sides) == 3 and is_name(sides[1]):
-        brackets = ("[" if signs[0] == "\\le" else "(") + ("]" if signs[1] == "\\le" else ")")
-        return "range", brackets, [_read(sides[0]), _read(sides[2])]
+    if {*signs} <= {*_FLIPPED.values()}:
+        if len(sides) == 2 and is_name(sides[0]):
+            sides, signs = ["-\\infty", *sides], ["<", *signs]
+        elif len(sides) == 2 and is_name(sides[1]):
+            sides, signs = [*sides, "\\infty"], [*signs, "<"]
+        if len(sides) == 3 and is_name(sides[1]):
+            brackets = ("[" if signs[0] == "\\le" else "(") + ("]" if signs[1] == "\\le" else ")")
+            return "range", brackets, [_read(sides[0]), _read(sides[2])]
     return "relation", signs, [*map(_read, sides)]
 
 
@@ -122,31 +118,23 @@ def _same(expected: tuple, given: tuple) -> bool:
     kinds = {expected[0], given[0]}
     if "equation" in kinds:
         return _same_equation(expected, given)
-    if "named" in kinds and len(kinds) == 2:
-        named, other = (expected, given) if expected[0] == "named" else (given, expected)
-        ordered = other[:2] == ("bracket", "()") or other[0] == "list"
-        return ordered and _in_order(*(form[1] if form is named else form[-1] for form in (expected, given)))
-    if len(kinds) == 2 and kinds != {"bracket", "range"}:
-        return False
-    if expected[0] == "list":
-        left = list(given[1])
-        for form in expected[1]:
+    if kinds == {"leaf"}:
+        return _same_leaf(expected[1], given[1])
+    if kinds == {"list"}:
+        left = list(given[2])
+        for form in expected[2]:
             found = next((other for other in left if _same(form, other)), None)
             if found is None:
                 return False
             left.remove(found)
         return not left
-    if expected[0] == "named":
-        return expected[2] == given[2] and _in_order(expected[1], given[1])
-    if expected[0] == "modulus":
-        return _same(expected[2], given[2]) and _same_residue(expected[1], given[1], expected[2])
-    if expected[0] == "leaf":
-        return _same_leaf(expected[1], given[1])
-    return expected[1] == given[1] and _in_order(expected[2], given[2])
-
-
-def _in_order(expected: list, given: list) -> bool:
-    return len(expected) == len(given) and all(map(_same, expected, given))
+    if len(kinds) == 2 and "named" in kinds:
+        other = given if expected[0] == "named" else expected
+        if other[:2] not in (("bracket", "()"), ("list", "")):
+            return False
+    elif expected[1] != given[1] or (len(kinds) == 2 and kinds != {"bracket", "range"}):
+        return False
+    return len(expected[2]) == len(given[2]) and all(map(_same, expected[2], given[2]))
 
 
 def _same_equation(expected: tuple, given: tuple) -> bool:
@@ -158,28 +146,19 @@ def _same_equation(expected: tuple, given: tuple) -> bool:
         return _same(expected, _read(last)) and all(
             _same(expected, _read(side)) or _same_formula(last, side) for side in sides
         )
-    if two is None:
-        return len(one) == 2 and is_name(one[0]) and _same(_read(one[1]), given)
-    if len(one) != 2 or len(two) != 2:
-        return _same_equation(_read(one[1]), given) if len(one) == 2 and is_name(one[0]) else False
-    named, equal = is_name(one[0]) and is_name(two[0]), one[0].strip() == two[0].strip()
-    if named and (equal or max(len(one[0]), len(two[0])) > 1) and _same(_read(one[1]), _read(two[1])):
+    named = len(one) == 2 and is_name(one[0])
+    if two is None or len(two) != 2:
+        return named and _same(_read(one[1]), given)
+    if len(one) != 2:
+        return False
+    names = {one[0], two[0]}
+    equal = len(names) == 1
+    if named and is_name(two[0]) and (equal or max(map(len, names)) > 1) and _same(_read(one[1]), _read(two[1])):
         return True
     # `x = 5` is a value, which `2x = 10` does not state and `y = 5` states of something else.
-    if (named and equal) or (quantity(one[1]) and is_name(one[0]) and not re.search(r"[+-]", one[0])):
+    if named and (equal or (quantity(one[1]) and not re.search(r"[+-]", one[0]))):
         return False
     return _same_formula(*(f"({side[0]})-({side[1]})" for side in (one, two)), equations=True)
-
-
-def _same_residue(expected: tuple, given: tuple, modulus: tuple) -> bool:
-    forms = [
-        _read(form[1][-1]) if form[0] == "equation" and is_name(form[1][0]) else form for form in (expected, given)
-    ]
-    values = [quantity(form[1]) if form[0] == "leaf" else None for form in (*forms, modulus)]
-    if not all(values):
-        return _same(*forms)
-    (a, _), (b, _), (m, _) = values
-    return m != 0 and (a - b) % m == 0
 
 
 def _same_leaf(expected: str, given: str) -> bool:
@@ -190,14 +169,10 @@ def _same_leaf(expected: str, given: str) -> bool:
         return found[0] == wanted[0] and (found[1] == wanted[1] or "" in (found[1], wanted[1]))
     if wanted and not re.search("[!^]", expected):
         return False
-    words, others = (
-        tuple(word.casefold().replace(".", "") for word in _WORD.findall(text)) for text in (expected, given)
-    )
+    words, others = (" ".join(_WORD.findall(text)).casefold().replace(".", "") for text in (expected, given))
+    if words != others and ((words and others) or unit_name(words or others) is None):
+        return False
     first, second = (_WORD.sub(" ", text).strip() for text in (expected, given))
-    if words != others:
-        unit = " ".join(words or others)
-        if (words and others) or not (UNIT.fullmatch(unit) or unit == "degrees"):
-            return False
     if not first or not second:
         return first == second
     values = quantity(first), quantity(second)

@@ -11,41 +11,36 @@ LONGEST = 300  # characters of an answer
 # One way to write each thing.
 
 _SIGNS = str.maketrans({
-    "−": "-", "–": "-", "⁻": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ",
-    "∞": r"\infty ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ",
-    "±": r"\pm ", "∓": r"\mp ", "≡": r"\equiv ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "…": r"\ldots ", "’": "'",
-    "α": r"\alpha ", "β": r"\beta ", "θ": r"\theta ", "λ": r"\lambda ", "μ": r"\mu ", "φ": r"\varphi ",
-    "ω": r"\omega ",
+    "−": "-", "–": "-", "⁻": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∞": r"\infty ",
+    "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "±": r"\pm ",
+    "∓": r"\mp ", "≡": r"\equiv ", "∅": r"\emptyset ", "’": "'",
 })  # fmt: skip
+END = r"(?![A-Za-z])"
 # Before Unicode's own normal form forgets what they are.
 _RAISED = (
     (r"[⁰¹²³⁴-⁻ⁿ]+", r"^{\g<0>}"),
     (r"[₀-₉]+", r"_{\g<0>}"),
     (r"√\s*(?:\(([^()]*)\)|(\d+|\w))", r"\\sqrt{\1\2}"),
     (r"[¼-¾⅐-⅞]", r" \g<0> "),
+    (r"[α-ω]", lambda match: "\\" + unicodedata.name(match[0]).split()[-1].lower().replace("lamda", "lambda") + " "),
 )
-END = r"(?![A-Za-z])"
-_PLAIN = dict(lt="<", gt=">", varnothing=r"\emptyset ", lbrace=r"\{", rbrace=r"\}", langle="(", rangle=")")
 _SAME = tuple((re.compile(pattern), replacement) for pattern, replacement in (
-    (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits){END}|\\!", ""),
+    (r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}"),
+    (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle){END}|\\!", ""),
     (r"(?<=\d)(?:,?\\[,;: ]|\{,\})(?=\d{3})", ""),
     (rf"\\(le|ge|ne)q{END}", r"\\\1"),
-    (rf"\\(?:c?dots|dotsc|dotsb){END}|\.\.\.+", r"\\ldots "),
-    (rf"\\(lt|gt|varnothing|[lr]brace|[lr]angle){END}", lambda match: _PLAIN[match[1]]),
+    (rf"\\([lg]t){END}", lambda match: "<" if match[1] == "lt" else ">"),
+    (rf"\\(?:c?dots|dotsc){END}|\.\.\.+", r"\\ldots "),
     (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree", " degrees "),
     (r"\\%", "%"),
     (r"\\\$|(?<!\\)\$(?=\s*\d[\d,.]*(?:[^$]*$))", " dollars "),
-    (r"\\(?:text\w*|math(?:bf|it|rm|sf)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\(?:text\w*|math(?:bb|bf|it|rm|sf)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
     (rf"(?<!\\)\\[,;: ]|~|\\q?quad{END}|\\[()\[\]](?!\s*\d+pt)|\$|\*\*|__", " "),
     (r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d,])", lambda match: match[1].replace(" ", "")),
     (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r"\\frac{\1\2}{\3\4}"),
-    (r"\\[dtc]frac", r"\\frac"),
     (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
-    (r"\\(max|min|gcd|lcm)\s*\\\{([^{}]*)\\\}", r"\\\1(\2)"),
     (r"\\begin\{[pbB]?matrix\}(.*?)\\end\{[pbB]?matrix\}",
      lambda match: "({})".format(match[1].strip().removesuffix(r"\\").replace("&", ",").replace(r"\\", ";"))),
-    (r"\^\s*\{?\s*(st|nd|rd|th)\b\s*\}?", r"\1"),
-    (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2"),
     (r"\s+", " "),
 ))  # fmt: skip
 
@@ -55,7 +50,6 @@ def plain(text: str) -> str:
     for pattern, replacement in _RAISED:
         text = re.sub(pattern, replacement, text)
     text = unicodedata.normalize("NFKC", text.translate(_SIGNS))
-    text = re.sub(r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}", text)
     for pattern, replacement in _SAME:
         text = pattern.sub(replacement, text)
     return re.sub(r"(?<!\.)\.$", "", text.strip("*_` \n")).strip("*_` \n")
@@ -63,48 +57,38 @@ def plain(text: str) -> str:
 
 # Numbers, with a unit.
 
-_NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
-_TEN = r"10\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}?"
-_SCIENTIFIC = re.compile(rf"([+-]?)\s*(?:{_TEN}|({_NUMBER})(?:e([+-]?\d{{1,3}})|\s*(?:\\times|\\cdot|\*)\s*{_TEN})?)")
-_PART = rf"\s*\{{\s*([+-]?(?:{_NUMBER}))\s*\}}"
-_QUOTIENT = re.compile(rf"([+-]?)\s*(?:(\d+)(?:\s+|(?=\\)))?(?:\\frac{_PART}{_PART}|({_NUMBER})\s*/\s*({_NUMBER}))")
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALE = re.compile(rf"\s*(?:({'|'.join(_SCALES)})\b|(%|percent\b|per cent\b)(?!age))", re.IGNORECASE)
-_CURRENCY = re.compile(r"([+-]?) ?(dollars |€|£) ?")
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+_SHORT = (
+    (rf"\\frac ?\{{ ?([+-]?{_DIGITS}) ?\}} ?\{{ ?([+-]?{_DIGITS}) ?\}}", r" \1/\2"),
+    (r"(?<![\d.,])10 ?\^ ?\{? ?([+-]?\d{1,3}) ?\}?", r"1e\1"),
+    (r" ?(?:\\times|\\cdot|\*) ?1e", "e"),
+)
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "percent": -2, "per cent": -2}
+_QUANTITY = re.compile(
+    rf"\s*([+-]?)\s*(?:(\d+) +(?=\d+ ?/))?([+-]?{_DIGITS})(?:e([+-]?\d{{1,3}}))?(?: ?/ ?([+-]?{_DIGITS}))?"
+    rf"(?: ?(?:({'|'.join(_SCALES)})\b|(%)))?(.*)",
+    re.IGNORECASE,
+)
+_NAMES = dict(pair.split(":") for pair in (
+    "mm:millimeter cm:centimeter m:meter km:kilometer ft:foot feet:foot in:inch inche:inch mi:mile yd:yard "
+    "mg:milligram g:gram kg:kilogram lb:pound oz:ounce l:liter L:liter ml:milliliter mL:milliliter s:second "
+    "sec:second min:minute h:hour hr:hour deg:degree rad:radian mph:mile/hour kmh:kilometer/hour Hz:hertz J:joule "
+    "N:newton Pa:pascal V:volt W:watt €:euro £:sterling people:people children:children men:men women:women "
+    "fish:fish yen:yen"
+).split())  # fmt: skip
 # Words behind a number that change its value, or say that it is not the answer.
-_NO_UNIT = (
+_NO_UNIT = re.compile(
     r"\b(?:(?:hundred|thousand|\w*illion|lakh|crore|dozen|score|ten|half|third|quarter)s?|halves|gross|basis|"
     r"per\s?cent(?:s|ages?)?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|\w*illion)"
     r"ths?|and|are|as|but|by|equals|fewer|has|if|is|its|less|minus|mod|modulo|more|no|not|or|out|over|plus|than|this|"
-    r"times(?=\s)|to|unless|was|were)\b"
+    r"times(?=\s)|to|unless|was|were)\b",
+    re.IGNORECASE,
 )
-_PLURAL = r"[a-z]+s|[a-z]*(?:people|children|men|feet|mice|geese|teeth|fish|sheep)|yen|yuan"
-_POWER = r"(?:\s?\^\s?\{?\s?[23]\s?\}?)?"
-_SYMBOL = (
-    r"(?:[cdkmµμ]?m|[kmµμ]?g|[cdm]?[lL]|m?s|k?(?:Hz|J|N|Pa|V|W)|deg|ft|h|hrs?|in|kmh|lbs?|mi|min|mph|oz|rad|sec|yd)"
-    + _POWER
+_LEFT = re.compile(r"(?:^| )(?:left|altogether|in total|in all|total|each|overall)$")
+_PART = re.compile(
+    r"(?:(sq(?:uare)?|cu(?:bic)?)\.? )?([A-Za-z]+\.? )??([A-Za-z]+|[€£])( of [a-z]+| celsius| fahrenheit| [CF])?"
+    r"(?: ?\^ ?\{? ?([23]) ?\}?)?"
 )
-_LEFT = r"left|altogether|in\stotal|in\sall|total|each|overall"
-_BEHIND = rf"(?:\s(?:per|of|a)\s[a-z]+|\s(?:{_LEFT}|celsius|fahrenheit|[CF]))*"
-_NOUN = rf"(?i:(?!.*{_NO_UNIT})(?:[a-z]+\.?\s)?(?:%s){_POWER}){_BEHIND}"
-UNIT = re.compile(rf"(?:(?:cu|sq)\.?\s)?{_SYMBOL}(?:\s?/\s?{_SYMBOL})?|{_NOUN % _PLURAL}|{_LEFT}")
-_UNIT_OF_ONE = re.compile(_NOUN % "[a-z]{2,}")
-_ALIASES = (
-    (rf"\b(?:{_LEFT})\b", ""),
-    (r"\b(?:square|sq\.?)\s+(\S+)", r"\1^2"),
-    (r"\b(?:cubic|cu\.?)\s+(\S+)", r"\1^3"),
-    (r"\s*\^\s*\{?\s*([23])\s*\}?", r"^\1"),
-    (r"\s*/\s*|\s+per\s+|\s+an?\s+(?=hour|day|week|month|year|minute|second)", "/"),
-    (r"(met|lit)re", r"\1er"),
-    (r"\binch(?:es)?\b", "in"),
-    *((rf"\b(?:{pair.split(':')[0]})\b", pair.split(":")[1]) for pair in (
-        "mm:millimeter cm:centimeter m:meter km:kilometer foot|feet:ft mi:mile mg:milligram g:gram kg:kilogram "
-        "l:liter ml:milliliter s|sec:second min:minute h|hrs?:hour deg:degree kmh:kilometer/hour mph:mile/hour "
-        "rad:radian oz:ounce lbs?:pound yd:yard in:inche"
-    ).split()),
-    (r"s\b", ""),
-)  # fmt: skip
-
 
 EQUALS = re.compile(rf"(?<![<>!])=|\\equiv{END}")
 SUBSCRIPTS = re.compile(r"_\{[^{}]*\}|_\w|(?<=[A-Za-z'}])\([^()]*\)")
@@ -127,47 +111,47 @@ def number(text: str) -> Fraction | None:
 
 def quantity(text: str) -> tuple[Fraction, str] | None:
     """Value and unit of a number in plain form."""
-    text = re.sub(r"^\{([^{}]*)\}$", r"\1", text.strip()).strip()
-    currency = ""
-    if match := _CURRENCY.match(text):
-        currency = {"€": "euro", "£": "pound"}.get(match[2], "dollar")
-        text = match[1] + text[match.end() :]
+    text = re.sub(r"^\s*\{([^{}]*)\}\s*$", r"\1", text).strip()
+    if currency := re.match(r"([+-]?) ?(dollars|[€£]) ?", text):
+        text = currency[1] + text[currency.end() :]
     if match := re.fullmatch(r"(\d{1,4})!", text):
         return Fraction(math.factorial(int(match[1]))), ""
-    for pattern in (_QUOTIENT, _SCIENTIFIC):
-        match = pattern.match(text)
-        value = match and _value(match)
-        if value is None:
-            continue
-        rest = text[match.end() :]
-        if scale := _SCALE.match(rest):
-            value = value * 10 ** _SCALES[scale[1].lower()] if scale[1] else value / 100
-            rest = rest[scale.end() :]
-        unit = rest.strip()
-        spaced = not unit or rest[:1] == " " or re.match(r"(?:[ckm]m|kg)(?![a-z])", unit)
-        if spaced and (not unit or UNIT.fullmatch(unit) or (abs(value) <= 1 and _UNIT_OF_ONE.fullmatch(unit))):
-            return value, currency or _unit(unit)
-    return None
-
-
-def _unit(text: str) -> str:
-    for pattern, replacement in _ALIASES:
-        text = re.sub(pattern, replacement, text.strip().casefold())
-    return text.strip()
-
-
-def _value(match: re.Match) -> Fraction | None:
-    sign, *parts = match.groups()
-    factor = -1 if sign == "-" else 1
-    if match.re is _SCIENTIFIC:
-        ten, digits, *exponents = parts
-        exponent = ten or next(filter(None, exponents), "0")
-        return factor * Fraction((digits or "1").replace(",", "")) * Fraction(10) ** int(exponent)
-    whole, *parts = parts
-    top, bottom = (Fraction(part.replace(",", "")) for part in parts if part is not None)
-    if bottom == 0 or (whole and not 0 <= top < bottom):
+    for pattern, replacement in _SHORT:
+        text = re.sub(pattern, replacement, text)
+    match = _QUANTITY.fullmatch(text)
+    if match is None:
         return None
-    return factor * (int(whole or 0) + top / bottom)
+    sign, whole, *parts, exponent, bottom, scale, percent, unit = match.groups()
+    top, bottom = (Fraction(part.replace(",", "")) for part in (parts[0], bottom or "1"))
+    if bottom == 0 or (sign and top < 0) or (whole and not 0 <= top < bottom):
+        return None
+    power = int(exponent or 0) + (-2 if percent else _SCALES.get((scale or "").lower(), 0))
+    value = (int(whole or 0) + top / bottom) * Fraction(10) ** power * (-1 if sign == "-" else 1)
+    spaced = unit[:1] in ("", " ") or re.match(rf"(?:[ckm]m|kg){END}", unit)
+    name = unit_name(unit, singular=abs(value) <= 1) if spaced else None
+    return None if name is None else (value, unit_name(currency[2]) if currency else name)
+
+
+def unit_name(text: str, singular: bool = False) -> str | None:
+    """A unit in one way of writing, empty for no unit; `None` for words that are none."""
+    text, names = _LEFT.sub("", text.strip()), []
+    if not text or _NO_UNIT.search(text):
+        return None if text else ""
+    for part in re.split(" ?/ ?| per | an? ", text):
+        match = _PART.fullmatch(part)
+        if match is None:
+            return None
+        power, kind, noun, of, exponent = match.groups("")
+        name = _NAMES.get(noun)
+        if name is None or (kind and name != noun):
+            noun = re.sub("(met|lit)re", r"\1er", noun.lower())
+            if not noun.endswith("s") and (len(noun) < 2 or not (singular or names)):
+                return None
+            noun = noun.removesuffix("s")
+            name = _NAMES.get(noun, noun)
+        exponent = exponent or {"sq": "2", "cu": "3"}.get(power[:2], "")
+        names.append(f"{kind}{name}{of}" + (f"^{exponent}" if exponent else ""))
+    return "/".join(names)
 
 
 def is_name(text: str) -> bool:

@@ -36,19 +36,20 @@ class PistonSandbox(Sandbox):
         body = {"language": "python", "version": self.version, "files": files, "stdin": stdin}
         body |= {"run_timeout": int(limits.seconds * 1000), "run_memory_limit": limits.memory}
         start = time.monotonic()
-        run = self._post(body, limits.seconds)
+        run = self._post(body, limits.seconds + 30)
         late = time.monotonic() - start >= limits.seconds
-        stdout, stderr = str(run.get("stdout") or ""), str(run.get("stderr") or "")
-        status = "ok" if run.get("code") == 0 and not run.get("signal") else "error"
-        if run.get("status") == "TO" or (run.get("signal") == "SIGKILL" and late):
-            status = "timeout"
+        stdout, stderr = (str(run.get(name) or "") for name in ("stdout", "stderr"))
         if run.get("status") in ("OL", "EL") or len(stdout) > limits.output:
             status = "output"
+        elif run.get("status") == "TO" or (run.get("signal") == "SIGKILL" and late):
+            status = "timeout"
+        else:
+            status = "ok" if run.get("code") == 0 and not run.get("signal") else "error"
         return Execution(status, stdout[: limits.output], stderr[: limits.output])
 
-    def _post(self, body: dict, seconds: float) -> dict:
+    def _post(self, body: dict, timeout: float) -> dict:
         try:
-            response = self._client.post(f"{self.url}/api/v2/execute", json=body, timeout=seconds + 30)
+            response = self._client.post(f"{self.url}/api/v2/execute", json=body, timeout=timeout)
         except requests.RequestException as error:
             raise SandboxError(f"sandbox: {self.url} does not answer ({error})") from error
         try:

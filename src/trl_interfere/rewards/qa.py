@@ -13,10 +13,9 @@ _LETTER = r"[\s(]*(?:option\s+)?[\s(]*([A-Za-z])(?![A-Za-z'])"
 # After a letter: the end, a reason, or the text of the option behind ")", ":", ".", a comma, a dash or "(".
 _REST = r"(?=[)\s]*(?:[.!]?\s*$|[.:)]|,?\s+(?:because|since|as|which)\b|,\s+\w|\s[-–—]+\s|\s\())"
 _STATED = re.compile(
-    rf"\b(?:answer|option|choice)\b(?:\s+(?:is|would be|must be)\b(?:\s+(?:clearly|thus|therefore|indeed))?)?"
-    rf"\s?[:=–-]?{_LETTER}{_REST}"
-    rf"|\b(?:answer|option|choice)\b[^.:;\n]{{0,40}}?(?:\bis\b|:)\s?:?{_LETTER}{_REST}"
-    rf"|(?:\\boxed|\b(?:choose|select|pick|go with)){_LETTER}{_REST}"
+    r"(?:\b(?:answer|option|choice)\b(?:(?:\s+(?:would|must) be|[^.:;\n]{0,40}?(?:\bis\b|:))"
+    r"(?:\s+(?:clearly|thus|therefore|indeed))?)??\s?[:=–-]?"
+    rf"|\\boxed|\b(?:choose|select|pick|go with)){_LETTER}{_REST}"
     rf"|^(?:so|thus|hence|therefore)\b,?{_LETTER}[)\s]*[.!]?\s*$"
     r"|(?:^|[\s(])(?-i:([A-Z]))\)?\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b",
     re.IGNORECASE,
@@ -94,11 +93,8 @@ def _hedged(match: re.Match, letters: str) -> bool:
     claim = re.split(r"\b(?:because|since)\b", rest, maxsplit=1)[0]
     # Text that no ")", ":" or full stop sets off may go on with anything.
     loose = re.split(r"[.!?]\s", claim, maxsplit=1)[0] if claim[:1] in tuple(" ,-–—") else ""
-    return any(
-        (
-            re.match(rf"\W*(?:{_DOUBT}|{letter}(?=\W*$|[).:,]))|\W*[/,&+|]\s*\(?[a-z]\)?\W*$", rest),
-            re.search(rf"\b(?i:or|maybe|perhaps|possibly|(?:may|might|could)\s+(?:also\s+)?be)\s+\(?{letter}", claim),
-            re.search(rf"(?:^|[\s,;/]){letter}[):]", claim),
-            re.search(letter, re.sub(_ARTICLE, "", loose)),
-        )
+    another = (
+        rf"^\W*(?:{_DOUBT}|{letter}(?=\W*$|[).:,])|[/,&+|]\s*\(?(?i:[a-z])\)?\W*$)"
+        rf"|\b(?i:or|maybe|perhaps|possibly|(?:may|might|could)\s+(?:also\s+)?be)\s+\(?{letter}|(?:^|[\s,;/]){letter}[):]"
     )
+    return bool(re.search(another, claim) or re.search(letter, re.sub(_ARTICLE, "", loose)))

@@ -12,15 +12,10 @@ def completion_text(completion: str | list[dict]) -> str:
 
 
 def answer_text(completion: str | list[dict], thinking: bool = False) -> str | None:
-    """
-    What a completion says after its thoughts; `None` if they do not end. A model that is `thinking` has the opening
-    tag in its prompt.
-    """
+    """What follows the thoughts, which a `thinking` model begins in its prompt; `None` if they do not end."""
     text = completion_text(completion) or ""
-    before, tag, after = text.rpartition("</think>")
-    if tag:
-        return after
-    return None if thinking or "<think>" in text else text
+    _, tag, after = text.rpartition("</think>")
+    return after if tag or not (thinking or "<think>" in text) else None
 
 
 def exact_match(completions: list, answer: list[str], **kwargs) -> list[float]:

@@ -90,32 +90,25 @@ def check_rubric(text: str | None, rubric: Mapping[str, Any], assignment: str = 
     if len(text) > 20_000:
         return {}
     sentences = [part.strip() for part in _SENTENCE.findall(text) if re.search("[.!?]", part)]
-    words = _words(text)
-    if not _is_prose(text, sentences, words, assignment):
-        return {}
-    return {f"word {word}": word.casefold() in words for word in rubric["words"]} | {
+    words, bodies = _words(text), [*map(_words, sentences)]
+    runs, asked = ({part[i : i + 6] for i in range(len(part) - 5)} for part in (words, _words(assignment)))
+    prose = (
+        min(map(len, bodies), default=0) >= 3
+        and len(set(bodies)) == len(bodies)
+        and sum(sign.isalpha() or sign.isspace() for sign in text) >= 0.8 * len(text)
+        and len(set(words)) >= 0.5 * len(words)
+        # A list of words has commas after nearly every one.
+        and all(sentence.count(",") <= 0.5 * len(body) for sentence, body in zip(sentences, bodies, strict=True))
+        and runs.isdisjoint(asked)
+    )
+    items = {f"word {word}": word.casefold() in words for word in rubric["words"]} | {
         "without": rubric["without"].casefold() not in words,
         "sentences": rubric["sentences"][0] <= len(sentences) <= rubric["sentences"][1],
         "length": rubric["length"][0] <= len(words) <= rubric["length"][1],
         "ending": text.rstrip("\"'”’)").endswith(rubric["ending"]),
     }
+    return items if prose else {}
 
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.casefold() for word in _WORD.findall(text))
-
-
-def _is_prose(text: str, sentences: list[str], words: tuple[str, ...], assignment: str) -> bool:
-    letters = sum(sign.isalpha() or sign.isspace() for sign in text)
-    bodies = [*map(_words, sentences)]
-    # A list of words has commas after nearly every one.
-    listed = any(sentence.count(",") > 0.5 * len(body) for sentence, body in zip(sentences, bodies, strict=True))
-    runs, asked = ({part[i : i + 6] for i in range(len(part) - 5)} for part in (words, _words(assignment)))
-    return (
-        min(map(len, bodies), default=0) >= 3
-        and len(set(bodies)) == len(bodies)
-        and letters >= 0.8 * len(text)
-        and len(set(words)) >= 0.5 * len(words)
-        and not listed
-        and runs.isdisjoint(asked)
-    )
