@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from .attribution import Direction, Elementwise, UpdatePath, difference_step, hessian_terms, norm
+from .attribution import Direction, Elementwise, UpdatePath, hessian_terms, norm
 from .gradients import Batches
 from .routes import RouteMap
 
@@ -26,18 +26,14 @@ class RouteOperator(LinearOperator):
     ```
 
     so that ½ cᵀMc is the second-order damage of an update whose routes are scaled by c. Each of its `applications` is
-    one Hessian product by central difference: two gradient passes. Its step makes a displacement as long as that of
-    [`second_order`], ε |δ|, whatever c.
+    one Hessian product, at a distance of ε |δ| as in [`second_order`], whatever c.
     """
 
-    def __init__(
-        self, path: UpdatePath, batches: Batches, route_map: RouteMap, update: Direction | None, step: float | None
-    ):
+    def __init__(self, path: UpdatePath, batches: Batches, route_map: RouteMap, update: Direction, step: float):
         super().__init__(np.float64, (route_map.num_routes, route_map.num_routes))
-        self.path, self.batches, self.route_map = path, batches, route_map
-        self.update = path.delta if update is None else update
-        self.length = (difference_step(path) if step is None else step) * norm(path.delta)
-        self.names = [name for name in self.update if route_map.cut(name) is not None]
+        self.path, self.batches, self.route_map, self.update = path, batches, route_map, update
+        self.length = step * norm(path.delta)
+        self.names = [name for name in update if route_map.cut(name) is not None]
         self.applications = 0
 
     def _matvec(self, coefficients: np.ndarray) -> np.ndarray:
@@ -52,10 +48,8 @@ class RouteOperator(LinearOperator):
         size = norm(direction)
         if size == 0:
             return np.zeros(self.route_map.num_routes)
-        if not np.isfinite(size):
-            raise ValueError(f"update: expected finite tensors, found a norm of {size}")
         step = self.length / size
-        return hessian_terms(self.path, self.batches, self.route_map, direction, step, against=self.update).routes
+        return hessian_terms(self.path, self.batches, self.route_map, direction, step, self.update).routes
 
 
 def conflict_subspace(
@@ -63,25 +57,20 @@ def conflict_subspace(
     batches: Batches,
     route_map: RouteMap,
     size: int,
-    update: Direction | None = None,
-    step: float | None = None,
+    update: Direction,
+    step: float,
     seed: int = 0,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """
-    Leading eigenpairs of [`RouteOperator`] by Lanczos (ARPACK through scipy), and the concentration of the damage.
+    Figures of the leading eigenpairs of [`RouteOperator`] by Lanczos, and the eigenvectors `(found, num_routes)`.
 
-    Returns the figures, and the eigenvectors of shape `(found, num_routes)`. It takes at least `2 * size + 2` Hessian
-    products; the model of the path is left away from θ0; `update` may stand in the place of δ. The figures are
-    `eigenvalues`, of the largest sizes, largest size first, in nats per token; `shares` of the second-order damage by
-    routes in each eigenvector, λ_i (u_i·1)² / 1ᵀM1, which sum to 1 over all eigenvectors and to more over the first k
-    where others are negative; `effective_dimension`, the participation ratio (Σ|λ_i|)² / Σλ_i² of the eigenvalues that
-    were computed, a lower bound on that of all of them; `second_order`, ½ 1ᵀM1; `top_routes`, the share of it in the
-    routes with the largest ½ δ_r·(Hδ)_r, by the share of routes, empty if there is no damage of second order;
-    `applications`, the Hessian products that this took; and `converged`, whether all eigenpairs were found.
+    They are `eigenvalues`, largest size first, in nats per token; `shares` of the second-order damage by routes in each
+    eigenvector, λ_i (u_i·1)² / 1ᵀM1; `effective_dimension`, the participation ratio (Σ|λ_i|)² / Σλ_i² of these
+    eigenvalues, a lower bound on that of all; `second_order`, ½ 1ᵀM1; `top_routes`, the share of it in the routes with
+    the largest ½ δ_r·(Hδ)_r, by the share of routes, empty without damage; `applications`, the Hessian products that
+    it took; and `converged`, whether all eigenpairs were found.
     """
     count = route_map.num_routes
-    if not 1 <= size < count:
-        raise ValueError(f"size: expected 1 to {count - 1} for {count} routes, found {size}")
     operator = RouteOperator(path, batches, route_map, update, step)
     parts = 0.5 * operator.matvec(np.ones(count))
     if not np.isfinite(parts).all():
@@ -115,23 +104,16 @@ def conflict_subspace(
 
 def random_update(path: UpdatePath, seed: int = 0) -> Direction:
     """
-    A random update of the same norm in every tensor: the control of the conflict subspace.
-
-    Tensors are drawn again, from a seed of their own, whenever they are asked for, so that the control needs no
-    model-sized copy.
+    A random update of the same norm in every tensor: the control of the conflict subspace. Its tensors are drawn
+    again, each from a seed of its own, whenever they are asked for.
     """
-    names = list(path.delta)
-    position = {name: index for index, name in enumerate(names)}
-    sizes: dict[str, torch.Tensor] = {}
+    seeds = {name: seed * len(path.delta) + position for position, name in enumerate(path.delta)}
 
     def draw(name: str) -> torch.Tensor:
         like = path.delta[name]
-        if name not in sizes:
-            sizes[name] = torch.linalg.vector_norm(like, dtype=torch.float64)
         # On the host, so that the control does not depend on the device.
-        generator = torch.Generator().manual_seed(seed * len(names) + position[name])
-        noise = torch.randn(like.shape, generator=generator).to(like.device)
-        scale = sizes[name] / torch.linalg.vector_norm(noise, dtype=torch.float64).clamp(min=1e-30)
-        return (noise * scale.to(noise.dtype)).to(like.dtype)
+        noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seeds[name])).to(like.device)
+        size, drawn = (torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in (like, noise))
+        return (noise * (size / drawn.clamp(min=1e-30)).to(noise.dtype)).to(like.dtype)
 
-    return Elementwise(names, draw)
+    return Elementwise(seeds, draw)

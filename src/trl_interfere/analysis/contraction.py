@@ -13,17 +13,14 @@ def subspace_norms(
     route_map: RouteMap, delta: Direction, displacements: list[Direction], directions: np.ndarray
 ) -> np.ndarray:
     r"""
-    Lengths of displacements within a subspace of route space, ‖P_S d‖.
-
-    A vector u of route space stands for the direction `Σ_r u_r δ_r` of weight space. With `s_i` those of the given
-    vectors,
+    Lengths of displacements within the subspace of the directions s_i = Σ_r u_ir δ_r, ‖P_S d‖.
 
     ```
     ‖P_S d‖² = bᵀ G⁻¹ b        b_i = <s_i, d> = Σ_r u_ir <δ_r, d_r>        G_ij = <s_i, s_j> = Σ_r u_ir u_jr ‖δ_r‖²
     ```
 
-    where G needs no more than the edit sizes, since routes share no element. The theorem of arXiv 2606.02398 on
-    refresh bounds ‖P_S(θ_t - θ*_A)‖ by (1 - αμ)^t ‖P_S δ_B‖: `displacements` are θ_t - θ*_A.
+    The theorem of arXiv 2606.02398 on refresh bounds ‖P_S(θ_t - θ*_A)‖ by (1 - αμ)^t ‖P_S δ_B‖: `displacements` are
+    θ_t - θ*_A.
     """
     squares = dot(route_map, delta, delta).routes
     gram = (directions * squares) @ directions.T
@@ -43,10 +40,10 @@ def contraction(
     def away(parameters: Tensors) -> Elementwise:
         return Elementwise(before, lambda name: (parameters[name] - before[name]).detach())
 
-    random = np.random.default_rng(seed).standard_normal(directions.shape)
     displacements = [away(after), away(refreshed)]
     inside, beside = (
-        subspace_norms(route_map, displacements[0], displacements, vectors) for vectors in (directions, random)
+        subspace_norms(route_map, displacements[0], displacements, vectors)
+        for vectors in (directions, np.random.default_rng(seed).standard_normal(directions.shape))
     )
     routes = [np.sqrt(dot(route_map, entry, entry).routes.sum()) for entry in displacements]
     return {

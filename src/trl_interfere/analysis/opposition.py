@@ -11,7 +11,7 @@ def opposed_edits(
     route_map: RouteMap, base: PreTrainedModel, start: Direction, delta: Direction
 ) -> dict[str, np.ndarray]:
     """
-    `opposed`, the length of the update against the edit of the earlier domain's own training, and `earlier_edit_size`.
+    `opposed`, the length of the update against the earlier domain's own training, and `earlier_edit_size`.
 
     ```
     opposed_r = max(0, -<δ_A,r , δ_r> / |δ_A,r|)        δ_A = before - base
