@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer
 from trl_interfere.analysis.config import InterferenceConfig
-from trl_interfere.analysis.opposition import opposed_edits
+from trl_interfere.analysis.damage import opposed_edits
 from trl_interfere.analysis.overlap import overlaps
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.analysis.routes import RouteMap

@@ -20,10 +20,9 @@ from .attribution import UpdatePath, dot, first_order
 from .comparable import check_fits, check_models, model_name
 from .config import InterferenceConfig
 from .cosines import GradientProducts
-from .damage import measure_damage
+from .damage import measure_damage, opposed_edits
 from .gradients import Batches, Shard, Tensors, checkpointed, half_gradients, mean_loss, summed
 from .objectives import ForwardKL, grpo, nll
-from .opposition import opposed_edits
 from .overlap import overlaps, pairwise_overlaps
 from .references import References, collect_references, collect_rollouts
 from .report import InterferenceReport

@@ -42,12 +42,10 @@ class UpdatePath:
     def __init__(self, model: PreTrainedModel, after: Direction, offload: bool = False):
         self.model = model
         parameters = dict(model.named_parameters())
-        self.start = {
-            name: parameter.detach().to("cpu", copy=True) if offload else parameter.detach().clone()
-            for name, parameter in parameters.items()
-        }
-        self.end = {name: after[name].detach() for name in parameters}
         self._devices = {name: parameter.device for name, parameter in parameters.items()}
+        places = dict.fromkeys(parameters, torch.device("cpu")) if offload else self._devices
+        self.start = {name: entry.detach().to(places[name], copy=True) for name, entry in parameters.items()}
+        self.end = {name: after[name].detach() for name in parameters}
         self.delta: Direction = Elementwise(parameters, self._difference)
 
     def __enter__(self) -> "UpdatePath":

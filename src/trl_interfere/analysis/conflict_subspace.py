@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from .attribution import Direction, Elementwise, UpdatePath, hessian_terms, norm
-from .gradients import Batches
+from .attribution import Direction, Elementwise, UpdatePath, dot, hessian_terms, norm
+from .gradients import Batches, Tensors
 from .routes import RouteMap
 
 
@@ -64,8 +64,8 @@ def conflict_subspace(
     """
     Figures of the leading eigenpairs of [`RouteOperator`] by Lanczos, and the eigenvectors `(found, num_routes)`.
 
-    They are `eigenvalues`, largest size first, in nats per token; `shares` of the second-order damage by routes in each
-    eigenvector, λ_i (u_i·1)² / 1ᵀM1; `effective_dimension`, the participation ratio (Σ|λ_i|)² / Σλ_i² of these
+    They are `eigenvalues`, largest size first, in nats per token; `shares` of the second-order damage by routes in
+    each eigenvector, λ_i (u_i·1)² / 1ᵀM1; `effective_dimension`, the participation ratio (Σ|λ_i|)² / Σλ_i² of these
     eigenvalues, a lower bound on that of all; `second_order`, ½ 1ᵀM1; `top_routes`, the share of it in the routes with
     the largest ½ δ_r·(Hδ)_r, by the share of routes, empty without damage; `applications`, the Hessian products that
     it took; and `converged`, whether all eigenpairs were found.
@@ -117,3 +117,48 @@ def random_update(path: UpdatePath, seed: int = 0) -> Direction:
         return (noise * (size / drawn.clamp(min=1e-30)).to(noise.dtype)).to(like.dtype)
 
     return Elementwise(seeds, draw)
+
+
+def subspace_norms(
+    route_map: RouteMap, delta: Direction, displacements: list[Direction], directions: np.ndarray
+) -> np.ndarray:
+    r"""
+    Lengths of displacements within the subspace of the directions s_i = Σ_r u_ir δ_r, ‖P_S d‖.
+
+    ```
+    ‖P_S d‖² = bᵀ G⁻¹ b        b_i = <s_i, d> = Σ_r u_ir <δ_r, d_r>        G_ij = <s_i, s_j> = Σ_r u_ir u_jr ‖δ_r‖²
+    ```
+
+    The theorem of arXiv 2606.02398 on refresh bounds ‖P_S(θ_t - θ*_A)‖ by (1 - αμ)^t ‖P_S δ_B‖: `displacements` are
+    θ_t - θ*_A.
+    """
+    squares = dot(route_map, delta, delta).routes
+    gram = (directions * squares) @ directions.T
+    lengths = []
+    for displacement in displacements:
+        along = directions @ dot(route_map, delta, displacement).routes
+        # Directions on routes without an edit stand for nothing: the pseudo-inverse leaves them out.
+        lengths.append(np.sqrt(max(0.0, along @ np.linalg.pinv(gram, hermitian=True) @ along)))
+    return np.array(lengths)
+
+
+def contraction(
+    route_map: RouteMap, before: Tensors, after: Tensors, refreshed: Tensors, directions: np.ndarray, seed: int = 0
+) -> dict[str, Any]:
+    """How much of an update's displacement a refresh left, within the conflict subspace and beside it."""
+
+    def away(parameters: Tensors) -> Elementwise:
+        return Elementwise(before, lambda name: (parameters[name] - before[name]).detach())
+
+    displacements = [away(after), away(refreshed)]
+    inside, beside = (
+        subspace_norms(route_map, displacements[0], displacements, vectors)
+        for vectors in (directions, np.random.default_rng(seed).standard_normal(directions.shape))
+    )
+    routes = [np.sqrt(dot(route_map, entry, entry).routes.sum()) for entry in displacements]
+    return {
+        "directions": len(directions),
+        "subspace": float(inside[1] / inside[0]),
+        "random": float(beside[1] / beside[0]),
+        "routes": float(routes[1] / routes[0]),
+    }
