@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from test_models import lora
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer
 from trl_interfere.analysis.config import InterferenceConfig
@@ -350,22 +350,13 @@ def test_adapters_are_merged_from_their_own_tensors(models, domains, tokenizer, 
     folders = {}
     for seed, name in enumerate(("before", "after")):
         torch.manual_seed(seed)
-        config = LoraConfig(r=2, lora_alpha=3, target_modules=["up_proj", "o_proj"], use_rslora=rslora)
-        adapted = get_peft_model(load_model(tmp_path / "base"), config)
-        adapted.base_model.model.name_or_path = str(tmp_path / "base")
-        adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-        with torch.no_grad():
-            for key, parameter in adapted.named_parameters():
-                if "lora_B" in key:
-                    parameter.normal_(std=0.05)
         folders[name] = tmp_path / name
-        adapted.save_pretrained(folders[name])
+        settings = {"lora_alpha": 3, "target_modules": ["up_proj", "o_proj"], "use_rslora": rslora}
+        merged = lora(load_model(tmp_path / "base"), folders[name], **settings)
         tokenizer.save_pretrained(folders[name])
-        merged = adapted.merge_and_unload()
         loaded = load_model(folders[name])
         for (key, parameter), expected in zip(loaded.named_parameters(), merged.parameters(), strict=True):
             torch.testing.assert_close(parameter, expected, msg=key)
-        assert loaded.config._name_or_path == str(folders[name])
     math, qa, _ = domains
     config = replace(CONFIG, check_prompts=0, difference_step=None)
     report = InterferenceAnalyzer.from_pretrained(**folders, base=tmp_path / "base", config=config).analyze(math, qa)

@@ -121,7 +121,5 @@ def test_halves_keep_groups_together(rollouts):
 
 def test_equal_rewards(make_model, make_domain, tokenizer):
     config = InterferenceConfig(num_generations=3, max_new_tokens=2)
-    with pytest.raises(
-        ValueError, match="domain 'numbers': the 3 completions of each of 5 prompts have equal rewards"
-    ):
+    with pytest.raises(ValueError, match="'numbers': the 3 completions of each of 5 prompts have equal rewards"):
         collect_rollouts(make_model(), tokenizer, make_domain(), config)

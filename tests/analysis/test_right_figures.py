@@ -175,7 +175,9 @@ def test_weights_that_are_not_finite_and_losses_that_overflow(make_model, moved,
         analyzer.analyze(make_domain("math"), make_domain("qa", prompts=["ab?"]))
 
 
-def test_a_base_that_is_the_checkpoint_before(make_model, moved, tokenizer):
+def test_a_checkpoint_that_is_the_one_before(make_model, moved, tokenizer):
     before = make_model("llama")
     with pytest.raises(ValueError, match="base: expected another checkpoint than before"):
         InterferenceAnalyzer(before, moved(before), tokenizer, base=make_model("llama"))
+    with pytest.raises(ValueError, match="after: expected another checkpoint than before"):
+        InterferenceAnalyzer(before, make_model("llama"), tokenizer)
