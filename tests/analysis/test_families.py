@@ -36,13 +36,8 @@ IDS = torch.tensor([[4, 9, 13, 5, 20, 7, 11, 3]])
 NORMS_OVER_HEADS = {"olmo2", "olmo3"}
 # What these have in the place of attention, or beside it.
 SCANNED = {"falcon_h1": ["mamba"], "bamba": ["mamba"], "jamba": ["mamba"], "lfm2": ["conv"]}
-CONFIG = InterferenceConfig(
-    reference="dataset",
-    quadrature_nodes=12,
-    later_quadrature_nodes=1,
-    batch_size=4,
-    max_prompts=3,
-)
+SETTINGS = {"quadrature_nodes": 12, "later_quadrature_nodes": 1, "batch_size": 4, "max_prompts": 3}
+CONFIG = InterferenceConfig(reference="dataset", **SETTINGS)
 
 
 def logits(model):

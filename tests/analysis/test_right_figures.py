@@ -35,12 +35,9 @@ def test_losses_of_half_precision_are_summed_in_float32(dtype, make_model, moved
     losses = torch.logsumexp(rows, -1) - rows.gather(1, targets[:, None])[:, 0]
     weights = batch["advantages"][:, None].expand_as(chosen)[chosen].double()
     divergence = (others.softmax(-1) * (others.log_softmax(-1) - rows.log_softmax(-1))).sum()
-    for objective, expected in (
-        (nll, losses.sum()),
-        (grpo, (weights * losses).sum()),
-        (ForwardKL(reference), divergence),
-    ):
-        assert objective(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    expected = {nll: losses.sum(), grpo: (weights * losses).sum(), ForwardKL(reference): divergence}
+    for objective, value in expected.items():
+        assert objective(model, batch).item() == pytest.approx(value.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("family, seed", [*(("qwen3-moe", seed) for seed in range(10)), ("phimoe", 0), ("phimoe", 1)])

@@ -79,12 +79,10 @@ def test_locate_and_masks_agree(architecture, make_model, owned_slices):
 
 
 def test_counts_by_layer(make_model):
-    counts = {
-        family: RouteMap(make_model(family).config) for family in ("qwen3-moe-every-second", "gpt2-default-width")
-    }
-    assert counts["qwen3-moe-every-second"].experts == (0, 5)
-    assert counts["qwen3-moe-every-second"].counts["mlp"] == (12, 15)
-    assert counts["gpt2-default-width"].counts["mlp"] == (64, 64)
+    maps = {name: RouteMap(make_model(name).config) for name in ("qwen3-moe-every-second", "gpt2-default-width")}
+    assert maps["qwen3-moe-every-second"].experts == (0, 5)
+    assert maps["qwen3-moe-every-second"].counts["mlp"] == (12, 15)
+    assert maps["gpt2-default-width"].counts["mlp"] == (64, 64)
     config = make_model("qwen3_next", mlp_only_layers=[0], shared_expert_intermediate_size=6).config
     assert RouteMap(config).counts["mlp"] == (12, 3 * 5 + 6)  # a dense layer has a width of its own
 

@@ -27,7 +27,7 @@ from .overlap import overlaps, pairwise_overlaps
 from .references import References, collect_references, collect_rollouts
 from .report import InterferenceReport
 from .routes import RouteMap
-from .weight_diff import figures_of_files, identical_when_stored
+from .weight_diff import identical_when_stored, update_statistics
 
 
 class InterferenceAnalyzer:
@@ -236,7 +236,10 @@ class InterferenceAnalyzer:
         updates = digests = None
         if self.checkpoints is not None:
             progress("files of the checkpoints")
-            updates, digests = figures_of_files(self.checkpoints)
+            found = [entry.to_dict() for entry in update_statistics(self.checkpoints)]
+            updates = dict(zip(("earlier", "update")[-len(found) :], found, strict=True))
+            places = ("base", "before", "after")[-len(self.checkpoints) :]
+            digests = {name: entry.digest() for name, entry in zip(places, self.checkpoints, strict=True)}
         later_names, route_map = [domain.name for domain in later], self.route_map
         with checkpointed(self.before, config.gradient_checkpointing):
             activity, loss_before, halves = self._gradients([earlier, *later, *others], references, progress)

@@ -64,21 +64,6 @@ class Architecture:
     Tensors that are not described lie outside routes: embeddings, the output layer, norms, routers, and biases that
     are added once for all routes.
 
-    Example:
-
-    ```python
-    >>> from trl_interfere.analysis.architectures import Architecture, Slices
-
-    >>> phi = Architecture(
-    ...     tensors={
-    ...         "self_attn.qkv_proj.weight": Slices(0, ("query", "key_value", "key_value")),
-    ...         "self_attn.o_proj.weight": Slices(1, ("query",), writes=True),
-    ...         "mlp.gate_up_proj.weight": Slices(0, ("mlp", "mlp")),
-    ...         "mlp.down_proj.weight": Slices(1, ("mlp",), writes=True),
-    ...     }
-    ... )
-    ```
-
     Args:
         tensors (`dict[str, Slices]`):
             Slices by the name of a tensor within a layer. `*` stands for the index of an expert.

@@ -135,9 +135,9 @@ def difference_step(path: UpdatePath) -> float:
     ε = min(1, (u |θ0| / |δ|)^(1/3))
     ```
 
-    with u the machine epsilon of the parameters, or that of float32 if it is smaller, since the norms of transformers
-    compute in float32. It balances truncation, of order ε² relative to the update, and the rounding of parameters,
-    u |θ0| / (ε |δ|) (Nocedal and Wright, Numerical Optimization, section 8.1). Above 1 it would leave the update.
+    with u the machine epsilon of the parameters, at least that of float32, in which the norms of transformers compute.
+    It balances truncation, of order ε² relative to the update, and the rounding of parameters, u |θ0| / (ε |δ|)
+    (Nocedal and Wright, Numerical Optimization, section 8.1).
     """
     update = norm(path.delta)
     if update == 0:
@@ -188,8 +188,8 @@ def second_order_error(path: UpdatePath, batches: Batches, route_map: RouteMap, 
     max S - min S over the steps 2ε, ε, ε/2, ε/4, as a share of S(ε)
     ```
 
-    The truncation is of order ε², a quarter of this range; rounding grows as the step shrinks, and would have to
-    cancel in all of them to be missed. Infinite where the total is zero.
+    Truncation is a quarter of this range; rounding grows as the step shrinks, and would have to cancel in all of them
+    to be missed. Infinite where the total is zero.
     """
     found = [second_order(path, batches, route_map, factor * step).total for factor in (2, 1, 0.5, 0.25)]
     return (max(found) - min(found)) / abs(found[1]) if found[1] else float("inf")

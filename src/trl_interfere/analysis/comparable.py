@@ -47,17 +47,17 @@ def count_buffers_that_differ(models: list[PreTrainedModel]) -> None:
     Turn the buffers in which models differ into parameters: weights that are stored as buffers (the bias of a router's
     scores, the scalar of a layer) are part of the damage, outside routes.
     """
-    buffers = [dict(model.named_buffers()) for model in models]
     stored = models[0].state_dict().keys()
-    for name, first in buffers[0].items():
-        others = [entry[name].to(first.device) for entry in buffers[1:]]
-        if name not in stored or not first.is_floating_point() or all(torch.equal(first, part) for part in others):
+    for name, first in list(models[0].named_buffers()):
+        found = [model.get_buffer(name) for model in models]
+        same = all(torch.equal(first, entry.to(first.device)) for entry in found)
+        if name not in stored or not first.is_floating_point() or same:
             continue
         parent, _, leaf = name.rpartition(".")
-        for model, entry in zip(models, buffers, strict=True):
+        for model, entry in zip(models, found, strict=True):
             module = model.get_submodule(parent)
             delattr(module, leaf)
-            module.register_parameter(leaf, nn.Parameter(entry[name].clone()))
+            module.register_parameter(leaf, nn.Parameter(entry.clone()))
 
 
 def check_fits(model: PreTrainedModel, references: References) -> None:

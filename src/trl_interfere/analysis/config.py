@@ -1,6 +1,6 @@
 """Configuration of [`InterferenceAnalyzer`]."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from .objectives import OBJECTIVES
 
@@ -88,14 +88,10 @@ class InterferenceConfig:
             raise ValueError(f"reference: expected 'correct' or 'dataset', found {self.reference!r}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {sorted(OBJECTIVES)}, found {self.objective!r}")
-        for least, names in (
-            (0, "check_prompts subspace_size seed"),
-            (1, "max_prompts max_new_tokens batch_size quadrature_nodes later_quadrature_nodes subspace_prompts"),
-            (2, "num_generations"),
-        ):
-            for name in names.split():
-                if getattr(self, name) < least:
-                    raise ValueError(f"{name}: expected at least {least}, found {getattr(self, name)}")
+        least = {"check_prompts": 0, "subspace_size": 0, "seed": 0, "num_generations": 2}
+        for name in (entry.name for entry in fields(self) if entry.type is int):
+            if getattr(self, name) < least.get(name, 1):
+                raise ValueError(f"{name}: expected at least {least.get(name, 1)}, found {getattr(self, name)}")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature: expected a number above 0, found {self.temperature}")
         for name in ("difference_step", "active_share"):

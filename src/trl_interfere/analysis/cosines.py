@@ -27,11 +27,10 @@ class GradientProducts:
     """
 
     def __init__(self, halves: dict[str, Sequence[Tensors]], route_map: RouteMap, device: torch.device | None = None):
-        self.parts: dict[str, list[int]] = {}
-        flat: list[Tensors] = []
-        for domain, tensors in halves.items():
-            self.parts[domain] = [*range(len(flat), len(flat) + len(tensors))]
-            flat += tensors
+        flat = [tensors for parts in halves.values() for tensors in parts]
+        rows = iter(np.eye(len(flat)))
+        # The place of each half among all of them.
+        self._halves = {domain: [next(rows) for _ in parts] for domain, parts in halves.items()}
         self._products: dict[str, dict[str, np.ndarray]] = {level: {} for level in LEVELS}
         for name, module in route_map.modules({name: tensor.shape for name, tensor in flat[0].items()}).items():
             layer = module.rsplit(".", 1)[0] if module.startswith("layers.") else None
@@ -53,8 +52,8 @@ class GradientProducts:
 
     def pairs(self) -> dict[str, dict[str, float | None]]:
         """Cosines of the whole gradients of all pairs of domains, each pair once."""
-        found: dict[str, dict[str, float | None]] = {first: {} for first in list(self.parts)[:-1]}
-        for first, second in itertools.combinations(self.parts, 2):
+        found: dict[str, dict[str, float | None]] = {first: {} for first in list(self._halves)[:-1]}
+        for first, second in itertools.combinations(self._halves, 2):
             found[first][second] = _cosine(self._whole, self._weights(first), self._weights(second))
         return found
 
@@ -68,9 +67,9 @@ class GradientProducts:
 
         the Spearman-Brown formula for a sample twice as large as each half.
         """
-        if len(self.parts[domain]) != 2:
+        if len(self._halves[domain]) != 2:
             return None
-        rho = _cosine(self._whole, *np.eye(len(self._whole))[self.parts[domain]])
+        rho = _cosine(self._whole, *self._halves[domain])
         return None if rho is None else max(0.0, 2 * rho / (1 + rho)) if rho > -1 else 0.0
 
     def ceiling(self, first: str, second: str) -> float | None:
@@ -88,11 +87,10 @@ class GradientProducts:
         ```
         """
         gram = self._whole if module is None else self._products["modules"][module]
-        if any(len(self.parts[domain]) != 2 for domain in (first, second)):
+        if any(len(self._halves[domain]) != 2 for domain in (first, second)):
             return None
-        unit = np.eye(len(gram))
         whole = _cosine(gram, self._weights(first), self._weights(second))
-        halves = [_cosine(gram, unit[i], unit[j]) for i in self.parts[first] for j in self.parts[second]]
+        halves = [_cosine(gram, a, b) for a in self._halves[first] for b in self._halves[second]]
         if whole is None or None in halves:
             return None
         spread = _T2 * float(np.sqrt(np.mean((np.array(halves) - whole) ** 2)))
@@ -117,13 +115,11 @@ class GradientProducts:
             **self.cosines(earlier, later),
             "by_domain": by_domain,
             "pairs": self.pairs(),
-            "reliability": {name: self.reliability(name) for name in self.parts},
+            "reliability": {name: self.reliability(name) for name in self._halves},
         }
 
     def _weights(self, domain: str) -> np.ndarray:
-        weights = np.zeros(len(self._whole))
-        weights[self.parts[domain]] = 1
-        return weights
+        return np.sum(self._halves[domain], axis=0)
 
 
 def _gram(tensors: list[torch.Tensor], device: torch.device | None = None) -> torch.Tensor:

@@ -36,11 +36,10 @@ def measure_damage(
     progress: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
-    Fields of a report, and what routes carry, along the path of an update; its model, now at θ0, is left elsewhere.
+    Fields of a report, and what routes carry, along the path of an update.
 
     The earlier domain comes first among the batches; `check` and `few` hold some of its references, for the error of
-    the second order and for the conflict subspace. Experts of a router are held at the choice of θ0, so that the loss
-    is smooth along the path.
+    the second order and for the conflict subspace. Experts of a router are held at the choice of θ0.
     """
     model, (earlier, *later) = path.model, batches
     damaged = batches[earlier]

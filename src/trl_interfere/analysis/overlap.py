@@ -61,8 +61,8 @@ def overlaps(
     kinds = {kind: route_map.of_kind(kind) for kind in KINDS}
     kinds = {kind: routes for kind, routes in kinds.items() if routes.stop > routes.start}
     kind_of, layer_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
-    for number, kind in enumerate(kinds):
-        kind_of[kinds[kind]] = number
+    for number, (kind, routes) in enumerate(kinds.items()):
+        kind_of[routes] = number
         for layer in range(route_map.num_layers):
             layer_of[route_map.of_layer(kind, layer)] = layer
     sets = [top_routes(values, kinds, share) for values in measures.values()]

@@ -90,10 +90,7 @@ def collect_references(
     config: InterferenceConfig,
     dataset: Dataset | None = None,
 ) -> References:
-    """
-    Reference completions of a domain, on its selection split, else on its evaluation split: the column of the data set
-    or, with `config.reference="correct"`, those that the model writes and the domain counts as correct.
-    """
+    """Reference completions of a domain on its selection split, else on its evaluation split, as `config` says."""
     rows = _rows(tokenizer, domain, config, dataset)
     scorer = Scorer(tokenizer, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     prompts = _encoded_prompts(scorer, domain, rows)

@@ -200,12 +200,8 @@ class InterferenceReport:
         """One row for each route, with its kind, layer, position in the layer, and every measure."""
         import pandas as pd
 
-        places = [
-            (kind, layer, position)
-            for kind, counts in self.route_counts.items()
-            for layer, count in enumerate(counts)
-            for position in range(count)
-        ]
+        rows = [(kind, *place) for kind, counts in self.route_counts.items() for place in enumerate(counts)]
+        places = [(kind, layer, position) for kind, layer, count in rows for position in range(count)]
         return pd.DataFrame(places, columns=["kind", "layer", "position"]).assign(**self.routes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -291,9 +287,8 @@ class InterferenceReport:
         Raises:
             `ValueError`: If there is no report, or one of another schema version.
         """
-        repo_id = None
-        if not Path(folder).is_dir():
-            repo_id = split_revision(folder)[0]
+        repo_id = None if Path(folder).is_dir() else split_revision(folder)[0]
+        if repo_id is not None:
             try:
                 folder = local_folder(folder, files=(f"{subfolder}/*",)) / subfolder
             except ValueError as error:
@@ -319,8 +314,7 @@ class InterferenceReport:
                 json.dumps(value, allow_nan=False)
                 type_validator(name, value, hints[name])
             except (TypeError, ValueError) as error:
-                found = f"expected {hints[name]} of finite numbers, found {value!r:.80}"
-                raise ValueError(f"{folder / REPORT_NAME}: {name}: {found} ({error})") from error
+                raise ValueError(f"{folder / REPORT_NAME}: {name}: expected {hints[name]} ({error})") from error
         # The share of routes in common is undefined where neither of two updates touches any.
         content["overlaps"] = _exchanged(content.get("overlaps", {}), math.nan)
         if repo_id is not None:

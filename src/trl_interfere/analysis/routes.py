@@ -58,14 +58,10 @@ class RouteMap:
             Description of the architecture. Defaults to the one of `ARCHITECTURES` for the model type.
 
     Attributes:
-        num_routes (`int`):
-            Number of routes.
-        num_layers (`int`):
-            Number of layers.
-        counts (`dict[str, tuple[int, ...]]`):
-            Number of routes of each kind in each layer.
-        experts (`tuple[int, ...]`):
-            Number of experts in each layer, 0 in one without.
+        num_routes (`int`): Number of routes.
+        num_layers (`int`): Number of layers.
+        counts (`dict[str, tuple[int, ...]]`): Number of routes of each kind in each layer.
+        experts (`tuple[int, ...]`): Number of experts in each layer, 0 in one without.
 
     Raises:
         `ValueError`: If the architecture is unknown, or its description does not fit the configuration.

@@ -19,10 +19,10 @@ class HeldRouting:
     """
     The experts that the routers of a model choose, recorded batch by batch and put in place of later choices.
 
-    A router takes the top k of its scores, so that the loss jumps where two scores cross: neither a central difference
-    nor a quadrature holds across a jump. With the choice held, the scores of the chosen experts still follow the
-    weights, and the derivatives at the recorded point are the exact ones. Routers are the innermost modules that call
-    `torch.topk` in a forward pass, or a maximum without gradient, which with a threshold is the choice of Phi-MoE.
+    A router takes the top k of its scores, so that the loss jumps where two scores cross. With the choice held, the
+    weights of the chosen experts still follow the scores, and derivatives at the recorded point are the exact ones.
+    Routers are the innermost modules that call `torch.topk` in a forward pass, or a maximum without gradient, which
+    with a threshold is the choice of Phi-MoE.
     """
 
     def __init__(self, model: PreTrainedModel, batch: dict[str, torch.Tensor]):

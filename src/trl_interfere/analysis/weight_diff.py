@@ -94,17 +94,6 @@ def update_statistics(
 
     Raises:
         `ValueError`: If the checkpoints do not hold the same tensors, hold NaN or infinity, or are identical.
-
-    Example:
-
-    ```python
-    >>> from trl_interfere.checkpoint import Checkpoint
-    >>> from trl_interfere.analysis.weight_diff import update_statistics
-
-    >>> checkpoints = [Checkpoint("out/stages/1-math"), Checkpoint("out/stages/2-qa")]
-    >>> (update,) = update_statistics(checkpoints)
-    >>> update.to_dict()["whole"], update.tensors.loc["model.embed_tokens.weight"]
-    ```
     """
     if len(checkpoints) not in (2, 3):
         raise ValueError(f"checkpoints: expected two or three, found {len(checkpoints)}")
@@ -143,14 +132,6 @@ def stage_edits(
         "updates": {domain: update.to_dict() for domain, update in updates.items()},
         "changed": pairwise_overlaps({domain: update.edit_size for domain, update in updates.items()}, route_map),
     }
-
-
-def figures_of_files(checkpoints: Sequence[Checkpoint]) -> tuple[dict[str, dict], dict[str, str]]:
-    """What a report holds of before and after, or of base, before and after: the updates, and digests of the files."""
-    found, places = update_statistics(checkpoints), ("base", "before", "after")[-len(checkpoints) :]
-    updates = zip(("earlier", "update")[-len(found) :], found, strict=True)
-    digests = {place: checkpoint.digest() for place, checkpoint in zip(places, checkpoints, strict=True)}
-    return {name: entry.to_dict() for name, entry in updates}, digests
 
 
 def identical_when_stored(
