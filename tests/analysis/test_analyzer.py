@@ -1,5 +1,4 @@
 import copy
-import json
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -7,11 +6,11 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from test_models import lora
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer
 from trl_interfere.analysis.config import InterferenceConfig
-from trl_interfere.analysis.opposition import opposed_edits
+from trl_interfere.analysis.damage import opposed_edits
 from trl_interfere.analysis.overlap import overlaps
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.analysis.routes import RouteMap
@@ -55,10 +54,10 @@ def flat(tensors):
 
 
 def test_every_figure_of_a_report(models, domains, tokenizer, token_loss, dense_sums):
-    base, before, after = models
+    _, before, after = models
     math, qa, writing = domains
     start, end = copy.deepcopy(before.state_dict()), copy.deepcopy(after.state_dict())
-    analyzer = InterferenceAnalyzer(before, after, tokenizer, base=base, config=CONFIG)
+    analyzer = InterferenceAnalyzer(before, after, tokenizer, config=CONFIG)
     report = analyzer.analyze(earlier=math, later=[qa, writing])
     for model, kept in ((before, start), (after, end)):
         assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
@@ -71,9 +70,6 @@ def test_every_figure_of_a_report(models, domains, tokenizer, token_loss, dense_
         losses[domain.name] = loss.item(), token_loss(after, sequences).item()
         gradients[domain.name] = torch.autograd.grad(loss, list(before.parameters()), create_graph=True)
     assert (report.loss_before, report.loss_after) == pytest.approx(losses["math"], rel=1e-9)
-    for name in ("qa", "writing"):
-        assert report.later_loss_before[name] == pytest.approx(losses[name][0], rel=1e-9)
-        assert report.later_loss_after[name] == pytest.approx(losses[name][1], rel=1e-9)
 
     delta = {name: end[name] - start[name] for name, _ in before.named_parameters()}
     math_gradient = flat(gradients["math"])
@@ -97,6 +93,9 @@ def test_every_figure_of_a_report(models, domains, tokenizer, token_loss, dense_
     cosine = torch.nn.functional.cosine_similarity
     assert report.cosines["global"] == pytest.approx(cosine(math_gradient, mean_later, dim=0).item(), rel=1e-8)
     for name in ("qa", "writing"):
+        assert report.later_loss_before[name] == pytest.approx(losses[name][0], rel=1e-9)
+        assert report.later_loss_after[name] == pytest.approx(losses[name][1], rel=1e-9)
+        assert abs(report.later_residual[name]) < 1e-5 * abs(losses[name][1] - losses[name][0])
         expected = cosine(math_gradient, flat(gradients[name]), dim=0).item()
         assert report.cosines["by_domain"][name]["global"] == pytest.approx(expected, rel=1e-8)
 
@@ -106,8 +105,6 @@ def test_every_figure_of_a_report(models, domains, tokenizer, token_loss, dense_
     assert report.config == asdict(CONFIG)
     assert report.versions["torch"] == torch.__version__
 
-    halves = [references.halves() for references in analyzer.references(math, [qa, writing]).values()]
-    assert [[len(half.prompts) for half in pair] for pair in halves] == [[2, 1], [1, 1], [2, 1]]
     assert set(report.cosines["reliability"]) == {"math", "qa", "writing"}
     assert report.cosines["pairs"]["math"]["qa"] == report.cosines["by_domain"]["qa"]["global"]
     expected = cosine(flat(gradients["qa"]), flat(gradients["writing"]), dim=0).item()
@@ -115,8 +112,6 @@ def test_every_figure_of_a_report(models, domains, tokenizer, token_loss, dense_
     low, high = report.cosines["by_domain"]["qa"]["interval"]
     assert low <= report.cosines["by_domain"]["qa"]["global"] <= high
     assert report.difference_step == 1e-3 and 0 <= report.second_order_error < 1e-3 * abs(report.second_order)
-    for name, residual in report.later_residual.items():
-        assert abs(residual) < 1e-5 * abs(losses[name][1] - losses[name][0])
     assert report.subspace is None
     as_earlier = [analyzer.analyze(domain, math).routes["damage"] for domain in (qa, writing)]
     np.testing.assert_allclose(report.routes["later_damage"], np.mean(as_earlier, axis=0), rtol=1e-6, atol=1e-10)
@@ -174,20 +169,20 @@ def test_divergence_as_the_objective(models, domains, tokenizer):
         InterferenceAnalyzer(before, after, tokenizer, config=config).analyze(*domains[:2])
 
 
+def digits(completions, **kwargs):
+    return [sum(map(str.isdigit, completion)) for completion in completions]
+
+
+def letters(completions, **kwargs):
+    return [sum(map(str.isalpha, completion)) for completion in completions]
+
+
 def test_surrogate_of_grpo_as_the_objective(models, make_domain, tokenizer):
     _, before, after = models
-
-    def count(letters):
-        def reward(completions, **kwargs):
-            return [sum(character in letters for character in completion) for completion in completions]
-
-        return reward
-
     domains = [
-        replace(make_domain(name), metric=None, reward_funcs=[count(letters)], reward_weights=[1.0])
-        for name, letters in (("math", "0123456789"), ("qa", "abcdefgh"), ("opposite", "0123456789"))
+        replace(make_domain(name), metric=None, reward_funcs=[counted], reward_weights=[weight])
+        for name, counted, weight in (("math", digits, 1.0), ("qa", letters, 1.0), ("opposite", digits, -1.0))
     ]
-    domains[2].reward_weights = [-1.0]
     config = replace(CONFIG, objective="grpo", num_generations=6, max_new_tokens=8)
     first, again = (
         InterferenceAnalyzer(before, after, tokenizer, config=config).analyze(domains[0], domains[1:]) for _ in "12"
@@ -228,29 +223,23 @@ def test_model_is_restored_after_a_failure(models, domains, tokenizer):
     assert all(torch.equal(tensor, start[name]) for name, tensor in before.state_dict().items())
 
 
-def test_opposed_edits_in_loops(models, owned_slices):
+def test_opposed_edits(models, owned_slices, dense_sums):
     base, before, after = (
         {name: parameter.detach() for name, parameter in model.named_parameters()} for model in models
     )
-    route_map = RouteMap(models[1].config)
+    delta = {name: after[name] - before[name] for name in before}
     with torch.no_grad():  # an edit that the update undoes, one that it doubles, and a route that was not edited
-        delta = {name: after[name] - before[name] for name in before}
         for route, factor in ((3, -0.5), (27, 1.0), (33, 0.0)):
             for name, index in owned_slices(models[1])[route][3]:
                 base[name][index] = before[name][index] - (delta[name][index] / factor if factor else 0)
-    found = opposed_edits(route_map, models[0], before, delta)
-    for route, (*_, owned) in enumerate(owned_slices(models[1])):
-        inner, square = 0.0, 0.0
-        for name, index in owned:
-            edit = (before[name] - base[name])[index].ravel().tolist()
-            update = delta[name][index].ravel().tolist()
-            inner += sum(a * b for a, b in zip(edit, update, strict=True))
-            square += sum(a * a for a in edit)
-        assert found["earlier_edit_size"][route] == pytest.approx(square**0.5, rel=1e-9)
-        expected = max(0.0, -inner / square**0.5) if square else 0.0
-        assert found["opposed"][route] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    found = opposed_edits(RouteMap(models[1].config), models[0], before, delta)
+    edit = {name: before[name] - base[name] for name in before}
+    inner, _ = dense_sums(models[1], {name: edit[name] * delta[name] for name in edit})
+    size = np.sqrt(dense_sums(models[1], {name: tensor**2 for name, tensor in edit.items()})[0])
+    np.testing.assert_allclose(found["earlier_edit_size"], size, rtol=1e-9)
+    expected = [max(0.0, -a / b) if b else 0.0 for a, b in zip(inner, size, strict=True)]
+    np.testing.assert_allclose(found["opposed"], expected, rtol=1e-9, atol=1e-12)
     assert found["opposed"][3] > 0 and found["opposed"][27] == 0 and found["earlier_edit_size"][33] == 0
-    assert (found["opposed"] == 0).sum() > 2  # others are not opposed either
 
 
 @pytest.fixture
@@ -272,18 +261,11 @@ def test_from_folders(folders, models, domains, tokenizer):
     assert report.damage == pytest.approx(expected.damage, rel=1e-4)
     for name, values in expected.routes.items():
         np.testing.assert_allclose(report.routes[name], values, rtol=1e-3, atol=1e-3 * np.abs(values).max())
+    assert report.routes.keys() >= {"opposed", "earlier_edit_size"} and expected.updates is None
     for name in ("before", "after", "base"):
         assert getattr(report, name) == str(folders / name)
     report.save_pretrained(folders / "report")
-    loaded = InterferenceReport.from_pretrained(folders / "report")
-    assert loaded.to_dict() == json.loads(json.dumps(report.to_dict())) == report.to_dict()
-    assert loaded.routes.keys() == report.routes.keys() >= {"opposed", "earlier_edit_size"}
-    assert all(np.array_equal(loaded.routes[name], values) for name, values in report.routes.items())
-
-
-def test_identical_checkpoints(make_model, tokenizer):
-    with pytest.raises(ValueError, match="after: expected another checkpoint than before"):
-        InterferenceAnalyzer(make_model(), make_model(), tokenizer)
+    assert InterferenceReport.from_pretrained(folders / "report").to_dict() == report.to_dict()
 
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -292,12 +274,9 @@ DOWN = "model.layers.0.mlp.down_proj"
 @pytest.mark.parametrize(
     "family, settings, message",
     [
-        ("llama", {"vocab_size": 30}, "tensor lm_head.weight: expected shape (25, 16) as in .*, found (30, 16)"),
         ("llama", {"intermediate_size": 8}, f"tensor {DOWN}.weight: expected shape (16, 12) as in .*, found (16, 8)"),
         ("llama-biases", {}, f"tensor {DOWN}.bias: expected shape None as in .*, found (16,)"),
         ("mistral", {"head_dim": 4}, "expected model_type 'llama' as in .*, found 'mistral'"),  # of the same shapes
-        ("qwen2", {}, "expected model_type 'llama' as in .*, found 'qwen2'"),
-        ("llama", {"num_attention_heads": 8, "head_dim": 2}, "expected num_attention_heads 4 as in .*, found 8"),
         ("llama", {"num_key_value_heads": 4}, "expected num_key_value_heads 2 as in .*, found 4"),
     ],
 )
@@ -308,12 +287,6 @@ def test_other_architecture(family, settings, message, label, make_model, tokeni
     message = re.escape(message).replace(r"\.\*", ".*")
     with pytest.raises(ValueError, match=f"^{label} checkpoint .*: {message}$"):
         InterferenceAnalyzer(tokenizer=tokenizer, **checkpoints)
-
-
-def test_unknown_architecture(make_model, tokenizer):
-    models = [make_model("codegen", n_head=4, n_embd=16, n_layer=2, rotary_dim=4, seed=seed) for seed in range(2)]
-    with pytest.raises(ValueError, match="no route map for model type 'codegen', expected one of"):
-        InterferenceAnalyzer(*models, tokenizer)
 
 
 def set_nan(folder):
@@ -344,10 +317,9 @@ def test_other_domains_are_compared_but_not_attributed(models, domains, tokenize
     assert beside.overlaps["active"]["math"]["qa"] == alone.overlaps["active"]["math"]["qa"]
     sizes = [alone.routes[name] for name in ("earlier_edit_size", "edit_size")]
     assert alone.overlaps["changed"]["all"] == overlaps(*sizes, analyzer.route_map)["all"]
-    assert alone.updates is None
 
 
-@pytest.mark.parametrize("names", [["math", "math"], ["math"], ["math", "qa", "qa"]])
+@pytest.mark.parametrize("names", [["math", "math"], ["math"]])
 def test_domains_that_are_missing_or_occur_twice(models, domains, tokenizer, names):
     _, before, after = models
     by_name = {domain.name: domain for domain in domains}
@@ -356,14 +328,12 @@ def test_domains_that_are_missing_or_occur_twice(models, domains, tokenizer, nam
         analyzer.analyze(by_name[names[0]], [by_name[name] for name in names[1:]])
 
 
-def test_files_give_the_sparsity(models, domains, tokenizer, tmp_path):
+def test_files_give_the_sparsity(models, domains, folders):
     for name, model in zip(("base", "before", "after"), models, strict=True):
-        model.to(torch.bfloat16 if name != "after" else torch.float32).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    math, qa, _ = domains
-    folders = {name: tmp_path / name for name in ("base", "before", "after")}
+        model.to(torch.bfloat16 if name != "after" else torch.float32).save_pretrained(folders / name)
+    folders = {name: folders / name for name in ("base", "before", "after")}
     analyzer = InterferenceAnalyzer.from_pretrained(**folders, config=replace(CONFIG, check_prompts=0))
-    report = analyzer.analyze(math, qa)
+    report = analyzer.analyze(*domains[:2])
     expected = update_statistics([Checkpoint(folder) for folder in folders.values()])
     assert [report.updates[name] for name in ("earlier", "update")] == [entry.to_dict() for entry in expected]
     assert report.updates["update"]["whole"]["dtype"] == "bfloat16 -> float32"
@@ -380,22 +350,13 @@ def test_adapters_are_merged_from_their_own_tensors(models, domains, tokenizer, 
     folders = {}
     for seed, name in enumerate(("before", "after")):
         torch.manual_seed(seed)
-        config = LoraConfig(r=2, lora_alpha=3, target_modules=["up_proj", "o_proj"], use_rslora=rslora)
-        adapted = get_peft_model(load_model(tmp_path / "base"), config)
-        adapted.base_model.model.name_or_path = str(tmp_path / "base")
-        adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-        with torch.no_grad():
-            for key, parameter in adapted.named_parameters():
-                if "lora_B" in key:
-                    parameter.normal_(std=0.05)
         folders[name] = tmp_path / name
-        adapted.save_pretrained(folders[name])
+        settings = {"lora_alpha": 3, "target_modules": ["up_proj", "o_proj"], "use_rslora": rslora}
+        merged = lora(load_model(tmp_path / "base"), folders[name], **settings)
         tokenizer.save_pretrained(folders[name])
-        merged = adapted.merge_and_unload()
         loaded = load_model(folders[name])
         for (key, parameter), expected in zip(loaded.named_parameters(), merged.parameters(), strict=True):
             torch.testing.assert_close(parameter, expected, msg=key)
-        assert loaded.config._name_or_path == str(folders[name])
     math, qa, _ = domains
     config = replace(CONFIG, check_prompts=0, difference_step=None)
     report = InterferenceAnalyzer.from_pretrained(**folders, base=tmp_path / "base", config=config).analyze(math, qa)
@@ -408,7 +369,7 @@ def test_adapters_are_merged_from_their_own_tensors(models, domains, tokenizer, 
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"subspace_size": 2}, {"gradient_checkpointing": True}, {"objective": "kl"}, {"check_prompts": 0}]
+    "settings", [{}, {"subspace_size": 2, "gradient_checkpointing": True}, {"objective": "kl", "check_prompts": 0}]
 )
 def test_passes_name_every_part(models, domains, tokenizer, settings):
     base, before, after = models
@@ -418,11 +379,7 @@ def test_passes_name_every_part(models, domains, tokenizer, settings):
     analyzer.analyze(math, later, progress=begun.append)
     passes = analyzer.passes(later=2)
     assert list(passes) == begun
-    checked = 8 * CONFIG.check_prompts / CONFIG.max_prompts if settings != {"check_prompts": 0} else 0
+    checked = 8 * analyzer.config.check_prompts / CONFIG.max_prompts
     assert passes["damage of the earlier domain"] == pytest.approx(2 + checked + 8)
-
-
-def test_sum_of_the_passes_with_the_defaults(models, tokenizer):
-    _, before, after = models
-    passes = InterferenceAnalyzer(before, after, tokenizer).passes()
-    assert sum(passes.values()) == pytest.approx(10.92, abs=0.01)  # as docs/scaling.md has it
+    defaults = InterferenceAnalyzer(before, after, tokenizer).passes()
+    assert sum(defaults.values()) == pytest.approx(10.92, abs=0.01)  # as docs/scaling.md has it

@@ -82,17 +82,7 @@ def test_a_description_of_the_names_in_memory_alone(make_model, moved, tokenizer
 
 
 def test_nested_models_have_the_map_of_their_language_model():
-    for nested in (
-        "gemma3",
-        "qwen2_5_vl",
-        "qwen3_vl",
-        "mistral3",
-        "gemma4",
-        "gemma3n",
-        "llama4",
-        "qwen3_5",
-        "qwen2_vl",
-    ):
+    for nested in "gemma3 qwen2_5_vl qwen3_vl mistral3 gemma4 gemma3n llama4 qwen3_5 qwen2_vl".split():
         config = AutoConfig.for_model(nested)
         assert RouteMap(config).description is ARCHITECTURES[config.get_text_config().model_type]
     assert RouteMap(AutoConfig.for_model("gemma3")).description is LLAMA

@@ -3,7 +3,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch.func import functional_call
 
 from trl_interfere.analysis.attribution import (
     UpdatePath,
@@ -45,52 +44,10 @@ def test_first_order(update, sequences, make_batches, token_loss, dense_sums):
     assert_terms(terms, products, reference, dense_sums, rtol=1e-9)
 
 
-def test_second_order_against_a_dense_hessian(make_model, moved, sequences, make_batches, token_loss, dense_sums):
-    settings = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 6, "head_dim": 2}
-    model, reference = make_model(**settings), make_model(**settings)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-
-    def unflatten(vector):
-        parts = vector.split([shape.numel() for shape in shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-
-    start = torch.cat([parameter.detach().ravel() for parameter in model.parameters()])
-    hessian = torch.autograd.functional.hessian(
-        lambda vector: token_loss(reference, sequences[:3], unflatten(vector)), start, vectorize=True
-    )
-    assert torch.allclose(hessian, hessian.T, atol=1e-10)
-
-    path = UpdatePath(model, dict(moved(model).named_parameters()))
-    delta = torch.cat([tensor.ravel() for tensor in path.delta.values()])
-    route_map, batches = RouteMap(model.config), make_batches(sequences[:3])
-    terms = second_order(path, batches, route_map, step=1e-3)
-    assert terms.total == pytest.approx((0.5 * delta @ hessian @ delta).item(), rel=1e-4)
-    assert_terms(terms, unflatten(0.5 * delta * (hessian @ delta)), model, dense_sums, rtol=1e-4)
-
-    # The error of the central difference falls with the square of its step.
-    errors = [
-        second_order(path, batches, route_map, step).total - (0.5 * delta @ hessian @ delta).item()
-        for step in (0.025, 0.0125)
-    ]
-    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
-
-
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_attribution_is_complete(update, sequences, make_batches, token_loss, moved):
-    path, route_map, reference = update
-    before = token_loss(reference, sequences).item()
-    after = token_loss(moved(reference), sequences).item()
-    batches = make_batches(sequences)
-    residuals = [abs(after - before - attribution(path, batches, route_map, nodes).total) for nodes in (1, 2, 4, 8)]
-    assert residuals[3] < residuals[1] < residuals[0]
-    assert residuals[2] < 1e-3 * abs(after - before)
-    assert residuals[3] < 1e-6 * abs(after - before)
-
-
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_attribution_against_midpoints(update, sequences, make_batches, token_loss, dense_sums):
     path, route_map, reference = update
-    terms = attribution(path, make_batches(sequences), route_map, nodes=8)
+    terms = {nodes: attribution(path, make_batches(sequences), route_map, nodes) for nodes in (1, 2, 4, 8)}
     start = {name: parameter.detach() for name, parameter in reference.named_parameters()}
     count = 60
     products = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
@@ -99,34 +56,27 @@ def test_attribution_against_midpoints(update, sequences, make_batches, token_lo
         gradients = torch.autograd.grad(token_loss(reference, sequences, at), list(at.values()))
         for name, gradient in zip(at, gradients, strict=True):
             products[name] += gradient * path.delta[name] / count
-    assert_terms(terms, products, reference, dense_sums, rtol=2e-3)
+    assert_terms(terms[8], products, reference, dense_sums, rtol=2e-3)
+    damage = (token_loss(reference, sequences, path.end) - token_loss(reference, sequences)).item()
+    residuals = {nodes: abs(damage - found.total) for nodes, found in terms.items()}
+    assert residuals[8] < residuals[2] < residuals[1]
+    assert residuals[4] < 1e-3 * abs(damage) and residuals[8] < 1e-6 * abs(damage)
 
 
 @pytest.mark.parametrize("route", [5, 17, 25, 33])
-def test_an_update_of_one_route_is_attributed_to_it(route, make_model, moved, owned_slices, sequences, make_batches):
+def test_an_update_of_one_route_is_attributed_to_it(
+    route, make_model, moved, owned_slices, sequences, make_batches, token_loss
+):
     model = make_model()
     after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     target = dict(moved(model, scale=0.1).named_parameters())
     for name, index in owned_slices(model)[route][3]:
         after[name][index] = target[name].detach()[index]
-    batches, route_map = make_batches(sequences), RouteMap(model.config)
-    damage = loss_of(model, after, batches) - loss_of(model, dict(model.named_parameters()), batches)
-    terms = attribution(UpdatePath(model, after), batches, route_map, nodes=8)
+    damage = (token_loss(model, sequences, after) - token_loss(model, sequences)).item()
+    terms = attribution(UpdatePath(model, after), make_batches(sequences), RouteMap(model.config), nodes=8)
     assert abs(damage) > 1e-4
     assert terms.routes[route] == pytest.approx(damage, rel=1e-5)
     assert np.count_nonzero(terms.routes) == 1 and terms.outside == 0
-
-
-def loss_of(model, parameters, batches):
-    total, tokens = 0.0, 0
-    for batch in batches:
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        with torch.no_grad():
-            scores = functional_call(model, parameters, (), inputs).logits.log_softmax(-1)
-        for row, position in torch.nonzero(batch["labels"] != -100).tolist():
-            total -= scores[row, position - 1, batch["labels"][row, position]].item()
-            tokens += 1
-    return total / tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -137,13 +87,13 @@ def test_update_path(dtype, make_model, moved):
     path = UpdatePath(model, after)
     assert all(path.end[name].data_ptr() == after[name].data_ptr() for name in after)  # only the start is copied
     assert "no.such.tensor" not in path.delta and len(path.delta) == len(after)
-    for t in (1.0, 0.3, -0.05):
-        assert path.move(t) is model
-        for name, parameter in model.named_parameters():
-            expected = start[name].double() + t * (after[name].double() - start[name].double())
-            tolerance = 4 * torch.finfo(dtype).eps
-            torch.testing.assert_close(parameter.double(), expected, rtol=tolerance, atol=tolerance)
-    path.move(0.0)
+    with path:
+        for t in (1.0, 0.3, -0.05):
+            assert path.move(t) is model
+            for name, parameter in model.named_parameters():
+                expected = start[name].double() + t * (after[name].double() - start[name].double())
+                tolerance = 4 * torch.finfo(dtype).eps
+                torch.testing.assert_close(parameter.double(), expected, rtol=tolerance, atol=tolerance)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, start[name]), name
 
@@ -160,8 +110,8 @@ def test_products_and_norms_of_half_precision(make_model, moved, dense_sums):
     assert norm(path.delta) == pytest.approx(squares**0.5, rel=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.1, 3.0])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-6, 0.1, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_step_by_rule(dtype, scale, make_model):
     model = make_model(dtype=dtype)
     path = UpdatePath(model, {name: (1 + scale) * p.detach() for name, p in model.named_parameters()})
@@ -197,14 +147,12 @@ def test_rounding_of_the_data_type(dtype, seed, make_model, moved, sequences, ma
     model = make_model("llama", seed=seed, dtype=dtype)
     after = dict(moved(model, scale=0.01, seed=seed + 10).named_parameters())
     reference = make_model("llama", seed=seed)
-    with torch.no_grad():  # of the same, rounded weights
-        for name, parameter in reference.named_parameters():
-            parameter.copy_(model.get_parameter(name))
+    reference.load_state_dict(model.state_dict())  # the same, rounded weights
     path = UpdatePath(model, after)
     exact = UpdatePath(reference, {name: tensor.detach().double() for name, tensor in after.items()})
     route_map, batches = RouteMap(model.config), make_batches(sequences)
     expected = second_order(exact, batches, route_map, 1e-3)
-    found = second_order(path, batches, route_map)
+    found = second_order(path, batches, route_map, difference_step(path))
 
     def error(found, expected):
         return np.linalg.norm(found.routes - expected.routes) / np.linalg.norm(expected.routes)

@@ -8,7 +8,6 @@ from trl_interfere.analysis.config import InterferenceConfig
     [
         ({"reference": "wrong"}, "reference: expected 'correct' or 'dataset', found 'wrong'"),
         ({"max_prompts": 0}, "max_prompts: expected at least 1, found 0"),
-        ({"batch_size": -1}, "batch_size: expected at least 1, found -1"),
         ({"difference_step": 0}, "difference_step: expected a share above 0 and up to 1, found 0"),
         ({"objective": "ppo"}, r"objective: expected one of \['grpo', 'kl', 'nll'\], found 'ppo'"),
         ({"check_prompts": -1}, "check_prompts: expected at least 0, found -1"),

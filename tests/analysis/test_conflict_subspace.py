@@ -1,9 +1,18 @@
+"""Terms of second order, against a dense Hessian and a dense projection."""
+
 import numpy as np
 import pytest
 import torch
 
-from trl_interfere.analysis.attribution import UpdatePath
-from trl_interfere.analysis.conflict_subspace import TOP_SHARES, RouteOperator, conflict_subspace, random_update
+from trl_interfere.analysis.attribution import UpdatePath, second_order
+from trl_interfere.analysis.conflict_subspace import (
+    TOP_SHARES,
+    RouteOperator,
+    conflict_subspace,
+    contraction,
+    random_update,
+    subspace_norms,
+)
 from trl_interfere.analysis.routes import RouteMap
 
 
@@ -11,43 +20,59 @@ SETTINGS = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 6, "h
 NUM_ROUTES = 12  # 6 MLP channels, 4 query heads, 2 key/value heads
 
 
+def flat(tensors, names):
+    return torch.cat([tensors[name].ravel() for name in names])
+
+
+def columns(model, owned_slices, update):
+    """δ_r of each route as a column."""
+    parts = []
+    for *_, owned in owned_slices(model):
+        part = {name: torch.zeros_like(update[name]) for name in update}
+        for name, index in owned:
+            part[name][index] = update[name][index]
+        parts.append(flat(part, update))
+    return torch.stack(parts, dim=1)
+
+
 @pytest.fixture(scope="module")
 def problem(make_model, moved, sequences, make_batches, token_loss, owned_slices):
-    """A path, its batches, the dense Hessian, and a function that gives the dense operator of an update."""
+    """A path, its map of routes, its batches, the dense Hessian, and δ_r of an update as columns."""
     model, reference = make_model(**SETTINGS), make_model(**SETTINGS)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
-    def unflatten(vector):
+    def loss(vector):
         parts = vector.split([shape.numel() for shape in shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        named = zip(shapes.items(), parts, strict=True)
+        return token_loss(reference, sequences[:3], {name: part.view(shape) for (name, shape), part in named})
 
-    start = torch.cat([parameter.detach().ravel() for parameter in model.parameters()])
-    hessian = torch.autograd.functional.hessian(
-        lambda vector: token_loss(reference, sequences[:3], unflatten(vector)), start, vectorize=True
-    )
-
-    def dense(update):
-        columns = []
-        for *_, owned in owned_slices(model):
-            part = {name: torch.zeros_like(update[name]) for name in shapes}
-            for name, index in owned:
-                part[name][index] = update[name][index]
-            columns.append(torch.cat([part[name].ravel() for name in shapes]))
-        columns = torch.stack(columns, dim=1)
-        return (columns.T @ hessian @ columns).numpy()
-
+    start = flat(dict(model.named_parameters()), shapes).detach()
+    hessian = torch.autograd.functional.hessian(loss, start, vectorize=True)
     path = UpdatePath(model, dict(moved(model).named_parameters()))
-    return path, RouteMap(model.config), make_batches(sequences[:3]), dense
+    parts = [make_batches(sequences[:3]), hessian, lambda update: columns(model, owned_slices, update)]
+    return path, RouteMap(model.config), *parts
 
 
-def test_operator_against_a_dense_hessian(problem):
-    path, route_map, batches, dense = problem
-    expected = dense(path.delta)
-    operator = RouteOperator(path, batches, route_map, None, step=1e-4)
+def test_second_order(problem):
+    path, route_map, batches, hessian, split = problem
+    delta, routes = flat(path.delta, path.delta), split(path.delta)
+    expected = (0.5 * routes.T @ hessian @ delta).numpy()
+    total = (0.5 * delta @ hessian @ delta).item()
+    terms = second_order(path, batches, route_map, step=1e-3)
+    np.testing.assert_allclose(terms.routes, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert terms.total == pytest.approx(total, rel=1e-4)
+    # The error of the central difference falls with the square of its step.
+    errors = [second_order(path, batches, route_map, step).total - total for step in (0.025, 0.0125)]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
+
+
+def test_operator(problem):
+    path, route_map, batches, hessian, split = problem
+    expected = (split(path.delta).T @ hessian @ split(path.delta)).numpy()
+    operator = RouteOperator(path, batches, route_map, path.delta, step=1e-4)
     assert operator.shape == (NUM_ROUTES, NUM_ROUTES)
     found = np.stack([operator.matvec(row) for row in np.eye(NUM_ROUTES)], axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
-    np.testing.assert_allclose(found, found.T, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     assert np.array_equal(operator.matvec(np.zeros(NUM_ROUTES)), np.zeros(NUM_ROUTES))
     # The step is set by the length of the displacement, whatever the length of c.
     c = np.random.default_rng(1).normal(size=NUM_ROUTES)
@@ -57,9 +82,9 @@ def test_operator_against_a_dense_hessian(problem):
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("size", [1, 4, 11])
 def test_leading_eigenpairs_and_their_shares(size, control, problem):
-    path, route_map, batches, dense = problem
+    path, route_map, batches, hessian, split = problem
     update = random_update(path, seed=3) if control else path.delta
-    operator = dense(update)
+    operator = (split(update).T @ hessian @ split(update)).numpy()
     values, vectors = np.linalg.eigh(operator)
     order = np.argsort(-np.abs(values))
     total = operator.sum() / 2
@@ -88,19 +113,46 @@ def test_the_random_update_has_the_norms_of_the_update(problem):
     for name, tensor in path.delta.items():
         assert first[name].shape == tensor.shape and first[name].dtype == tensor.dtype
         assert first[name].norm().item() == pytest.approx(tensor.norm().item(), rel=1e-6)
-        assert torch.equal(first[name], again[name]) and torch.equal(first[name], first[name])
-        assert not torch.equal(first[name], other[name]) and not torch.equal(first[name], tensor)
+        assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
 
 
-@pytest.mark.parametrize("size", [0, NUM_ROUTES])
-def test_size_out_of_range(size, problem):
-    path, route_map, batches, _ = problem
-    with pytest.raises(ValueError, match=f"size: expected 1 to 11 for 12 routes, found {size}"):
-        conflict_subspace(path, batches, route_map, size)
+@pytest.fixture
+def random_tensors(make_model):
+    model = make_model("llama")
+    generator = torch.Generator().manual_seed(0)
+
+    def draw():
+        named = model.named_parameters()
+        return {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in named}
+
+    return model, RouteMap(model.config), draw
 
 
-def test_update_that_overflows(problem):
-    path, route_map, batches, _ = problem
-    broken = {name: torch.full_like(tensor, torch.inf) for name, tensor in path.delta.items()}
-    with pytest.raises(ValueError, match="update: expected finite tensors, found a norm of inf"):
-        conflict_subspace(path, batches, route_map, 2, broken)
+def test_norms_against_a_dense_projection(random_tensors, owned_slices):
+    model, route_map, draw = random_tensors
+    delta, first, second = draw(), draw(), draw()
+    directions = np.random.default_rng(0).normal(size=(3, route_map.num_routes))
+    basis, _ = np.linalg.qr(columns(model, owned_slices, delta).numpy() @ directions.T)
+    found = subspace_norms(route_map, delta, [delta, first, second], directions)
+    expected = [np.linalg.norm(basis.T @ flat(tensors, delta).numpy()) for tensors in (delta, first, second)]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_contraction_by_a_refresh(random_tensors, owned_slices):
+    model, route_map, draw = random_tensors
+    before, delta = draw(), draw()
+    directions = np.zeros((2, route_map.num_routes))
+    directions[0, 0], directions[1, 3] = 1.0, 2.0
+    # The refresh takes three quarters of the update of two routes back, and nothing else.
+    left = np.where(np.isin(np.arange(route_map.num_routes), [0, 3]), 0.25, 1.0)
+    after = {name: before[name] + delta[name] for name in before}
+    refreshed = {name: tensor.clone() for name, tensor in after.items()}
+    for share, (*_, owned) in zip(left, owned_slices(model), strict=True):
+        for name, index in owned:
+            refreshed[name][index] = before[name][index] + share * delta[name][index]
+    squares = (columns(model, owned_slices, delta) ** 2).sum(dim=0).numpy()
+    found = contraction(route_map, before, after, refreshed, directions)
+    assert found["directions"] == 2
+    assert found["subspace"] == pytest.approx(0.25)
+    assert found["routes"] == pytest.approx(((left**2 * squares).sum() / squares.sum()) ** 0.5)
+    assert 0.25 < found["random"] < 1.1  # other directions are nearly left

@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -30,30 +31,19 @@ def test_cosines_against_flattened_vectors(make_model, sequences, make_batches):
     _, first = mean_gradient(model, make_batches(sequences[:2]))
     _, second = mean_gradient(model, make_batches(sequences[2:]))
     found = cosines(first, second)
-    modules = {
-        "embed_tokens": ["model.embed_tokens."],
-        "norm": ["model.norm."],
-        "lm_head": ["lm_head."],
-        **{f"layers.{layer}.attention": [f"layers.{layer}.self_attn."] for layer in range(2)},
-        **{f"layers.{layer}.mlp": [f"layers.{layer}.mlp."] for layer in range(2)},
-        **{
-            f"layers.{layer}.norm": [f"layers.{layer}.input_layernorm", f"layers.{layer}.post_attention_layernorm"]
-            for layer in range(2)
-        },
+    parts = {"attention": "self_attn", "mlp": "mlp", "norm": "(input|post_attention)_layernorm"}
+    modules = {f"layers.{layer}.{label}": f"layers.{layer}.{part}" for layer in "01" for label, part in parts.items()}
+    patterns = {
+        "modules": {**modules, "embed_tokens": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"},
+        "layers": {f"layers.{layer}": f"layers.{layer}." for layer in "01"},
+        "tensors": {name: name for name in first},
     }
     assert found["global"] == pytest.approx(cosine(flat(first, first), flat(second, first)), rel=1e-9)
-    assert set(found["modules"]) == set(modules)
-    for module, parts in modules.items():
-        names = [name for name in first if any(part in name for part in parts)]
-        assert found["modules"][module] == pytest.approx(cosine(flat(first, names), flat(second, names)), rel=1e-9)
-    assert set(found["layers"]) == {"layers.0", "layers.1"}
-    for layer, value in found["layers"].items():
-        names = [name for name in first if f".{layer}." in name]
-        assert value == pytest.approx(cosine(flat(first, names), flat(second, names)), rel=1e-9)
-    assert set(found["tensors"]) == set(first)
-    for name in first:
-        expected = cosine(flat(first, [name]), flat(second, [name]))
-        assert found["tensors"][name] == pytest.approx(expected, rel=1e-9)
+    for level, by_key in patterns.items():
+        assert found[level].keys() == by_key.keys()
+        for key, pattern in by_key.items():
+            names = [name for name in first if re.search(pattern, name)]
+            assert found[level][key] == pytest.approx(cosine(flat(first, names), flat(second, names)), rel=1e-9)
 
 
 def test_zero_gradients_have_no_cosine():
@@ -135,7 +125,7 @@ def test_interval_covers_the_true_cosine(truth):
     assert np.median(widths) < 0.5
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("noise", [0.0, 0.5, 2.0])
 def test_reliability_is_that_of_as_many_other_references(noise):
     rng = np.random.default_rng(2)
     mean = {name: rng.normal(size=(60, 50)) for name in NAMES}

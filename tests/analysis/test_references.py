@@ -43,28 +43,21 @@ def test_only_correct_completions_are_kept(make_model, tokenizer):
     assert references.considered == 4
     config = InterferenceConfig(max_prompts=4, max_new_tokens=5, correct_threshold=0.5)
     assert len(collect_references(model, tokenizer, domain, config).prompts) == 3
+    config = InterferenceConfig(max_prompts=4, max_new_tokens=5, correct_threshold=2.0)
+    with pytest.raises(ValueError, match=r"domain 'numbers': none of 4 completions scores 2.0 or more \(highest 1.0"):
+        collect_references(model, tokenizer, domain, config)
 
 
-def test_nothing_correct(make_model, tokenizer):
-    domain = scored_by([0.5, 0.25], ["1", "2"])
-    config = InterferenceConfig(max_new_tokens=2)
-    with pytest.raises(ValueError, match=r"domain 'numbers': none of 2 completions scores 1.0 or more \(highest 0.5"):
-        collect_references(make_model(), tokenizer, domain, config)
-
-
-def test_completions_of_the_dataset(make_model, make_domain, tokenizer):
+def test_completions_of_the_dataset(make_domain, tokenizer):
     domain = make_domain(prompts=["1+1=", "ab"], completion=["2", "cd"])
     config = InterferenceConfig(reference="dataset", max_prompts=1)
-    references = collect_references(make_model(), tokenizer, domain, config)
+    references = collect_references(None, tokenizer, domain, config)
     assert references.prompts == [tokenizer("1+1=")["input_ids"]]
     assert references.completions == [[*tokenizer("2")["input_ids"], tokenizer.eos_token_id]]
     assert references.considered == 1
-
-
-def test_column_is_missing(make_model, make_domain, tokenizer):
     config = InterferenceConfig(reference="dataset", reference_column="answer")
     with pytest.raises(ValueError, match=r"domain 'numbers': expected the column 'answer'.*'completion'"):
-        collect_references(make_model(), tokenizer, make_domain(), config)
+        collect_references(None, tokenizer, domain, config)
 
 
 def test_evaluation_split_where_there_is_no_selection_split(make_model, tokenizer):

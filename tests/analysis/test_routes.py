@@ -19,33 +19,14 @@ def test_sum_by_route_against_written_out_slices(architecture, make_model, dense
     assert outside == pytest.approx(expected_outside, rel=1e-10, abs=1e-10)
 
 
-def test_what_routes_write_adds_up_to_the_output_of_the_module(architecture, make_model, contributions):
+def test_what_routes_write_adds_up_to_the_output_of_the_module(architecture, make_model, contributions, owned_slices):
     model = make_model(architecture)
     written, outputs = contributions(model, [4, 9, 13, 5, 20, 7])
     assert len(written) == 4
+    writers = {(kind, layer): owned[-1][0] for kind, layer, _, owned in owned_slices(model)}
     for key, parts in written.items():
-        bias = getattr(WRITER.get(model.config.model_type, _llama_writer)(model, *key), "bias", None)
+        bias = getattr(model.get_submodule(writers[key].rpartition(".")[0]), "bias", None)
         torch.testing.assert_close(parts.sum(dim=0) + (0 if bias is None else bias), outputs[key])
-
-
-def _llama_writer(model, kind, layer):
-    block = model.get_decoder().layers[layer]
-    return block.self_attn.o_proj if kind == "query" else getattr(block.mlp, "down_proj", None)
-
-
-def _gpt_writer(model, kind, layer):
-    block = model.transformer.h[layer]
-    return block.attn.c_proj if kind == "query" else block.mlp.c_proj
-
-
-WRITER = {"gpt2": _gpt_writer}
-
-
-@pytest.mark.parametrize("family, layer, routed", [("qwen3-moe", 0, 3), ("qwen3-moe-every-second", 1, 4)])
-def test_number_of_experts_that_the_tokens_above_are_routed_to(family, layer, routed, make_model, contributions):
-    written, _ = contributions(make_model(family), [4, 9, 13, 5, 20, 7, 11, 3])
-    experts = make_model(family).config.num_experts
-    assert (written["mlp", layer].reshape(experts, -1).abs().sum(dim=1) > 0).sum() == routed
 
 
 @pytest.mark.parametrize(
@@ -57,7 +38,6 @@ def test_number_of_experts_that_the_tokens_above_are_routed_to(family, layer, ro
             "language_model.model.layers.1.mlp.up_proj.weight",
             "model.language_model.layers.1.mlp.up_proj.weight",
         ),
-        ("gemma3", "model.layers.1.mlp.up_proj.weight", "model.language_model.layers.1.mlp.up_proj.weight"),
         ("llama", "layers.1.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"),
         ("llama", "base_model.model.model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
         ("llama", "module.model.layers.0.mlp.up_proj.weight", "_orig_mod.model.layers.0.mlp.up_proj.weight"),
@@ -74,7 +54,6 @@ def test_other_names_of_the_same_tensor(family, name, other, make_model):
     [
         ("gpt2", "h.0.attn.bias"),  # the causal mask in the files of GPT-2
         ("gemma3", "vision_tower.encoder.layers.0.self_attn.q_proj.weight"),
-        ("gemma3", "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight"),
         ("qwen3-moe", "model.layers.0.mlp.gate.weight"),
         ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
     ],
@@ -100,12 +79,12 @@ def test_locate_and_masks_agree(architecture, make_model, owned_slices):
 
 
 def test_counts_by_layer(make_model):
-    experts = [RouteMap(make_model(f"qwen3-moe{family}").config).experts for family in ("", "-every-second")]
-    assert experts == [(3, 0), (0, 5)]
-    counts = {family: RouteMap(make_model(family).config).counts["mlp"] for family in ("llama", "qwen3-moe", "gpt2")}
-    assert counts == {"llama": (12, 12), "qwen3-moe": (15, 12), "gpt2": (12, 12)}
-    assert RouteMap(make_model("qwen3-moe-every-second").config).counts["mlp"] == (12, 15)
-    assert RouteMap(make_model("gpt2-default-width").config).counts["mlp"] == (64, 64)
+    maps = {name: RouteMap(make_model(name).config) for name in ("qwen3-moe-every-second", "gpt2-default-width")}
+    assert maps["qwen3-moe-every-second"].experts == (0, 5)
+    assert maps["qwen3-moe-every-second"].counts["mlp"] == (12, 15)
+    assert maps["gpt2-default-width"].counts["mlp"] == (64, 64)
+    config = make_model("qwen3_next", mlp_only_layers=[0], shared_expert_intermediate_size=6).config
+    assert RouteMap(config).counts["mlp"] == (12, 3 * 5 + 6)  # a dense layer has a width of its own
 
 
 def test_multi_head_attention_without_a_number_of_key_value_heads():
@@ -114,28 +93,18 @@ def test_multi_head_attention_without_a_number_of_key_value_heads():
 
 
 def test_unknown_model_type():
-    message = (
-        r"no route map for model type 'xglm', expected one of .*'gpt2'.*'qwen3_moe'.*; "
-        r"describe it with `RouteMap\(config, description=Architecture\(\.\.\.\)\)`"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="no route map for model type 'xglm', expected one of .*'gpt2'.*'qwen3_moe'"):
         RouteMap(AutoConfig.for_model("xglm"))
 
 
 @pytest.mark.parametrize(
     "family, name, shape, message",
     [
-        (
-            "llama",
-            "model.layers.0.mlp.up_proj.weight",
-            (13, 16),
-            r"tensor model.layers.0.mlp.up_proj.weight: expected axis 0 to hold 12 equal blocks, found .*\(13, 16\)",
-        ),
+        ("llama", "model.layers.0.mlp.up_proj.weight", (13, 16), r"up_proj.weight: .* axis 0 .* found .*\(13, 16\)"),
         ("llama", "model.layers.0.mlp.down_proj.weight", (12,), r"expected axis 1 to hold 12 equal blocks"),
         ("llama", "model.layers.2.mlp.up_proj.weight", (12, 16), r"layers.2.*expected a layer below 2, found 2"),
         ("qwen3-moe", "model.layers.0.mlp.experts.3.up_proj.weight", (5, 16), r"expected an expert of 3 in layer 0"),
         ("qwen3-moe", "model.layers.1.mlp.experts.down_proj", (3, 16, 5), r"expected an expert of 0 in layer 1"),
-        ("qwen3-moe", "model.layers.0.mlp.gate_proj.weight", (12, 16), r"expected axis 0 to hold 15 equal blocks"),
     ],
 )
 def test_tensors_that_do_not_fit_the_configuration(family, name, shape, message, make_model):
@@ -159,19 +128,12 @@ def test_description_that_names_a_setting_that_the_configuration_lacks():
     [
         ((0, "mlp"), r"kinds: expected a tuple of some of \('mlp', .*\), found 'mlp'"),
         ((0, ("value",)), r"found \('value',\)"),
-        ((0, ()), r"found \(\)"),
         ((1, ("mlp",), False, 1), r"experts_axis: expected an axis before 1, found 1"),
     ],
 )
 def test_slices_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match=message):
         Slices(*arguments)
-
-
-def test_kinds_of_unequal_number_cannot_take_turns(make_model):
-    tensors = {"a": Slices(0, ("query", "key_value"), interleaved=True)}
-    with pytest.raises(ValueError, match=r"tensor layers.0.a: .* found \['4 query', '2 key_value'\]"):
-        RouteMap(make_model("llama").config, Architecture(tensors)).cut("layers.0.a")
 
 
 def test_kinds_that_take_turns():
@@ -184,6 +146,9 @@ def test_kinds_that_take_turns():
     route_map = RouteMap(config, Architecture(tensors, counts, experts=lambda config, layer: 2))
     assert route_map.cut("layers.0.a").owners.tolist() == [4, 6, 6, 5, 7, 7]
     assert route_map.cut("layers.0.b").owners.tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]
+    tensors = {"a": Slices(0, ("mlp", "query"), interleaved=True)}
+    with pytest.raises(ValueError, match=r"tensor layers.0.a: .* found \['3 mlp', '2 query'\]"):
+        RouteMap(config, Architecture(tensors)).cut("layers.0.a")
 
 
 @pytest.mark.parametrize(
@@ -191,28 +156,16 @@ def test_kinds_that_take_turns():
     [
         ("llama", "model.layers.1.self_attn.q_proj.weight", "layers.1.attention"),
         ("llama", "model.layers.0.post_attention_layernorm.weight", "layers.0.norm"),
-        ("llama", "model.embed_tokens.weight", "embed_tokens"),
         ("llama", "model.norm.weight", "norm"),
-        ("llama", "lm_head.weight", "lm_head"),
         ("qwen3", "model.layers.1.self_attn.k_norm.weight", "layers.1.attention"),
         ("qwen3-moe", "model.layers.0.mlp.experts.gate_up_proj", "layers.0.mlp"),
         ("qwen3-moe", "model.layers.0.mlp.gate.weight", "layers.0.mlp"),
-        ("gemma3", "model.language_model.layers.1.pre_feedforward_layernorm.weight", "layers.1.norm"),
         ("gemma3", "model.vision_tower.encoder.layers.0.self_attn.q_proj.weight", "vision_tower"),
-        ("gemma3", "model.multi_modal_projector.mm_soft_emb_norm.weight", "multi_modal_projector"),
-        ("gpt2", "transformer.h.1.attn.c_attn.bias", "layers.1.attention"),
         ("gpt2", "transformer.h.1.ln_1.bias", "layers.1.norm"),
         ("gpt2", "transformer.wte.weight", "wte"),
-        ("opt", "model.decoder.layers.1.fc1.weight", "layers.1.mlp"),
-        ("bloom", "transformer.h.0.self_attention.dense.bias", "layers.0.attention"),
-        ("falcon_h1", "model.layers.0.feed_forward.up_proj.weight", "layers.0.mlp"),
         ("falcon_h1", "model.layers.0.mamba.A_log", "layers.0.other"),
-        ("jamba", "model.layers.1.feed_forward.experts.down_proj", "layers.1.mlp"),
-        ("bamba", "model.layers.0.feed_forward.down_proj.weight", "layers.0.mlp"),
-        ("lfm2", "model.layers.0.conv.in_proj.weight", "layers.0.other"),
         ("granitemoe", "model.layers.0.block_sparse_moe.router.weight", "layers.0.mlp"),
         ("qwen3_5_text", "model.layers.0.linear_attn.A_log", "layers.0.linear_attention"),
-        ("mpt", "transformer.blocks.1.ffn.up_proj.weight", "layers.1.mlp"),
         ("gemma4_text", "model.layers.0.layer_scalar", "layers.0.other"),
     ],
 )

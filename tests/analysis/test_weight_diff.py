@@ -1,6 +1,4 @@
 import itertools
-import math
-import re
 
 import numpy as np
 import pytest
@@ -57,9 +55,7 @@ def dense(before, after):
         a.size,
         int((delta < np.float32(1e-7)).sum()),
         int((delta <= np.float32(1e-3) * np.abs(a).astype(np.float32)).sum()),
-        int(
-            (before.view(torch.uint8).reshape(a.size, -1) == after.view(torch.uint8).reshape(a.size, -1)).all(1).sum()
-        ),
+        int(np.equal(*(part.view(torch.uint8).reshape(a.size, -1).numpy() for part in (before, after))).all(1).sum()),
         ((b - a) ** 2).sum(),
     ]
 
@@ -103,16 +99,6 @@ def test_edit_size_of_each_route(saved, monkeypatch, family, read):
     sums, outside = route_map.sum_by_route({name: tensor**2 for name, tensor in delta.items()})
     np.testing.assert_allclose(update.edit_size**2, sums, rtol=1e-5, atol=1e-24)
     assert update.outside**2 == pytest.approx(outside, rel=1e-5)
-
-
-@pytest.mark.parametrize("read", [1, 100, 2**20])
-@pytest.mark.parametrize("shape", [(), (9,), (7, 5), (2, 3, 4), (3, 2, 2, 5)])
-def test_parts_hold_every_element_once_and_in_order(monkeypatch, shape, read):
-    monkeypatch.setattr(checkpoint, "READ_BYTES", read)
-    whole = torch.arange(math.prod(shape)).reshape(shape)
-    found = [whole[index] for index in checkpoint.parts(shape, 4)]
-    assert torch.equal(torch.cat([part.flatten() for part in found]), whole.flatten())
-    assert all(part.numel() * 4 <= max(read, 4 * shape[-1] if shape else 4) for part in found)
 
 
 def test_three_checkpoints_read_the_middle_one_once(saved):
@@ -180,8 +166,3 @@ def test_stages_are_compared_and_all_pairs_overlap(saved):
     assert edits["changed"]["code"]["qa"] == overlaps(updates[0].edit_size, updates[2].edit_size, route_map)
     with pytest.raises(ValueError, match="identical checkpoints"):
         stage_edits([run[0], run[1], run[1]], ["code", "math"], route_map)
-
-
-def test_number_of_checkpoints(saved):
-    with pytest.raises(ValueError, match=re.escape("checkpoints: expected two or three, found 1")):
-        update_statistics([Checkpoint(saved("only"))])

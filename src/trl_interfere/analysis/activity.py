@@ -15,11 +15,9 @@ from .routes import Cut, RouteMap
 
 def route_activity(model: PreTrainedModel, batches: Batches, route_map: RouteMap) -> np.ndarray:
     """
-    Mean size of what each route writes into the residual stream, over completion tokens.
-
-    For an MLP channel |h_r| times the norm of its column of down, for one of an expert also times the weight that the
-    router gives the expert, which is 0 on tokens that are not routed to it; for a query head the norm of its
-    contribution after o; for a key/value head the mean over the query heads that read it.
+    Mean size of what each route writes into the residual stream, over completion tokens: |h_r| times the norm of the
+    column of an MLP channel in down, times the weight of its expert; the norm of the contribution of a query head
+    after o; for a key/value head the mean over its query heads.
     """
     # Nobody reads the logits, which cost as much as several layers where the vocabulary is large.
     options = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
@@ -62,7 +60,6 @@ class ActivityMeter:
         self._tokens += int(chosen.sum())
 
     def activity(self) -> np.ndarray:
-        """What was measured so far."""
         route_map = self.route_map
         activity = np.zeros(route_map.num_routes)
         for name, sums in self._sums.items():
@@ -89,24 +86,20 @@ class ActivityMeter:
     @torch.no_grad()
     def _of_experts(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str, cut: Cut) -> None:
         # The states inside the experts pass through no module: they are computed once more, for the chosen tokens.
-        count = len(cut.owners)
         sums = torch.zeros(cut.owners.shape, dtype=torch.float64, device=inputs[0].device)
         if len(inputs) == 1:  # each expert gets all tokens, times the weights that the router gives it
-            hidden = [self._chosen(part) for part in inputs[0].reshape(count, -1, inputs[0].shape[-1])]
-            tokens = {expert: (states, None) for expert, states in enumerate(hidden)}
+            every = inputs[0].reshape(len(sums), -1, inputs[0].shape[-1])
         else:
             hidden, experts, weights = map(self._chosen, inputs)
-            places = {expert: torch.where(experts == expert) for expert in experts.unique().long().tolist()}
-            tokens = {
-                expert: (hidden[token], weights[token, slot, None].abs())
-                for expert, (token, slot) in places.items()
-                if expert < count
-            }
-        for expert, (states, weight) in tokens.items():
-            inner = _expert_states(module, expert, states)
+        for expert in range(len(sums)):
+            if len(inputs) == 1:
+                states, weight = self._chosen(every[expert]), 1
+            else:
+                token, slot = torch.where(experts == expert)
+                states, weight = hidden[token], weights[token, slot, None].abs()
             column = _widened(module.down_proj[expert]).movedim(cut.axes[1] - 1, -1).norm(dim=0)
-            size = inner.abs() * column * (1 if weight is None else weight)
-            sums[expert] += size.sum(dim=0, dtype=torch.float64)
+            size = _expert_states(module, expert, states).abs() * column * weight
+            sums[expert] = size.sum(dim=0, dtype=torch.float64)
         self._add(name, sums)
 
     def _chosen(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -120,18 +113,15 @@ class ActivityMeter:
 def _expert_states(module: nn.Module, expert: int, states: torch.Tensor) -> torch.Tensor:
     """What an expert writes from, as `transformers.integrations.moe` computes it."""
     weight = _widened(module.gate_up_proj[expert])
-    both = F.linear(states, weight.T if _transposed(module) else weight)
+    # Whether inputs are rows; those of Llama 4 are and do not say so.
+    transposed = getattr(module, "is_transposed", not hasattr(module, "_apply_gate"))
+    both = F.linear(states, weight.T if transposed else weight)
     if getattr(module, "has_bias", False):
         both = both + _widened(module.gate_up_proj_bias[expert])
     if hasattr(module, "_apply_gate"):
         return module._apply_gate(both)
     gate, up = both.chunk(2, dim=-1)
     return module.act_fn(gate) * up
-
-
-def _transposed(module: nn.Module) -> bool:
-    """Whether the weights of experts have inputs as rows; those of Llama 4 do and do not say so."""
-    return getattr(module, "is_transposed", not hasattr(module, "_apply_gate"))
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:

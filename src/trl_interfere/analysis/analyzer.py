@@ -20,15 +20,14 @@ from .attribution import UpdatePath, dot, first_order
 from .comparable import check_fits, check_models, model_name
 from .config import InterferenceConfig
 from .cosines import GradientProducts
-from .damage import measure_damage
+from .damage import measure_damage, opposed_edits
 from .gradients import Batches, Shard, Tensors, checkpointed, half_gradients, mean_loss, summed
 from .objectives import ForwardKL, grpo, nll
-from .opposition import opposed_edits
 from .overlap import overlaps, pairwise_overlaps
 from .references import References, collect_references, collect_rollouts
 from .report import InterferenceReport
 from .routes import RouteMap
-from .weight_diff import figures_of_files, identical_when_stored
+from .weight_diff import identical_when_stored, update_statistics
 
 
 class InterferenceAnalyzer:
@@ -59,8 +58,8 @@ class InterferenceAnalyzer:
         description ([`Architecture`], *optional*):
             Description of the architecture, if it is none of those that are known.
         checkpoints (`list[Checkpoint]`, *optional*):
-            The files of before and after, or of base, before and after, from which the sparsity of the update is
-            taken. [`~InterferenceAnalyzer.from_pretrained`] passes them.
+            The files of before and after, or of base, before and after, for the sparsity of the update.
+            [`~InterferenceAnalyzer.from_pretrained`] passes them.
 
     Raises:
         `ValueError`: If the checkpoints differ in architecture or shapes, hold NaN or infinity, or are identical.
@@ -150,24 +149,17 @@ class InterferenceAnalyzer:
         )
 
     def references(self, earlier: Domain, later: list[Domain], others: Sequence[Domain] = ()) -> dict[str, References]:
-        """
-        The completions that losses are taken on, by domain: those of the earlier domain and of the others come from
-        `before`, those of the later ones from `after`.
-        """
-        references = {
-            domain.name: collect_references(self.before, self.tokenizer, domain, self.config)
-            for domain in (earlier, *others)
-        }
-        path = None
-        if self.config.reference == "correct" and self.after.device != self.before.device:
-            path = UpdatePath(self.before, dict(self.after.named_parameters()), self.config.offload)
-        try:
-            writer = self.after if path is None else path.move(1.0)
-            for domain in later:
-                references[domain.name] = collect_references(writer, self.tokenizer, domain, self.config)
-        finally:
-            if path is not None:
-                path.move(0.0)
+        """Completions by domain that losses are taken on: from `after` for the later domains, else from `before`."""
+
+        def collect(model: PreTrainedModel, domains: Sequence[Domain]) -> dict[str, References]:
+            return {entry.name: collect_references(model, self.tokenizer, entry, self.config) for entry in domains}
+
+        references = collect(self.before, [earlier, *others])
+        if self.config.reference == "dataset" or self.after.device == self.before.device:
+            references |= collect(self.after, later)
+        else:
+            with self._path() as path:
+                references |= collect(path.move(1.0), later)
         for entry in references.values():
             check_fits(self.before, entry)
         return references
@@ -178,10 +170,8 @@ class InterferenceAnalyzer:
 
     def passes(self, later: int = 1, others: int = 0) -> dict[str, float]:
         """
-        Gradient passes of each part of an analysis, by the names that `progress` is called with, in their order.
-
-        A pass over the references of any domain counts the same, and a forward pass alone as a third of one. Reading
-        the files and writing references are no passes.
+        Gradient passes over references by the names that `progress` is called with, in their order; a forward pass
+        alone counts as a third of one.
         """
         config, domains = self.config, 1 + later + others
         parts = {"reference completions": 0.0}
@@ -206,7 +196,7 @@ class InterferenceAnalyzer:
 
     @property
     def _gradient_part(self) -> str:
-        return "gradients and activity of the domains" if self._shares_passes else "gradients of the domains"
+        return f"gradients {'and activity ' * self._shares_passes}of the domains"
 
     def analyze(
         self,
@@ -226,8 +216,7 @@ class InterferenceAnalyzer:
             progress (`Callable[[str], None]`, *optional*):
                 Called with the name of each part when it begins.
             others (`Sequence[Domain]`, *optional*):
-                Domains whose activity and gradients are compared too, one gradient each; the update was not trained
-                on them, and no damage of theirs is attributed.
+                Domains whose activity and gradients are compared too; no damage of theirs is attributed.
 
         Returns:
             [`InterferenceReport`]: The figures, and one array per measure over routes.
@@ -247,7 +236,10 @@ class InterferenceAnalyzer:
         updates = digests = None
         if self.checkpoints is not None:
             progress("files of the checkpoints")
-            updates, digests = figures_of_files(self.checkpoints)
+            found = [entry.to_dict() for entry in update_statistics(self.checkpoints)]
+            updates = dict(zip(("earlier", "update")[-len(found) :], found, strict=True))
+            places = ("base", "before", "after")[-len(self.checkpoints) :]
+            digests = {name: entry.digest() for name, entry in zip(places, self.checkpoints, strict=True)}
         later_names, route_map = [domain.name for domain in later], self.route_map
         with checkpointed(self.before, config.gradient_checkpointing):
             activity, loss_before, halves = self._gradients([earlier, *later, *others], references, progress)
@@ -284,6 +276,9 @@ class InterferenceAnalyzer:
             routes=routes,
         )
 
+    def _path(self) -> UpdatePath:
+        return UpdatePath(self.before, dict(self.after.named_parameters()), self.config.offload)
+
     def _damage(
         self,
         earlier: str,
@@ -296,17 +291,14 @@ class InterferenceAnalyzer:
         """Fields of the report, and measures of routes, along the update; `gradient` is emptied when it was used."""
         config, route_map = self.config, self.route_map
         progress("damage of the earlier domain")
-        batches = {name: self._mine(part) for name, part in self.batches(references).items()}
-        path = UpdatePath(self.before, dict(self.after.named_parameters()), config.offload)
-        try:
+        named = {name: references[name] for name in (earlier, *later)}
+        batches = {name: self._mine(part) for name, part in self.batches(named).items()}
+        with self._path() as path:
             # The gradient has the size of the model, and is reduced to routes.
             first = first_order(path, batches[earlier], route_map, gradient.pop() if gradient else None)
             few = config.subspace_prompts if config.subspace_size else 0
             parts = [self._thinned(references[earlier], count) for count in (config.check_prompts, few)]
-            mine = {name: batches[name] for name in (earlier, *later)}
-            fields, routes = measure_damage(path, mine, *parts, route_map, config, loss_before, progress)
-        finally:
-            path.move(0.0)
+            fields, routes = measure_damage(path, batches, *parts, route_map, config, loss_before, progress)
         if "subspace" in fields:
             fields["subspace"] |= {"references": min(few, len(references[earlier].prompts)), "seed": config.seed}
         fields["first_order"], routes["first_order"] = first.total, first.routes
@@ -347,8 +339,8 @@ class InterferenceAnalyzer:
                 losses[name], gradients[name] = half_gradients(self.before, halves, observed)
             activity[name] = meter.activity()
         if self.config.objective != "nll":  # damage is one of the token loss
-            found = self.batches(references)
-            losses = {name: mean_loss(self.before, self._mine(batches)) for name, batches in found.items()}
+            for name, batches in self.batches(references).items():
+                losses[name] = mean_loss(self.before, self._mine(batches))
         for name, loss in losses.items():
             if not np.isfinite(loss):
                 raise ValueError(

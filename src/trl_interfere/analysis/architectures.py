@@ -2,24 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from transformers import PretrainedConfig
 
-from .layer_counts import (
-    deepseek_experts,
-    deepseek_shared,
-    gemma_channels,
-    gemma_experts,
-    gemma_keys,
-    gemma_width,
-    if_layer,
-    jamba_experts,
-    lfm2_width,
-    linear_blocks,
-    local_experts,
-    qwen_experts,
-)
+from . import layer_counts
+from .layer_counts import if_layer
 
 
 KINDS = ("mlp", "query", "key_value", "linear")
@@ -75,28 +64,13 @@ class Architecture:
     Tensors that are not described lie outside routes: embeddings, the output layer, norms, routers, and biases that
     are added once for all routes.
 
-    Example:
-
-    ```python
-    >>> from trl_interfere.analysis.architectures import Architecture, Slices
-
-    >>> phi = Architecture(
-    ...     tensors={
-    ...         "self_attn.qkv_proj.weight": Slices(0, ("query", "key_value", "key_value")),
-    ...         "self_attn.o_proj.weight": Slices(1, ("query",), writes=True),
-    ...         "mlp.gate_up_proj.weight": Slices(0, ("mlp", "mlp")),
-    ...         "mlp.down_proj.weight": Slices(1, ("mlp",), writes=True),
-    ...     }
-    ... )
-    ```
-
     Args:
         tensors (`dict[str, Slices]`):
             Slices by the name of a tensor within a layer. `*` stands for the index of an expert.
         counts (`dict[str, str | Callable]`, *optional*):
             Number of routes of each kind in a layer: the name of a setting of the configuration, or a function of the
-            configuration and the index of the layer. A number of key/value heads that is left out or `None` is that of
-            query heads. MLP routes are counted without those of shared experts.
+            configuration and the index of the layer. Key/value heads that are left out or `None` are as many as query
+            heads. MLP routes are counted without those of shared experts.
         experts (`str | Callable`, *optional*):
             Number of experts in a layer, likewise, and 0 in a layer that has none. The MLP routes of a layer with
             experts are the channels of the first expert, then those of the second, and so on.
@@ -122,6 +96,16 @@ class Architecture:
     parents: tuple[str, ...] = ("model", "language_model")
 
 
+# By model type. A model with a nested language model has the type of that one.
+ARCHITECTURES: dict[str, Architecture] = {}
+
+
+def _add(types: str, *args: Any, **kwargs: Any) -> Architecture:
+    described = Architecture(*args, **kwargs)
+    ARCHITECTURES.update(dict.fromkeys(types.split(), described))
+    return described
+
+
 def _rows(kind: str, *names: str) -> dict[str, Slices]:
     """Weights and biases that a kind of route reads with: a row each."""
     return {f"{name}.{part}": Slices(0, (kind,)) for name in names for part in ("weight", "bias")}
@@ -142,20 +126,13 @@ def _mlp(
     return {**_rows(kind, *names), f"{parent}{write}.weight": Slices(1, (kind,), writes=True)}
 
 
-def _experts(parent: str, *files: tuple[str, str, str]) -> dict[str, Slices]:
+def _experts(parent: str, files: str | None = None, **names: Any) -> dict[str, Slices]:
     """One tensor that holds all experts in the model; in its files each expert may have its own."""
-    tensors = {
+    return {
         f"{parent}.gate_up_proj": Slices(1, ("mlp", "mlp"), experts_axis=0),
         f"{parent}.down_proj": Slices(2, ("mlp",), experts_axis=0, writes=True),
+        **_mlp(f"{files or parent}.*.", **names),
     }
-    for gate, up, down in files:
-        tensors |= {f"{name}.weight": Slices(0, ("mlp",)) for name in (gate, up)}
-        tensors[f"{down}.weight"] = Slices(1, ("mlp",), writes=True)
-    return tensors
-
-
-def _split_experts(parent: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> tuple:
-    return tuple(f"{parent}.*.{name}" for name in names)
 
 
 def _fused(name: str, out: str, axis: int = 0, interleaved: bool = False) -> dict[str, Slices]:
@@ -169,6 +146,7 @@ def _fused(name: str, out: str, axis: int = 0, interleaved: bool = False) -> dic
 
 
 def _moe(
+    types: str,
     tensors: dict[str, Slices],
     experts: Callable[[PretrainedConfig, int], int],
     width: str = "moe_intermediate_size",
@@ -177,74 +155,141 @@ def _moe(
     counts: dict[str, Count] | None = None,
 ) -> Architecture:
     """Layers of experts, with or without shared ones, and layers with one dense MLP in the place of experts."""
-    return Architecture(
+    return _add(
+        types,
         tensors,
         counts={
             **(LLAMA.counts if counts is None else counts),
-            "mlp": lambda config, layer: (
-                experts(config, layer) * getattr(config, width) if experts(config, layer) else getattr(config, dense)
-            ),
+            "mlp": lambda config, layer: experts(config, layer) * getattr(config, width) or getattr(config, dense),
         },
         experts=experts,
         shared=lambda config, layer: shared(config) if experts(config, layer) else 0,
     )
 
 
-LLAMA = Architecture({**_attention(), **_mlp()})
-MIXTRAL = _moe(
-    {**_attention(), **_experts("mlp.experts", _split_experts("block_sparse_moe.experts", ("w1", "w3", "w2")))},
-    local_experts,
+LLAMA = _add(
+    "llama mistral ministral ministral3 qwen2 qwen3 smollm3 gemma gemma2 gemma3_text vaultgemma olmo olmo2 olmo3 "
+    "granite cohere cohere2 exaone4 seed_oss helium ernie4_5 hunyuan_v1_dense stablelm nemotron arcee apertus "
+    "qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
+    {**_attention(), **_mlp()},
+)
+_FUSED_MLP = {
+    "mlp.gate_up_proj.weight": Slices(0, ("mlp", "mlp")),
+    "mlp.down_proj.weight": Slices(1, ("mlp",), writes=True),
+}
+_add("glm glm4", {**_attention(), **_FUSED_MLP})
+_add("phi3", {**_fused("self_attn.qkv_proj", "self_attn.o_proj"), **_FUSED_MLP})
+_add("phi", {**_attention(out="dense"), **_mlp(read=("fc1",), write="fc2")})
+_add("starcoder2", {**_attention(), **_mlp(read=("c_fc",), write="c_proj")})
+_add(
+    "opt",
+    {**_attention(out="out_proj"), **_mlp("", ("fc1",), "fc2")},
+    counts={"mlp": "ffn_dim", "query": "num_attention_heads"},
+    parents=("model", "decoder"),
+)
+_NEOX_MLP = _mlp(read=("dense_h_to_4h",), write="dense_4h_to_h")
+_add(
+    "gpt_neox",
+    {**_fused("attention.query_key_value", "attention.dense", interleaved=True), **_NEOX_MLP},
+    counts={"mlp": "intermediate_size", "query": "num_attention_heads"},
+    parents=("gpt_neox",),
+)
+_GPT = {"layers": "h", "parents": ("transformer",)}
+_add(
+    "bloom",
+    {**_fused("self_attention.query_key_value", "self_attention.dense", interleaved=True), **_NEOX_MLP},
+    counts={"mlp": lambda config, layer: 4 * config.hidden_size, "query": "n_head"},
+    **_GPT,
+)
+_GPT_COUNTS: dict[str, Count] = {
+    "mlp": lambda config, layer: config.n_inner or 4 * config.n_embd,
+    "query": "num_attention_heads",
+}
+_add("gptj", {**_attention("attn", "out_proj"), **_mlp(read=("fc_in",), write="fc_out")}, _GPT_COUNTS, **_GPT)
+_add(
+    "gpt2",
+    {  # Conv1D stores a weight with inputs as rows.
+        **_fused("attn.c_attn", "attn.c_proj", axis=1),
+        "mlp.c_fc.weight": Slices(1, ("mlp",)),
+        "mlp.c_fc.bias": Slices(0, ("mlp",)),
+        "mlp.c_proj.weight": Slices(0, ("mlp",), writes=True),
+    },
+    _GPT_COUNTS,
+    **_GPT,
+)
+_add(
+    "mpt",
+    {**_fused("attn.Wqkv", "attn.out_proj"), **_mlp("ffn.", ("up_proj",), "down_proj")},
+    counts={"mlp": lambda config, layer: config.expansion_ratio * config.d_model, "query": "n_heads"},
+    layers="blocks",
+    parents=("transformer",),
+)
+
+# A head of linear attention is a query and a key head with the value heads that they serve.
+_BY_LAYER: dict[str, Count] = {
+    "mlp": "intermediate_size",
+    "query": if_layer("full_attention", "num_attention_heads"),
+    "key_value": if_layer("full_attention", "num_key_value_heads"),
+    "linear": if_layer("linear_attention", "linear_num_key_heads"),
+}
+_HYBRID: dict[str, Count] = {**_BY_LAYER, "linear": lambda config, layer: 0}  # Mamba and convolutions are no routes
+_FEED_FORWARD = {**_attention(), **_mlp("feed_forward.")}
+_add("falcon_h1", _FEED_FORWARD)
+_add("bamba", _FEED_FORWARD, _HYBRID)
+_add(
+    "lfm2",
+    {**_attention(out="out_proj"), **_mlp("feed_forward.", ("w1", "w3"), "w2")},
+    {**_HYBRID, "mlp": layer_counts.lfm2_width},
+)
+_moe(
+    "jamba",
+    {**_FEED_FORWARD, **_experts("feed_forward.experts")},
+    layer_counts.jamba_experts,
+    width="intermediate_size",
+    counts=_HYBRID,
+)
+_LINEAR = {
+    **{f"linear_attn.{name}": Slices(0, ("linear",)) for name in ("A_log", "dt_bias")},
+    **{f"linear_attn.in_proj_{name}.weight": Slices(0, ("linear",)) for name in ("z", "b", "a", "qkvz", "ba")},
+    "linear_attn.in_proj_qkv.weight": Slices(0, ("linear",), blocks=layer_counts.linear_blocks),
+    "linear_attn.conv1d.weight": Slices(0, ("linear",), blocks=layer_counts.linear_blocks),
+    "linear_attn.out_proj.weight": Slices(1, ("linear",), writes=True),
+}
+_add("qwen3_5_text", {**_attention(), **_mlp(), **_LINEAR}, _BY_LAYER)
+
+_QWEN_MLP = {**_mlp(), **_experts("mlp.experts")}
+_SHARED_MLP = {**_QWEN_MLP, **_mlp("mlp.shared_experts.", kind="shared")}
+_moe("qwen3_moe", {**_attention(), **_QWEN_MLP}, layer_counts.qwen_experts)
+_moe(
+    "qwen3_5_moe_text qwen3_next",
+    {**_attention(), **_LINEAR, **_QWEN_MLP, **_mlp("mlp.shared_expert.", kind="shared")},
+    layer_counts.qwen_experts,
+    shared=lambda config: config.shared_expert_intermediate_size,
+    counts=_BY_LAYER,
+)
+_DEEPSEEK = {"experts": layer_counts.deepseek_experts, "shared": layer_counts.deepseek_shared}
+_moe("glm4_moe", {**_attention(), **_SHARED_MLP}, **_DEEPSEEK)
+# Latent attention lies outside routes.
+_moe("deepseek_v3", _SHARED_MLP, **_DEEPSEEK, counts={"query": lambda config, layer: 0})
+_moe(
+    "mixtral phimoe",
+    {**_attention(), **_experts("mlp.experts", "block_sparse_moe.experts", read=("w1", "w3"), write="w2")},
+    layer_counts.local_experts,
     width="intermediate_size",
 )
-GRANITE_MOE = _moe(
+_moe(
+    "granitemoe",
     {
         **_attention(),
         **_experts("block_sparse_moe.experts"),
         "block_sparse_moe.input_linear.weight": Slices(1, ("mlp", "mlp"), experts_axis=0),
         "block_sparse_moe.output_linear.weight": Slices(2, ("mlp",), experts_axis=0, writes=True),
     },
-    local_experts,
+    layer_counts.local_experts,
     width="intermediate_size",
 )
-_QWEN_MLP = {**_mlp(), **_experts("mlp.experts", _split_experts("mlp.experts"))}
-QWEN3_MOE = _moe({**_attention(), **_QWEN_MLP}, qwen_experts)
-# In these a head of linear attention is a query and a key head with the value heads that they serve.
-_LINEAR_COUNTS: dict[str, Count] = {
-    "query": if_layer("full_attention", "num_attention_heads"),
-    "key_value": if_layer("full_attention", "num_key_value_heads"),
-    "linear": if_layer("linear_attention", "linear_num_key_heads"),
-}
-_LINEAR = {
-    **{f"linear_attn.{name}": Slices(0, ("linear",)) for name in ("A_log", "dt_bias")},
-    "linear_attn.conv1d.weight": Slices(0, ("linear",), blocks=linear_blocks),
-    "linear_attn.in_proj_qkvz.weight": Slices(0, ("linear",)),
-    "linear_attn.in_proj_ba.weight": Slices(0, ("linear",)),
-    "linear_attn.in_proj_qkv.weight": Slices(0, ("linear",), blocks=linear_blocks),
-    **{f"linear_attn.in_proj_{name}.weight": Slices(0, ("linear",)) for name in "zba"},
-    "linear_attn.out_proj.weight": Slices(1, ("linear",), writes=True),
-}
-QWEN3_5 = Architecture({**_attention(), **_mlp(), **_LINEAR}, {**LLAMA.counts, **_LINEAR_COUNTS})
-QWEN3_NEXT = _moe(
-    {**_attention(), **_LINEAR, **_QWEN_MLP, **_mlp("mlp.shared_expert.", kind="shared")},
-    lambda config, layer: (
-        qwen_experts(config, layer) if hasattr(config, "decoder_sparse_step") else config.num_experts
-    ),
-    dense="shared_expert_intermediate_size",
-    shared=lambda config: config.shared_expert_intermediate_size,
-    counts=_LINEAR_COUNTS,
-)
-GLM4_MOE = _moe(
-    {**_attention(), **_QWEN_MLP, **_mlp("mlp.shared_experts.", kind="shared")},
-    deepseek_experts,
-    shared=deepseek_shared,
-)
-DEEPSEEK_V3 = _moe(
-    {**_QWEN_MLP, **_mlp("mlp.shared_experts.", kind="shared")},
-    deepseek_experts,
-    shared=deepseek_shared,
-    counts={"query": lambda config, layer: 0},  # latent attention lies outside routes
-)
-GPT_OSS = _moe(
+_moe(
+    "gpt_oss",
     {
         **_attention(),
         "self_attn.sinks": Slices(0, ("query",)),
@@ -252,10 +297,11 @@ GPT_OSS = _moe(
         "mlp.experts.gate_up_proj_bias": Slices(1, ("mlp", "mlp"), interleaved=True, experts_axis=0),
         "mlp.experts.down_proj": Slices(1, ("mlp",), experts_axis=0, writes=True),
     },
-    local_experts,
+    layer_counts.local_experts,
     width="intermediate_size",
 )
-LLAMA4 = _moe(
+_moe(
+    "llama4_text",
     {
         **_attention(),
         **_mlp("feed_forward."),
@@ -268,117 +314,15 @@ LLAMA4 = _moe(
     dense="intermediate_size_mlp",
     shared=lambda config: config.intermediate_size,
 )
-PHI3 = Architecture(
-    {
-        **_fused("self_attn.qkv_proj", "self_attn.o_proj"),
-        "mlp.gate_up_proj.weight": Slices(0, ("mlp", "mlp")),
-        "mlp.down_proj.weight": Slices(1, ("mlp",), writes=True),
-    }
-)
-GLM = Architecture({**_attention(), **{name: PHI3.tensors[name] for name in PHI3.tensors if name[:3] == "mlp"}})
-STARCODER2 = Architecture({**_attention(), **_mlp("mlp.", ("c_fc",), "c_proj")})
-PHI = Architecture({**_attention(out="dense"), **_mlp("mlp.", ("fc1",), "fc2")})
-GPT_NEOX = Architecture(
-    {
-        **_fused("attention.query_key_value", "attention.dense", interleaved=True),
-        **_mlp("mlp.", ("dense_h_to_4h",), "dense_4h_to_h"),
-    },
-    counts={"mlp": "intermediate_size", "query": "num_attention_heads"},
-    parents=("gpt_neox",),
-)
-_GPT = {"layers": "h", "parents": ("transformer",)}
-# Conv1D stores a weight with inputs as rows.
-GPT2 = Architecture(
-    {
-        **_fused("attn.c_attn", "attn.c_proj", axis=1),
-        "mlp.c_fc.weight": Slices(1, ("mlp",)),
-        "mlp.c_fc.bias": Slices(0, ("mlp",)),
-        "mlp.c_proj.weight": Slices(0, ("mlp",), writes=True),
-    },
-    counts={"mlp": lambda config, layer: config.n_inner or 4 * config.n_embd, "query": "num_attention_heads"},
-    **_GPT,
-)
-GPTJ = Architecture(
-    {**_attention("attn", "out_proj"), **_mlp("mlp.", ("fc_in",), "fc_out")},
-    counts=GPT2.counts,
-    **_GPT,
-)
-OPT = Architecture(
-    {**_attention(out="out_proj"), **_mlp("", ("fc1",), "fc2")},
-    counts={"mlp": "ffn_dim", "query": "num_attention_heads"},
-    parents=("model", "decoder"),
-)
-BLOOM = Architecture(
-    {
-        **_fused("self_attention.query_key_value", "self_attention.dense", interleaved=True),
-        **_mlp("mlp.", ("dense_h_to_4h",), "dense_4h_to_h"),
-    },
-    counts={"mlp": lambda config, layer: 4 * config.hidden_size, "query": "n_head"},
-    **_GPT,
-)
-MPT = Architecture(
-    {
-        **_fused("attn.Wqkv", "attn.out_proj"),
-        **_mlp("ffn.", ("up_proj",), "down_proj"),
-    },
-    counts={"mlp": lambda config, layer: config.expansion_ratio * config.d_model, "query": "n_heads"},
-    layers="blocks",
-    parents=("transformer",),
-)
-
-
-LFM2 = Architecture(
-    {**_attention(out="out_proj"), **_mlp("feed_forward.", ("w1", "w3"), "w2")},
-    counts={**_LINEAR_COUNTS, "mlp": lfm2_width, "linear": lambda config, layer: 0},
-)
-FALCON_H1 = Architecture({**_attention(), **_mlp("feed_forward.")})
-BAMBA = Architecture(FALCON_H1.tensors, {**LFM2.counts, "mlp": "intermediate_size"})
-JAMBA = _moe(
-    {**FALCON_H1.tensors, **_experts("feed_forward.experts", _split_experts("feed_forward.experts"))},
-    jamba_experts,
-    width="intermediate_size",
-    counts=LFM2.counts,
-)
-
-
 # The dense MLP stands beside the experts, where a Gemma 4 has any, as a shared one does.
-GEMMA4 = Architecture(
-    {**_attention(), **_mlp(kind="shared"), **_experts("experts", _split_experts("experts"))},
-    counts={"mlp": gemma_channels, "query": "num_attention_heads", "key_value": gemma_keys},
-    experts=gemma_experts,
-    shared=gemma_width,
+_add(
+    "gemma3n_text gemma4_text",
+    {**_attention(), **_mlp(kind="shared"), **_experts("experts")},
+    counts={
+        "mlp": layer_counts.gemma_channels,
+        "query": "num_attention_heads",
+        "key_value": layer_counts.gemma_keys,
+    },
+    experts=layer_counts.gemma_experts,
+    shared=layer_counts.gemma_width,
 )
-# By model type. A model with a nested language model has the type of that one.
-_TYPES = (
-    (
-        LLAMA,
-        "llama mistral ministral ministral3 qwen2 qwen3 smollm3 gemma gemma2 gemma3_text vaultgemma olmo olmo2 olmo3 "
-        "granite cohere cohere2 exaone4 seed_oss helium ernie4_5 hunyuan_v1_dense stablelm nemotron arcee apertus "
-        "qwen2_vl_text qwen2_5_vl_text qwen3_vl_text",
-    ),
-    (GLM, "glm glm4"),
-    (PHI3, "phi3"),
-    (PHI, "phi"),
-    (STARCODER2, "starcoder2"),
-    (GPT_NEOX, "gpt_neox"),
-    (GPT2, "gpt2"),
-    (GPTJ, "gptj"),
-    (OPT, "opt"),
-    (BLOOM, "bloom"),
-    (MPT, "mpt"),
-    (LFM2, "lfm2"),
-    (FALCON_H1, "falcon_h1"),
-    (BAMBA, "bamba"),
-    (JAMBA, "jamba"),
-    (GEMMA4, "gemma3n_text gemma4_text"),
-    (MIXTRAL, "mixtral phimoe"),
-    (GRANITE_MOE, "granitemoe"),
-    (QWEN3_MOE, "qwen3_moe"),
-    (QWEN3_5, "qwen3_5_text"),
-    (QWEN3_NEXT, "qwen3_5_moe_text qwen3_next"),
-    (GLM4_MOE, "glm4_moe"),
-    (DEEPSEEK_V3, "deepseek_v3"),
-    (GPT_OSS, "gpt_oss"),
-    (LLAMA4, "llama4_text"),
-)
-ARCHITECTURES = {name: architecture for architecture, names in _TYPES for name in names.split()}

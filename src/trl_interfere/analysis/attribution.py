@@ -17,9 +17,8 @@ Direction = Mapping[str, torch.Tensor]
 class Elementwise(Mapping):
     """Tensors that are computed when they are asked for, so that one of them is in memory at a time."""
 
-    def __init__(self, names, compute: Callable[[str], torch.Tensor]):
-        self._names = dict.fromkeys(names)
-        self._compute = compute
+    def __init__(self, names: Iterable[str], compute: Callable[[str], torch.Tensor]):
+        self._names, self._compute = dict.fromkeys(names), compute
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # that of Mapping would compute the tensor
@@ -36,22 +35,24 @@ class Elementwise(Mapping):
 
 class UpdatePath:
     """
-    The straight line between two checkpoints, walked by one model in memory: θ(t) = θ0 + t δ.
-
-    Besides the weights of the model itself there are two model-sized copies: θ0, which is made here, and θ1, which is
-    only referred to. δ is computed tensor by tensor. Both copies may lie on the host.
+    The straight line between two checkpoints, walked by one model in memory: θ(t) = θ0 + t δ. As a context it puts
+    the model back at θ0. It makes one copy of the weights, θ0; δ is computed tensor by tensor.
     """
 
     def __init__(self, model: PreTrainedModel, after: Direction, offload: bool = False):
         self.model = model
         parameters = dict(model.named_parameters())
-        self.start = {
-            name: parameter.detach().to("cpu", copy=True) if offload else parameter.detach().clone()
-            for name, parameter in parameters.items()
-        }
-        self.end = {name: after[name].detach() for name in parameters}
         self._devices = {name: parameter.device for name, parameter in parameters.items()}
+        places = dict.fromkeys(parameters, torch.device("cpu")) if offload else self._devices
+        self.start = {name: entry.detach().to(places[name], copy=True) for name, entry in parameters.items()}
+        self.end = {name: after[name].detach() for name in parameters}
         self.delta: Direction = Elementwise(parameters, self._difference)
+
+    def __enter__(self) -> "UpdatePath":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.move(0.0)
 
     def move(self, t: float) -> PreTrainedModel:
         """Put the model at θ(t). 0 and 1 restore θ0 and θ1 to the bit."""
@@ -81,14 +82,13 @@ class UpdatePath:
 
 @dataclass
 class RouteTerms:
-    """A sum over all parameters, split by route; `outside` is the part of the parameters that no route owns."""
+    """A sum over all parameters, by route, and `outside` over those that no route owns."""
 
     routes: np.ndarray
     outside: float
 
     @property
     def total(self) -> float:
-        """The whole sum."""
         return float(self.routes.sum()) + self.outside
 
     def __add__(self, other: "RouteTerms") -> "RouteTerms":
@@ -100,11 +100,8 @@ class RouteTerms:
 
 def dot(route_map: RouteMap, first: Direction, second: Direction, consume: bool = False) -> RouteTerms:
     """
-    Inner product of two vectors over all parameters, split by route; `consume` says that the tensors of `first` may be
-    overwritten.
-
-    Products are taken on the accelerator if one of both tensors lies there, those of half precision in float32. Sums
-    are in float64, but for those over the last axis of tensors outside routes, such as rows of embeddings.
+    Inner product of two vectors over all parameters, by route, on the accelerator if one of both lies there; `consume`
+    says that the tensors of `first` may be overwritten. Half precision is multiplied in float32 and summed in float64.
     """
 
     def product(name: str) -> torch.Tensor:
@@ -113,7 +110,7 @@ def dot(route_map: RouteMap, first: Direction, second: Direction, consume: bool 
         a = a.to(b.device) if a.device.type == "cpu" else a
         b = b.to(a.device, dtype)
         product = a.mul_(b) if consume and a.dtype == dtype else a.to(dtype) * b
-        # Outside routes the sum of the whole is all that is asked for, and that of an embedding is slow in float64.
+        # Outside routes only the whole counts, and that of an embedding is slow in float64.
         return product if route_map.cut(name) is not None else product.sum(dim=-1).double()
 
     return RouteTerms(*route_map.sum_by_route(Elementwise(first, product)))
@@ -138,9 +135,9 @@ def difference_step(path: UpdatePath) -> float:
     ε = min(1, (u |θ0| / |δ|)^(1/3))
     ```
 
-    with u the machine epsilon of the parameters, or that of float32 if it is smaller, since the norms of transformers
-    compute in float32. It balances truncation, of order ε² relative to the update, and the rounding of parameters,
-    u |θ0| / (ε |δ|) (Nocedal and Wright, Numerical Optimization, section 8.1). Above 1 it would leave the update.
+    with u the machine epsilon of the parameters, at least that of float32, in which the norms of transformers compute.
+    It balances truncation, of order ε² relative to the update, and the rounding of parameters, u |θ0| / (ε |δ|)
+    (Nocedal and Wright, Numerical Optimization, section 8.1).
     """
     update = norm(path.delta)
     if update == 0:
@@ -153,7 +150,7 @@ def difference_step(path: UpdatePath) -> float:
 def first_order(
     path: UpdatePath, batches: Batches, route_map: RouteMap, gradient: Tensors | None = None
 ) -> RouteTerms:
-    """First-order damage, ∇L(θ0)·δ, by route. One gradient pass, or none if the gradient is known."""
+    """First-order damage, ∇L(θ0)·δ, by route."""
     if gradient is None:
         _, gradient = mean_gradient(path.move(0.0), batches)
     return dot(route_map, gradient, path.delta)
@@ -165,39 +162,34 @@ def hessian_terms(
     route_map: RouteMap,
     direction: Direction,
     step: float,
-    against: Direction | None = None,
+    against: Direction,
 ) -> RouteTerms:
     """
-    δ_r·(H v)_r by route, for a direction v; `against` may stand in the place of δ. Two gradient passes.
+    δ_r·(H v)_r by route, for a direction v and δ = `against`. Two gradient passes.
 
     ```
     H v = (∇L(θ0 + ε v) - ∇L(θ0 - ε v)) / (2 ε)
     ```
     """
-    against = path.delta if against is None else against
     points = ((lambda sign=sign: path.offset(direction, sign * step), sign / (2 * step)) for sign in (1, -1))
     return _summed(points, batches, route_map, against)
 
 
-def second_order(path: UpdatePath, batches: Batches, route_map: RouteMap, step: float | None = None) -> RouteTerms:
-    """
-    Second-order damage, ½ δᵀHδ, by route: ½ δ_r·(Hδ)_r (arXiv 2606.02398 for ½ δᵀHδ as the damage). Two gradient
-    passes; the central difference has an error of order ε², ε a share of the update, by default [`difference_step`].
-    """
-    step = difference_step(path) if step is None else step
-    return hessian_terms(path, batches, route_map, path.delta, step) * 0.5
+def second_order(path: UpdatePath, batches: Batches, route_map: RouteMap, step: float) -> RouteTerms:
+    """Second-order damage, ½ δᵀHδ (arXiv 2606.02398), by route: ½ δ_r·(Hδ)_r."""
+    return hessian_terms(path, batches, route_map, path.delta, step, path.delta) * 0.5
 
 
 def second_order_error(path: UpdatePath, batches: Batches, route_map: RouteMap, step: float) -> float:
     """
-    Relative error of the total of [`second_order`], from a few references. Eight gradient passes over these.
+    Relative error of the total of [`second_order`], from a few references. Eight gradient passes.
 
     ```
     max S - min S over the steps 2ε, ε, ε/2, ε/4, as a share of S(ε)
     ```
 
-    The truncation is of order ε², a quarter of this range; rounding grows as the step shrinks, and would have to
-    cancel in all of them to be missed. Infinite where the total is zero.
+    Truncation is a quarter of this range; rounding grows as the step shrinks, and would have to cancel in all of them
+    to be missed. Infinite where the total is zero.
     """
     found = [second_order(path, batches, route_map, factor * step).total for factor in (2, 1, 0.5, 0.25)]
     return (max(found) - min(found)) / abs(found[1]) if found[1] else float("inf")
@@ -205,16 +197,14 @@ def second_order_error(path: UpdatePath, batches: Batches, route_map: RouteMap, 
 
 def attribution(path: UpdatePath, batches: Batches, route_map: RouteMap, nodes: int) -> RouteTerms:
     """
-    Damage attributed to each route: integrated gradients along the update (arXiv 1703.01365, with a checkpoint for the
-    baseline).
+    Damage attributed to each route: integrated gradients (arXiv 1703.01365) along the update.
 
     ```
     a_r = ∫₀¹ ∇_r L(θ0 + t δ)·δ_r dt
     ```
 
-    by Gauss-Legendre quadrature, one gradient pass per node. It is complete: the parts of all routes and of the
-    parameters outside routes sum to L(θ1) - L(θ0), up to the error of the quadrature, which is exact for losses that
-    are polynomials of degree `2 * nodes` in t.
+    by Gauss-Legendre quadrature, one gradient pass per node, exact for losses that are polynomials of degree
+    `2 * nodes` in t. All parts sum to L(θ1) - L(θ0).
     """
     positions, weights = np.polynomial.legendre.leggauss(nodes)
     pairs = zip(positions, weights, strict=True)

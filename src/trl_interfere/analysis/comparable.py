@@ -44,46 +44,38 @@ def check_models(before: PreTrainedModel, others: dict[str, PreTrainedModel]) ->
 
 def count_buffers_that_differ(models: list[PreTrainedModel]) -> None:
     """
-    Turn the buffers in which models differ into parameters.
-
-    Some weights of some models are stored as buffers (the bias of a router's scores, the scalar of a layer): an update
-    of them is part of the damage, outside routes.
+    Turn the buffers in which models differ into parameters: weights that are stored as buffers (the bias of a router's
+    scores, the scalar of a layer) are part of the damage, outside routes.
     """
-    buffers = [dict(model.named_buffers()) for model in models]
     stored = models[0].state_dict().keys()
-    for name, first in buffers[0].items():
-        others = [entry[name].to(first.device) for entry in buffers[1:]]
-        if name not in stored or not first.is_floating_point() or all(torch.equal(first, part) for part in others):
+    for name, first in list(models[0].named_buffers()):
+        found = [model.get_buffer(name) for model in models]
+        same = all(torch.equal(first, entry.to(first.device)) for entry in found)
+        if name not in stored or not first.is_floating_point() or same:
             continue
         parent, _, leaf = name.rpartition(".")
-        for model, entry in zip(models, buffers, strict=True):
+        for model, entry in zip(models, found, strict=True):
             module = model.get_submodule(parent)
             delattr(module, leaf)
-            module.register_parameter(leaf, nn.Parameter(entry[name].clone()))
+            module.register_parameter(leaf, nn.Parameter(entry.clone()))
 
 
 def check_fits(model: PreTrainedModel, references: References) -> None:
     """Check that the token ids and the lengths of references lie within what a model has embeddings for."""
-    tokens = model.get_input_embeddings()
+    tokens, name = model.get_input_embeddings(), model_name(model)
     sequences = [[*prompt, *rest] for prompt, rest in zip(references.prompts, references.completions, strict=True)]
-    highest = max(map(max, filter(None, sequences)), default=-1)
+    highest, longest = max(map(max, filter(None, sequences))), max(map(len, sequences))
     if highest >= tokens.num_embeddings:
         raise ValueError(
             f"domain {references.domain!r}: expected token ids below {tokens.num_embeddings}, the vocabulary of "
-            f"{model_name(model)}, found {highest}: is it another model's tokenizer?"
+            f"{name}, found {highest}: is it another model's tokenizer?"
         )
-    longest, limit = max(map(len, sequences), default=0), last_position(model)
-    if limit is not None and longest > limit:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    embeddings = {module for module in model.modules() if isinstance(module, nn.Embedding)} - {tokens}
+    # Positions that are rotated have no embeddings, and no limit.
+    embedded = limit is not None and any(limit <= module.num_embeddings <= limit + 2 for module in embeddings)
+    if embedded and longest > limit:
         raise ValueError(
             f"domain {references.domain!r}: expected at most {limit} tokens of prompt and completion, the positions "
-            f"of {model_name(model)}, found {longest}"
+            f"of {name}, found {longest}"
         )
-
-
-def last_position(model: PreTrainedModel) -> int | None:
-    """The number of positions where they are embedded, and not only rotated."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    embeddings = {module for module in model.modules() if isinstance(module, nn.Embedding)}
-    embeddings.discard(model.get_input_embeddings())
-    sizes = (module.num_embeddings for module in embeddings)
-    return limit if limit is not None and any(limit <= size <= limit + 2 for size in sizes) else None

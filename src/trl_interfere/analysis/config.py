@@ -1,6 +1,6 @@
 """Configuration of [`InterferenceAnalyzer`]."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from .objectives import OBJECTIVES
 
@@ -45,8 +45,8 @@ class InterferenceConfig:
         seed (`int`, *optional*, defaults to `0`):
             Seed of these completions, of the Lanczos vectors and of the random update.
         subspace_size (`int`, *optional*, defaults to `0`):
-            Eigenpairs of the conflict subspace, for the update and for a random one; 0 leaves it out. It takes
-            `2 * subspace_size + 2` Hessian products and more for each of the two, on `subspace_prompts` references.
+            Eigenpairs of the conflict subspace, for the update and for a random one; 0 leaves it out. Each takes at
+            least `2 * subspace_size + 2` Hessian products on `subspace_prompts` references.
         subspace_prompts (`int`, *optional*, defaults to `32`):
             References of the earlier domain that the conflict subspace is taken on.
         active_share (`float`, *optional*, defaults to `0.5`):
@@ -54,11 +54,9 @@ class InterferenceConfig:
         gradient_checkpointing (`bool`, *optional*, defaults to `False`):
             Whether backward passes recompute the activations of each layer: less memory, a third more time.
         offload (`bool`, *optional*, defaults to `False`):
-            Whether the weights before and after the update are kept in host memory, so that the device holds one set
-            of weights and one gradient.
+            Whether weights are kept in host memory, so that the device holds one set of them and one gradient.
         data_parallel (`bool`, *optional*, defaults to `False`):
-            Whether the processes of accelerate share out references and sum their gradients. All of them must run the
-            analysis.
+            Whether the processes of accelerate, which all run the analysis, share out references.
 
     Raises:
         `ValueError`: If a setting is out of range.
@@ -90,14 +88,10 @@ class InterferenceConfig:
             raise ValueError(f"reference: expected 'correct' or 'dataset', found {self.reference!r}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {sorted(OBJECTIVES)}, found {self.objective!r}")
-        for least, names in (
-            (0, "check_prompts subspace_size seed"),
-            (1, "max_prompts max_new_tokens batch_size quadrature_nodes later_quadrature_nodes subspace_prompts"),
-            (2, "num_generations"),
-        ):
-            for name in names.split():
-                if getattr(self, name) < least:
-                    raise ValueError(f"{name}: expected at least {least}, found {getattr(self, name)}")
+        least = {"check_prompts": 0, "subspace_size": 0, "seed": 0, "num_generations": 2}
+        for name in (entry.name for entry in fields(self) if entry.type is int):
+            if getattr(self, name) < least.get(name, 1):
+                raise ValueError(f"{name}: expected at least {least.get(name, 1)}, found {getattr(self, name)}")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature: expected a number above 0, found {self.temperature}")
         for name in ("difference_step", "active_share"):

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from .attribution import Direction, Elementwise, UpdatePath, difference_step, hessian_terms, norm
-from .gradients import Batches
+from .attribution import Direction, Elementwise, UpdatePath, dot, hessian_terms, norm
+from .gradients import Batches, Tensors
 from .routes import RouteMap
 
 
@@ -26,18 +26,14 @@ class RouteOperator(LinearOperator):
     ```
 
     so that ½ cᵀMc is the second-order damage of an update whose routes are scaled by c. Each of its `applications` is
-    one Hessian product by central difference: two gradient passes. Its step makes a displacement as long as that of
-    [`second_order`], ε |δ|, whatever c.
+    one Hessian product, at a distance of ε |δ| as in [`second_order`], whatever c.
     """
 
-    def __init__(
-        self, path: UpdatePath, batches: Batches, route_map: RouteMap, update: Direction | None, step: float | None
-    ):
+    def __init__(self, path: UpdatePath, batches: Batches, route_map: RouteMap, update: Direction, step: float):
         super().__init__(np.float64, (route_map.num_routes, route_map.num_routes))
-        self.path, self.batches, self.route_map = path, batches, route_map
-        self.update = path.delta if update is None else update
-        self.length = (difference_step(path) if step is None else step) * norm(path.delta)
-        self.names = [name for name in self.update if route_map.cut(name) is not None]
+        self.path, self.batches, self.route_map, self.update = path, batches, route_map, update
+        self.length = step * norm(path.delta)
+        self.names = [name for name in update if route_map.cut(name) is not None]
         self.applications = 0
 
     def _matvec(self, coefficients: np.ndarray) -> np.ndarray:
@@ -52,10 +48,8 @@ class RouteOperator(LinearOperator):
         size = norm(direction)
         if size == 0:
             return np.zeros(self.route_map.num_routes)
-        if not np.isfinite(size):
-            raise ValueError(f"update: expected finite tensors, found a norm of {size}")
         step = self.length / size
-        return hessian_terms(self.path, self.batches, self.route_map, direction, step, against=self.update).routes
+        return hessian_terms(self.path, self.batches, self.route_map, direction, step, self.update).routes
 
 
 def conflict_subspace(
@@ -63,25 +57,20 @@ def conflict_subspace(
     batches: Batches,
     route_map: RouteMap,
     size: int,
-    update: Direction | None = None,
-    step: float | None = None,
+    update: Direction,
+    step: float,
     seed: int = 0,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """
-    Leading eigenpairs of [`RouteOperator`] by Lanczos (ARPACK through scipy), and the concentration of the damage.
+    Figures of the leading eigenpairs of [`RouteOperator`] by Lanczos, and the eigenvectors `(found, num_routes)`.
 
-    Returns the figures, and the eigenvectors of shape `(found, num_routes)`. It takes at least `2 * size + 2` Hessian
-    products; the model of the path is left away from θ0; `update` may stand in the place of δ. The figures are
-    `eigenvalues`, of the largest sizes, largest size first, in nats per token; `shares` of the second-order damage by
-    routes in each eigenvector, λ_i (u_i·1)² / 1ᵀM1, which sum to 1 over all eigenvectors and to more over the first k
-    where others are negative; `effective_dimension`, the participation ratio (Σ|λ_i|)² / Σλ_i² of the eigenvalues that
-    were computed, a lower bound on that of all of them; `second_order`, ½ 1ᵀM1; `top_routes`, the share of it in the
-    routes with the largest ½ δ_r·(Hδ)_r, by the share of routes, empty if there is no damage of second order;
-    `applications`, the Hessian products that this took; and `converged`, whether all eigenpairs were found.
+    They are `eigenvalues`, largest size first, in nats per token; `shares` of the second-order damage by routes in
+    each eigenvector, λ_i (u_i·1)² / 1ᵀM1; `effective_dimension`, the participation ratio (Σ|λ_i|)² / Σλ_i² of these
+    eigenvalues, a lower bound on that of all; `second_order`, ½ 1ᵀM1; `top_routes`, the share of it in the routes with
+    the largest ½ δ_r·(Hδ)_r, by the share of routes, empty without damage; `applications`, the Hessian products that
+    it took; and `converged`, whether all eigenpairs were found.
     """
     count = route_map.num_routes
-    if not 1 <= size < count:
-        raise ValueError(f"size: expected 1 to {count - 1} for {count} routes, found {size}")
     operator = RouteOperator(path, batches, route_map, update, step)
     parts = 0.5 * operator.matvec(np.ones(count))
     if not np.isfinite(parts).all():
@@ -115,23 +104,61 @@ def conflict_subspace(
 
 def random_update(path: UpdatePath, seed: int = 0) -> Direction:
     """
-    A random update of the same norm in every tensor: the control of the conflict subspace.
-
-    Tensors are drawn again, from a seed of their own, whenever they are asked for, so that the control needs no
-    model-sized copy.
+    A random update of the same norm in every tensor: the control of the conflict subspace. Its tensors are drawn
+    again, each from a seed of its own, whenever they are asked for.
     """
-    names = list(path.delta)
-    position = {name: index for index, name in enumerate(names)}
-    sizes: dict[str, torch.Tensor] = {}
+    seeds = {name: seed * len(path.delta) + position for position, name in enumerate(path.delta)}
 
     def draw(name: str) -> torch.Tensor:
         like = path.delta[name]
-        if name not in sizes:
-            sizes[name] = torch.linalg.vector_norm(like, dtype=torch.float64)
         # On the host, so that the control does not depend on the device.
-        generator = torch.Generator().manual_seed(seed * len(names) + position[name])
-        noise = torch.randn(like.shape, generator=generator).to(like.device)
-        scale = sizes[name] / torch.linalg.vector_norm(noise, dtype=torch.float64).clamp(min=1e-30)
-        return (noise * scale.to(noise.dtype)).to(like.dtype)
+        noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seeds[name])).to(like.device)
+        size, drawn = (torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in (like, noise))
+        return (noise * (size / drawn.clamp(min=1e-30)).to(noise.dtype)).to(like.dtype)
 
-    return Elementwise(names, draw)
+    return Elementwise(seeds, draw)
+
+
+def subspace_norms(
+    route_map: RouteMap, delta: Direction, displacements: list[Direction], directions: np.ndarray
+) -> np.ndarray:
+    r"""
+    Lengths of displacements within the subspace of the directions s_i = Σ_r u_ir δ_r, ‖P_S d‖.
+
+    ```
+    ‖P_S d‖² = bᵀ G⁻¹ b        b_i = <s_i, d> = Σ_r u_ir <δ_r, d_r>        G_ij = <s_i, s_j> = Σ_r u_ir u_jr ‖δ_r‖²
+    ```
+
+    The theorem of arXiv 2606.02398 on refresh bounds ‖P_S(θ_t - θ*_A)‖ by (1 - αμ)^t ‖P_S δ_B‖: `displacements` are
+    θ_t - θ*_A.
+    """
+    squares = dot(route_map, delta, delta).routes
+    gram = (directions * squares) @ directions.T
+    lengths = []
+    for displacement in displacements:
+        along = directions @ dot(route_map, delta, displacement).routes
+        # Directions on routes without an edit stand for nothing: the pseudo-inverse leaves them out.
+        lengths.append(np.sqrt(max(0.0, along @ np.linalg.pinv(gram, hermitian=True) @ along)))
+    return np.array(lengths)
+
+
+def contraction(
+    route_map: RouteMap, before: Tensors, after: Tensors, refreshed: Tensors, directions: np.ndarray, seed: int = 0
+) -> dict[str, Any]:
+    """How much of an update's displacement a refresh left, within the conflict subspace and beside it."""
+
+    def away(parameters: Tensors) -> Elementwise:
+        return Elementwise(before, lambda name: (parameters[name] - before[name]).detach())
+
+    displacements = [away(after), away(refreshed)]
+    inside, beside = (
+        subspace_norms(route_map, displacements[0], displacements, vectors)
+        for vectors in (directions, np.random.default_rng(seed).standard_normal(directions.shape))
+    )
+    routes = [np.sqrt(dot(route_map, entry, entry).routes.sum()) for entry in displacements]
+    return {
+        "directions": len(directions),
+        "subspace": float(inside[1] / inside[0]),
+        "random": float(beside[1] / beside[0]),
+        "routes": float(routes[1] / routes[0]),
+    }

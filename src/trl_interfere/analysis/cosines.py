@@ -20,20 +20,17 @@ _T2 = 4.302652729911275
 
 class GradientProducts:
     """
-    Inner products of the gradients of several domains, by tensor, module, layer, and for the whole model.
+    Inner products of the gradients of several domains, by tensor, module, layer, and for the whole model, in float64.
 
     Each domain comes as the gradients of two disjoint halves of its references (or of one part, which leaves no
-    interval), scaled so that they sum to the gradient of the domain. One gradient per domain then gives the cosines of
-    all pairs, and the halves say how far they are to be trusted. The products are summed in float64, tensor by tensor
-    on `device`, by default that of the gradients, and copied to the host once.
+    interval), which sum to the gradient of the domain: the halves say how far its cosines are to be trusted.
     """
 
     def __init__(self, halves: dict[str, Sequence[Tensors]], route_map: RouteMap, device: torch.device | None = None):
-        self.parts: dict[str, list[int]] = {}
-        flat: list[Tensors] = []
-        for domain, tensors in halves.items():
-            self.parts[domain] = list(range(len(flat), len(flat) + len(tensors)))
-            flat += tensors
+        flat = [tensors for parts in halves.values() for tensors in parts]
+        rows = iter(np.eye(len(flat)))
+        # The place of each half among all of them.
+        self._halves = {domain: [next(rows) for _ in parts] for domain, parts in halves.items()}
         self._products: dict[str, dict[str, np.ndarray]] = {level: {} for level in LEVELS}
         for name, module in route_map.modules({name: tensor.shape for name, tensor in flat[0].items()}).items():
             layer = module.rsplit(".", 1)[0] if module.startswith("layers.") else None
@@ -45,13 +42,7 @@ class GradientProducts:
         self._whole = self._products["global"][""]
 
     def cosines(self, first: str, second: str | Sequence[str]) -> dict:
-        """
-        Cosines between the gradient of one domain and that of another, or the mean of several.
-
-        ```
-        cos = <g_A, g_B> / (|g_A| |g_B|)
-        ```
-        """
+        """Cosines <g_A, g_B> / (|g_A| |g_B|) of the gradient of a domain and another, or the mean of several."""
         a, b = self._weights(first), np.mean([self._weights(name) for name in np.atleast_1d(second)], axis=0)
         levels = {
             level: {key: value for key, gram in grams.items() if (value := _cosine(gram, a, b)) is not None}
@@ -61,8 +52,8 @@ class GradientProducts:
 
     def pairs(self) -> dict[str, dict[str, float | None]]:
         """Cosines of the whole gradients of all pairs of domains, each pair once."""
-        found: dict[str, dict[str, float | None]] = {first: {} for first in list(self.parts)[:-1]}
-        for first, second in itertools.combinations(self.parts, 2):
+        found: dict[str, dict[str, float | None]] = {first: {} for first in list(self._halves)[:-1]}
+        for first, second in itertools.combinations(self._halves, 2):
             found[first][second] = _cosine(self._whole, self._weights(first), self._weights(second))
         return found
 
@@ -74,46 +65,39 @@ class GradientProducts:
         R = 2 ρ / (1 + ρ)        ρ = cos(g_1, g_2) of the two halves
         ```
 
-        the Spearman-Brown formula for a sample twice as large as each half. A measured cosine of two domains is that
-        of their true gradients times about sqrt(R_A R_B), which is the highest that noise allows.
+        the Spearman-Brown formula for a sample twice as large as each half.
         """
-        if len(self.parts[domain]) != 2:
+        if len(self._halves[domain]) != 2:
             return None
-        rho = _cosine(self._whole, *np.eye(len(self._whole))[self.parts[domain]])
+        rho = _cosine(self._whole, *self._halves[domain])
         return None if rho is None else max(0.0, 2 * rho / (1 + rho)) if rho > -1 else 0.0
 
     def ceiling(self, first: str, second: str) -> float | None:
-        """Highest cosine that the noise of two gradients allows, `sqrt(R_A R_B)`."""
+        """Highest cosine that the noise of two gradients allows, sqrt(R_A R_B)."""
         found = [self.reliability(domain) for domain in (first, second)]
         return None if None in found else float(np.sqrt(found[0] * found[1]))
 
     def interval(self, first: str, second: str, module: str | None = None) -> list[float] | None:
         """
-        95% interval of a cosine over the draw of references.
-
-        Balanced repeated replication (McCarthy, 1969), the domains being two strata of two halves each: the variance
-        is the mean squared deviation of the four cosines between halves from the whole one,
+        95% interval of a cosine over the draw of references, cos ± 4.30 s, by balanced repeated replication (McCarthy,
+        1969) with two strata of two halves each, which leaves two degrees of freedom.
 
         ```
         s² = ¼ Σ_ij (cos(g_Ai, g_Bj) - cos(g_A, g_B))²
         ```
-
-        with two degrees of freedom, so that the interval is `cos ± 4.30 s`. It is wide, and wider than it need be:
-        halves are noisier than wholes, so that their cosines lie nearer to zero, and this counts as deviation.
         """
         gram = self._whole if module is None else self._products["modules"][module]
-        if any(len(self.parts[domain]) != 2 for domain in (first, second)):
+        if any(len(self._halves[domain]) != 2 for domain in (first, second)):
             return None
-        unit = np.eye(len(gram))
         whole = _cosine(gram, self._weights(first), self._weights(second))
-        halves = [_cosine(gram, unit[i], unit[j]) for i in self.parts[first] for j in self.parts[second]]
+        halves = [_cosine(gram, a, b) for a in self._halves[first] for b in self._halves[second]]
         if whole is None or None in halves:
             return None
         spread = _T2 * float(np.sqrt(np.mean((np.array(halves) - whole) ** 2)))
         return [max(-1.0, whole - spread), min(1.0, whole + spread)]
 
     def figures(self, earlier: str, later: list[str]) -> dict:
-        """What a report holds of the cosines between the earlier domain and the later ones."""
+        """What a report holds."""
         by_domain = {}
         for name in later:
             found = self.cosines(earlier, name)
@@ -131,13 +115,11 @@ class GradientProducts:
             **self.cosines(earlier, later),
             "by_domain": by_domain,
             "pairs": self.pairs(),
-            "reliability": {name: self.reliability(name) for name in self.parts},
+            "reliability": {name: self.reliability(name) for name in self._halves},
         }
 
     def _weights(self, domain: str) -> np.ndarray:
-        weights = np.zeros(len(self._whole))
-        weights[self.parts[domain]] = 1
-        return weights
+        return np.sum(self._halves[domain], axis=0)
 
 
 def _gram(tensors: list[torch.Tensor], device: torch.device | None = None) -> torch.Tensor:

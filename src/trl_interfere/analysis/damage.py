@@ -6,8 +6,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import reduce
+from transformers import PreTrainedModel
 
-from .attribution import UpdatePath, attribution, difference_step, second_order, second_order_error
+from .attribution import (
+    Direction,
+    Elementwise,
+    UpdatePath,
+    attribution,
+    difference_step,
+    dot,
+    second_order,
+    second_order_error,
+)
 from .config import InterferenceConfig
 from .conflict_subspace import conflict_subspace, random_update
 from .gradients import Batches, Shard, mean_loss
@@ -26,11 +36,10 @@ def measure_damage(
     progress: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
-    Fields of a report, and what routes carry, along the path of an update; its model, now at θ0, is left elsewhere.
+    Fields of a report, and what routes carry, along the path of an update.
 
     The earlier domain comes first among the batches; `check` and `few` hold some of its references, for the error of
-    the second order and for the conflict subspace. Experts of a router are held at the choice of θ0, so that the loss
-    is smooth along the path.
+    the second order and for the conflict subspace. Experts of a router are held at the choice of θ0.
     """
     model, (earlier, *later) = path.model, batches
     damaged = batches[earlier]
@@ -76,3 +85,26 @@ def measure_damage(
         "second_order": second.routes,
         "later_damage": np.mean([terms[name].routes for name in later], axis=0),
     }
+
+
+def opposed_edits(
+    route_map: RouteMap, base: PreTrainedModel, start: Direction, delta: Direction
+) -> dict[str, np.ndarray]:
+    """
+    `opposed`, the length of the update against the earlier domain's own training, and `earlier_edit_size`.
+
+    ```
+    opposed_r = max(0, -<δ_A,r , δ_r> / |δ_A,r|)        δ_A = before - base
+    ```
+    """
+    parameters = dict(base.named_parameters())
+
+    def edit(name: str):
+        like = delta[name]
+        return start[name].to(like.device) - parameters[name].detach().to(like)
+
+    earlier = Elementwise(start, edit)
+    size = np.sqrt(dot(route_map, earlier, earlier).routes)
+    inner = dot(route_map, earlier, delta).routes
+    opposed = np.divide(-inner, size, out=np.zeros_like(inner), where=size > 0).clip(min=0)
+    return {"opposed": opposed, "earlier_edit_size": size}

@@ -22,10 +22,8 @@ _MARGIN = 1.25
 
 class Shard(list):
     """
-    Every n-th of a list of batches, for one of n processes of accelerate.
-
-    [`mean_loss`] and [`mean_gradient`] of a shard are those of the whole list, in every process: all of them must call
-    together.
+    Every n-th of a list of batches, for one of n processes of accelerate, which call together: [`mean_loss`] and
+    [`mean_gradient`] of a shard are those of the whole list.
     """
 
     def __init__(self, batches: Batches):
@@ -38,13 +36,11 @@ def num_tokens(batches: Batches) -> int:
     """Number of completion tokens that are predicted, in all processes: all but a first one without a prompt."""
     if isinstance(batches, Shard):
         return batches.tokens
-    if not batches:
-        return 0
-    return int(torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum())
+    return sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
 
 
 def mean_loss(model: PreTrainedModel, batches: Batches, objective: Objective = nll) -> float:
-    """Mean objective over the completion tokens, in nats; by default their negative log-likelihood."""
+    """Mean objective over the completion tokens, in nats."""
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     with torch.no_grad():
         for batch in batches:
@@ -55,16 +51,11 @@ def mean_loss(model: PreTrainedModel, batches: Batches, objective: Objective = n
 
 
 def mean_gradient(
-    model: PreTrainedModel,
-    batches: Batches,
-    objective: Objective = nll,
-    tokens: int | None = None,
+    model: PreTrainedModel, batches: Batches, objective: Objective = nll, tokens: int | None = None
 ) -> tuple[float, Tensors]:
     """
-    [`mean_loss`] and its gradient by parameter name, summed over batches in the data type of the parameters.
-
-    `tokens` is what the sum is divided by, by default the tokens of `batches`; with those of a larger set, the parts
-    of disjoint subsets sum to the gradient of the whole.
+    [`mean_loss`] and its gradient by parameter name, divided by a number of tokens, by default that of `batches`: with
+    that of a larger set, the parts of disjoint subsets sum to the gradient of the whole.
     """
     tokens = num_tokens(batches) if tokens is None else tokens
     model.zero_grad(set_to_none=True)
@@ -99,8 +90,8 @@ def half_gradients(model: PreTrainedModel, halves: list[Batches], objective: Obj
 
 def _has_room(device: torch.device, held: int) -> bool:
     """
-    Whether a device can keep the gradient of a pass while the next one is computed; `held` was allocated before the
-    pass. What was allocated at the peak of the process counts as taken by it: the answer errs toward no.
+    Whether a device can keep the gradient of a pass beside the next pass; `held` was allocated before it. The peak of
+    the process counts as taken by the pass: the answer errs toward no.
     """
     taken = torch.cuda.max_memory_allocated(device) - held
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -119,16 +110,11 @@ def summed(parts: list[Tensors]) -> Tensors:
 @contextmanager
 def checkpointed(model: PreTrainedModel, enabled: bool = True) -> Iterator[PreTrainedModel]:
     """
-    Context in which backward passes recompute the activations of each layer: gradient checkpointing.
-
-    The layers alone are told that they train, which is when transformers checkpoints; their parts stay in evaluation
-    mode, so that dropout stays off.
+    Context of gradient checkpointing. The layers alone are told that they train, which is when transformers
+    checkpoints; their parts stay in evaluation mode, so that dropout stays off.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not enabled:
-        yield model
-        return
-    if not layers:
+    layers = [module for module in model.modules() if enabled and isinstance(module, GradientCheckpointingLayer)]
+    if enabled and not layers:
         raise ValueError(f"gradient_checkpointing: expected a model with layers that support it, found {type(model)}")
     for layer in layers:
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

@@ -17,7 +17,8 @@ def local_experts(config: PretrainedConfig, layer: int) -> int:
 
 def qwen_experts(config: PretrainedConfig, layer: int) -> int:
     dense = getattr(config, "mlp_only_layers", None) or []
-    return config.num_experts if layer not in dense and (layer + 1) % (config.decoder_sparse_step or 1) == 0 else 0
+    step = getattr(config, "decoder_sparse_step", None) or 1
+    return config.num_experts if layer not in dense and (layer + 1) % step == 0 else 0
 
 
 def deepseek_experts(config: PretrainedConfig, layer: int) -> int:
@@ -44,8 +45,7 @@ def linear_blocks(config: PretrainedConfig) -> np.ndarray:
 def lfm2_width(config: PretrainedConfig, layer: int) -> int:
     if not config.block_auto_adjust_ff_dim:
         return config.intermediate_size
-    width = int(2 * config.intermediate_size / 3)
-    width = int((config.block_ffn_dim_multiplier or 1) * width)
+    width = int((config.block_ffn_dim_multiplier or 1) * int(2 * config.intermediate_size / 3))
     return config.block_multiple_of * -(-width // config.block_multiple_of)
 
 

@@ -43,9 +43,8 @@ def grpo(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     - Σ_t A_t log π(y_t | x, y_<t)
     ```
 
-    There all probability ratios are 1 and nothing is clipped, so that this has the gradient of the surrogate, summed
-    over tokens (TRL's `loss_type="dapo"` divides by the number of tokens of all completions, as [`mean_gradient`]
-    does). The batch has `advantages` of shape `(batch,)`.
+    There all probability ratios are 1 and nothing is clipped; TRL's `loss_type="dapo"` divides by the number of all
+    tokens, as [`mean_gradient`] does. The batch has `advantages` of shape `(batch,)`.
     """
     logits, targets = completion_logits(model, batch)
     chosen = batch["labels"][:, 1:] != -100
@@ -60,8 +59,6 @@ class ForwardKL:
     ```
     Σ_t Σ_v π_ref(v) (log π_ref(v) - log π(v))
     ```
-
-    Its gradient is zero where the model equals the reference.
     """
 
     def __init__(self, reference: PreTrainedModel):

@@ -21,9 +21,8 @@ def overlaps(
     """
     Overlap of the top routes by two measures: edit sizes of two updates, or activities on two domains.
 
-    The interval is a percentile bootstrap over layers: the sets stay as they are, and layers are drawn again with
-    their shares of union and intersection. It says how even the overlap is over the depth of the model, and nothing
-    about other prompts or seeds.
+    The interval is a percentile bootstrap over layers. It says how even the overlap is over the depth of the model,
+    and nothing about other prompts or seeds. Routes are ranked within their kind.
 
     Args:
         first (`numpy.ndarray` of shape `(num_routes,)`):
@@ -45,12 +44,10 @@ def overlaps(
         `units` layers; `first`, `second` and `common`, the sizes of the sets and of what they share, among `routes`;
         `chance`, the expected index of random sets of these sizes, 0.053 for twice 10% of many routes; `shuffled`,
         with `shuffled_low` and `shuffled_high`, the same if the values of one measure are shuffled within each layer
-        and kind, which is above `chance` where both sets lie in the same layers. Routes are ranked within their kind,
-        since one of another kind owns another number of elements.
+        and kind, which is above `chance` where both sets lie in the same layers.
 
     Raises:
-        `ValueError`: If the arrays do not have one value per route, hold NaN or negative values, or the share is not
-            between 0 and 1.
+        `ValueError`: If an array or the share is out of range.
     """
     if not 0 < share < 1:
         raise ValueError(f"share: expected a share between 0 and 1, found {share}")
@@ -64,8 +61,8 @@ def overlaps(
     kinds = {kind: route_map.of_kind(kind) for kind in KINDS}
     kinds = {kind: routes for kind, routes in kinds.items() if routes.stop > routes.start}
     kind_of, layer_of = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
-    for number, kind in enumerate(kinds):
-        kind_of[kinds[kind]] = number
+    for number, (kind, routes) in enumerate(kinds.items()):
+        kind_of[routes] = number
         for layer in range(route_map.num_layers):
             layer_of[route_map.of_layer(kind, layer)] = layer
     sets = [top_routes(values, kinds, share) for values in measures.values()]
@@ -117,13 +114,11 @@ def top_routes(values: np.ndarray, kinds: dict[str, slice], share: float = 0.1) 
 
 def _chance(first: np.ndarray, second: np.ndarray, strata: np.ndarray) -> tuple[float, float, float]:
     """
-    Mean and 95% interval of the Jaccard index if B is drawn at random with as many routes in each stratum as it has.
+    Mean and 95% interval of the Jaccard index under all shuffles of a measure within strata.
 
     ```
     P(|A ∩ B| = x) = convolution over strata s of Hypergeometric(x; n_s, |A_s|, |B_s|)        J = x / (|A| + |B| - x)
     ```
-
-    This is the distribution under shuffles of a measure within strata, without drawing any.
     """
     total = np.count_nonzero(first) + np.count_nonzero(second)
     if not total:

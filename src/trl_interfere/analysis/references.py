@@ -19,10 +19,8 @@ from .config import InterferenceConfig
 @dataclass
 class References:
     """
-    Prompts with their reference completions, as token ids; completions end with the end token.
-
-    `considered` counts the prompts from which they were taken. For the objective `"grpo"` each completion has an
-    advantage, and the `group_size` completions of a prompt stand next to each other.
+    Prompts with their reference completions, as token ids, taken from `considered` prompts. Completions end with the
+    end token; those of GRPO have advantages, and the `group_size` completions of a prompt stand next to each other.
     """
 
     domain: str
@@ -35,8 +33,7 @@ class References:
     @property
     def num_tokens(self) -> int:
         """Number of completion tokens that are predicted: without a prompt the first one is not."""
-        pairs = zip(self.prompts, self.completions, strict=True)
-        return sum(len(completion) - (not prompt) for prompt, completion in pairs)
+        return sum(map(len, self.completions)) - sum(not prompt for prompt in self.prompts)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -45,13 +42,13 @@ class References:
 
     def batches(self, batch_size: int, pad_id: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
         """Padded batches, longest sequences first."""
-        order = sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i]) - len(self.completions[i]))
+        pairs = list(zip(self.prompts, self.completions, strict=True))
+        order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
         batches = []
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            pairs = [(self.prompts[index], self.completions[index]) for index in rows]
-            ids = [torch.tensor(prompt + completion, dtype=torch.long) for prompt, completion in pairs]
-            labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in pairs]
+            ids = [torch.tensor(sum(pairs[row], []), dtype=torch.long) for row in rows]
+            labels = [torch.tensor([-100] * len(pairs[row][0]) + pairs[row][1]) for row in rows]
             batch = {
                 "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
                 "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
@@ -70,19 +67,19 @@ class References:
             return [self]
         members = [range(group * self.group_size, (group + 1) * self.group_size) for group in groups]
         order = sorted(groups, key=lambda group: -sum(len(self.completions[i]) for i in members[group]))
+        halves = (order[0::2], order[1::2])
         return [
-            self.take([index for group in order[first::2] for index in members[group]], len(order[first::2]))
-            for first in (0, 1)
+            replace(self.take([row for group in half for row in members[group]]), considered=len(half))
+            for half in halves
         ]
 
-    def take(self, rows: list[int], considered: int | None = None) -> "References":
+    def take(self, rows: list[int]) -> "References":
         """Some of the completions."""
         return replace(
             self,
             prompts=[self.prompts[index] for index in rows],
             completions=[self.completions[index] for index in rows],
-            considered=self.considered if considered is None else considered,
-            advantages=None if self.advantages is None else [self.advantages[index] for index in rows],
+            advantages=self.advantages and [self.advantages[index] for index in rows],
         )
 
 
@@ -93,20 +90,14 @@ def collect_references(
     config: InterferenceConfig,
     dataset: Dataset | None = None,
 ) -> References:
-    """
-    Reference completions of a domain, on its selection split, else on its evaluation split: the column of the data set
-    or, with `config.reference="correct"`, those that the model writes and the domain counts as correct.
-    """
+    """Reference completions of a domain on its selection split, else on its evaluation split, as `config` says."""
     rows = _rows(tokenizer, domain, config, dataset)
     scorer = Scorer(tokenizer, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     prompts = _encoded_prompts(scorer, domain, rows)
     if config.reference == "dataset":
         column = config.reference_column
         if column not in rows[0]:
-            raise ValueError(
-                f"domain {domain.name!r}: expected the column {column!r} with reference completions, found "
-                f"{list(rows[0])}"
-            )
+            raise ValueError(f"domain {domain.name!r}: expected the column {column!r}, found {list(rows[0])}")
         texts = [_text(row[column], domain, column) for row in rows]
         completions = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         _check_encoding(tokenizer, domain, column, texts, completions)
@@ -133,8 +124,7 @@ def collect_rollouts(
     A_i = (r_i - mean(r)) / (std(r) + 1e-4)        over the completions of one prompt
     ```
 
-    with the sample standard deviation, as in TRL. Prompts whose completions all get the same reward have advantages of
-    zero; they stay, because they count among the tokens that the surrogate is averaged over.
+    with the sample standard deviation, as in TRL. Prompts whose advantages are zero count among the tokens.
     """
     size = config.num_generations
     rows = [row for row in _rows(tokenizer, domain, config) for _ in range(size)]
@@ -184,17 +174,16 @@ def _text(completion: str | list[dict] | None, domain: Domain, column: str) -> s
 def _check_encoding(
     tokenizer: PreTrainedTokenizerBase, domain: Domain, column: str, texts: list[str | None], ids: list[list[int]]
 ) -> None:
-    """Refuse text that becomes no tokens, and warn of text that does not come back from them."""
+    """Refuse text that becomes no tokens, and warn once of text that does not come back from them."""
+    where, changed = f"domain {domain.name!r}: column {column!r}:", []
     for text, tokens in zip(texts, ids, strict=True):
         if not tokens and (text is None or text.strip()):
-            raise ValueError(f"domain {domain.name!r}: column {column!r}: expected tokens for {text!r}, found none")
-    for text, tokens in zip(texts, ids, strict=True):
+            raise ValueError(f"{where} expected tokens for {text!r}, found none")
         decoded = tokenizer.decode(tokens, skip_special_tokens=True)
         if text is not None and "".join(decoded.split()).casefold() != "".join(text.split()).casefold():
-            warnings.warn(
-                f"domain {domain.name!r}: column {column!r}: the tokenizer makes {decoded!r} of {text!r}", stacklevel=2
-            )
-            return
+            changed.append(f"{where} the tokenizer makes {decoded!r} of {text!r}")
+    if changed:
+        warnings.warn(changed[0], stacklevel=2)
 
 
 def _complete(scorer: Scorer, model: PreTrainedModel, rows: list[dict], config: InterferenceConfig) -> list[list[int]]:
@@ -202,8 +191,6 @@ def _complete(scorer: Scorer, model: PreTrainedModel, rows: list[dict], config: 
     state = PartialState() if config.data_parallel else None
     if state is None or state.num_processes == 1:
         return scorer.complete_ids(model, prompts)
-    mine = [
-        prompts[index] for index in np.array_split(np.arange(len(prompts)), state.num_processes)[state.process_index]
-    ]
     scorer.seed += state.process_index  # else processes sample alike
-    return gather_object(scorer.complete_ids(model, mine) if mine else [])
+    mine = np.array_split(np.arange(len(prompts)), state.num_processes)[state.process_index]
+    return gather_object(scorer.complete_ids(model, [prompts[index] for index in mine]) if len(mine) else [])

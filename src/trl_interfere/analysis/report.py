@@ -40,8 +40,7 @@ class InterferenceReport:
 
     Args:
         before (`str`, *optional*):
-            Folder or Hub id of the checkpoint before the update; `None` in a report that [`joint_report`] has put
-            together.
+            Folder or Hub id of the checkpoint before the update; `None` in a report put together by [`joint_report`].
         after (`str`):
             Folder or Hub id of the checkpoint after it.
         base (`str`, *optional*):
@@ -72,10 +71,9 @@ class InterferenceReport:
             Loss of each later domain after it.
         cosines (`dict`):
             `"global"`, `"layers"`, `"modules"` and `"tensors"`: cosines at θ0 between the gradient of the earlier
-            domain and the mean gradient of the later ones; `"by_domain"` holds the same for each later domain, with
-            the `"interval"` of the whole-model cosine and the `"ceiling"` that noise sets it; `"pairs"` the
-            whole-model cosine of every pair of domains, and `"reliability"` that of each domain's gradient (see
-            [`GradientProducts`]).
+            domain and the mean gradient of the later ones; `"by_domain"`: the same for each later domain, with the
+            `"interval"` of the whole-model cosine and the `"ceiling"` that noise sets it; `"pairs"`: the whole-model
+            cosine of every pair of domains; `"reliability"`: that of each domain's gradient.
         config (`dict`):
             Settings of the analysis.
         versions (`dict[str, str]`):
@@ -90,8 +88,8 @@ class InterferenceReport:
         later_residual (`dict[str, float]`, *optional*):
             For each later domain, the part of its damage that its attribution misses.
         subspace (`dict`, *optional*):
-            The conflict subspace: `"update"` and `"random"` (a random update of equal norm in every tensor), each with
-            the figures of `conflict_subspace`, `"references"` and `"seed"`. `None` if it was not asked for.
+            The conflict subspace, if it was asked for: `"update"` and `"random"` (a random update of equal norm in
+            every tensor), each with the figures of `conflict_subspace`, `"references"` and `"seed"`.
         directions (`numpy.ndarray` of shape `(found, num_routes)`, *optional*):
             Eigenvectors of `subspace["update"]` on route space, in the order of its eigenvalues.
         updates (`dict[str, dict]`, *optional*):
@@ -101,16 +99,15 @@ class InterferenceReport:
             Share of the parameters that would not differ if both checkpoints were stored in bfloat16: the control of
             every sparsity.
         overlaps (`dict[str, Any]`):
-            Jaccard indices of top routes, the figures of [`overlaps`]: `"changed"`, by the edit of the earlier
-            domain's own training and the update (with a base), and `"active"`, by activity on two domains, as
-            `{first: {second: ...}}`.
+            Figures of [`overlaps`]: `"changed"`, by the edit of the earlier domain's own training and the update (with
+            a base), and `"active"`, by activity on two domains, as `{first: {second: ...}}`.
         route_counts (`dict[str, list[int]]`):
             Number of routes of each kind in each layer. Routes are numbered by kind, then by layer.
         computed_in (`str`, *optional*):
             Data type that losses and gradients were computed in; their sums are in float32 or more.
         switching (`float`, *optional*):
-            Damage by tokens that change experts. In a model with routers all other terms are those of the loss with
-            the experts that `before` chooses; `None` in one without.
+            In a model with routers, damage by tokens that change experts; all other terms are those of the loss with
+            the experts that `before` chooses.
         switched (`int`, *optional*):
             Number of completion tokens of the earlier domain that change experts.
         digests (`dict[str, str]`, *optional*):
@@ -192,9 +189,8 @@ class InterferenceReport:
 
     def __repr__(self) -> str:
         routes = "" if self.damage == 0 else f", {self.attributed / self.damage:.0%} of it through routes"
-        outside = f"; {sum(self.outside_weights.values()):.0%} of the weights outside routes" * bool(
-            self.outside_weights
-        )
+        share = sum(self.outside_weights.values())
+        outside = f"; {share:.0%} of the weights outside routes" if self.outside_weights else ""
         return (
             f"InterferenceReport({', '.join(self.later)} on {self.earlier}: damage {self.damage:+.4f} nats per token"
             f"{routes}{outside}; computed in {self.computed_in or 'an unknown type'})"
@@ -204,12 +200,8 @@ class InterferenceReport:
         """One row for each route, with its kind, layer, position in the layer, and every measure."""
         import pandas as pd
 
-        places = [
-            (kind, layer, position)
-            for kind, counts in self.route_counts.items()
-            for layer, count in enumerate(counts)
-            for position in range(count)
-        ]
+        rows = [(kind, *place) for kind, counts in self.route_counts.items() for place in enumerate(counts)]
+        places = [(kind, layer, position) for kind, layer, count in rows for position in range(count)]
         return pd.DataFrame(places, columns=["kind", "layer", "position"]).assign(**self.routes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -217,7 +209,7 @@ class InterferenceReport:
         content = asdict(replace(self, routes={}, directions=None))
         del content["routes"], content["directions"]
         derived = {"residual": self.residual, "concentration": self.concentration}
-        return _exchanged({"schema_version": SCHEMA_VERSION, **content, **derived}, math.nan, None)
+        return _exchanged({"schema_version": SCHEMA_VERSION, **content, **derived}, None)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
@@ -248,8 +240,7 @@ class InterferenceReport:
         revision: str | None = None,
     ) -> str:
         """
-        Push the report under `interference/` of a model repository. [`~trl_interfere.hub.push.push_folder`] adds a
-        card and figures.
+        Push the report under `interference/` of a model repository.
 
         Args:
             repo_id (`str`):
@@ -296,9 +287,8 @@ class InterferenceReport:
         Raises:
             `ValueError`: If there is no report, or one of another schema version.
         """
-        repo_id = None
-        if not Path(folder).is_dir():
-            repo_id = split_revision(folder)[0]
+        repo_id = None if Path(folder).is_dir() else split_revision(folder)[0]
+        if repo_id is not None:
             try:
                 folder = local_folder(folder, files=(f"{subfolder}/*",)) / subfolder
             except ValueError as error:
@@ -311,8 +301,8 @@ class InterferenceReport:
         for name in ("schema_version", "residual", "concentration", "claims"):
             content.pop(name, None)
         known = {entry.name: entry for entry in fields(cls) if entry.name not in ("routes", "directions")}
-        needed = [name for name, entry in known.items() if entry.default is entry.default_factory is MISSING]
-        missing, unknown = [name for name in needed if name not in content], sorted(content.keys() - known.keys())
+        needed = {name for name, entry in known.items() if entry.default is entry.default_factory is MISSING}
+        missing, unknown = sorted(needed - content.keys()), sorted(content.keys() - known.keys())
         if missing or unknown:
             raise ValueError(
                 f"{folder / REPORT_NAME}: expected all fields of a report and no others, found {missing} missing and "
@@ -324,10 +314,9 @@ class InterferenceReport:
                 json.dumps(value, allow_nan=False)
                 type_validator(name, value, hints[name])
             except (TypeError, ValueError) as error:
-                found = f"expected {hints[name]} of finite numbers, found {value!r:.80}"
-                raise ValueError(f"{folder / REPORT_NAME}: {name}: {found} ({error})") from error
+                raise ValueError(f"{folder / REPORT_NAME}: {name}: expected {hints[name]} ({error})") from error
         # The share of routes in common is undefined where neither of two updates touches any.
-        content["overlaps"] = _exchanged(content.get("overlaps", {}), None, math.nan)
+        content["overlaps"] = _exchanged(content.get("overlaps", {}), math.nan)
         if repo_id is not None:
             content |= {key: published_checkpoint(content[key], repo_id) for key in ("before", "after", "base")}
         routes = _read_arrays(folder / ROUTES_NAME)
@@ -340,14 +329,13 @@ def top_share(damage: np.ndarray, share: float) -> float:
     return float(top.sum() / damage.sum())
 
 
-def _exchanged(value: Any, undefined: float | None, other: float | None) -> Any:
+def _exchanged(value: Any, other: float | None) -> Any:
     """A value of JSON with `other` in the place of what is undefined, `None` or NaN."""
     if isinstance(value, dict):
-        return {key: _exchanged(part, undefined, other) for key, part in value.items()}
+        return {key: _exchanged(part, other) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_exchanged(part, undefined, other) for part in value]
-    same = value is None if undefined is None else isinstance(value, float) and math.isnan(value)
-    return other if same else value
+        return [_exchanged(part, other) for part in value]
+    return other if value is None or (isinstance(value, float) and math.isnan(value)) else value
 
 
 def _read_arrays(file: Path) -> dict[str, np.ndarray]:

@@ -23,10 +23,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 @dataclass(frozen=True, eq=False)
 class Cut:
     """
-    How routes share a tensor: in blocks along one axis, or along an axis of experts and another.
-
-    `owners` holds the route of each block, with one axis for each of `axes`; a fused tensor has more than one block of
-    a route. `writes` says whether the routes write to the residual stream through the tensor.
+    How routes share a tensor: in blocks along one axis, or along an axis of experts and another. `owners` holds the
+    route of each block, with one axis for each of `axes`.
     """
 
     axes: tuple[int, ...]
@@ -35,16 +33,13 @@ class Cut:
 
     def block_sizes(self, name: str, tensor: torch.Tensor) -> list[int]:
         """Length of a block along each of `axes`."""
-        sizes = []
-        for axis, count in zip(self.axes, self.owners.shape, strict=True):
-            length = tensor.shape[axis] if axis < tensor.ndim else 0
-            if length == 0 or length % count:
+        shape, counts = tuple(tensor.shape), dict(zip(self.axes, self.owners.shape, strict=True))
+        for axis, count in counts.items():
+            if axis >= len(shape) or shape[axis] == 0 or shape[axis] % count:
                 raise ValueError(
-                    f"tensor {name}: expected axis {axis} to hold {count} equal blocks, "
-                    f"found shape {tuple(tensor.shape)}"
+                    f"tensor {name}: expected axis {axis} to hold {count} equal blocks, found shape {shape}"
                 )
-            sizes.append(length // count)
-        return sizes
+        return [shape[axis] // count for axis, count in counts.items()]
 
 
 class RouteMap:
@@ -53,10 +48,8 @@ class RouteMap:
 
     A route is an MLP intermediate channel (its row of gate and up, its column of down), also one of an expert, a query
     head (its rows of q, its columns of o), a key/value head (its rows of k and v) or a head of linear attention. Every
-    element of a parameter belongs to exactly one route or to none; what lies outside routes is said in
-    [`Architecture`]. Routes are numbered by kind, then by layer, then within the layer.
-
-    Names of tensors may be those of the model in memory or those in its files, where these differ.
+    element of a parameter belongs to one route or to none. Routes are numbered by kind, then by layer, then within the
+    layer. Names of tensors may be those of the model in memory or those in its files.
 
     Args:
         config ([`~transformers.PretrainedConfig`]):
@@ -65,14 +58,10 @@ class RouteMap:
             Description of the architecture. Defaults to the one of `ARCHITECTURES` for the model type.
 
     Attributes:
-        num_routes (`int`):
-            Number of routes.
-        num_layers (`int`):
-            Number of layers.
-        counts (`dict[str, tuple[int, ...]]`):
-            Number of routes of each kind in each layer.
-        experts (`tuple[int, ...]`):
-            Number of experts in each layer, 0 in one without.
+        num_routes (`int`): Number of routes.
+        num_layers (`int`): Number of layers.
+        counts (`dict[str, tuple[int, ...]]`): Number of routes of each kind in each layer.
+        experts (`tuple[int, ...]`): Number of experts in each layer, 0 in one without.
 
     Raises:
         `ValueError`: If the architecture is unknown, or its description does not fit the configuration.
@@ -84,8 +73,7 @@ class RouteMap:
         if description is None and known is None:
             raise ValueError(
                 f"no route map for model type {config.model_type!r}, expected one of {sorted(ARCHITECTURES)}; "
-                "describe it with `RouteMap(config, description=Architecture(...))`, see "
-                "`trl_interfere.analysis.architectures` and the examples in it"
+                "describe it with `RouteMap(config, description=Architecture(...))`, see docs/science/interference.md"
             )
         self.config, self.described, self.description = text, description is not None, description or known
         self.num_layers = text.num_hidden_layers
@@ -110,19 +98,7 @@ class RouteMap:
         return None if match is None else (int(match[1]), match[2])
 
     def cut(self, name: str) -> Cut | None:
-        """
-        How routes share a tensor.
-
-        Args:
-            name (`str`):
-                Name of a parameter, in the model or in its files.
-
-        Returns:
-            [`Cut`] or `None`: `None` if the tensor lies outside routes.
-
-        Raises:
-            `ValueError`: If the configuration has no such layer or expert.
-        """
+        """How routes share a tensor, or `None` if it lies outside routes."""
         place = self.place(name)
         if place is None:
             return None
@@ -162,15 +138,14 @@ class RouteMap:
         with and one to write with, a bias of one that routes read with is described as well, and every name of a
         description that was passed in has to be found.
         """
-        found, tensors = set(), self.description.tensors
-        for group, place in ((list(names), where), (list(on_disk), f"{where} on disk")):
-            if group:
-                found |= self._check_covers(group, place)
-        for name in tensors if self.described else ():
+        found = self._check_covers(names, where)
+        if on_disk:
+            found |= self._check_covers(on_disk, f"{where} on disk")
+        for name in self.description.tensors if self.described else ():
             if name not in found and (on_disk or "*" not in name) and not name.endswith(".bias"):
                 raise ValueError(f"{where}: expected the tensor {name} of the description in a layer, found none")
 
-    def _check_covers(self, names: list[str], where: str) -> set[str]:
+    def _check_covers(self, names: Iterable[str], where: str) -> set[str]:
         """Names of the description that occur."""
         found, tensors = set(), self.description.tensors
         touched = {part: np.zeros(self.num_routes, dtype=bool) for part in ("read", "write")}
@@ -195,36 +170,29 @@ class RouteMap:
 
     def modules(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """
-        Module that each tensor is counted with, e.g. `"layers.3.attention"`, `"layers.3.mlp"`, `"layers.3.norm"`,
-        `"layers.3.linear_attention"`, `"layers.3.other"`, `"embed_tokens"`, `"vision_tower"`.
-
-        In a layer it follows from the routes that own the tensor or others of the same parent; a parent without routes
-        is a norm if all its tensors are vectors, else it is called other. Outside layers it is the first part of the
-        name.
+        Module that each tensor is counted with: the first part of its name, or in a layer `"layers.3.attention"`,
+        `"layers.3.linear_attention"` or `"layers.3.mlp"` by the routes of the tensors of the same parent, and without
+        any `"layers.3.norm"`, if all these tensors are vectors, or `"layers.3.other"`.
         """
-        owner, vectors, modules = {}, {}, {}
-        for name, slices in self.description.tensors.items():
-            labels = {"linear": "linear_attention", "mlp": "mlp", "shared": "mlp"}
-            owner[name.split(".")[0]] = labels.get(slices.kinds[0], "attention")
-        places = {name: self.place(name) for name in shapes}
-        parents = {name: (place[0], place[1].split(".")[0]) for name, place in places.items() if place is not None}
-        for name, parent in parents.items():
-            vector = "." in places[name][1] and len(shapes[name]) < 2
-            vectors[parent] = vectors.get(parent, True) and vector
-        for name in shapes:
-            if name not in parents:
-                modules[name] = _PARENTS.sub("", name).split(".")[0]
-            else:
-                layer, part = parents[name]
-                label = owner.get(part) or ("norm" if vectors[layer, part] else "other")
-                modules[name] = f"layers.{layer}.{label}"
+        labels = {"linear": "linear_attention", "mlp": "mlp", "shared": "mlp"}
+        owner = {
+            name.split(".")[0]: labels.get(slices.kinds[0], "attention")
+            for name, slices in self.description.tensors.items()
+        }
+        modules, matrices = {}, set()
+        for name, shape in shapes.items():
+            place = self.place(name)
+            layer, path = (None, _PARENTS.sub("", name)) if place is None else place
+            modules[name] = layer, path.split(".")[0]
+            if "." not in path or len(shape) > 1:
+                matrices.add(modules[name])
+        for name, (layer, part) in modules.items():
+            label = owner.get(part) or ("other" if (layer, part) in matrices else "norm")
+            modules[name] = part if layer is None else f"layers.{layer}.{label}"
         return modules
 
     def outside(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
-        """
-        Share of all elements that no route owns, by the part of a layer or of the model that holds them, the largest
-        first, e.g. `{"mamba": 0.31, "embed_tokens": 0.1, "input_layernorm": 0.001}`.
-        """
+        """Share of all elements that no route owns, by the part of a layer or of the model, the largest first."""
         sizes, parts = {name: math.prod(shape) for name, shape in shapes.items()}, Counter()
         for name, size in sizes.items():
             if self.cut(name) is None:
@@ -233,16 +201,7 @@ class RouteMap:
         return {part: size / sum(sizes.values()) for part, size in parts.most_common()}
 
     def sum_by_route(self, tensors: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, float]:
-        """
-        Sum the elements of tensors over the slices of each route.
-
-        Args:
-            tensors (`Mapping[str, torch.Tensor]`):
-                Tensors with the names and shapes of the parameters.
-
-        Returns:
-            `tuple`: Sums of shape `(num_routes,)` in float64, and the sum of all elements outside routes.
-        """
+        """Sums in float64 of the elements of tensors over the slices of each route, and over all outside routes."""
         sums, outside = np.zeros(self.num_routes), 0.0
         for name, tensor in tensors.items():
             cut = self.cut(name)
@@ -256,20 +215,7 @@ class RouteMap:
         return sums, outside
 
     def spread(self, name: str, values: np.ndarray, tensor: torch.Tensor) -> torch.Tensor | None:
-        """
-        Give each element of a tensor the value of its route.
-
-        Args:
-            name (`str`):
-                Name of the parameter.
-            values (`numpy.ndarray` of shape `(num_routes,)`):
-                One value per route.
-            tensor (`torch.Tensor`):
-                The parameter; it supplies shape, dtype and device.
-
-        Returns:
-            `torch.Tensor` or `None`: A tensor that broadcasts to the shape of the parameter; `None` outside routes.
-        """
+        """The value of its route for each element of a tensor, in a shape that broadcasts; `None` outside routes."""
         cut = self.cut(name)
         if cut is None:
             return None
@@ -279,7 +225,7 @@ class RouteMap:
         return blocks.reshape([tensor.shape[axis] if axis in cut.axes else 1 for axis in range(tensor.ndim)])
 
     def scope(self, name: str) -> np.ndarray:
-        """Mask of shape `(num_routes,)` of the routes of a scope: `"mlp"`, `"attention"` or `"joint"`."""
+        """Mask of the routes of a scope: `"mlp"`, `"attention"` or `"joint"`."""
         if name not in SCOPES:
             raise ValueError(f"scope: expected one of {sorted(SCOPES)}, found {name!r}")
         mask = np.zeros(self.num_routes, dtype=bool)
@@ -292,17 +238,13 @@ class RouteMap:
         return slice(int(self._starts[kind][0]), int(self._starts[kind][-1]))
 
     def of_layer(self, kind: str, layer: int) -> np.ndarray:
-        """Mask of shape `(num_routes,)` of the routes of a kind in one layer."""
+        """Mask of the routes of a kind in one layer."""
         mask = np.zeros(self.num_routes, dtype=bool)
         mask[slice(*self._starts[kind][layer : layer + 2])] = True
         return mask
 
     def locate(self, route: int) -> tuple[str, int, int]:
-        """
-        Kind, layer and position of a route in its layer.
-
-        In a layer of experts the channels of the first expert come first, then those of the second, and so on.
-        """
+        """Kind, layer and position of a route in its layer, where the channels of an expert stand together."""
         kind = next(kind for kind in KINDS if route < self._starts[kind][-1])
         layer = int(np.searchsorted(self._starts[kind], route, side="right")) - 1
         return kind, layer, int(route - self._starts[kind][layer])
@@ -315,9 +257,7 @@ class RouteMap:
 
 
 def _setting(config: PretrainedConfig, setting: Count | None, layer: int) -> int | None:
-    if setting is None or callable(setting):
-        return setting and setting(config, layer)
-    return getattr(config, setting, None)
+    return setting(config, layer) if callable(setting) else getattr(config, setting or "", None)
 
 
 def _count(config: PretrainedConfig, description: Architecture, kind: str, layer: int) -> int:

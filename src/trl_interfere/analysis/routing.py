@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
-from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -20,11 +19,10 @@ class HeldRouting:
     """
     The experts that the routers of a model choose, recorded batch by batch and put in place of later choices.
 
-    A router takes the top k of its scores, so that the loss jumps where two scores cross: neither a central difference
-    nor a quadrature holds across a jump. With the choice held, the scores of the chosen experts still follow the
-    weights, and the derivatives at the recorded point are the exact ones. Routers are found by the calls of
-    `torch.topk` in a forward pass of `batch`, or of a maximum without gradient, which with a threshold is the choice
-    of Phi-MoE; a model that makes none has no routers.
+    A router takes the top k of its scores, so that the loss jumps where two scores cross. With the choice held, the
+    weights of the chosen experts still follow the scores, and derivatives at the recorded point are the exact ones.
+    Routers are the innermost modules that call `torch.topk` in a forward pass, or a maximum without gradient, which
+    with a threshold is the choice of Phi-MoE.
     """
 
     def __init__(self, model: PreTrainedModel, batch: dict[str, torch.Tensor]):
@@ -64,46 +62,43 @@ class HeldRouting:
     def _patched(self, choose: Callable) -> Iterator[None]:
         """Context in which `choose` stands for every choice within the routers."""
 
+        modes: list[_Choices] = []
+
         def observe(model, args, kwargs) -> None:
             self._batch = _key(kwargs["input_ids"])
 
-        def run(forward, name: str, *args, **kwargs) -> Any:
-            calls = count()
+        def enter(module, args, name: str) -> None:
+            modes.append(_Choices(partial(choose, (self._batch, name), count())))
+            modes[-1].__enter__()
 
-            def instead(function, *given, **named):
-                return choose(function, (self._batch, name), next(calls), *given, **named)
+        def leave(*_) -> None:
+            modes.pop().__exit__(None, None, None)
 
-            with _Choices(instead):
-                return forward(*args, **kwargs)
-
-        handle = self.model.register_forward_pre_hook(observe, with_kwargs=True)
-        modules = {name: self.model.get_submodule(name) for name in self.routers}
-        own = {name: vars(module).get("forward") for name, module in modules.items()}  # of accelerate, say
-        for name, module in modules.items():
-            module.forward = partial(run, module.forward, name)
+        handles = [self.model.register_forward_pre_hook(observe, with_kwargs=True)]
+        for name in self.routers:
+            router = self.model.get_submodule(name)
+            handles.append(router.register_forward_pre_hook(partial(enter, name=name)))
+            handles.append(router.register_forward_hook(leave, always_call=True))
         try:
             yield
         finally:
-            handle.remove()
-            for name, module in modules.items():
-                del module.forward
-                if own[name] is not None:
-                    module.forward = own[name]
+            for handle in handles:
+                handle.remove()
 
-    def _record(self, function, key: tuple[int, str], call: int, *args, **kwargs):
+    def _record(self, key: tuple[int, str], calls: Iterator[int], function, *args, **kwargs):
         found = function(*args, **kwargs)
         chosen = found if isinstance(found, torch.Tensor) else found.indices.to(torch.int16)
-        self._recorded.setdefault(key, [])[call:] = [chosen]
+        self._recorded.setdefault(key, [])[next(calls) :] = [chosen]
         return found
 
-    def _replay(self, function, key: tuple[int, str], call: int, input, k=None, dim: int = -1, **kwargs):
-        chosen = self._recorded[key][call]
+    def _replay(self, key: tuple[int, str], calls: Iterator[int], function, input, k=None, dim: int = -1, **kwargs):
+        chosen = self._recorded[key][next(calls)]
         if chosen.dtype == torch.bool:
             return chosen
         return torch.return_types.topk((input.gather(dim, chosen.long()), chosen.long()))
 
-    def _compare(self, function, key: tuple[int, str], call: int, *args, **kwargs):
-        found, recorded = function(*args, **kwargs), self._recorded[key][call]
+    def _compare(self, key: tuple[int, str], calls: Iterator[int], function, *args, **kwargs):
+        found, recorded = function(*args, **kwargs), self._recorded[key][next(calls)]
         if recorded.dtype == torch.bool:
             differ = found != recorded
         else:
@@ -115,10 +110,7 @@ class HeldRouting:
 
 
 class _Choices(TorchFunctionMode):
-    """
-    Context in which another function stands for `torch.topk`, a maximum that keeps its axis, and `>`, and gets the
-    function that was called as its first argument.
-    """
+    """Context in which another function gets every `torch.topk`, `>`, or maximum that keeps its axis."""
 
     def __init__(self, instead: Callable):
         super().__init__()
@@ -132,7 +124,6 @@ class _Choices(TorchFunctionMode):
 
 
 def _find_routers(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> list[str]:
-    """Innermost modules that call `torch.topk`, or a maximum without gradient, in a forward pass of one sequence."""
     stack: list[str] = []
     found: dict[str, None] = {}
 
@@ -146,7 +137,7 @@ def _find_routers(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> lis
 
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda module, args, name=name: stack.append(name)))
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
         handles.append(module.register_forward_hook(leave))
     try:
         with _Choices(note), torch.enable_grad():

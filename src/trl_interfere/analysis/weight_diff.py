@@ -27,8 +27,8 @@ class UpdateStatistics:
     """
     What changed from one checkpoint to the next.
 
-    The figures of sparsity depend on the storage data type: between two bfloat16 checkpoints a change of less than
-    1e-7 is nearly always none at all ([arXiv 2511.08567](https://huggingface.co/papers/2511.08567)).
+    Sparsity depends on the storage data type: between two bfloat16 checkpoints a change of less than 1e-7 is nearly
+    always none at all ([arXiv 2511.08567](https://huggingface.co/papers/2511.08567)).
 
     Args:
         before (`str`):
@@ -54,11 +54,10 @@ class UpdateStatistics:
 
     def to_dict(self) -> dict[str, Any]:
         """
-        Every figure but those of single routes, as it stands in a report: shares of the `whole` model, `by_kind` of
-        tensor, e.g. `"mlp.down_proj.weight"`, and `by_layer`, `"0"` and up, and `"outside"` for what lies in none.
+        Every figure but those of single routes: shares of the `whole` model, `by_kind` of tensor, e.g.
+        `"mlp.down_proj.weight"`, and `by_layer`, `"0"` and up, and `"outside"` for what lies in none.
         """
-        places = [_place(name) for name in self.tensors.index]
-        layers, kinds = ([place[part] for place in places] for part in (0, 1))
+        layers, kinds = map(list, zip(*map(_place, self.tensors.index), strict=True))
         by_layer = {name: _shares(part) for name, part in self.tensors.groupby(layers, sort=False)}
         return {
             "before": self.before,
@@ -78,10 +77,9 @@ def update_statistics(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[UpdateStatistics]:
     """
-    Compare checkpoints as streams, a few rows of each at a time.
+    Compare checkpoints as streams, a few rows of each at a time. Memory does not grow with the checkpoints.
 
-    Differences are computed in float32 (float64 where a checkpoint stores it), and their squares are summed in
-    float64. Memory does not grow with the checkpoints.
+    Differences are computed in float32 (float64 where a checkpoint stores it), and their squares summed in float64.
 
     Args:
         checkpoints (`list[Checkpoint]`):
@@ -96,38 +94,22 @@ def update_statistics(
 
     Raises:
         `ValueError`: If the checkpoints do not hold the same tensors, hold NaN or infinity, or are identical.
-
-    Example:
-
-    ```python
-    >>> from trl_interfere.checkpoint import Checkpoint
-    >>> from trl_interfere.analysis.weight_diff import update_statistics
-
-    >>> checkpoints = [Checkpoint("out/stages/1-math"), Checkpoint("out/stages/2-qa")]
-    >>> (update,) = update_statistics(checkpoints)
-    >>> update.to_dict()["whole"], update.tensors.loc["model.embed_tokens.weight"]
-    ```
     """
     if len(checkpoints) not in (2, 3):
         raise ValueError(f"checkpoints: expected two or three, found {len(checkpoints)}")
-    before = checkpoints[-2]
-    names = check_comparable(before, checkpoints[-1])
-    for checkpoint in checkpoints[:-2]:
-        check_comparable(before, checkpoint)
-    total, done = sum(checkpoint[name].nbytes for checkpoint in checkpoints for name in names), 0
+    for checkpoint in checkpoints:
+        names = check_comparable(checkpoints[-2], checkpoint)
+    sizes = [sum(checkpoint[name].nbytes for checkpoint in checkpoints) for name in names]
     pairs, routes = list(itertools.pairwise(checkpoints)), 0 if route_map is None else route_map.num_routes
-    rows: list[list[tuple]] = [[] for _ in pairs]
+    rows: list[list[tuple]] = []
     squares = torch.zeros(len(pairs), routes + 1, dtype=torch.float64)  # of each route, and outside
-    for name in names:
-        for found, row in zip(rows, _compare(checkpoints, name, route_map, squares), strict=True):
-            found.append(row)
-        done += sum(checkpoint[name].nbytes for checkpoint in checkpoints)
-        progress(done, total)
+    for name, done in zip(names, itertools.accumulate(sizes), strict=True):
+        rows.append(_compare(checkpoints, name, route_map, squares))
+        progress(done, sum(sizes))
     statistics = []
-    for pair, (first, second) in enumerate(pairs):
-        sizes = squares[pair].sqrt().numpy()
-        edits = (None, None) if route_map is None else (sizes[:-1], float(sizes[-1]))
-        tensors = pd.DataFrame(rows[pair], names, ["dtype", "elements", *_COUNTS, "squared_norm"])
+    for (first, second), found, total in zip(pairs, zip(*rows, strict=True), squares.sqrt().numpy(), strict=True):
+        edits = (None, None) if route_map is None else (total[:-1], float(total[-1]))
+        tensors = pd.DataFrame(found, names, ["dtype", "elements", *_COUNTS, "squared_norm"])
         if (tensors["identical"] == tensors["elements"]).all():
             raise ValueError(
                 f"{second.name}: expected an update from {first.name}, found identical checkpoints: "
@@ -141,9 +123,8 @@ def stage_edits(
     checkpoints: Sequence[Checkpoint], domains: Sequence[str], route_map: RouteMap
 ) -> dict[str, dict[str, Any]]:
     """
-    What each stage of a run changed: `updates` by domain, and under `changed` how far the tenths of the routes that
-    two stages changed most are the same, as `{first: {second: {kind: figures}}}`. The checkpoints are the base, and
-    the one at the end of each stage.
+    What each stage of a run changed, from the base on: `updates` by domain, and under `changed` the overlap of the
+    routes that two stages changed most, as `{first: {second: {kind: figures}}}`.
     """
     pairs = zip(domains, itertools.pairwise(checkpoints), strict=True)
     updates = {domain: update_statistics(pair, route_map)[0] for domain, pair in pairs}
@@ -153,21 +134,10 @@ def stage_edits(
     }
 
 
-def figures_of_files(checkpoints: Sequence[Checkpoint]) -> tuple[dict[str, dict], dict[str, str]]:
-    """What a report holds of before and after, or of base, before and after: the updates, and digests of the files."""
-    found, places = update_statistics(checkpoints), ("base", "before", "after")[-len(checkpoints) :]
-    updates = zip(("earlier", "update")[-len(found) :], found, strict=True)
-    digests = {place: checkpoint.digest() for place, checkpoint in zip(places, checkpoints, strict=True)}
-    return {name: entry.to_dict() for name, entry in updates}, digests
-
-
 def identical_when_stored(
     before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> float:
-    """
-    Share of the parameters that would be the same if both checkpoints were stored in another data type: the control of
-    every sparsity, what rounding alone would hide of this update.
-    """
+    """Share of the parameters that rounding to a data type would make the same: the control of every sparsity."""
     same = sum(int((before[name].to(dtype) == after[name].to(before[name].device, dtype)).sum()) for name in before)
     return same / sum(before[name].numel() for name in before)
 
@@ -177,8 +147,9 @@ def _compare(
 ) -> list[tuple]:
     """Rows of one tensor in two or three checkpoints; `squares` gets its sums by route and, last, of those outside."""
     stored = [checkpoint[name] for checkpoint in checkpoints]
-    factors = [checkpoint.factors(name) for checkpoint in checkpoints]
     dtype = torch.float64 if any(entry.dtype == "float64" for entry in stored) else torch.float32
+    factors = [checkpoint.factors(name) for checkpoint in checkpoints]
+    factors = [pair and [torch.from_numpy(part).to(dtype) for part in pair] for pair in factors]
     width = max(getattr(torch, entry.dtype).itemsize for entry in stored)
     owner = None
     if route_map is not None:
@@ -187,7 +158,7 @@ def _compare(
     counts, norms = np.zeros((len(stored) - 1, 3), dtype=np.int64), np.zeros(len(stored) - 1)
     for together in zip(*(entry.parts(width) for entry in stored), strict=True):
         index, read = together[0][0], [part for _, part in together]
-        added = [None if pair is None else _product(*pair, index, dtype) for pair in factors]
+        added = [pair and pair[0][index[0]] @ pair[1] for pair in factors]
         for pair, (before, after) in enumerate(itertools.pairwise(read)):
             start = before.to(dtype)
             delta = after.to(dtype) - start
@@ -213,10 +184,6 @@ def _compare(
         label += "" if factors[pair] is factors[pair + 1] is None else " + adapter"
         rows.append((label, math.prod(stored[0].shape), *counts[pair], norms[pair]))
     return rows
-
-
-def _product(left: np.ndarray, right: np.ndarray, index: Index, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(left).to(dtype)[index[0]] @ torch.from_numpy(right).to(dtype)
 
 
 def _add_squares(sums: torch.Tensor, owner: torch.Tensor | None, index: Index, delta: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ from transformers import PrinterCallback
 
 from ..analysis.analyzer import InterferenceAnalyzer
 from ..analysis.config import InterferenceConfig
-from ..analysis.contraction import contraction
+from ..analysis.conflict_subspace import contraction
 from ..analysis.report import InterferenceReport
 from ..analysis.routes import RouteMap
 from ..analysis.weight_diff import stage_edits
