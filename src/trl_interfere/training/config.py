@@ -87,20 +87,10 @@ class SequentialGRPOConfig(GRPOConfig):
 
     def stage_settings(self, overrides: dict[str, Any], where: str = "stage_overrides") -> dict[str, Any]:
         """
-        Values that this configuration takes in a stage, with those that follow from them.
+        Settings of a stage by name, with those that follow from them; `where` they stand is for messages.
 
-        Args:
-            overrides (`dict`):
-                Settings of the stage, names of `STAGE_OPTIONS`.
-            where (`str`, *optional*, defaults to `"stage_overrides"`):
-                Where the settings stand, for the message.
-
-        Returns:
-            `dict`: The settings by name; `steps_per_generation` follows `gradient_accumulation_steps` where it does so
-            in the whole configuration, and `generation_batch_size` follows from the batch settings.
-
-        Raises:
-            `ValueError`: If a value has the wrong type, or the batch settings do not fit together.
+        `steps_per_generation` follows `gradient_accumulation_steps` where it does so in the whole configuration, and
+        `generation_batch_size` the batch settings.
         """
         if isinstance(overrides.get("scale_rewards"), bool):  # what GRPOConfig makes of it
             overrides = {**overrides, "scale_rewards": "group" if overrides["scale_rewards"] else "none"}
@@ -133,8 +123,7 @@ class SequentialGRPOConfig(GRPOConfig):
             size = get("per_device_eval_batch_size") * self.world_size
             if size % generations:
                 raise ValueError(
-                    f"{where}: expected an evaluation batch ({size}) that is divisible by its number of generations "
-                    f"({generations})"
+                    f"{where}: expected an evaluation batch ({size}) divisible by {generations} generations"
                 )
         return settings
 
@@ -143,29 +132,22 @@ _BATCH_OPTIONS = (
     "gradient_accumulation_steps", "num_generations", "per_device_train_batch_size", "steps_per_generation",
 )  # fmt: skip
 # The least and the most that a number may be, and whether it must be whole. transformers and TRL take any.
-_AT_LEAST_1 = (1, 2**31, True)
 RANGES = {
-    "beta": (0.0, math.inf, False),
-    "eval_steps": (0.0, math.inf, False),
-    "gradient_accumulation_steps": _AT_LEAST_1,
-    "learning_rate": (0.0, math.inf, False),
-    "logging_steps": (0.0, math.inf, False),
-    "max_completion_length": _AT_LEAST_1,
-    "max_grad_norm": (0.0, math.inf, False),
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "max_completion_length", "num_iterations", "per_device_eval_batch_size")
+        + ("per_device_train_batch_size", "score_batch_size", "score_max_new_tokens", "score_samples"),
+        (1, 2**31, True),
+    ),
+    **dict.fromkeys(
+        ("beta", "eval_steps", "learning_rate", "logging_steps", "max_grad_norm", "save_steps", "weight_decay"),
+        (0.0, math.inf, False),
+    ),
     "max_steps": (-1, 2**31, True),
     "num_generations": (2, 2**31, True),
-    "num_iterations": _AT_LEAST_1,
     "num_train_epochs": (0.0, 1e6, False),
-    "per_device_eval_batch_size": _AT_LEAST_1,
-    "per_device_train_batch_size": _AT_LEAST_1,
-    "save_steps": (0.0, math.inf, False),
-    "score_batch_size": _AT_LEAST_1,
-    "score_max_new_tokens": _AT_LEAST_1,
-    "score_samples": _AT_LEAST_1,
     "score_temperature": (0.0, 1e6, False),
     "seed": (0, 2**32 - 1, True),
     "temperature": (1e-6, 1e6, False),
-    "weight_decay": (0.0, math.inf, False),
 }
 _MAY_BE_NONE = ("eval_steps", "max_completion_length", "score_max_new_tokens")
 
