@@ -1,7 +1,9 @@
 """Runs of seconds on the lab's model, for the tests of the trainer."""
 
+import json
 import os
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -31,6 +33,11 @@ SETTINGS = {
     "save_steps": 1,
     "seed": 7,
 }
+
+
+def slow_but(names, *quick):
+    """The names, of which `make test` runs the quick ones."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def text_reward(completions, **kwargs):
@@ -72,6 +79,21 @@ def writing_domain(**settings) -> Domain:
             **settings,
         }
     )
+
+
+def scripted_domains(folder, script) -> list[Domain]:
+    """Domains with the scores of a script, by the number of stages that have finished, whatever the weights say."""
+
+    def scripted(shares):
+        def metric(prompts, **kwargs):
+            finished = len(json.loads((folder / "stages.json").read_text())["stages"])
+            share = shares[min(finished, len(shares) - 1)]
+            return [float(index < share * len(prompts)) for index, _ in enumerate(prompts)]
+
+        return metric
+
+    makers = {"math": math_domain, "writing": writing_domain}
+    return [makers[name](metric=scripted(shares)) for name, shares in script.items()]
 
 
 def build(folder, domains=None, callbacks=None, peft_config=None, **settings) -> SequentialGRPOTrainer:

@@ -26,22 +26,17 @@ def check_run(domains: list[Domain], args: SequentialGRPOConfig, extras: dict[st
     if len(by_name) != len(domains):
         raise ValueError(f"domains: expected unique names, found {[domain.name for domain in domains]}")
     trainable = [name for name, domain in by_name.items() if domain.train_dataset is not None]
-    for name in args.order or []:
-        if name in by_name and name not in trainable:
-            raise ValueError(f"order: domain {name!r} has no train_dataset")
     schedule = build_schedule(trainable, args.order, args.stage_overrides)
     for stage in schedule:
         settings = ChainMap(args.stage_settings(stage.overrides, f"stage_overrides[{stage.domain!r}]"), vars(args))
         domain = by_name[stage.domain]
-        evaluated = settings["eval_strategy"] != "no"
-        if (evaluated or args.eval_on_start) and domain.eval_dataset is None:
-            option = "eval_strategy" if evaluated else "eval_on_start"
-            raise ValueError(f"{option}: expected an eval_dataset of domain {domain.name!r}, found none")
+        if (settings["eval_strategy"] != "no" or args.eval_on_start) and domain.eval_dataset is None:
+            raise ValueError(f"eval_strategy, eval_on_start: expected an eval_dataset of domain {domain.name!r}")
         prompts = settings["generation_batch_size"] // settings["num_generations"]
         if isinstance(domain.train_dataset, Dataset) and len(domain.train_dataset) < prompts:
             raise ValueError(
-                f"domain {domain.name!r}, train_dataset: expected at least {prompts} prompts, the number in one "
-                f"generation batch, found {len(domain.train_dataset)}"
+                f"domain {domain.name!r}, train_dataset: expected at least {prompts} prompts, those of one generation "
+                f"batch, found {len(domain.train_dataset)}"
             )
     for domain in domains:
         sets = [domain.train_dataset, domain.eval_dataset]
@@ -51,8 +46,7 @@ def check_run(domains: list[Domain], args: SequentialGRPOConfig, extras: dict[st
     check_turns(domains, schedule, extras or {})
     if args.kl_reference == "stage" and args.adapter_per_stage:
         raise ValueError(
-            "kl_reference: 'stage' is not supported with adapter_per_stage, TRL measures from a single adapter or "
-            "from none"
+            "kl_reference: 'stage' is not supported with adapter_per_stage: TRL takes one adapter or none"
         )
     if args.use_vllm and not is_vllm_available():
         raise ImportError("use_vllm: expected vLLM, which is not installed: pip install 'trl-interfere[vllm]'")
@@ -69,8 +63,8 @@ def check_turns(domains: list[Domain], schedule: list[Stage], kwargs: dict[str, 
         if domain.eval_dataset is not None and domain.metric is None:
             if turns:
                 raise ValueError(
-                    f"domain {domain.name!r}: expected a `metric`, since {turns[0]} is used in training and not in "
-                    "scoring, where a prompt gets one completion; or leave out its eval_dataset"
+                    f"domain {domain.name!r}: expected a `metric` or no eval_dataset, since {turns[0]} is used in "
+                    "training and not in scoring"
                 )
             if any(not callable(reward) or isinstance(reward, torch.nn.Module) for reward in domain.reward_funcs):
                 raise ValueError(
@@ -99,6 +93,5 @@ def check_template(domains: list[Domain], tokenizer: Any) -> None:
             dataset = getattr(domain, field)
             if isinstance(dataset, Dataset) and is_conversational({"prompt": dataset[0].get("prompt", "")}):
                 raise ValueError(
-                    f"domain {domain.name!r}, {field}: expected plain prompts or a `processing_class` with a chat "
-                    "template, found conversations"
+                    f"domain {domain.name!r}, {field}: expected plain prompts or a chat template, found conversations"
                 )

@@ -73,15 +73,10 @@ class SequentialGRPOConfig(GRPOConfig):
         if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
             raise ValueError(
                 f"hub_strategy: expected 'end' or 'every_save', found {str(self.hub_strategy.value)!r}: whole "
-                "checkpoints hold the state of the optimizer as a pickle, which is not published"
+                "checkpoints hold a pickle, which is not published"
             )
-        if self.push_to_hub and self.hub_revision is not None:
-            raise ValueError("hub_revision: expected none, since each stage has a revision of its own")
         if self.accelerator_config.dispatch_batches:
-            raise ValueError(
-                "accelerator_config: dispatch_batches=True is not supported, prompts are no tensors that one process "
-                "could hand to the others"
-            )
+            raise ValueError("accelerator_config: dispatch_batches=True is not supported, prompts are no tensors")
         if self.kl_reference not in ("base", "stage"):
             raise ValueError(f"kl_reference: expected 'base' or 'stage', found {self.kl_reference!r}")
 
@@ -178,23 +173,13 @@ STAGE_OPTIONS = (
 REFUSED_OPTIONS = {
     "bf16_full_eval": (False, "it would convert the weights that the next stage goes on from"),
     "data_seed": (None, "GRPO draws its prompts by `seed`"),
-    "enable_jit_checkpoint": (
-        False,
-        "a stage that it ends on SIGTERM would count as finished, and it watches the first stage only; set save_steps "
-        "instead",
-    ),
+    "enable_jit_checkpoint": (False, "a stage that it ends would count as finished; set save_steps instead"),
     "fp16_full_eval": (False, "it would convert the weights that the next stage goes on from"),
     "ignore_data_skip": (False, "a resumed run would see other prompts than an uninterrupted one"),
     "include_for_metrics": ([], "GRPO has no compute_metrics to hand them to"),
     "label_smoothing_factor": (0.0, "the loss of GRPO has no labels"),
-    "log_completions_hub_repo": (
-        None,
-        "completions are kept in a folder for each stage, which TRL's upload does not see; upload them afterwards",
-    ),
-    "sync_ref_model": (
-        False,
-        "the reference that it moves is not part of a checkpoint, so that a resumed run would differ; use "
-        "kl_reference='stage' to move the reference between stages",
-    ),
+    "hub_revision": (None, "each stage has a revision of its own"),
+    "log_completions_hub_repo": (None, "completions are kept in a folder for each stage, which TRL's upload misses"),
+    "sync_ref_model": (False, "its reference is not part of a checkpoint; use kl_reference='stage' to move it"),
     "train_sampling_strategy": ("random", "GRPO has a sampler of its own, see shuffle_dataset"),
 }

@@ -42,10 +42,7 @@ def run_identity(trainer: "SequentialGRPOTrainer") -> dict[str, Any]:
     names = {field.name for field in fields(trainer.args)} - HARMLESS_OPTIONS
     config = {name: value for name, value in trainer.args.to_dict().items() if name in names}
     if is_peft_model(trainer.model):
-        adapters = {name: config.to_dict() for name, config in trainer.model.peft_config.items()}
-        config["peft"] = json.loads(
-            json.dumps(adapters, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-        )
+        config["peft"] = {name: adapter.to_dict() for name, adapter in trainer.model.peft_config.items()}
     return {
         "base_model": Path(model_id).name if os.path.isdir(model_id) else model_id,
         "schedule": [stage.to_dict() for stage in trainer.schedule],
@@ -58,7 +55,7 @@ def run_identity(trainer: "SequentialGRPOTrainer") -> dict[str, Any]:
             }
             for domain in trainer.domains.values()
         },
-        "config": json.loads(json.dumps(config, default=str)),
+        "config": json.loads(json.dumps(config, default=lambda v: sorted(v) if isinstance(v, set) else str(v))),
     }
 
 
