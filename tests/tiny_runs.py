@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
 from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer, StageCallback
 from trl_interfere.lab import MODEL_FOLDER
@@ -79,6 +79,15 @@ def writing_domain(**settings) -> Domain:
             **settings,
         }
     )
+
+
+def reward_model() -> LlamaForSequenceClassification:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(LlamaConfig(vocab_size=1024, num_labels=1, pad_token_id=0, **sizes))
+    model.config._name_or_path = str(MODEL_FOLDER)
+    return model
 
 
 def scripted_domains(folder, script) -> list[Domain]:
