@@ -134,8 +134,6 @@ def test_a_run_heals_by_distillation_without_rewards(tmp_path):
 
 
 def test_teachers_that_do_not_fit(trained):
-    with pytest.raises(ValueError, match="expected one of .*1-math.*found '9-qa'"):
-        Distillation(trained, {"math": "9-qa"})
     folder = trained.run.folder / "stages" / "1-math"
     files = {name: folder / name for name in ("tokenizer.json", "config.json", "model.safetensors")}
     kept = {path: path.read_bytes() for path in files.values()}

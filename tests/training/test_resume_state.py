@@ -86,7 +86,7 @@ SETTINGS = {
 }
 QUICK = ("steps per generation", "adapter per stage", "a refresh by distillation", "the first stage")
 # A stage without a whole checkpoint is run again.
-FROM_ITS_START = ("the beginning of a stage", "models only", "best checkpoints only")
+FROM_ITS_START = ("the beginning of a stage", "models only")
 
 
 @pytest.mark.parametrize("name", slow_but(SETTINGS, *QUICK))

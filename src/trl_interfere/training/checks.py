@@ -34,10 +34,8 @@ def check_run(domains: list[Domain], args: SequentialGRPOConfig, extras: dict[st
             raise ValueError(f"eval_strategy, eval_on_start: expected an eval_dataset of domain {domain.name!r}")
         prompts = settings["generation_batch_size"] // settings["num_generations"]
         if isinstance(domain.train_dataset, Dataset) and len(domain.train_dataset) < prompts:
-            raise ValueError(
-                f"domain {domain.name!r}, train_dataset: expected at least {prompts} prompts, those of one generation "
-                f"batch, found {len(domain.train_dataset)}"
-            )
+            found = f"at least {prompts} prompts for one generation batch, found {len(domain.train_dataset)}"
+            raise ValueError(f"domain {domain.name!r}, train_dataset: expected {found}")
     for domain in domains:
         sets = [domain.train_dataset, domain.eval_dataset]
         if all(isinstance(rows, Dataset) and "prompt" in rows.column_names for rows in sets):
@@ -45,9 +43,7 @@ def check_run(domains: list[Domain], args: SequentialGRPOConfig, extras: dict[st
                 logger.warning("domain %r: eval_dataset holds the prompts that are trained on", domain.name)
     check_turns(domains, schedule, extras or {})
     if args.kl_reference == "stage" and args.adapter_per_stage:
-        raise ValueError(
-            "kl_reference: 'stage' is not supported with adapter_per_stage: TRL takes one adapter or none"
-        )
+        raise ValueError("kl_reference: 'stage' is not supported with adapter_per_stage, TRL takes one adapter")
     if args.use_vllm and not is_vllm_available():
         raise ImportError("use_vllm: expected vLLM, which is not installed: pip install 'trl-interfere[vllm]'")
     return schedule
@@ -63,13 +59,10 @@ def check_turns(domains: list[Domain], schedule: list[Stage], kwargs: dict[str, 
         if domain.eval_dataset is not None and domain.metric is None:
             if turns:
                 raise ValueError(
-                    f"domain {domain.name!r}: expected a `metric` or no eval_dataset, since {turns[0]} is used in "
-                    "training and not in scoring"
+                    f"domain {domain.name!r}: expected a `metric` or no eval_dataset, scoring has no {turns[0]}"
                 )
             if any(not callable(reward) or isinstance(reward, torch.nn.Module) for reward in domain.reward_funcs):
-                raise ValueError(
-                    f"domain {domain.name!r}: a reward model cannot score completions outside training, set `metric`"
-                )
+                raise ValueError(f"domain {domain.name!r}: a reward model cannot score it, expected a `metric`")
         if "rollout_func" not in turns:  # it may hand more to the rewards than the columns
             check_columns(domain)
 
@@ -92,6 +85,4 @@ def check_template(domains: list[Domain], tokenizer: Any) -> None:
         for field in ("train_dataset", "eval_dataset"):
             dataset = getattr(domain, field)
             if isinstance(dataset, Dataset) and is_conversational({"prompt": dataset[0].get("prompt", "")}):
-                raise ValueError(
-                    f"domain {domain.name!r}, {field}: expected plain prompts or a chat template, found conversations"
-                )
+                raise ValueError(f"domain {domain.name!r}, {field}: expected a chat template, found conversations")

@@ -72,8 +72,7 @@ class SequentialGRPOConfig(GRPOConfig):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not supported, {reason}")
         if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
             raise ValueError(
-                f"hub_strategy: expected 'end' or 'every_save', found {str(self.hub_strategy.value)!r}: whole "
-                "checkpoints hold a pickle, which is not published"
+                f"hub_strategy: expected 'end' or 'every_save', without pickles, found {self.hub_strategy.value!r}"
             )
         if self.accelerator_config.dispatch_batches:
             raise ValueError("accelerator_config: dispatch_batches=True is not supported, prompts are no tensors")
@@ -109,17 +108,15 @@ class SequentialGRPOConfig(GRPOConfig):
             size = get("per_device_train_batch_size") * self.world_size * get("steps_per_generation")
             if size % get("num_generations") or get("num_generations") < 2:
                 raise ValueError(
-                    f"{where}: expected a generation batch ({size}) divisible by num_generations, at least 2; "
-                    f"found num_generations={get('num_generations')}"
+                    f"{where}: expected a generation batch ({size}) divisible by at least 2 generations, found "
+                    f"num_generations={get('num_generations')}"
                 )
             settings["generation_batch_size"] = size
         if get("eval_strategy") != "no":
             generations = self.num_generations_eval or get("num_generations")
             size = get("per_device_eval_batch_size") * self.world_size
             if size % generations:
-                raise ValueError(
-                    f"{where}: expected an evaluation batch ({size}) divisible by {generations} generations"
-                )
+                raise ValueError(f"{where}: expected an eval batch ({size}) divisible by {generations} generations")
         return settings
 
 

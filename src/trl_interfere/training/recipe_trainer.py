@@ -102,10 +102,7 @@ def build_trainer(
             model=run.model, args=args, domains=run.domains, callbacks=callbacks, peft_config=peft_config
         )
     except OSError as error:
-        raise ValueError(
-            f"{path}, model: {run.model!r} is neither a folder with a config and safetensors weights nor readable "
-            f"from the Hub ({error})"
-        ) from error
+        raise ValueError(f"{path}, model: {run.model!r} is neither a folder nor on the Hub ({error})") from error
 
 
 class RecipeKeeper(StageCallback):

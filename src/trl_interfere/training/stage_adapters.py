@@ -22,9 +22,7 @@ def check_stage_adapters(model: torch.nn.Module) -> None:
     for option in ("use_dora", "use_rslora", "modules_to_save", "trainable_token_indices", "lora_bias", "bias"):
         value = getattr(adapters[FIRST_ADAPTER], option, None)
         if value and value != "none":
-            raise ValueError(
-                f"adapter_per_stage: expected a plain LoRA, which can be added up exactly, found {option}={value!r}"
-            )
+            raise ValueError(f"adapter_per_stage: expected a plain LoRA, to be added up, found {option}={value!r}")
 
 
 def stage_adapters(model: PeftModel) -> list[str]:

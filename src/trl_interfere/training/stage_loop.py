@@ -91,10 +91,7 @@ class StageLoop(StageTrainer):
             if self._stopped_early():
                 return output
             if output.global_step == 0:
-                raise ValueError(
-                    f"stage {name}: no step could be made, since domain {stage.domains[0]!r} has too few prompts for "
-                    f"one generation batch ({self.args.generation_batch_size // self.num_generations})"
-                )
+                raise ValueError(f"stage {name}: expected prompts for one generation batch, found too few for a step")
         self._finish_stage(stage, steps=output.global_step, seconds=seconds)
         return output
 
@@ -103,10 +100,7 @@ class StageLoop(StageTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("heal: not supported with FSDP or DeepSpeed; heal the finished run instead")
         if is_peft_model(self.model) and self._trained() < len(self.schedule):
-            raise ValueError(
-                "heal: with an adapter expected at='end', since the stages after a heal would have to go on training "
-                "an adapter of another rank"
-            )
+            raise ValueError("heal: with an adapter expected at='end', since a healed adapter has another rank")
         if self.accelerator.is_main_process:
             scorer = copy.copy(self.scorer)  # in the precision of the stages
             scorer.score = self.accelerator.autocast()(self.scorer.score)
@@ -137,10 +131,7 @@ class StageLoop(StageTrainer):
         """Go back to the weights that a stage starts from, after one was left in its middle."""
         record = self.run.stages[-1]
         if record.folder is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                f"{self.run.folder}: a stage was left in its middle and its start is not in memory; "
-                "build a new trainer and call train(resume_from_checkpoint=True)"
-            )
+            raise ValueError(f"{self.run.folder}: a stage was left in its middle; to resume, build a new trainer")
         load_stage(self, record)
 
     def _finish_stage(self, stage: Stage, steps: int, seconds: float) -> None:

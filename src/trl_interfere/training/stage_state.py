@@ -173,10 +173,8 @@ class StageTrainer(GRPOTrainer):
                 rewards[[row != name for row in rows], column] = torch.nan
                 own = rewards[[row == name for row in rows], column]
                 if isinstance(self.reward_funcs[column], nn.Module) and not own.isfinite().all():
-                    raise ValueError(
-                        f"{self._where()}, domain {name!r}: reward model {self.reward_func_names[column]!r} returned "
-                        f"{own[~own.isfinite()][0].item()}, expected finite numbers"
-                    )
+                    where = f"{self._where()}, domain {name!r}: reward model {self.reward_func_names[column]!r}"
+                    raise ValueError(f"{where} returned {own[~own.isfinite()][0].item()}, expected finite numbers")
         for column in self._logs["extra"]:  # a domain that is not in this batch logs nothing
             self._pending_extra_logs.setdefault(column, [None] * len(prompts))
         if self._stage is not None and self.model.training:
@@ -313,7 +311,7 @@ class StageTrainer(GRPOTrainer):
             },
             "loss": [self._tr_loss.item(), self._total_loss_scalar, self._globalstep_last_logged],
             "entropy": [self.entropy_coef, self._last_world_entropy],
-            "overrides": self._overrides(),
+            "overrides": self._stage[1].overrides,
         }
         write_atomically(folder / f"resume_state_{rank}.json", json.dumps(state) + "\n")
 
@@ -322,17 +320,17 @@ class StageTrainer(GRPOTrainer):
         path = folder / f"resume_state_{rank}.json"
         if (folder / f"resume_state_{world}.json").exists() or not path.exists():
             raise ValueError(
-                f"{path}: expected a checkpoint of {world} processes, as many as the run began with, found another"
+                f"{path}: expected a checkpoint of {world} processes, as many as now, found another number"
             )
         state = json.loads(path.read_text(encoding="utf-8"))
         # What a callback asks for is in no other file before the stage ends.
-        wanted, found = self._overrides(), state.get("overrides")
+        wanted, found = json.loads(json.dumps(self._stage[1].overrides)), state.get("overrides")
         if found is not None and wanted != found:
             names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-            raise ValueError(
-                f"{folder}: expected to go on with the settings that the stage was stopped with, "
-                + ", ".join(f"{name} {found.get(name, 'unset')}, found {wanted.get(name, 'unset')}" for name in names)
+            changes = ", ".join(
+                f"{name} {found.get(name, 'unset')}, found {wanted.get(name, 'unset')}" for name in names
             )
+            raise ValueError(f"{folder}: expected the settings that the stage was stopped with, {changes}")
         device = self.accelerator.device
         if state["buffer"] is not None:
             self._buffered_inputs = state["buffer"]
@@ -345,13 +343,10 @@ class StageTrainer(GRPOTrainer):
         self._tr_loss = torch.tensor(loss, device=device)
         self.entropy_coef, self._last_world_entropy = state["entropy"]
 
-    def _overrides(self) -> dict[str, Any]:
-        return json.loads(json.dumps(self._stage[1].overrides)) if self._stage is not None else {}
-
     def _run_step(self) -> int:
         """Position on the axis of the whole run."""
         before = sum(record.steps for record in self.run.stages)
-        return before + (self.state.global_step if self._stage is not None else 0)
+        return before if self._stage is None else before + self.state.global_step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Rewards of domains that were in no batch have no value, nor has any where teachers alone train.
@@ -363,11 +358,11 @@ class StageTrainer(GRPOTrainer):
         metrics = self._metrics["train"]
         if "reward" not in metrics:
             metrics.pop("frac_reward_zero_std", None)
-        elif self._stage is not None and self._stage[1].domain is not None:
-            metrics[f"{self._stage[1].domain}/reward"] = list(metrics["reward"])
         if self._stage is not None:
-            logs["stage"] = self._stage[0]
-            logs["run_step"] = self._run_step()
+            index, stage = self._stage
+            logs |= {"stage": index, "run_step": self._run_step()}
+            if "reward" in metrics and stage.domain is not None:
+                metrics[f"{stage.domain}/reward"] = list(metrics["reward"])
         super().log(logs, start_time)
 
     def _join_trackers(self) -> None:

@@ -101,8 +101,8 @@ class SequentialGRPOTrainer(StageLoop):
         self.schedule = check_run(domains, args, kwargs)
         self._base_model = str(model) if isinstance(model, str) and "@" in model else None  # a revision of the Hub
         if args.process_index == 0:
-            with lock_folder(args.output_dir):
-                pass  # a folder that cannot be written to, or is written to, is named before the model is loaded
+            with lock_folder(args.output_dir):  # one that cannot be written to is named before the model is loaded
+                pass
         model = str(local_folder(model)) if isinstance(model, str) else model
         if peft_config is not None:
             set_seed(args.seed)  # for the adapter's initial values
@@ -178,10 +178,7 @@ class SequentialGRPOTrainer(StageLoop):
             `ValueError`: If the folder holds a run and `resume_from_checkpoint` is not `True`, or holds another run.
         """
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
-            raise ValueError(
-                f"resume_from_checkpoint: expected True or False, found {str(resume_from_checkpoint)!r}; "
-                "the stages in output_dir decide where a run continues"
-            )
+            raise ValueError(f"resume_from_checkpoint: expected True or False, found {resume_from_checkpoint!r}")
         if self.args.push_to_hub:
             self._pusher()  # refuses a run that nothing would publish
         with self.run.lock() if self.accelerator.is_main_process else contextlib.nullcontext():
@@ -199,12 +196,12 @@ class SequentialGRPOTrainer(StageLoop):
 
     def evaluate(self, eval_dataset=None, **kwargs) -> dict[str, float]:
         """
-        Evaluate the rewards of a domain, as [`~transformers.Trainer.evaluate`] does.
+        Evaluate the rewards of a domain.
 
         Args:
             eval_dataset (`str` or [`~datasets.Dataset`], *optional*):
                 Name of a domain, or a dataset. Defaults to the domain that is being trained, or was trained last; a
-                dataset without the column `domain` is taken to be of that domain too.
+                dataset without the column `domain` counts as one of that domain.
             **kwargs:
                 Further arguments of [`~transformers.Trainer.evaluate`].
 
