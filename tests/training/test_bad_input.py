@@ -122,11 +122,6 @@ def without_a_manifest(folder):
         go_on(folder, callbacks=[Fill()])
 
 
-def in_a_file(folder):
-    (folder / "new").write_text("notes")
-    build(folder / "new", domains=domains())
-
-
 def without_template(folder):
     rows = [{"prompt": [{"role": "user", "content": "1+1="}]}] * 16
     build(folder / "new", domains=domains(train_dataset=Dataset.from_list(rows)))
@@ -220,7 +215,6 @@ BEFORE_THE_START = {
         partial(new, domain={"reward_funcs": torch.nn.Linear(1, 1), "metric": None}),
         "'writing': .*`metric`",
     ),
-    "output_dir is a file": (in_a_file, "/new: cannot be written to"),
     "no chat template": (without_template, "'writing', train_dataset: .*chat template"),
     "reward model that returns NaN": (nan_model, "stage 1-math, step 1, domain 'math': reward model .*nan"),
 }

@@ -100,7 +100,6 @@ REFUSED = {
     "data_seed": 1,
     "enable_jit_checkpoint": True,
     "fp16_full_eval": True,
-    "hub_revision": "main",
     "ignore_data_skip": True,
     "include_for_metrics": ["loss"],
     "label_smoothing_factor": 0.1,
@@ -122,7 +121,7 @@ NOT_HERE = {
         "gradient_checkpointing gradient_checkpointing_kwargs use_transformers_paged vllm_importance_sampling_cap"
     ),
     "is tried against a local Hub, in tests/hub/test_trainer_push.py": (
-        "hub_always_push hub_model_id hub_private_repo hub_strategy hub_token push_to_hub"
+        "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token push_to_hub"
     ),
     "needs an optimizer or a tracker that is not a dependency": (
         "optim_args optim_target_modules project report_to trackio_bucket_id trackio_space_id trackio_static_space_id"

@@ -85,7 +85,6 @@ ANSWERS = {
     "the other one is cured too": ({}, [*DROPPED, refreshed("code", math=0.9, code=0.9)], None),
     "of those that are watched": ({"domains": ["math"]}, DROPPED, "math"),
     "none that is watched": ({"domains": ["qa"]}, DROPPED, None),
-    "nothing is watched": ({"domains": []}, DROPPED, None),
     "nothing is trained": ({}, DROPPED[:1], None),
     "nothing is lost": ({}, DROPPED[:2], None),
     "never trained": ({}, [("base", None, (0.1, 0.9, 0.9)), ("train", "math", (0.9, 0.2, 0.1))], None),
@@ -119,7 +118,6 @@ ANSWERS = {
     "a price in parts, now too high": ({"max_drop": 10, "patience": 9, **CHECKS}, [*DROPPED, *PARTS], None),
     "an untrained domain does not pay": (CHECKS, [*UNTRAINED_QA, refreshed("math", 0.5, 0.9, 0.9)], "math"),
     "an untrained domain pays": (CHECKS, [*UNTRAINED_QA, refreshed("math", 0.5, 0.6, 0.9)], None),
-    "recovered": (CHECKS, [*DROPPED, refreshed("code", code=0.9)], "math"),
     "undone by another refresh": (
         CHECKS,
         [*DROPPED, refreshed("code", code=0.9), refreshed("math", 0.9, 0.9, 0.7)],
@@ -128,7 +126,6 @@ ANSWERS = {
     "a new round": ({}, NEW_ROUND, "code"),
     "a new round forgets the price of the last one": ({}, PAID, "code"),
     "a domain without scores": ({}, UNSCORED_QA, "code"),
-    "only a domain without scores": ({"domains": ["qa"]}, UNSCORED_QA, None),
     "a domain that is scored late": ({}, LATE_QA, "qa"),
     "first scored after a refresh": ({}, [*UNSCORED_QA, refreshed("code", qa=0.1, code=0.9)], "math"),
 }

@@ -74,6 +74,8 @@ class SequentialGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"hub_strategy: expected 'end' or 'every_save', without pickles, found {self.hub_strategy.value!r}"
             )
+        if self.push_to_hub and self.hub_revision is not None:
+            raise ValueError("hub_revision: expected none, since each stage has a revision of its own")
         if self.accelerator_config.dispatch_batches:
             raise ValueError("accelerator_config: dispatch_batches=True is not supported, prompts are no tensors")
         if self.kl_reference not in ("base", "stage"):
@@ -101,7 +103,7 @@ class SequentialGRPOConfig(GRPOConfig):
         def get(name: str) -> Any:
             return settings.get(name, getattr(self, name))
 
-        if settings.keys() & {*_BATCH_OPTIONS}:
+        if settings.keys() & _BATCH_OPTIONS:
             follows = self.steps_per_generation == self.gradient_accumulation_steps
             if "steps_per_generation" not in settings and follows:
                 settings["steps_per_generation"] = get("gradient_accumulation_steps")
@@ -120,9 +122,8 @@ class SequentialGRPOConfig(GRPOConfig):
         return settings
 
 
-_BATCH_OPTIONS = (
-    "gradient_accumulation_steps", "num_generations", "per_device_train_batch_size", "steps_per_generation",
-)  # fmt: skip
+_BATCH_OPTIONS = {"gradient_accumulation_steps", "num_generations", "per_device_train_batch_size"}
+_BATCH_OPTIONS |= {"steps_per_generation"}
 # The least and the most that a number may be, and whether it must be whole. transformers and TRL take any.
 RANGES = {
     **dict.fromkeys(
@@ -175,7 +176,6 @@ REFUSED_OPTIONS = {
     "ignore_data_skip": (False, "a resumed run would see other prompts than an uninterrupted one"),
     "include_for_metrics": ([], "GRPO has no compute_metrics to hand them to"),
     "label_smoothing_factor": (0.0, "the loss of GRPO has no labels"),
-    "hub_revision": (None, "each stage has a revision of its own"),
     "log_completions_hub_repo": (None, "completions are kept in a folder for each stage, which TRL's upload misses"),
     "sync_ref_model": (False, "its reference is not part of a checkpoint; use kl_reference='stage' to move it"),
     "train_sampling_strategy": ("random", "GRPO has a sampler of its own, see shuffle_dataset"),
