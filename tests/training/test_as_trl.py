@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -102,8 +103,7 @@ def test_a_tracker_has_one_folder_and_one_axis(tmp_path, monkeypatch):
 
     class Writes(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            with open(f"{args.output_dir}/mine.txt", "a") as file:
-                file.write("x")
+            Path(args.output_dir, "mine.txt").touch()
 
     trainer = build(tmp_path, report_to=["tensorboard"], max_steps=2, callbacks=[Writes()])
     trainer.train()
@@ -193,10 +193,9 @@ def test_rewards_and_extra_columns_of_rehearsed_domains(tmp_path):
     assert len(pd.read_parquet(last)) == 8 and list(table["both"]) == list(table["completion"])
     for column, domain in (("a", math), ("b", writing)):
         own = table[table[f"{domain.name}/reward"].notna()]  # each row is rewarded by its own domain
-        assert set(own["prompt"]) <= set(domain.train_dataset["prompt"])
-        assert len(own) and list(own[column].dropna()) == [
-            f"{column} {text}" for text in own["completion"][own[column].notna()]
-        ]
+        assert len(own) and set(own["prompt"]) <= set(domain.train_dataset["prompt"])
+        logged = own[own[column].notna()]
+        assert list(logged[column]) == [f"{column} {text}" for text in logged["completion"]]
 
 
 def test_evaluation_of_any_dataset(tmp_path):

@@ -63,24 +63,6 @@ def test_stage_folders_load_and_hold_the_weights_of_their_stage(run):
     assert not any("math" in key for entry in log for key in entry)
 
 
-def test_a_stage_trains_on_its_own_prompts_from_its_first_step(tmp_path):
-    seen = {"math": [], "writing": []}
-
-    def recorded(name):
-        def reward(completions, prompts, **kwargs):
-            seen[name] += prompts
-            return text_reward(completions)
-
-        return reward
-
-    makers = {"math": math_domain, "writing": writing_domain}
-    domains = [make(reward_funcs=recorded(name), eval_dataset=None) for name, make in makers.items()]
-    build(tmp_path, domains=domains, max_steps=2).train()
-    assert len(seen["math"]) == len(seen["writing"]) == 2 * 8
-    assert all("write" not in prompt for prompt in seen["math"])
-    assert all("write" in prompt for prompt in seen["writing"])
-
-
 def test_stage_overrides_hold_for_their_stage_only(tmp_path):
     overrides = {"writing": {"learning_rate": 5e-4, "max_steps": 1, "lr_scheduler_type": "constant"}}
     trainer = build(tmp_path, order=["writing", "math"], stage_overrides=overrides)
@@ -149,7 +131,7 @@ def test_checkpoints_of_finished_stages_go_and_completions_stay(tmp_path):
     kept = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.parquet")]
     assert sorted(kept) == [f"stages/{name}/completions/completions_00001.parquet" for name in ("1-math", "2-writing")]
     assert not list(tmp_path.glob("checkpoints/*"))
-    # Killed between the record of a stage and the removal of its checkpoints
+    # As if killed between the record of a stage and the removal of its checkpoints.
     (tmp_path / "checkpoints" / "2-writing" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "stages" / "2-writing" / "completions").rename(tmp_path / "checkpoints" / "2-writing" / "completions")
     build(tmp_path, max_steps=1, log_completions=True).train(resume_from_checkpoint=True)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_run(domains: list[Domain], args: SequentialGRPOConfig, extras: dict[str, Any] | None = None) -> list[Stage]:
-    """The schedule of a run that can be trained; `--dry-run` refuses what training would."""
+    """The schedule of a run that can be trained, with these further arguments of the trainer."""
     if not domains:
         raise ValueError("domains: expected at least one Domain, found none")
     by_name = {domain.name: domain for domain in domains}
@@ -36,23 +36,12 @@ def check_run(domains: list[Domain], args: SequentialGRPOConfig, extras: dict[st
         if isinstance(domain.train_dataset, Dataset) and len(domain.train_dataset) < prompts:
             found = f"at least {prompts} prompts for one generation batch, found {len(domain.train_dataset)}"
             raise ValueError(f"domain {domain.name!r}, train_dataset: expected {found}")
+    turns = [name for name in ("tools", "rollout_func", "environment_factory") if (extras or {}).get(name)]
     for domain in domains:
         sets = [domain.train_dataset, domain.eval_dataset]
         if all(isinstance(rows, Dataset) and "prompt" in rows.column_names for rows in sets):
             if sets[0]["prompt"][:] == sets[1]["prompt"][:]:
                 logger.warning("domain %r: eval_dataset holds the prompts that are trained on", domain.name)
-    check_turns(domains, schedule, extras or {})
-    if args.kl_reference == "stage" and args.adapter_per_stage:
-        raise ValueError("kl_reference: 'stage' is not supported with adapter_per_stage, TRL takes one adapter")
-    if args.use_vllm and not is_vllm_available():
-        raise ImportError("use_vllm: expected vLLM, which is not installed: pip install 'trl-interfere[vllm]'")
-    return schedule
-
-
-def check_turns(domains: list[Domain], schedule: list[Stage], kwargs: dict[str, Any]) -> None:
-    """Refuse domains that would be trained on one task and scored on another, or could not be called."""
-    turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
-    for domain in domains:
         trained = domain.name in [stage.domain for stage in schedule]
         if trained and not domain.reward_funcs and "environment_factory" not in turns:
             raise ValueError(f"domain {domain.name!r}: expected reward functions to train on, found none")
@@ -65,6 +54,11 @@ def check_turns(domains: list[Domain], schedule: list[Stage], kwargs: dict[str, 
                 raise ValueError(f"domain {domain.name!r}: a reward model cannot score it, expected a `metric`")
         if "rollout_func" not in turns:  # it may hand more to the rewards than the columns
             check_columns(domain)
+    if args.kl_reference == "stage" and args.adapter_per_stage:
+        raise ValueError("kl_reference: 'stage' is not supported with adapter_per_stage, TRL takes one adapter")
+    if args.use_vllm and not is_vllm_available():
+        raise ImportError("use_vllm: expected vLLM, which is not installed: pip install 'trl-interfere[vllm]'")
+    return schedule
 
 
 def with_prompts(domains: list[Domain], args: SequentialGRPOConfig, environment: Any) -> list[Domain]:

@@ -73,8 +73,11 @@ class StageLoop(StageTrainer):
             self.eval_dataset = evaluated if len(domains) > 1 else domains[0].eval_dataset
             checkpoint = self._from_main(last_whole_checkpoint(folder))
             self.args.eval_on_start &= checkpoint is None  # else it was evaluated before
-            if self._unfinished:
-                self._restore_stage_start()
+            if self._unfinished:  # left in its middle: back to the weights that it starts from
+                last = self.run.stages[-1]
+                if last.folder is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                    raise ValueError(f"stage {name}: its start is not in memory; to resume, build a new trainer")
+                load_stage(self, last)
             self._unfinished = True
             self._begin_adapter(index, name)
             teachers = stage.overrides.get("teachers")
@@ -126,13 +129,6 @@ class StageLoop(StageTrainer):
                 set_reference_adapter(model)
             else:
                 self.accelerator.unwrap_model(self.ref_model).load_state_dict(model.state_dict())
-
-    def _restore_stage_start(self) -> None:
-        """Go back to the weights that a stage starts from, after one was left in its middle."""
-        record = self.run.stages[-1]
-        if record.folder is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(f"{self.run.folder}: a stage was left in its middle; to resume, build a new trainer")
-        load_stage(self, record)
 
     def _finish_stage(self, stage: Stage, steps: int, seconds: float) -> None:
         index = len(self.run.stages)
