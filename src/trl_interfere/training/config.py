@@ -34,14 +34,13 @@ class SequentialGRPOConfig(GRPOConfig):
         score_samples (`int`, *optional*, defaults to `1`):
             Completions of each prompt when a domain is scored; their scores are averaged.
         keep_checkpoints (`bool`, *optional*, defaults to `False`):
-            Whether to keep the `checkpoint-*` folders of a stage after it has finished. They hold optimizer states;
-            the finished stage itself is always kept under `stages/`.
+            Whether to keep the `checkpoint-*` folders of a finished stage, which hold optimizer states.
         kl_reference (`str`, *optional*, defaults to `"base"`):
             Model that the KL penalty of `beta` measures from: `"base"`, the model before the first stage, as in
             [`~trl.GRPOTrainer`], or `"stage"`, the model at the start of each stage.
         adapter_per_stage (`bool`, *optional*, defaults to `False`):
-            With LoRA, whether each stage trains an adapter of its own on top of those of the earlier stages, which
-            stay active and frozen. Otherwise one adapter goes through all stages.
+            With LoRA, whether each stage trains an adapter of its own on top of the earlier ones, which stay active
+            and frozen.
     """
 
     order: list[str] | None = None

@@ -78,10 +78,6 @@ class StageProgress(StageCallback):
         self.stage_task = None
 
     def on_stage_end(self, record, score_matrix):
-        scores = ", ".join(
-            f"{domain} {score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
-            for domain in score_matrix.domains
-            if domain in score_matrix.values[-1]
-            for score in [score_matrix.interval(-1, domain)]
-        )
+        scored = [domain for domain in score_matrix.domains if domain in score_matrix.values[-1]]
+        scores = ", ".join(f"{domain} {score_matrix.interval(-1, domain):.1f}" for domain in scored)
         self.console.print(f"after {record.name}: {scores}", markup=False)
