@@ -34,7 +34,7 @@ def check_run(domains: list[Domain], args: SequentialGRPOConfig, extras: dict[st
             raise ValueError(f"eval_strategy, eval_on_start: expected an eval_dataset of domain {domain.name!r}")
         prompts = settings["generation_batch_size"] // settings["num_generations"]
         if isinstance(domain.train_dataset, Dataset) and len(domain.train_dataset) < prompts:
-            found = f"at least {prompts} prompts for one generation batch, found {len(domain.train_dataset)}"
+            found = f"at least {prompts} prompts, one generation batch, found {len(domain.train_dataset)}"
             raise ValueError(f"domain {domain.name!r}, train_dataset: expected {found}")
     turns = [name for name in ("tools", "rollout_func", "environment_factory") if (extras or {}).get(name)]
     for domain in domains:
