@@ -26,30 +26,13 @@ from trl_interfere.training import stage_loop
 from trl_interfere.training.refresh import distillation
 
 
-BLOCK = {
-    "max_steps": 6,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "steps_per_generation": 4,
-    "save_steps": 2,
-    "save_total_limit": 2,
-    "logging_steps": 1,
-}
-LORA = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+BLOCK = {"max_steps": 6, "save_steps": 2, "save_total_limit": 2, "logging_steps": 1}
+BLOCK |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+ADAPTER = {**BLOCK, "peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"]), "learning_rate": 1e-2}
 SETTINGS = {
     "full": {**BLOCK, "num_iterations": 2},
-    "adapter": {
-        **BLOCK,
-        "peft_config": LORA,
-        "learning_rate": 1e-2,
-    },
-    "adapters": {
-        **BLOCK,
-        "peft_config": LORA,
-        "learning_rate": 1e-2,
-        "adapter_per_stage": True,
-        "beta": 0.05,
-    },
+    "adapter": ADAPTER,
+    "adapters": {**ADAPTER, "adapter_per_stage": True, "beta": 0.05},
     "distill": {**BLOCK, "num_iterations": 2},
 }
 TEACHERS = {"math": "1-math", "writing": "0-base"}
@@ -82,15 +65,15 @@ class Events(StageCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         self("optimizer")
 
-    def around(self, cls: type, name: str, phase: str, written=None) -> None:
-        """Events before and after a method, and one with its file cut in half."""
+    def around(self, cls: type, name: str, phase: str, written: str | None = None) -> None:
+        """Events before and after a method, and one with the file that it wrote cut in half."""
         method = getattr(cls, name)
 
         def watched(this, *args, **kwargs):
             self(phase)
             result = method(this, *args, **kwargs)
             if written is not None:
-                self(phase, half_written=Path(written(*args)))
+                self(phase, half_written=Path(args[0]) / written)
             self(phase)
             return result
 
@@ -109,14 +92,11 @@ def run(setting: str, folder: Path, kill_at: int | None) -> Events:
         events("evaluation")
         return text_reward(completions)
 
-    def model_file(output_dir):
-        name = "adapter_model.safetensors" if "adapter" in setting else "model.safetensors"
-        return Path(output_dir) / name
-
-    events.around(Trainer, "save_model", "checkpoint", written=lambda folder, *_: model_file(folder))
-    events.around(Trainer, "_save_optimizer_and_scheduler", "checkpoint", written=lambda d: Path(d) / "optimizer.pt")
-    events.around(Trainer, "_save_rng_state", "checkpoint", written=lambda folder: Path(folder) / "rng_state.pth")
-    events.around(TrainerState, "save_to_json", "checkpoint", written=lambda path: path)
+    model = "adapter_model.safetensors" if "adapter" in setting else "model.safetensors"
+    events.around(Trainer, "save_model", "checkpoint", model)
+    events.around(Trainer, "_save_optimizer_and_scheduler", "checkpoint", "optimizer.pt")
+    events.around(Trainer, "_save_rng_state", "checkpoint", "rng_state.pth")
+    events.around(TrainerState, "save_to_json", "checkpoint", "")
     events.around(Run, "save", "between")
     events.around(stage_loop, "save_stage", "between")
     domains = [make(reward_funcs=reward, metric=metric) for make in (math_domain, writing_domain)]
@@ -183,19 +163,17 @@ def main() -> None:
         sys.exit(f"the uninterrupted run failed with status {status}")
     weights, scores = results(arguments.folder / "whole")
     generator = random.Random(arguments.seed)
-    failed = 0
     phases = PHASES if arguments.setting != "distill" else ("refresh",)
-    for number, at in enumerate(choose(events, arguments.points, generator, phases)):
+    chosen, failed = choose(events, arguments.points, generator, phases), 0
+    for number, at in enumerate(chosen):
         folder = arguments.folder / f"point-{number}"
-        killed = [at]
-        status, _ = fork(arguments.setting, folder, at)
-        problems = [] if status == -signal.SIGKILL else [f"status {status} instead of SIGKILL"]
-        if number % 2:  # and once more, soon after the resume
-            killed.append(generator.randrange(1, 12))
-            status, _ = fork(arguments.setting, folder, killed[-1])
-            problems += [] if status in (0, -signal.SIGKILL) else [f"status {status} in the second process"]
-        status, _ = fork(arguments.setting, folder, None)
-        problems += [] if status == 0 else [f"status {status} after the resume"]
+        killed = [at] + ([generator.randrange(1, 12)] if number % 2 else [])  # and once more, soon after the resume
+        problems = []
+        for turn, kill_at in enumerate([*killed, None]):
+            status, _ = fork(arguments.setting, folder, kill_at)
+            killed_here, ended = status == -signal.SIGKILL, status == 0
+            if not (killed_here and kill_at is not None) and not (ended and turn > 0):
+                problems.append(f"status {status} of process {turn + 1}")
         if not problems:
             tensors, values = results(folder)
             if tensors.keys() != weights.keys() or values.keys() != scores.keys():
@@ -204,10 +182,9 @@ def main() -> None:
                 problems += [name for name in weights if not torch.equal(weights[name], tensors[name])]
                 problems += [name for name in scores if scores[name] != values[name]]
         failed += bool(problems)
-        print(
-            json.dumps({"phase": events[at], "killed_at": killed, "of": len(events), "problems": problems}), flush=True
-        )
-    print(json.dumps({"points": number + 1, "failed": failed, "tensors": len(weights), "score_files": len(scores)}))
+        row = {"phase": events[at], "killed_at": killed, "of": len(events), "problems": problems}
+        print(json.dumps(row), flush=True)
+    print(json.dumps({"points": len(chosen), "failed": failed, "tensors": len(weights), "score_files": len(scores)}))
     sys.exit(bool(failed))
 
 

@@ -1,10 +1,12 @@
 """Runs of seconds on the lab's model, for the tests of the trainer."""
 
+import json
 import os
 
+import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
 from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer, StageCallback
 from trl_interfere.lab import MODEL_FOLDER
@@ -20,6 +22,11 @@ SMALL = {"per_device_train_batch_size": 8, "num_generations": 4, "gradient_check
 SMALL |= {**DEVICE, "report_to": [], "disable_tqdm": True}
 SETTINGS = {**SMALL, "max_steps": 3, "learning_rate": 1e-3, "max_completion_length": 8, "seed": 7}
 SETTINGS |= {"logging_steps": 1, "save_steps": 1}
+
+
+def slow_but(names, *quick):
+    """The names, of which `make test` runs the quick ones."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def text_reward(completions, **kwargs):
@@ -50,6 +57,30 @@ def writing_domain(**settings) -> Domain:
         return text_reward(completions)
 
     return _domain("writing", rows, words_reward, settings)
+
+
+def reward_model() -> LlamaForSequenceClassification:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(LlamaConfig(vocab_size=1024, num_labels=1, pad_token_id=0, **sizes))
+    model.config._name_or_path = str(MODEL_FOLDER)
+    return model
+
+
+def scripted_domains(folder, script) -> list[Domain]:
+    """Domains with the scores of a script, by the number of stages that have finished, whatever the weights say."""
+
+    def scripted(shares):
+        def metric(prompts, **kwargs):
+            finished = len(json.loads((folder / "stages.json").read_text())["stages"])
+            share = shares[min(finished, len(shares) - 1)]
+            return [float(index < share * len(prompts)) for index, _ in enumerate(prompts)]
+
+        return metric
+
+    makers = {"math": math_domain, "writing": writing_domain}
+    return [makers[name](metric=scripted(shares)) for name, shares in script.items()]
 
 
 def build(folder, domains=None, callbacks=None, peft_config=None, **settings) -> SequentialGRPOTrainer:

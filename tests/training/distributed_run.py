@@ -2,7 +2,7 @@
 A run of two domains and a refresh, in as many processes as it is started with: `distributed_run.py FOLDER [OPTIONS]`.
 
 `tests/training/test_distributed.py` calls `main` in its own process and starts this file under `accelerate launch`.
-Every process leaves its weights and what it generated beside the run.
+Every process leaves its weights (`rank-<rank>.safetensors`) and what it generated (`seen-<rank>.json`) in the folder.
 """
 
 import argparse
@@ -14,65 +14,41 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from datasets import Dataset
 from safetensors.torch import save_file
+from tiny_runs import SETTINGS, AskOnce, build, math_domain, text_reward, writing_domain
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from trl_interfere import Domain, SequentialGRPOConfig, SequentialGRPOTrainer, StageCallback
-from trl_interfere.lab import MODEL_FOLDER
-from trl_interfere.lab.domains import lab_rows
+from trl_interfere import Domain, StageCallback
 from trl_interfere.training.refresh import distillation
 from trl_interfere.training.schedule import Stage
 
 
 GLOBAL_BATCH = 8
 SCORED = 15  # odd, so that the processes do not get equal shares
-
-
-def text_reward(completions, **kwargs):
-    """Differs between nearly any two texts, so that every step changes the weights."""
-    return [sum(map(ord, completion)) % 97 / 97 for completion in completions]
+TAUGHT = distillation({"math": "1-math", "writing": "0-base"}, {"max_steps": 4, "num_generations": 4})
 
 
 def make_domains(seen: list[dict] | None = None) -> list[Domain]:
-    """
-    The two domains.
+    """Math and writing; `seen` gets what is generated in training, an entry for each call of a reward."""
 
-    Args:
-        seen (`list[dict]`, *optional*):
-            Gets what is generated in training, one entry per call of a reward: domain, prompts, completions.
+    def reward(prompts, completions, domain, **kwargs):
+        if seen is not None:
+            seen.append({"domain": domain[0], "prompts": prompts, "completions": completions})
+        return text_reward(completions)
 
-    Returns:
-        `list[Domain]`: math and writing.
-    """
-    domains = []
-    for name in ("math", "writing"):
-
-        def reward(prompts, completions, name=name, **kwargs):
-            if seen is not None:
-                seen.append({"domain": name, "prompts": prompts, "completions": completions})
-            return text_reward(completions)
-
-        reward.__name__ = "reward"
-        rows = [{"prompt": row["prompt"]} for row in lab_rows(name, "train", 48 + SCORED)]
-        domains.append(
-            Domain(name, Dataset.from_list(rows[:48]), reward, Dataset.from_list(rows[48:]), metric=text_reward)
-        )
+    domains = [make(reward_funcs=reward, metric=text_reward) for make in (math_domain, writing_domain)]
+    for made in domains:
+        made.eval_dataset = made.eval_dataset.select(range(SCORED))
     return domains
 
 
 class RefreshWorst(StageCallback):
-    """Asks once, when the schedule has finished, for a refresh of the domain with the lowest score, or for another."""
-
-    def __init__(self, stage: Stage | None = None):
-        self.stage = stage
+    """Asks once, when the schedule has finished, for a refresh of the domain with the lowest score."""
 
     def request_stage(self, stages, score_matrix, schedule_finished):
         if not schedule_finished or any(record.kind == "refresh" for record in stages):
             return None
-        if self.stage is not None:
-            return self.stage
         worst = min(score_matrix.domains, key=lambda name: score_matrix.values[-1][name].mean())
         return Stage(worst, kind="refresh", overrides={"max_steps": 2})
 
@@ -80,8 +56,8 @@ class RefreshWorst(StageCallback):
 class Kill(TrainerCallback):
     """Kills one process, as a crash would, at the beginning of one step of one stage."""
 
-    def __init__(self, stage: str, step: int, rank: int):
-        self.stage, self.step, self.rank = stage, step, rank
+    def __init__(self, stage: str, step: str, rank: str):
+        self.stage, self.step, self.rank = stage, int(step), int(rank)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if args.process_index == self.rank and args.output_dir.endswith(self.stage) and state.global_step == self.step:
@@ -90,15 +66,15 @@ class Kill(TrainerCallback):
 
 def allow_fsdp_on_cpu() -> None:
     """Makes accelerate heed an FSDP configuration on CPU, where it would silently train with DDP."""
-    build = AcceleratorState.__init__
+    init = AcceleratorState.__init__
 
-    def build_with_fsdp(self, *args, **kwargs):
-        build(self, *args, **kwargs)
+    def with_fsdp(self, *args, **kwargs):
+        init(self, *args, **kwargs)
         if kwargs.get("fsdp_plugin") is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.fsdp_plugin = kwargs["fsdp_plugin"]
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    AcceleratorState.__init__ = build_with_fsdp
+    AcceleratorState.__init__ = with_fsdp
 
 
 def refuse(*args, **kwargs):
@@ -106,48 +82,15 @@ def refuse(*args, **kwargs):
 
 
 def settings(processes: int) -> dict:
-    """Settings of the training in so many processes."""
-    return {
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": GLOBAL_BATCH // processes,
-        "num_generations": GLOBAL_BATCH,  # one group, so that two processes share it
-        "max_completion_length": 8,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_steps": 1,
-        "seed": 7,
-    }
+    """Settings of the training in so many processes; one group of completions, so that two share it."""
+    batch = {"per_device_train_batch_size": GLOBAL_BATCH // processes, "num_generations": GLOBAL_BATCH}
+    return {**SETTINGS, **batch, "max_steps": 2}
 
 
-def main(folder: Path, resume: bool = False, kill: tuple[str, int, int] | None = None, distill: bool = False) -> None:
-    """
-    Run, and leave `rank-<rank>.safetensors` and `seen-<rank>.json` in the folder.
-
-    Args:
-        folder (`pathlib.Path`):
-            Folder of the run.
-        resume (`bool`, *optional*, defaults to `False`):
-            Whether to continue the run in the folder.
-        kill (`tuple[str, int, int]`, *optional*):
-            Stage, step and process of a crash.
-        distill (`bool`, *optional*, defaults to `False`):
-            Whether the refresh is one by distillation of both domains, of two prompts a step.
-    """
-    teachers = {"math": "1-math", "writing": "0-base"}
-    refresh = RefreshWorst(distillation(teachers, {"max_steps": 4, "num_generations": 4}) if distill else None)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+def main(folder: Path, resume: bool = False, kill: list[str] | None = None, distill: bool = False) -> None:
     seen = []
-    trainer = SequentialGRPOTrainer(
-        model=str(MODEL_FOLDER),
-        args=SequentialGRPOConfig(output_dir=str(folder), **settings(processes)),
-        domains=make_domains(seen),
-        callbacks=[refresh, *([Kill(*kill)] if kill else [])],
-    )
+    callbacks = [AskOnce(TAUGHT) if distill else RefreshWorst(), *([Kill(*kill)] if kill else [])]
+    trainer = build(folder, make_domains(seen), callbacks, **settings(int(os.environ.get("WORLD_SIZE", 1))))
     rank = trainer.accelerator.process_index
     if rank > 0:
         trainer.run.save = trainer.run.write_scores = refuse
@@ -173,5 +116,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if arguments.fsdp_on_cpu:
         allow_fsdp_on_cpu()
-    kill = arguments.kill and (arguments.kill[0], int(arguments.kill[1]), int(arguments.kill[2]))
-    main(arguments.folder, arguments.resume, kill, arguments.distill)
+    main(arguments.folder, arguments.resume, arguments.kill, arguments.distill)

@@ -1,23 +1,19 @@
 """Every option of GRPOConfig works through the stages, is refused with a reason, or cannot be run here."""
 
-import json
 from dataclasses import fields
-from enum import Enum
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_runs import (
     SETTINGS,
-    Interrupt,
     assert_same,
     build,
     config,
     math_domain,
+    slow_but,
     text_reward,
-    weights,
     writing_domain,
 )
 from trl import GRPOConfig, GRPOTrainer
@@ -27,153 +23,53 @@ from trl_interfere.lab.domains import lab_rows
 
 
 EVAL = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 64}
-BEST = {**EVAL, "load_best_model_at_end": True, "metric_for_best_model": "reward", "greater_is_better": True}
 
-# Options that are run together, with values that are not the defaults of GRPOConfig.
+# Options that are run together, a theme a line, with values that are not the defaults of GRPOConfig.
 RUNS = {
-    "optimizer": {
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr": 1e-5},
-        "warmup_steps": 1,
-        "optim": "adamw_torch",
-        "weight_decay": 0.1,
-        "adam_beta1": 0.8,
-        "adam_beta2": 0.9,
-        "adam_epsilon": 1e-6,
-        "max_grad_norm": 0.5,
-        "gradient_accumulation_steps": 2,
-        "average_tokens_across_devices": False,
-        "max_steps": 2,  # the first of them at a rate of 0
-    },
-    "batches": {
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "generation_batch_size": 16,
-        "num_iterations": 2,
-        "shuffle_dataset": False,
-        "dataloader_drop_last": True,
-        "ddp_timeout": 60,
-        "seed": 3,
-    },
+    "optimizer": {"learning_rate": 1e-3, "lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 1}
+    | {"optim": "adamw_torch", "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6}
+    | {"lr_scheduler_kwargs": {"min_lr": 1e-5}, "max_grad_norm": 0.5, "average_tokens_across_devices": False}
+    | {"gradient_accumulation_steps": 2, "max_steps": 2},  # the first of them at a rate of 0
+    "batches": {"per_device_train_batch_size": 4, "num_generations": 4, "generation_batch_size": 16}
+    | {"num_iterations": 2, "shuffle_dataset": False, "dataloader_drop_last": True, "ddp_timeout": 60, "seed": 3},
     "passes": {"num_train_epochs": 1.0, "max_steps": -1, "per_device_train_batch_size": 192, "save_strategy": "epoch"},
-    "sampling": {
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "top_k": 20,
-        "min_p": 0.01,
-        "repetition_penalty": 1.1,
-        "generation_kwargs": {"min_new_tokens": 5},
-        "max_completion_length": 6,
-        "cache_implementation": "static",
-        "pad_to_multiple_of": 8,
-        "chat_template_kwargs": {"enable_thinking": False},
-        "steps_per_generation": 2,
-        "use_cache": True,
-    },
-    "loss grpo": {
-        "loss_type": "grpo",
-        "importance_sampling_level": "sequence",
-        "scale_rewards": "batch",
-        "beta": 0.1,
-        "use_bias_correction_kl": False,
-        "epsilon": 0.1,
-        "epsilon_high": 0.3,
-        "delta": 2.0,
-        "num_iterations": 2,
-    },
+    "sampling": {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1}
+    | {"generation_kwargs": {"min_new_tokens": 5}, "max_completion_length": 6, "steps_per_generation": 2}
+    | {"cache_implementation": "static", "use_cache": True, "pad_to_multiple_of": 8}
+    | {"chat_template_kwargs": {"enable_thinking": False}},
+    "loss grpo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "scale_rewards": "batch"}
+    | {"beta": 0.1, "use_bias_correction_kl": False}
+    | {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 2.0, "num_iterations": 2},
     "loss sapo": {"loss_type": "sapo", "sapo_temperature_neg": 1.2, "sapo_temperature_pos": 1.1},
-    "loss vespo": {
-        "loss_type": "vespo",
-        "vespo_k_pos": 2.5,
-        "vespo_lambda_pos": 2.5,
-        "vespo_k_neg": 2.5,
-        "vespo_lambda_neg": 2.5,
-    },
-    "loss dr_grpo": {
-        "loss_type": "dr_grpo",
-        "scale_rewards": "none",
-        "mask_truncated_completions": True,
-        "max_completion_length": 16,
-    },
+    "loss vespo": {"loss_type": "vespo", "vespo_k_pos": 2.5, "vespo_lambda_pos": 2.5}
+    | {"vespo_k_neg": 2.5, "vespo_lambda_neg": 2.5},
+    "loss dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"}
+    | {"mask_truncated_completions": True, "max_completion_length": 16},
     "loss cispo": {"loss_type": "cispo", "epsilon_high": 5.0, "multi_objective_aggregation": "normalize_then_sum"},
     "loss luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
     "loss bnpo": {"loss_type": "bnpo", "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.5},
-    "entropy": {
-        "use_adaptive_entropy": True,
-        "entropy_coef": 0.01,
-        "entropy_coef_min": 0.001,
-        "entropy_coef_max": 0.5,
-        "entropy_coef_delta": 0.01,
-        "entropy_target": 5.0,
-    },
-    "evaluation": {
-        **EVAL,
-        "eval_on_start": True,
-        "eval_delay": 1,
-        "num_generations_eval": 2,
-        "do_eval": True,
-        "prediction_loss_only": True,
-        "eval_do_concat_batches": False,
-        "eval_use_gather_object": True,
-        "eval_accumulation_steps": 1,
-        "batch_eval_metrics": True,
-    },
-    "best at the end": {**BEST, "max_steps": 3, "save_total_limit": 1},
-    "checkpoints": {
-        "save_only_model": True,
-        "save_steps": 1,
-        "save_on_each_node": True,
-        "restore_callback_states_from_checkpoint": True,
-        "resume_from_checkpoint": "unused, as in transformers",
-    },
-    "logging": {
-        "log_completions": True,
-        "num_completions_to_print": 1,
-        "log_unique_prompts": True,
-        "log_multimodal": False,
-        "logging_first_step": True,
-        "logging_strategy": "epoch",
-        "logging_steps": 3,
-        "logging_nan_inf_filter": False,
-        "log_level": "error",
-        "log_level_replica": "error",
-        "log_on_each_node": False,
-        "disable_tqdm": True,
-        "run_name": "run",
-        "include_num_input_tokens_seen": "all",
-    },
-    "data": {
-        "dataloader_num_workers": 1,
-        "dataloader_persistent_workers": True,
-        "dataloader_prefetch_factor": 1,
-        "dataloader_multiprocessing_context": "fork",
-        "dataloader_in_order": False,
-        "dataloader_pin_memory": True,
-        "remove_unused_columns": True,
-        "accelerator_config": {"even_batches": False},
-        "label_names": ["labels"],
-        "length_column_name": "size",
-    },
-    "model": {
-        "model_init_kwargs": {"attn_implementation": "eager"},
-        "trust_remote_code": True,
-        "disable_dropout": True,
-        "cast_lm_head_to_fp32": True,
-        "neftune_noise_alpha": 5.0,
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
-    },
-    "machine": {
-        "bf16": True,
-        "use_cpu": True,
-        "full_determinism": True,
-        "torch_empty_cache_steps": 1,
-        "debug": "underflow_overflow",
-        "do_train": True,
-        "do_predict": True,
-        "max_tool_calling_iterations": 2,
-    },
+    "entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 5.0}
+    | {"entropy_coef_min": 0.001, "entropy_coef_max": 0.5, "entropy_coef_delta": 0.01},
+    "evaluation": {**EVAL, "eval_on_start": True, "eval_delay": 1, "num_generations_eval": 2, "do_eval": True}
+    | {"prediction_loss_only": True, "eval_do_concat_batches": False, "eval_use_gather_object": True}
+    | {"eval_accumulation_steps": 1, "batch_eval_metrics": True},
+    "best at the end": {**EVAL, "load_best_model_at_end": True, "max_steps": 3, "save_total_limit": 1}
+    | {"metric_for_best_model": "reward", "greater_is_better": True},
+    "checkpoints": {"save_only_model": True, "save_steps": 1, "save_on_each_node": True}
+    | {"restore_callback_states_from_checkpoint": True, "resume_from_checkpoint": "unused, as in transformers"},
+    "logging": {"log_completions": True, "num_completions_to_print": 1, "log_unique_prompts": True}
+    | {"logging_first_step": True, "logging_strategy": "epoch", "logging_steps": 3, "logging_nan_inf_filter": False}
+    | {"log_level": "error", "log_level_replica": "error", "log_on_each_node": False, "log_multimodal": False}
+    | {"disable_tqdm": True, "run_name": "run", "include_num_input_tokens_seen": "all"},
+    "data": {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 1}
+    | {"dataloader_multiprocessing_context": "fork", "dataloader_in_order": False, "dataloader_pin_memory": True}
+    | {"remove_unused_columns": True, "accelerator_config": {"even_batches": False}}
+    | {"label_names": ["labels"], "length_column_name": "size"},
+    "model": {"model_init_kwargs": {"attn_implementation": "eager"}, "trust_remote_code": True}
+    | {"disable_dropout": True, "cast_lm_head_to_fp32": True, "neftune_noise_alpha": 5.0}
+    | {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+    "machine": {"bf16": True, "use_cpu": True, "full_determinism": True, "torch_empty_cache_steps": 1}
+    | {"debug": "underflow_overflow", "do_train": True, "do_predict": True, "max_tool_calling_iterations": 2},
     "memory": {"skip_memory_metrics": False},
     "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
     "loss dapo": {"loss_type": "dapo", "epsilon_high": 0.28, "num_iterations": 2},
@@ -190,11 +86,8 @@ RUNS = {
     "sgd": {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"},
     "rmsprop": {"optim": "rmsprop", "lr_scheduler_type": "polynomial", "max_steps": 2},
     "adagrad": {"optim": "adagrad", "lr_scheduler_type": "inverse_sqrt", "max_steps": 2},
-    "restarts": {
-        "lr_scheduler_type": "cosine_with_restarts",
-        "lr_scheduler_kwargs": {"num_cycles": 2},
-        "max_steps": 3,
-    },
+    "restarts": {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}}
+    | {"max_steps": 3},
     "hot": {"temperature": 1.5, "top_k": 50, "max_completion_length": 4},
     "cold": {"temperature": 0.3, "top_p": 0.8, "min_p": 0.2, "repetition_penalty": 0.9},
     "half a pass": {"num_train_epochs": 0.5, "max_steps": -1, "per_device_train_batch_size": 96},
@@ -218,30 +111,24 @@ REFUSED = {
 
 # Options that cannot be run here, by reason.
 NOT_HERE = {
-    "differs in every run": "output_dir",
-    "needs several processes with DistributedDataParallel": (
-        "ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph"
+    "differs in every run, or is set by the launcher": "output_dir local_rank",
+    "needs several processes": (
+        "ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph "
+        "deepspeed ds3_gather_for_generation fsdp fsdp_config parallelism_config"
     ),
-    "needs DeepSpeed": "deepspeed ds3_gather_for_generation",
-    "needs a GPU": "fp16 liger_kernel_config tf32 use_liger_kernel",
-    "needs several processes": "fsdp fsdp_config parallelism_config",
+    "needs a GPU or a compiler": "fp16 liger_kernel_config tf32 torch_compile_mode use_liger_kernel",
     "is the deprecated name of another option": (
         "gradient_checkpointing gradient_checkpointing_kwargs use_transformers_paged vllm_importance_sampling_cap"
     ),
     "is tried against a local Hub, in tests/hub/test_trainer_push.py": (
         "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token push_to_hub"
     ),
-    "is set by the launcher": "local_rank",
-    "is read by optimizers that are not dependencies": "optim_args",
-    "needs GaLore or APOLLO": "optim_target_modules",
-    "needs a tracker that is not a dependency": (
-        "project report_to trackio_bucket_id trackio_space_id trackio_static_space_id"
+    "needs an optimizer or a tracker that is not a dependency": (
+        "optim_args optim_target_modules project report_to trackio_bucket_id trackio_space_id trackio_static_space_id"
     ),
     "belongs to sync_ref_model, which is refused": "ref_model_mixup_alpha ref_model_sync_steps",
     "needs a mixture of experts": "router_aux_loss_coef",
-    "needs a compiler": "torch_compile_mode",
-    "takes 20 seconds on a CPU": "transformers_continuous_batching_config",
-    "takes 20 seconds on a CPU, where it works": "use_transformers_continuous_batching",
+    "takes 20 seconds on a CPU": "transformers_continuous_batching_config use_transformers_continuous_batching",
     "needs vLLM, see tests/with_vllm": (
         "use_vllm vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port "
         "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min "
@@ -259,11 +146,6 @@ def domains():
 
 def length_reward(completions, **kwargs):
     return [len(completion) / 40 for completion in completions]
-
-
-def slow_but(names, *quick):
-    """The names, of which `make test` runs the quick ones."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -290,66 +172,38 @@ def test_every_option_is_known():
 
 
 def test_the_values_that_run_are_not_the_defaults(tmp_path):
-    defaults = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    tested = set()
-    for options in RUNS.values():
-        for name, value in options.items():
-            default = next(field.default for field in fields(GRPOConfig) if field.name == name)
-            resolved = getattr(defaults, name)
-            if value != default and value != (resolved.value if isinstance(resolved, Enum) else resolved):
-                tested.add(name)
+    resolved = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    defaults = {field.name: (field.default, getattr(resolved, field.name)) for field in fields(GRPOConfig)}
     # these are as the other tests have them, or resolve to what the machine has
     usual = {"activation_checkpointing", "dataloader_pin_memory", "use_cpu"}
-    assert {name for options in RUNS.values() for name in options} - tested <= usual
+    tested = {name for run in RUNS.values() for name, value in run.items() if value not in defaults[name]}
+    assert {name for run in RUNS.values() for name in run} - tested <= usual
 
 
-def has_five_tokens(folder, trainer):
-    log = [entry for entry in trainer.log_history if "completions/min_length" in entry]
-    assert len(log) == 2 and all(entry["completions/min_length"] >= 5 for entry in log)
-
-
-def has_tables(folder, trainer):
-    for stage in ("1-math", "2-writing"):
-        assert list((folder / "checkpoints" / stage / "completions").glob("*.parquet"))
-
-
-def is_evaluated(folder, trainer):
-    log = [(entry["stage"], entry["step"]) for entry in trainer.log_history if "eval_reward" in entry]
-    assert log == [(1, 0), (1, 1), (2, 0), (2, 1)]
-
-
-def is_the_best(folder, trainer):
-    for stage in ("1-math", "2-writing"):
-        log = json.loads((folder / "stages" / stage / "log_history.json").read_text())
-        rewards = {entry["step"]: entry["eval_reward"] for entry in log if "eval_reward" in entry}
-        best = max(rewards, key=rewards.get)
-        checkpoint = folder / "checkpoints" / stage / f"checkpoint-{best}" / "model.safetensors"
-        assert_same(load_file(checkpoint), load_file(folder / "stages" / stage / "model.safetensors"))
-
-
-def has_only_models(folder, trainer):
-    checkpoint = folder / "checkpoints" / "1-math" / "checkpoint-1"
-    assert (checkpoint / "model.safetensors").exists() and not (checkpoint / "optimizer.pt").exists()
-
-
-def has_a_penalty(folder, trainer):
-    log = [entry for entry in trainer.log_history if "kl" in entry]
-    assert len(log) == 2 and log[1]["kl"] > 0
-
-
-def has_memory(folder, trainer):
-    assert sum("train_mem_cpu_alloc_delta" in entry for entry in trainer.log_history) == 2
-
-
-EFFECTS = {
-    "sampling": has_five_tokens,
-    "logging": has_tables,
-    "evaluation": is_evaluated,
-    "best at the end": is_the_best,
-    "checkpoints": has_only_models,
-    "loss grpo": has_a_penalty,
-    "memory": has_memory,
-}
+def check_effect(name, folder, trainer):
+    """What an option does besides changing the weights."""
+    log, stages = trainer.log_history, ("1-math", "2-writing")
+    if name == "sampling":
+        lengths = [entry["completions/min_length"] for entry in log if "completions/min_length" in entry]
+        assert len(lengths) == 2 and min(lengths) >= 5
+    elif name == "logging":
+        assert all([*(folder / "checkpoints" / stage / "completions").glob("*.parquet")] for stage in stages)
+    elif name == "evaluation":
+        evaluated = [(entry["stage"], entry["step"]) for entry in log if "eval_reward" in entry]
+        assert evaluated == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    elif name == "best at the end":
+        for index, stage in enumerate(stages, start=1):
+            rewards = {e["step"]: e["eval_reward"] for e in log if e["stage"] == index and "eval_reward" in e}
+            best = folder / "checkpoints" / stage / f"checkpoint-{max(rewards, key=rewards.get)}"
+            assert_same(*(load_file(path / "model.safetensors") for path in (best, folder / "stages" / stage)))
+    elif name == "checkpoints":
+        checkpoint = folder / "checkpoints" / "1-math" / "checkpoint-1"
+        assert (checkpoint / "model.safetensors").exists() and not (checkpoint / "optimizer.pt").exists()
+    elif name == "loss grpo":
+        penalties = [entry["kl"] for entry in log if "kl" in entry]
+        assert len(penalties) == 2 and penalties[1] > 0
+    elif name == "memory":
+        assert sum("train_mem_cpu_alloc_delta" in entry for entry in log) == 2
 
 
 @pytest.mark.parametrize("name", slow_but(RUNS, "optimizer", "batches", "sampling", "logging"))
@@ -358,10 +212,7 @@ def test_options_run_through_two_stages(tmp_path, name):
     options = {"max_steps": 1, "keep_checkpoints": True, **RUNS[name]}
     own = domains()
     if name == "data":  # the columns are removed before a reward sees them
-        own = [
-            math_domain(reward_funcs=text_reward),
-            writing_domain(reward_funcs=text_reward, metric=length_reward),
-        ]
+        own = [make(reward_funcs=text_reward, metric=length_reward) for make in (math_domain, writing_domain)]
     trainer = build(tmp_path, domains=own, **options)
     trainer.train()
     steps = max(options["max_steps"], 1)
@@ -371,7 +222,7 @@ def test_options_run_through_two_stages(tmp_path, name):
     assert base.keys() == first.keys() == second.keys()
     assert any(not torch.equal(base[key], first[key]) for key in base)
     assert any(not torch.equal(first[key], second[key]) for key in base)
-    EFFECTS.get(name, lambda folder, trainer: None)(tmp_path, trainer)
+    check_effect(name, tmp_path, trainer)
     # A penalty of the second stage measures from the base model, as only the first of GRPOTrainer's does.
     for stage, domain in enumerate(own[:1] if options.get("beta") else own, start=1):
         assert_same(
@@ -406,38 +257,6 @@ def test_options_are_refused_with_a_reason(tmp_path, name):
 def test_batches_cannot_be_dispatched(tmp_path):
     with pytest.raises(ValueError, match="accelerator_config: dispatch_batches=True is not supported"):
         config(tmp_path, accelerator_config={"dispatch_batches": True})
-
-
-RESUMED = {
-    "best at the end, one checkpoint": {**BEST, "save_total_limit": 1},
-    "best checkpoints only": {**BEST, "save_strategy": "best"},
-    "best, adapter per stage": {
-        **BEST,
-        "learning_rate": 1e-2,
-        "adapter_per_stage": True,
-        "peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"]),
-    },
-    "evaluation at the start": {"eval_on_start": True},
-    "models only": {"save_only_model": True},
-    "noise": {"neftune_noise_alpha": 5.0},
-}
-
-
-@pytest.mark.parametrize("name", slow_but(RESUMED, "evaluation at the start"))
-def test_options_through_a_resume(tmp_path, name):
-    settings = RESUMED[name]
-    whole = build(tmp_path / "whole", **settings)
-    whole.train()
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "cut", callbacks=[Interrupt("2-writing", 2)], **settings).train()
-    resumed = build(tmp_path / "cut", **settings)
-    resumed.train(resume_from_checkpoint=True)
-    assert_same(weights(whole), weights(resumed))
-    rewards = [
-        [entry.get("eval_reward", entry.get("reward")) for entry in trainer.log_history]
-        for trainer in (whole, resumed)
-    ]
-    assert rewards[0] == rewards[1]
 
 
 def test_a_resumed_run_may_have_another_server(tmp_path):

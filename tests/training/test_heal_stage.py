@@ -1,13 +1,11 @@
 """Heals as stages of a run."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny_runs import assert_same, build, math_domain, weights, writing_domain
+from tiny_runs import assert_same, build, scripted_domains, weights
 
 from trl_interfere import HealCallback, Repair, Run
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
@@ -56,17 +54,8 @@ def test_settings_out_of_range(setting):
 
 
 def damaged_run(folder, callbacks, **settings):
-    """Math is at its best after its own stage and lost after the next one, whatever the weights say."""
-    stages = folder / "stages.json"
-
-    def metric(prompts, **kwargs):
-        finished = len(json.loads(stages.read_text())["stages"])
-        return [float(index % 10 < (2, 9, 3)[min(finished, 2)]) for index, _ in enumerate(prompts)]
-
-    domains = [
-        math_domain(metric=metric),
-        writing_domain(metric=lambda completions, **kwargs: [0.5] * len(completions)),
-    ]
+    """Math is at its best after its own stage and lost after the next one."""
+    domains = scripted_domains(folder, {"math": [0.2, 0.9, 0.3], "writing": [0.5]})
     return build(folder, domains=domains, callbacks=callbacks, max_steps=1, **settings)
 
 

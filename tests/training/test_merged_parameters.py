@@ -23,6 +23,9 @@ def test_against_a_merged_copy(make_model, dtype, options):
                 parameter.add_(0.5 * torch.randn_like(parameter))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
+    left = merged_parameters(model)
+    next(left)
+    left.close()  # by an engine that fails half-way
     found = {name: tensor.clone() for name, tensor in merged_parameters(model)}
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -32,16 +35,3 @@ def test_against_a_merged_copy(make_model, dtype, options):
     assert found.keys() == expected.keys() == names
     for name in names:
         assert torch.equal(found[name], expected[name]), name
-
-
-def test_a_generator_that_is_left_restores_the_weights(make_model):
-    model = get_peft_model(
-        make_model(dtype=torch.bfloat16), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    )
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    generator = merged_parameters(model)
-    name, tensor = next(generator)
-    assert not torch.equal(tensor, before[f"base_model.model.{name.replace('.weight', '.base_layer.weight')}"])
-    generator.close()
-    after = model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -72,12 +72,10 @@ def test_a_signal_ends_the_child(tmp_path, child, signum):
     assert str(program) not in listing
 
 
-def test_each_stage_has_a_port_of_its_own(tmp_path, child, monkeypatch):
+def test_each_stage_has_a_port_of_its_own(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setenv("MASTER_PORT", "29500")
-    child("sys.exit(75 if number == 0 else 0)")
-    assert processes.train_in_processes(["train"]) == 0
-    assert [environment["MASTER_PORT"] for _, environment in calls(tmp_path)] == ["29500", "29501"]
+    assert [processes._rendezvous(number)["MASTER_PORT"] for number in range(2)] == ["29500", "29501"]
 
 
 def test_processes_of_a_launcher_agree_on_the_port_of_each_stage(monkeypatch):

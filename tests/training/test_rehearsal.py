@@ -21,28 +21,6 @@ def test_rows_and_shares():
     assert again.train_dataset["prompt"][:] == mixed.train_dataset["prompt"][:]
 
 
-def test_a_rehearsing_stage_rewards_each_row_by_its_own_domain(tmp_path):
-    seen = {"math": [], "writing": []}
-
-    def counted(name):
-        def reward(completions, prompts, **kwargs):
-            seen[name] += prompts
-            return [float(len(text) % 5) for text in completions]
-
-        return reward
-
-    math = tiny_runs.math_domain(reward_funcs=counted("math"))
-    writing = tiny_runs.writing_domain(reward_funcs=counted("writing"))
-    prompts = {domain.name: set(domain.train_dataset["prompt"]) for domain in (math, writing)}
-    mixed = rehearse(writing, [math], share=0.5)
-    for domain in (math, mixed):
-        domain.eval_dataset = None
-    tiny_runs.build(tmp_path, domains=[math, mixed], order=["writing"], max_steps=4).train()
-    assert all(seen.values())
-    for name, found in seen.items():
-        assert set(found) <= prompts[name]
-
-
 def test_bad_input():
     math, writing = tiny_runs.math_domain(), tiny_runs.writing_domain()
     for share in (0, 1, -0.5):

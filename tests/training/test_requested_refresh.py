@@ -40,8 +40,3 @@ def test_one_that_was_trained_and_not_scored(run):
     assert requested(folder, "math", 7).wanted == 1
     with pytest.raises(ValueError, match="max_steps: .*math with max_steps 7 was stopped.* found 8"):
         requested(folder, "math", 8)
-
-
-def test_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="stages.json"):
-        requested(tmp_path, "math")

@@ -6,106 +6,109 @@ import shutil
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_runs import AskOnce, Interrupt, assert_same, build, math_domain, text_reward, weights, writing_domain
+from tiny_runs import (
+    AskOnce,
+    Interrupt,
+    assert_same,
+    build,
+    math_domain,
+    slow_but,
+    text_reward,
+    weights,
+    writing_domain,
+)
 from transformers import TrainerCallback
 
 from trl_interfere.lab.domains import lab_rows
+from trl_interfere.training.refresh import distillation
 from trl_interfere.training.resume import last_whole_checkpoint
+from trl_interfere.training.schedule import Stage
 
 
 LORA = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])
 
 
-def stream(name: str) -> Dataset:
-    return Dataset.from_list([{"prompt": row["prompt"]} for row in lab_rows(name, "train", 48)]).to_iterable_dataset()
-
-
 def streamed_domains():
-    return [
-        math_domain(train_dataset=stream("math"), reward_funcs=text_reward),
-        writing_domain(train_dataset=stream("writing"), reward_funcs=text_reward),
-    ]
+    made = []
+    for make, name in ((math_domain, "math"), (writing_domain, "writing")):
+        rows = Dataset.from_list([{"prompt": row["prompt"]} for row in lab_rows(name, "train", 48)])
+        made.append(make(train_dataset=rows.to_iterable_dataset(), reward_funcs=text_reward))
+    return made
 
 
 BLOCK = {"steps_per_generation": 4, "max_steps": 6}
+ADAPTER = {"peft_config": LORA, "learning_rate": 1e-2}
+KL = {"beta": 0.1}
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "reward", "greater_is_better": True}
+BEST |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 64}
+IN_THE_SECOND = ("2-writing", 3)
+TAUGHT = distillation({"math": "1-math", "writing": "0-base"}, {"max_steps": 3}, 0.5)
+OTHER_BATCHES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+OTHER_BATCHES |= {"num_generations": 2, "num_iterations": 2, "max_completion_length": 5, "max_steps": 6}
+ENTROPY = {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 5.0, "entropy_coef_delta": 0.01}
 SETTINGS = {
-    # name: (settings, step at which the second stage is interrupted, steps between checkpoints)
-    "steps per generation": ({**BLOCK}, 3, 1),
-    "iterations": ({"num_iterations": 3, "max_steps": 5}, 2, 1),
+    # name: (settings, stage and step at which it is interrupted)
+    "steps per generation": (BLOCK, IN_THE_SECOND),
+    "the first stage": ({}, ("1-math", 2)),
+    "the beginning of a stage": ({}, ("2-writing", 0)),
+    "a refresh": ({"ask": Stage("math", "refresh", {"max_steps": 2})}, ("3-refresh-math", 1)),
+    "a refresh by distillation": (
+        {"ask": TAUGHT, "max_steps": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4},
+        ("3-refresh", 1),
+    ),
+    "iterations": ({"num_iterations": 3, "max_steps": 5}, ("2-writing", 2)),
     "accumulation in a block": (
         {**BLOCK, "gradient_accumulation_steps": 2, "num_iterations": 2, "per_device_train_batch_size": 4},
-        3,
-        1,
+        IN_THE_SECOND,
     ),
-    "checkpoints off the block": ({**BLOCK, "logging_steps": 3}, 5, 2),
-    "third pass over the prompts": ({"per_device_train_batch_size": 64, "max_steps": 8}, 7, 1),
-    "passes as length": ({"per_device_train_batch_size": 64, "max_steps": -1, "num_train_epochs": 2}, 4, 1),
-    "evaluation on the way": ({**BLOCK, "eval_strategy": "steps", "eval_steps": 2}, 3, 1),
-    "KL to the base": ({**BLOCK, "beta": 0.1}, 3, 1),
-    "KL to the stage": ({**BLOCK, "beta": 0.1, "kl_reference": "stage"}, 3, 1),
-    "adaptive entropy": (
-        {
-            **BLOCK,
-            "use_adaptive_entropy": True,
-            "entropy_coef": 0.01,
-            "entropy_target": 5.0,
-            "entropy_coef_delta": 0.01,
-        },
-        3,
-        1,
+    "checkpoints off the block": ({**BLOCK, "logging_steps": 3, "save_steps": 2}, ("2-writing", 5)),
+    "third pass over the prompts": ({"per_device_train_batch_size": 64, "max_steps": 8}, ("2-writing", 7)),
+    "passes as length": (
+        {"per_device_train_batch_size": 64, "max_steps": -1, "num_train_epochs": 2},
+        ("2-writing", 4),
     ),
-    "stream": ({**BLOCK, "domains": streamed_domains}, 3, 1),
-    "adapter": ({**BLOCK, "peft_config": LORA, "learning_rate": 1e-2}, 3, 1),
-    "adapter, KL to the stage": (
-        {**BLOCK, "peft_config": LORA, "learning_rate": 1e-2, "beta": 0.1, "kl_reference": "stage"},
-        3,
-        1,
-    ),
-    "adapter per stage": ({**BLOCK, "peft_config": LORA, "learning_rate": 1e-2, "adapter_per_stage": True}, 3, 1),
-    "adapter per stage, KL to the base": (
-        {**BLOCK, "peft_config": LORA, "learning_rate": 1e-2, "adapter_per_stage": True, "beta": 0.1},
-        3,
-        1,
-    ),
-    "other batches in a stage": (
-        {
-            "stage_overrides": {
-                "writing": {
-                    "per_device_train_batch_size": 4,
-                    "gradient_accumulation_steps": 2,
-                    "steps_per_generation": 4,
-                    "num_generations": 2,
-                    "num_iterations": 2,
-                    "max_completion_length": 5,
-                    "max_steps": 6,
-                }
-            }
-        },
-        3,
-        1,
-    ),
+    "evaluation on the way": ({**BLOCK, "eval_strategy": "steps", "eval_steps": 2}, IN_THE_SECOND),
+    "evaluation at the start": ({"eval_on_start": True}, ("2-writing", 2)),
+    "KL to the base": ({**BLOCK, **KL}, IN_THE_SECOND),
+    "KL to the stage": ({**BLOCK, **KL, "kl_reference": "stage"}, IN_THE_SECOND),
+    "adaptive entropy": ({**BLOCK, **ENTROPY}, IN_THE_SECOND),
+    "stream": ({**BLOCK, "domains": streamed_domains}, IN_THE_SECOND),
+    "noise": ({"neftune_noise_alpha": 5.0}, ("2-writing", 2)),
+    "models only": ({"save_only_model": True}, ("2-writing", 2)),
+    "best at the end, one checkpoint": ({**BEST, "save_total_limit": 1}, ("2-writing", 2)),
+    "best checkpoints only": ({**BEST, "save_strategy": "best"}, ("2-writing", 2)),
+    "adapter": ({**BLOCK, **ADAPTER}, IN_THE_SECOND),
+    "adapter, KL to the stage": ({**BLOCK, **ADAPTER, **KL, "kl_reference": "stage"}, IN_THE_SECOND),
+    "adapter per stage": ({**BLOCK, **ADAPTER, "adapter_per_stage": True}, IN_THE_SECOND),
+    "adapter per stage, KL to the base": ({**BLOCK, **ADAPTER, **KL, "adapter_per_stage": True}, IN_THE_SECOND),
+    "adapter per stage, best": ({**BEST, **ADAPTER, "adapter_per_stage": True}, ("2-writing", 2)),
+    "other batches in a stage": ({"stage_overrides": {"writing": OTHER_BATCHES}}, IN_THE_SECOND),
 }
+QUICK = ("steps per generation", "adapter per stage", "a refresh by distillation", "the first stage")
+# A stage without a whole checkpoint is run again.
+FROM_ITS_START = ("the beginning of a stage", "models only")
 
 
-QUICK = ("steps per generation", "adapter per stage")
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
-)
+@pytest.mark.parametrize("name", slow_but(SETTINGS, *QUICK))
 def test_resume_equals_uninterrupted(tmp_path, name):
-    settings, step, save_steps = SETTINGS[name]
-    settings = {**settings, "save_steps": save_steps}
-    make = settings.pop("domains", lambda: None)
-    whole = build(tmp_path / "whole", domains=make(), **settings)
+    settings, (stage, step) = SETTINGS[name]
+
+    def run(folder, *callbacks):
+        own = {"domains": lambda: None, **settings}
+        asks = [AskOnce(own.pop("ask"))] if "ask" in own else []
+        return build(tmp_path / folder, **{**own, "domains": own["domains"]()}, callbacks=[*asks, *callbacks])
+
+    whole, cut = run("whole"), run("cut", Interrupt(stage, step))
     whole.train()
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "cut", domains=make(), callbacks=[Interrupt("2-writing", step)], **settings).train()
-    checkpoint = last_whole_checkpoint(tmp_path / "cut" / "checkpoints" / "2-writing")
-    assert checkpoint is not None  # else the stage would merely be run again
-    resumed = build(tmp_path / "cut", domains=make(), **settings)
+        cut.train()
+    checkpoint = last_whole_checkpoint(tmp_path / "cut" / "checkpoints" / stage)
+    assert (checkpoint is None) == (name in FROM_ITS_START)
+    resumed = run("cut")
     resumed.train(resume_from_checkpoint=True)
     assert_same(weights(whole), weights(resumed))
+    for domain, values in whole.score_matrix.values[-1].items():
+        assert values.tolist() == resumed.score_matrix.values[-1][domain].tolist()
     timed = ("step_time", "runtime", "per_second", "flos")
     for first, second in zip(whole.log_history, resumed.log_history, strict=True):
         # the loss of the whole stage is that of the steps of its last process
@@ -113,43 +116,42 @@ def test_resume_equals_uninterrupted(tmp_path, name):
         assert {k: v for k, v in first.items() if k not in skip} == {k: v for k, v in second.items() if k not in skip}
 
 
-class Kill(Exception):
-    """Stands for the end of a process."""
+def test_a_refresh_goes_on_with_its_own_settings_only(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, callbacks=[AskOnce(TAUGHT), Interrupt("3-refresh", 1)], max_steps=1).train()
+    other = distillation(TAUGHT.overrides["teachers"], {"max_steps": 3})
+    with pytest.raises(ValueError, match="reward_weight 0.5, found 0.0"):
+        build(tmp_path, callbacks=[AskOnce(other)], max_steps=1).train(resume_from_checkpoint=True)
 
 
 def test_resume_in_the_middle_of_an_evaluation(tmp_path):
-    calls = {"math": 0, "writing": 0}
-    fail = {"now": False}
+    calls, trained = [], []
 
-    def counted(name):
-        def metric(completions, **kwargs):
-            calls[name] += 1
-            if fail["now"] and name == "writing" and calls["writing"] == 2:
-                raise Kill
-            return text_reward(completions)
+    def domains(fails_at=None):
+        def counted(name):
+            def metric(completions, **kwargs):
+                calls.append(name)
+                if len(calls) == fails_at:
+                    raise RuntimeError("stands for the end of a process")
+                return text_reward(completions)
 
-        return metric
+            return metric
 
-    def domains():
         return [math_domain(metric=counted("math")), writing_domain(metric=counted("writing"))]
-
-    fail["now"] = True
-    with pytest.raises(ValueError, match="Kill"):
-        build(tmp_path, domains=domains()).train()
-    fail["now"] = False
-    manifest = json.loads((tmp_path / "stages.json").read_text())
-    assert manifest["current"]["index"] == 1 and list(manifest["current"]["scores"]) == ["math"]
-    calls.update(math=0, writing=0)
-    trained = []
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             trained.append(args.output_dir.rsplit("/", 1)[-1])
 
+    with pytest.raises(ValueError, match="end of a process"):
+        build(tmp_path, domains=domains(fails_at=4)).train()
+    manifest = json.loads((tmp_path / "stages.json").read_text())
+    assert manifest["current"]["index"] == 1 and list(manifest["current"]["scores"]) == ["math"]
+    calls.clear()
     resumed = build(tmp_path, domains=domains(), callbacks=[Watch()])
     resumed.train(resume_from_checkpoint=True)
     assert trained == ["2-writing"]  # the first stage was not trained again
-    assert calls == {"math": 1, "writing": 2}  # nor was math scored again after it
+    assert calls == ["writing", "math", "writing"]  # nor was math scored again after it
     whole = build(tmp_path / "whole", domains=domains())
     whole.train()
     assert_same(weights(whole), weights(resumed))
@@ -208,7 +210,6 @@ def cut(path):
         ("resume_state_0.json", lambda path: path.unlink()),
         ("model.safetensors", cut),
         ("optimizer.pt", cut),
-        ("rng_state.pth", cut),
     ],
 )
 def test_a_half_written_checkpoint_is_skipped_with_a_warning(tmp_path, checkpoint, caplog, name, spoil):
@@ -219,18 +220,3 @@ def test_a_half_written_checkpoint_is_skipped_with_a_warning(tmp_path, checkpoin
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-1")
     assert "checkpoint-2: skipped, it was not written to its end" in caplog.text and name in caplog.text
     assert last_whole_checkpoint(tmp_path / "missing") is None
-
-
-def test_a_checkpoint_of_more_processes_is_refused(tmp_path, checkpoint):
-    trainer = build(tmp_path)
-    shutil.copytree(checkpoint / "checkpoint-2", tmp_path / "checkpoint-2")
-    (tmp_path / "checkpoint-2" / "resume_state_0.json").unlink()
-    with pytest.raises(ValueError, match="expected a checkpoint of 1 processes"):
-        trainer._load_rng_state(str(tmp_path / "checkpoint-2"))
-
-
-def test_buffered_completions_are_saved_only_inside_a_block(tmp_path):
-    build(tmp_path, steps_per_generation=2, max_steps=2, keep_checkpoints=True).train()
-    folder = tmp_path / "checkpoints" / "1-math"
-    assert (folder / "checkpoint-1" / "generation_buffer_0.safetensors").exists()
-    assert not (folder / "checkpoint-2" / "generation_buffer_0.safetensors").exists()

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 
 from trl_interfere.training.schedule import Stage, build_schedule
@@ -24,30 +22,16 @@ def test_order_with_repeats_and_overrides():
     assert schedule[2].overrides == {"max_steps": 3} and overrides["math"] == {"max_steps": 3}
 
 
-def test_to_dict():
-    stage = Stage("math", "refresh", {"max_steps": 3})
-    assert Stage(**json.loads(json.dumps(stage.to_dict()))) == stage
-
-
 @pytest.mark.parametrize(
     "order, overrides, message",
     [
         ([], None, "order: expected at least one domain, found none"),
-        (["math", "art"], None, r"order: unknown domain 'art', expected one of \['code', 'math', 'qa'\]"),
-        (None, {"art": {}}, "stage_overrides: unknown domain 'art', expected one of"),
+        (["math", "art"], None, r"order: unknown domain 'art', expected .*\['code', 'math', 'qa'\]"),
+        (None, {"art": {}}, "stage_overrides: unknown domain 'art', expected one"),
         (None, {"qa": 5}, r"stage_overrides\['qa'\]: expected settings by name, found 5"),
-        (
-            None,
-            {"qa": {"beta": 0.1}},
-            r"stage_overrides\['qa'\].*may differ between stages: unknown option 'beta'",
-        ),
+        (None, {"qa": {"beta": 0.1}}, r"stage_overrides\['qa'\].*may differ .*: unknown option 'beta'"),
     ],
 )
 def test_schedules_that_cannot_be_run(order, overrides, message):
     with pytest.raises(ValueError, match=message):
         build_schedule(DOMAINS, order, overrides)
-
-
-def test_no_domain_can_be_trained():
-    with pytest.raises(ValueError, match="order: expected at least one domain"):
-        build_schedule([], None, None)

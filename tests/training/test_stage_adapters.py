@@ -120,21 +120,16 @@ def test_the_kl_reference_follows_the_stage(tmp_path, peft):
 
 
 @pytest.mark.parametrize(
-    ("lora", "message"),
+    ("lora", "settings", "message"),
     [
-        (None, "expected a model with one LoRA adapter"),
-        ({"use_dora": True}, "use_dora=True cannot be added up"),
-        ({"use_rslora": True}, "use_rslora=True cannot be added up"),
-        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
-        ({"bias": "all"}, "expected bias='none'"),
+        (None, {}, "adapter_per_stage: expected one LoRA"),
+        ({"use_dora": True}, {}, "adapter_per_stage: .*use_dora=True"),
+        ({"modules_to_save": ["embed_tokens"]}, {}, "adapter_per_stage: .*modules_to_save"),
+        ({"bias": "all"}, {}, "adapter_per_stage: .*bias='all'"),
+        ({}, {"kl_reference": "stage"}, "kl_reference: 'stage' is not supported with adapter_per_stage"),
     ],
 )
-def test_what_cannot_be_added_up_is_refused(tmp_path, lora, message):
+def test_what_cannot_be_added_up_is_refused(tmp_path, lora, settings, message):
     peft_config = None if lora is None else LoraConfig(**LORA, **lora)
-    with pytest.raises(ValueError, match=f"adapter_per_stage: .*{message}"):
-        build(tmp_path, adapter_per_stage=True, peft_config=peft_config)
-
-
-def test_kl_to_the_stage_with_an_adapter_per_stage_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="kl_reference: 'stage' is not supported with adapter_per_stage"):
-        build(tmp_path, adapter_per_stage=True, kl_reference="stage", peft_config=LoraConfig(**LORA))
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, adapter_per_stage=True, peft_config=peft_config, **settings)

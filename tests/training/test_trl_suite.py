@@ -12,8 +12,8 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny_runs import SETTINGS, assert_same, config, text_reward, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from tiny_runs import SETTINGS, assert_same, config, reward_model, slow_but, text_reward, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_interfere import Domain, SequentialGRPOTrainer
@@ -101,15 +101,6 @@ def tokenizer():
     return made
 
 
-def reward_model():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-        model = LlamaForSequenceClassification(LlamaConfig(vocab_size=1024, num_labels=1, pad_token_id=0, **sizes))
-    model.config._name_or_path = str(MODEL_FOLDER)
-    return model
-
-
 def adapted():
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -131,15 +122,14 @@ def plays(name):
     return generate
 
 
+TEMPLATE = {"processing_class": tokenizer()}
+EVAL = {"eval_strategy": "steps"}
+GAMES = {"game": Game, "other": Other}
+PLAYED = [{"environment": name} for name in [*GAMES] * 16]
 # name: rewards, rows, settings, arguments of the trainer, and what generates in place of the model
 CASES = {
     "standard prompts": (standard, ROWS, {}, {}),
-    "conversational prompts": (
-        conversational,
-        TALK,
-        {"chat_template_kwargs": {"enable_thinking": False}},
-        {"words": 1},
-    ),
+    "conversational prompts": (conversational, TALK, {"chat_template_kwargs": {"enable_thinking": False}}, TEMPLATE),
     "a stream": (standard, "stream", {}, {}),
     "workers": (standard, ROWS, {"dataloader_num_workers": 2}, {}),
     "a column": (with_column, ROWS, {}, {}),
@@ -151,13 +141,8 @@ CASES = {
     "a reward model": ("model", ROWS, {}, {}),
     "a reward model and a function": (["model", standard], ROWS, {}, {}),
     "processing classes": (["model", standard], ROWS, {}, {"reward_processing_classes": [tokenizer(), None]}),
-    "evaluation": (standard, ROWS, {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2}, {}),
-    "evaluation at the start": (
-        standard,
-        ROWS,
-        {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True},
-        {},
-    ),
+    "evaluation": (standard, ROWS, {**EVAL, "eval_steps": 1, "num_generations_eval": 2}, {}),
+    "evaluation at the start": (standard, ROWS, {**EVAL, "eval_steps": 2, "eval_on_start": True}, {}),
     "an adapter": (standard, ROWS, {"learning_rate": 1e-2}, {"peft_config": LORA}),
     "an adapter with a penalty": (standard, ROWS, {"learning_rate": 1e-2, "beta": 0.1}, {"peft_config": LORA}),
     "an adapter, checkpointed": (standard, ROWS, {"gradient_checkpointing": True}, {"peft_config": LORA}),
@@ -168,19 +153,11 @@ CASES = {
     "malformed calls": (conversational, TALK, {}, {"tools": [multiply], "plays": 'multiply", "x'}),
     "an environment with its reward": (None, None, {}, {"environment_factory": Game, "plays": "multiply"}),
     "an environment beside a reward": (conversational, TALK, {}, {"environment_factory": Game, "plays": "multiply"}),
-    "two environments": (
-        None,
-        [{**row, "environment": name} for row, name in zip(TALK, ["game", "other"] * 16, strict=True)],
-        {},
-        {"environment_factory": {"game": Game, "other": Other}, "plays": "multiply"},
-    ),
+    "two environments": (None, PLAYED, {}, {"environment_factory": GAMES, "plays": "multiply"}),
 }
-QUICK = ("standard prompts", "tools")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", slow_but(CASES, "standard prompts", "tools"))
 @pytest.mark.filterwarnings("ignore")
 def test_ends_with_the_weights_of_grpo_trainer(tmp_path, name):
     rewards, rows, settings, extras = CASES[name]
@@ -209,8 +186,8 @@ LOGGED = ("loss", "reward", "grad_norm", "kl", "entropy", "eval_reward", "half")
 
 def train(folder, ours, rewards, rows, settings, extras):
     extras, settings = dict(extras), dict(settings)
-    generate, words = extras.pop("plays", None), extras.pop("words", None)
-    if words or generate:
+    generate = extras.pop("plays", None)
+    if generate:
         extras["processing_class"] = tokenizer()
     model = extras.pop("model", lambda: str(MODEL_FOLDER))()
     data = None if rows is None else Dataset.from_list(ROWS if rows == "stream" else rows)
@@ -255,33 +232,27 @@ def test_batches_hold_groups_and_are_used_again(tmp_path):
 
 REFUSED = {
     "no reward": ({}, {}, "only.*reward"),
-    "no data": ({"train_dataset": None}, {}, "order|train_dataset"),
+    "no data": ({"train_dataset": None}, {}, "order"),
     "data of the environment without a length": (
         {"train_dataset": None},
         {"environment_factory": Game, "max_steps": -1},
         "max_steps",
     ),
-    "environments without data": (
-        {"train_dataset": None},
-        {"environment_factory": {"a": Game, "b": Other}},
-        "order|train",
-    ),
+    "environments without data": ({"train_dataset": None}, {"environment_factory": GAMES}, "order"),
     "processing classes of another number": (
         {"reward_funcs": [standard]},
         {"reward_processing_classes": [None, None]},
         "reward processing classes",
     ),
-    "rewards that are never given": ({"reward_funcs": [never]}, {"train": True}, "only.*None.*never"),
+    "rewards that are never given": ({"reward_funcs": [never]}, {}, "only.*None.*never"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_is_refused(tmp_path, name):
     fields, extras, message = REFUSED[name]
-    extras = dict(extras)
-    run = extras.pop("train", False)
-    args = config(tmp_path, max_steps=extras.pop("max_steps", 1))
+    args = config(tmp_path, max_steps=extras.get("max_steps", 1))
     domain = Domain("only", **{"train_dataset": Dataset.from_list(ROWS), **fields})
+    extras = {key: value for key, value in extras.items() if key != "max_steps"}
     with pytest.raises(ValueError, match=message):
-        trainer = SequentialGRPOTrainer(str(MODEL_FOLDER), args, [domain], **extras)
-        trainer.train() if run else None
+        SequentialGRPOTrainer(str(MODEL_FOLDER), args, [domain], **extras).train()

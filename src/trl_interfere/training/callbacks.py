@@ -11,55 +11,21 @@ from .schedule import Stage
 
 class StageCallback(TrainerCallback):
     """
-    A [`~transformers.TrainerCallback`] that also sees stages.
-
-    `train()` must not be called from a callback. A callback that wants more training asks for it in
-    [`~StageCallback.request_stage`], and the stage loop of [`SequentialGRPOTrainer`] runs it.
+    A [`~transformers.TrainerCallback`] that also sees stages. It must not call `train()`: it asks for a stage in
+    [`~StageCallback.request_stage`], and [`SequentialGRPOTrainer`] runs it.
     """
 
     def on_run_begin(self, args: SequentialGRPOConfig, run: Run) -> None:
-        """
-        `train()` has opened the folder of the run, which may hold stages already.
-
-        Args:
-            args ([`SequentialGRPOConfig`]):
-                Settings of the run.
-            run ([`Run`]):
-                The run.
-        """
+        """`train()` has opened the folder of the run, which may hold stages already."""
 
     def on_run_end(self, args: SequentialGRPOConfig, run: Run) -> None:
-        """
-        Nothing is left to do.
-
-        Args:
-            args ([`SequentialGRPOConfig`]):
-                Settings of the run.
-            run ([`Run`]):
-                The run.
-        """
+        """Nothing is left to do."""
 
     def on_stage_begin(self, index: int, stage: Stage) -> None:
-        """
-        A stage is about to begin or to be continued.
-
-        Args:
-            index (`int`):
-                Position in the run.
-            stage ([`Stage`]):
-                The stage.
-        """
+        """A stage, at this position in the run, is about to begin or to be continued."""
 
     def on_stage_end(self, record: StageRecord, score_matrix: ScoreMatrix) -> None:
-        """
-        A stage, or the scoring of the base model, has finished and stands in the manifest.
-
-        Args:
-            record ([`StageRecord`]):
-                The stage.
-            score_matrix ([`ScoreMatrix`]):
-                Scores of all finished stages.
-        """
+        """A stage, or the scoring of the base model, has finished and stands in the manifest."""
 
     def request_stage(
         self, stages: list[StageRecord], score_matrix: ScoreMatrix, schedule_finished: bool
@@ -84,10 +50,9 @@ class StageCallback(TrainerCallback):
 class HealCallback(StageCallback):
     """
     Ask [`SequentialGRPOTrainer`] to heal the model where stages have damaged domains: a repair in closed form, without
-    training. It becomes a stage of the run, and training goes on from the healed weights.
-
-    A domain is damaged when it is below its score after its own training by more than the 95% interval of the
-    difference. With LoRA, `at="stage"` is refused: the repair of an adapter has another rank than the adapter.
+    training. It becomes a stage of the run, and training goes on from the healed weights. A domain is damaged when it
+    is below its score after its own training by more than the 95% interval of the difference. With LoRA,
+    `at="stage"` is refused: the repair of an adapter has another rank than the adapter.
 
     Example:
 
@@ -112,15 +77,9 @@ class HealCallback(StageCallback):
     """
 
     def __init__(
-        self,
-        at: str = "end",
-        max_drop: float = 1.0,
-        rank: int | None = 64,
-        domains: list[str] | None = None,
+        self, at: str = "end", max_drop: float = 1.0, rank: int | None = 64, domains: list[str] | None = None
     ):
-        if at not in ("end", "stage"):
-            raise ValueError(f"at: expected 'end' or 'stage', found {at!r}")
-        check_range("max_drop", max_drop, 0)
+        check_policy(at, max_drop, domains)
         if rank is not None:
             check_range("rank", rank, 1, whole=True)
         self.at, self.max_drop, self.rank, self.domains = at, max_drop, rank, domains
@@ -133,14 +92,23 @@ class HealCallback(StageCallback):
         last = next((record.kind for record in reversed(stages) if record.kind != "refresh"), None)
         if last != "train" or (self.at == "end" and not schedule_finished):
             return None
-        final = score_matrix.values[-1]
-        own = {record.domain: row for row, record in enumerate(stages) if record.kind == "train"}
-        before = {name: score_matrix.values[row] for name, row in own.items()}
-        lost = lost_beyond_interval({name: row[name] for name, row in before.items() if name in row}, final)
-        if not (set(lost) if self.domains is None else set(lost) & {*self.domains}):
+        rows = score_matrix.values
+        own = {record.domain: rows[row] for row, record in enumerate(stages) if record.kind == "train"}
+        lost = lost_beyond_interval({name: row[name] for name, row in own.items() if name in row}, rows[-1])
+        names = [name for name in lost if self.domains is None or name in self.domains]
+        if not names:
             return None
-        names = self.domains and [name for name in lost if name in self.domains]
+        names = None if self.domains is None else names
         return Stage(None, "heal", {"rank": self.rank, "max_drop": self.max_drop, "names": names})
+
+
+def check_policy(at: str, max_drop: float, domains: list[str] | None) -> None:
+    """Refuse what no policy of heals or refreshes can be."""
+    if at not in ("end", "stage"):
+        raise ValueError(f"at: expected 'end' or 'stage', found {at!r}")
+    check_range("max_drop", max_drop, 0)
+    if isinstance(domains, str):
+        raise ValueError(f"domains: expected a list of names, found {domains!r}")
 
 
 def check_domains(where: str, names: list[str] | None, score_matrix: ScoreMatrix) -> None:

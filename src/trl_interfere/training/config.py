@@ -34,14 +34,13 @@ class SequentialGRPOConfig(GRPOConfig):
         score_samples (`int`, *optional*, defaults to `1`):
             Completions of each prompt when a domain is scored; their scores are averaged.
         keep_checkpoints (`bool`, *optional*, defaults to `False`):
-            Whether to keep the `checkpoint-*` folders of a stage after it has finished. They hold optimizer states;
-            the finished stage itself is always kept under `stages/`.
+            Whether to keep the `checkpoint-*` folders of a finished stage, which hold optimizer states.
         kl_reference (`str`, *optional*, defaults to `"base"`):
             Model that the KL penalty of `beta` measures from: `"base"`, the model before the first stage, as in
             [`~trl.GRPOTrainer`], or `"stage"`, the model at the start of each stage.
         adapter_per_stage (`bool`, *optional*, defaults to `False`):
-            With LoRA, whether each stage trains an adapter of its own on top of those of the earlier stages, which
-            stay active and frozen. Otherwise one adapter goes through all stages.
+            With LoRA, whether each stage trains an adapter of its own on top of the earlier ones, which stay active
+            and frozen.
     """
 
     order: list[str] | None = None
@@ -72,35 +71,21 @@ class SequentialGRPOConfig(GRPOConfig):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not supported, {reason}")
         if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
             raise ValueError(
-                f"hub_strategy: expected 'end' or 'every_save', found {str(self.hub_strategy.value)!r}: whole "
-                "checkpoints hold the state of the optimizer as a pickle, which is not published"
+                f"hub_strategy: expected 'end' or 'every_save', without pickles, found {self.hub_strategy.value!r}"
             )
         if self.push_to_hub and self.hub_revision is not None:
             raise ValueError("hub_revision: expected none, since each stage has a revision of its own")
         if self.accelerator_config.dispatch_batches:
-            raise ValueError(
-                "accelerator_config: dispatch_batches=True is not supported, prompts are no tensors that one process "
-                "could hand to the others"
-            )
+            raise ValueError("accelerator_config: dispatch_batches=True is not supported, prompts are no tensors")
         if self.kl_reference not in ("base", "stage"):
             raise ValueError(f"kl_reference: expected 'base' or 'stage', found {self.kl_reference!r}")
 
     def stage_settings(self, overrides: dict[str, Any], where: str = "stage_overrides") -> dict[str, Any]:
         """
-        Values that this configuration takes in a stage, with those that follow from them.
+        Settings of a stage by name, with those that follow from them; `where` they stand is for messages.
 
-        Args:
-            overrides (`dict`):
-                Settings of the stage, names of `STAGE_OPTIONS`.
-            where (`str`, *optional*, defaults to `"stage_overrides"`):
-                Where the settings stand, for the message.
-
-        Returns:
-            `dict`: The settings by name; `steps_per_generation` follows `gradient_accumulation_steps` where it does so
-            in the whole configuration, and `generation_batch_size` follows from the batch settings.
-
-        Raises:
-            `ValueError`: If a value has the wrong type, or the batch settings do not fit together.
+        `steps_per_generation` follows `gradient_accumulation_steps` where it does so in the whole configuration, and
+        `generation_batch_size` the batch settings.
         """
         if isinstance(overrides.get("scale_rewards"), bool):  # what GRPOConfig makes of it
             overrides = {**overrides, "scale_rewards": "group" if overrides["scale_rewards"] else "none"}
@@ -117,55 +102,44 @@ class SequentialGRPOConfig(GRPOConfig):
         def get(name: str) -> Any:
             return settings.get(name, getattr(self, name))
 
-        if settings.keys() & {*_BATCH_OPTIONS}:
+        if settings.keys() & _BATCH_OPTIONS:
             follows = self.steps_per_generation == self.gradient_accumulation_steps
             if "steps_per_generation" not in settings and follows:
                 settings["steps_per_generation"] = get("gradient_accumulation_steps")
             size = get("per_device_train_batch_size") * self.world_size * get("steps_per_generation")
             if size % get("num_generations") or get("num_generations") < 2:
                 raise ValueError(
-                    f"{where}: expected a generation batch ({size}) divisible by num_generations, at least 2; "
-                    f"found num_generations={get('num_generations')}"
+                    f"{where}: expected a generation batch ({size}) divisible by at least 2 generations, found "
+                    f"num_generations={get('num_generations')}"
                 )
             settings["generation_batch_size"] = size
         if get("eval_strategy") != "no":
             generations = self.num_generations_eval or get("num_generations")
             size = get("per_device_eval_batch_size") * self.world_size
             if size % generations:
-                raise ValueError(
-                    f"{where}: expected an evaluation batch ({size}) that is divisible by its number of generations "
-                    f"({generations})"
-                )
+                raise ValueError(f"{where}: expected an eval batch ({size}) divisible by {generations} generations")
         return settings
 
 
-_BATCH_OPTIONS = (
-    "gradient_accumulation_steps", "num_generations", "per_device_train_batch_size", "steps_per_generation",
-)  # fmt: skip
+_BATCH_OPTIONS = {"gradient_accumulation_steps", "num_generations", "per_device_train_batch_size"}
+_BATCH_OPTIONS |= {"steps_per_generation"}
 # The least and the most that a number may be, and whether it must be whole. transformers and TRL take any.
-_AT_LEAST_1 = (1, 2**31, True)
 RANGES = {
-    "beta": (0.0, math.inf, False),
-    "eval_steps": (0.0, math.inf, False),
-    "gradient_accumulation_steps": _AT_LEAST_1,
-    "learning_rate": (0.0, math.inf, False),
-    "logging_steps": (0.0, math.inf, False),
-    "max_completion_length": _AT_LEAST_1,
-    "max_grad_norm": (0.0, math.inf, False),
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "max_completion_length", "num_iterations", "per_device_eval_batch_size")
+        + ("per_device_train_batch_size", "score_batch_size", "score_max_new_tokens", "score_samples"),
+        (1, 2**31, True),
+    ),
+    **dict.fromkeys(
+        ("beta", "eval_steps", "learning_rate", "logging_steps", "max_grad_norm", "save_steps", "weight_decay"),
+        (0.0, math.inf, False),
+    ),
     "max_steps": (-1, 2**31, True),
     "num_generations": (2, 2**31, True),
-    "num_iterations": _AT_LEAST_1,
     "num_train_epochs": (0.0, 1e6, False),
-    "per_device_eval_batch_size": _AT_LEAST_1,
-    "per_device_train_batch_size": _AT_LEAST_1,
-    "save_steps": (0.0, math.inf, False),
-    "score_batch_size": _AT_LEAST_1,
-    "score_max_new_tokens": _AT_LEAST_1,
-    "score_samples": _AT_LEAST_1,
     "score_temperature": (0.0, 1e6, False),
     "seed": (0, 2**32 - 1, True),
     "temperature": (1e-6, 1e6, False),
-    "weight_decay": (0.0, math.inf, False),
 }
 _MAY_BE_NONE = ("eval_steps", "max_completion_length", "score_max_new_tokens")
 
@@ -196,23 +170,12 @@ STAGE_OPTIONS = (
 REFUSED_OPTIONS = {
     "bf16_full_eval": (False, "it would convert the weights that the next stage goes on from"),
     "data_seed": (None, "GRPO draws its prompts by `seed`"),
-    "enable_jit_checkpoint": (
-        False,
-        "a stage that it ends on SIGTERM would count as finished, and it watches the first stage only; set save_steps "
-        "instead",
-    ),
+    "enable_jit_checkpoint": (False, "a stage that it ends would count as finished; set save_steps instead"),
     "fp16_full_eval": (False, "it would convert the weights that the next stage goes on from"),
     "ignore_data_skip": (False, "a resumed run would see other prompts than an uninterrupted one"),
     "include_for_metrics": ([], "GRPO has no compute_metrics to hand them to"),
     "label_smoothing_factor": (0.0, "the loss of GRPO has no labels"),
-    "log_completions_hub_repo": (
-        None,
-        "completions are kept in a folder for each stage, which TRL's upload does not see; upload them afterwards",
-    ),
-    "sync_ref_model": (
-        False,
-        "the reference that it moves is not part of a checkpoint, so that a resumed run would differ; use "
-        "kl_reference='stage' to move the reference between stages",
-    ),
+    "log_completions_hub_repo": (None, "completions are kept in a folder for each stage, which TRL's upload misses"),
+    "sync_ref_model": (False, "its reference is not part of a checkpoint; use kl_reference='stage' to move it"),
     "train_sampling_strategy": ("random", "GRPO has a sampler of its own, see shuffle_dataset"),
 }

@@ -34,11 +34,8 @@ Weights = dict[str, torch.Tensor]
 
 class Distillation:
     """
-    The teachers of one stage, and its loss.
-
-    A teacher is no second model but weights that take the place of the student's for one forward pass; of a LoRA, the
-    weights of its adapters. One teacher lies on the device of the student. Several wait in main memory, and one at a
-    time is on the device.
+    The teachers of one stage, and its loss. A teacher is no second model but weights (of a LoRA, its adapters) that
+    take the place of the student's for one forward pass. Several wait in main memory, one is on the device.
     """
 
     def __init__(self, trainer: "SequentialGRPOTrainer", teachers: dict[str, str]):

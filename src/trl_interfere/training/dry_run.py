@@ -42,10 +42,7 @@ class StagePlan:
 
 @dataclass
 class RunPlan:
-    """
-    A run, before it starts. Stages that callbacks may ask for are not in it. `disk` holds bytes at their peak, by what
-    they hold; `notes` are lines of text.
-    """
+    """A run, before it starts, without the stages that callbacks may ask for. `disk` holds bytes at their peak."""
 
     output_dir: str
     stages: list[StagePlan]
@@ -62,10 +59,7 @@ class RunPlan:
         names = ("steps", "learning_rate", "prompts", "generated_tokens", "trained_tokens")
         rows = [
             [f"{position} {plan.stage.domain}{', done' if plan.done else ''}"]
-            + [
-                f"{getattr(plan, name):,g}" if name == "learning_rate" else f"{getattr(plan, name):,}"
-                for name in names
-            ]
+            + [f"{getattr(plan, name):,}" for name in names]
             for position, plan in enumerate(self.stages, start=1)
         ]
         sums = ["" if name == "learning_rate" else f"{sum(getattr(plan, name) for plan in todo):,}" for name in names]
@@ -102,7 +96,7 @@ def stage_steps(settings: Mapping[str, Any], dataset: Dataset | IterableDataset)
 
 def plan_run(run: RunFile, args: SequentialGRPOConfig) -> RunPlan:
     """
-    Work out what a run will do and need. Nothing is written and no weights are loaded.
+    What a run will do and need. Nothing is written and no weights are loaded.
 
     Args:
         run ([`RunFile`]):
@@ -183,15 +177,12 @@ def _stage_plan(stage: Stage, settings: Mapping[str, Any], steps: int, world: in
 
 def model_bytes(run: RunFile, args: SequentialGRPOConfig) -> int:
     """Bytes of the weights that are trained and saved. Of the model only the configuration is read."""
-    options = dict(args.model_init_kwargs or {})
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     known = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
     try:
-        config = AutoConfig.from_pretrained(run.model, **{"trust_remote_code": args.trust_remote_code, **known})
+        config = AutoConfig.from_pretrained(run.model, **known)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model: {run.model!r} is neither a folder with a config and safetensors weights nor readable from the "
-            f"Hub ({error})"
-        ) from error
+        raise ValueError(f"model: {run.model!r} is neither a folder with a config nor on the Hub ({error})") from error
     if os.path.isdir(run.model) and not list(Path(run.model).glob("*.safetensors")):
         raise ValueError(f"model: expected safetensors weights in {run.model!r}, found none")
     dtype = options.get("dtype", "float32")
@@ -207,9 +198,9 @@ def model_bytes(run: RunFile, args: SequentialGRPOConfig) -> int:
 
 
 def _checkpoints(settings: Mapping[str, Any], steps: int, dataset: Dataset | IterableDataset) -> int:
+    every = settings["save_steps"]
     if settings["save_strategy"] == "no":
         return 0
     if settings["save_strategy"] == "epoch":
-        return math.ceil(steps / stage_steps({**settings, "max_steps": -1, "num_train_epochs": 1}, dataset))
-    every = settings["save_steps"]
+        every = stage_steps({**settings, "max_steps": -1, "num_train_epochs": 1}, dataset)
     return math.ceil(steps / (math.ceil(steps * every) if every < 1 else every))

@@ -20,32 +20,26 @@ if TYPE_CHECKING:
     from .trainer import SequentialGRPOTrainer
 
 
-# Settings that cannot change the weights; a resumed run may differ in them.
-HARMLESS_OPTIONS = {
+# Settings that cannot change the weights; a resumed run may differ in them, and in those with such a name.
+_HARMLESS_BEGINNINGS = ("hub_", "logging_", "save_", "trackio_", "vllm_server_")
+_HARMLESS = {
     "average_tokens_across_devices", "dataloader_num_workers", "dataloader_persistent_workers",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_timeout", "debug", "disable_tqdm",
-    "do_eval", "do_predict", "do_train", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
-    "hub_strategy", "hub_token", "keep_checkpoints", "log_completions", "log_completions_hub_repo", "log_level",
-    "log_level_replica", "log_on_each_node", "log_unique_prompts", "logging_dir", "logging_first_step",
-    "logging_nan_inf_filter", "logging_steps", "logging_strategy", "num_completions_to_print", "order", "output_dir",
-    "project", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "save_on_each_node",
-    "save_only_model", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics",
-    "stage_overrides", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
-    "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization", "vllm_group_port", "vllm_server_base_url",
-    "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+    "do_eval", "do_predict", "do_train", "keep_checkpoints", "log_completions", "log_completions_hub_repo",
+    "log_level", "log_level_replica", "log_on_each_node", "log_unique_prompts", "num_completions_to_print", "order",
+    "output_dir", "project", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name",
+    "skip_memory_metrics", "stage_overrides", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization",
+    "vllm_group_port",
 }  # fmt: skip
 
 
 def run_identity(trainer: "SequentialGRPOTrainer") -> dict[str, Any]:
     """What makes it this run and no other; a resumed run must have the same."""
     model_id = trainer._base_model or get_config_model_id(trainer.model.config)
-    names = {field.name for field in fields(trainer.args)} - HARMLESS_OPTIONS
-    config = {name: value for name, value in trainer.args.to_dict().items() if name in names}
+    names = {field.name for field in fields(trainer.args) if not field.name.startswith(_HARMLESS_BEGINNINGS)}
+    config = {name: value for name, value in trainer.args.to_dict().items() if name in names - _HARMLESS}
     if is_peft_model(trainer.model):
-        adapters = {name: config.to_dict() for name, config in trainer.model.peft_config.items()}
-        config["peft"] = json.loads(
-            json.dumps(adapters, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-        )
+        config["peft"] = {name: adapter.to_dict() for name, adapter in trainer.model.peft_config.items()}
     return {
         "base_model": Path(model_id).name if os.path.isdir(model_id) else model_id,
         "schedule": [stage.to_dict() for stage in trainer.schedule],
@@ -58,7 +52,7 @@ def run_identity(trainer: "SequentialGRPOTrainer") -> dict[str, Any]:
             }
             for domain in trainer.domains.values()
         },
-        "config": json.loads(json.dumps(config, default=str)),
+        "config": json.loads(json.dumps(config, default=lambda v: sorted(v) if isinstance(v, set) else str(v))),
     }
 
 

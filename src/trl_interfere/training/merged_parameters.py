@@ -9,10 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 def merged_parameters(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
     """
-    Parameters of a model with its active adapters merged in, one layer at a time.
-
-    Adding an adapter to the weights and subtracting it again does not give the same weights, in bfloat16 least of all.
-    Here each layer gets back a copy of what it was, so that the model stays what its adapter says, to the bit.
+    Parameters of a model with its active adapters merged in, one layer at a time. Each layer then gets back a copy of
+    what it was: adding an adapter and subtracting it again would round the weights.
     """
     prefix = "base_model.model."
     for name, module in model.named_modules():

@@ -18,11 +18,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def train_in_processes(arguments: list[str], resume: bool = False) -> int:
     """
-    Run each stage of `trl-interfere train` in a process of its own, over the same manifest, until none is left.
-
-    SIGINT and SIGTERM end the running stage; its last checkpoint is where `--resume` continues. The calling process
-    must not have joined a process group: under `accelerate launch` each of its processes calls this, and the children
-    form the groups.
+    Run each stage of `trl-interfere train` in a process of its own, until none is left. SIGINT and SIGTERM end the
+    stage. Under `accelerate launch` each process calls this, and its children form the process groups.
     """
     command = [sys.executable, "-m", __package__.partition(".")[0], *arguments, "--max-stages", "1"]
     received: list[int] = []
@@ -54,8 +51,7 @@ def train_in_processes(arguments: list[str], resume: bool = False) -> int:
 def _rendezvous(number: int) -> dict[str, str]:
     """Environment in which the processes of one stage find each other and nothing of the stage before."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # The launcher's store outlives the stages and would hand out the addresses of the stage before. It is used
-        # once, to agree on the port of a store for this stage alone.
+        # The launcher's store would hand out the addresses of the stage before: it only agrees on another port.
         agreed = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         key = f"trl_interfere/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{number}"
         if os.environ["RANK"] == "0":

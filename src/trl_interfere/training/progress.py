@@ -24,9 +24,8 @@ def progress_bars(console: Console, **kwargs) -> Progress:
 
 class StageProgress(StageCallback):
     """
-    Says on standard error which stage runs, how far it is, and how long it and the whole run will take: on a terminal
-    by a bar for the stage and one for the run, elsewhere by a line for each log of the training. Add it in the main
-    process only. The time left of the run counts the steps of the schedule, and no refresh that nobody has asked for.
+    Says on standard error which stage runs and how far it and the run are: on a terminal by bars, elsewhere by a line
+    for each log. Add it in the main process only.
     """
 
     def __init__(self, steps: list[int], bars: bool = True, console: Console | None = None):
@@ -54,9 +53,9 @@ class StageProgress(StageCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         steps = "1 step" if state.max_steps == 1 else f"{state.max_steps} steps"
         self.console.print(f"{self.label}, {steps}" + (f", from {state.global_step}" if state.global_step else ""))
-        done = self.bars.tasks[0].completed + state.global_step
-        total = done + state.max_steps - state.global_step + self.ahead
-        self.bars.update(self.run_task, completed=done, total=total)
+        before = self.bars.tasks[0].completed
+        total = before + state.max_steps + self.ahead
+        self.bars.update(self.run_task, completed=before + state.global_step, total=total)
         self.stage_task = self.bars.add_task(self.label, total=state.max_steps, completed=state.global_step)
         self.bars.start()
 
@@ -79,10 +78,6 @@ class StageProgress(StageCallback):
         self.stage_task = None
 
     def on_stage_end(self, record, score_matrix):
-        scores = ", ".join(
-            f"{domain} {score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
-            for domain in score_matrix.domains
-            if domain in score_matrix.values[-1]
-            for score in [score_matrix.interval(-1, domain)]
-        )
+        scored = [domain for domain in score_matrix.domains if domain in score_matrix.values[-1]]
+        scores = ", ".join(f"{domain} {score_matrix.interval(-1, domain):.1f}" for domain in scored)
         self.console.print(f"after {record.name}: {scores}", markup=False)

@@ -25,11 +25,11 @@ def load_run(
     dry: bool = False,
 ) -> tuple[RunFile, SequentialGRPOConfig]:
     """
-    Read a YAML file and put the settings of the command line over those under `training:`.
+    Read a recipe and put the settings of the command line over those under `training:`.
 
     Args:
         path (`str` or `pathlib.Path`):
-            The file, see [`load_run_file`].
+            The file.
         options (`dict`, *optional*):
             Settings of [`SequentialGRPOConfig`] that go before those of the file.
         model (`str`, *optional*):
@@ -46,8 +46,7 @@ def load_run(
         `ValueError`: If anything is unknown, missing or does not fit.
     """
     run = load_run_file(path, dry=dry) if recipe is None else recipe
-    run.model = run.model if model is None else model
-    options = options or {}
+    run.model, options = model or run.model, options or {}
     where = f"{path}, training" + "".join(f" --{name}" for name in options)
     args = build_dataclass(SequentialGRPOConfig, {**run.training, **options}, where)
     args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
@@ -77,13 +76,13 @@ def build_trainer(
     loaded: tuple[RunFile, SequentialGRPOConfig] | None = None,
 ) -> SequentialGRPOTrainer:
     """
-    Build the trainer that a YAML file describes.
+    Build the trainer that a recipe describes.
 
     Args:
         path (`str` or `pathlib.Path`):
-            The file, see [`load_run_file`].
+            The file.
         options (`dict`, *optional*):
-            Settings of [`SequentialGRPOConfig`] that go before those of the file.
+            Settings that go before those of the file.
         model (`str`, *optional*):
             Folder or Hub id of the model. Defaults to the one of the file.
         loaded (`tuple`, *optional*):
@@ -103,10 +102,7 @@ def build_trainer(
             model=run.model, args=args, domains=run.domains, callbacks=callbacks, peft_config=peft_config
         )
     except OSError as error:
-        raise ValueError(
-            f"{path}, model: {run.model!r} is neither a folder with a config and safetensors weights nor readable "
-            f"from the Hub ({error})"
-        ) from error
+        raise ValueError(f"{path}, model: {run.model!r} is neither a folder nor on the Hub ({error})") from error
 
 
 class RecipeKeeper(StageCallback):

@@ -9,7 +9,7 @@ from ..evaluation.metrics import collateral, recovered
 from ..evaluation.score_matrix import ScoreMatrix
 from ..recipe import check_names
 from ..run import StageRecord
-from .callbacks import StageCallback, check_domains
+from .callbacks import StageCallback, check_domains, check_policy
 from .config import STAGE_OPTIONS, check_range
 from .schedule import Stage
 
@@ -22,36 +22,29 @@ class RefreshCallback(StageCallback):
     Ask [`SequentialGRPOTrainer`] for short training passes on the domains that the stages of others have damaged.
 
     A domain is damaged when its score after the last stage of the schedule, or the heal after it, is more than
-    `max_drop` points below its highest score of the run so far, and the 95% interval of that drop (paired bootstrap
-    over prompts) excludes zero. Only domains that have been trained are refreshed.
+    `max_drop` points below its highest score so far, and the 95% interval of that drop (paired bootstrap over prompts)
+    excludes zero. Only domains that have been trained are refreshed.
 
-    With `method="grpo"` their rewards train them. The damaged domains take turns, the worst one first: the next
-    refresh goes to the domain with the fewest refreshes in this round, among those to the one furthest below its peak.
-    With `method="distill"` one refresh takes all of them: the model answers their prompts, and the checkpoint of each
-    domain's peak corrects every token (on-policy distillation by the reverse KL divergence, arXiv 2606.30406).
-    `kl/<domain>` is logged. No reward is needed, and no second model but the weights of the peaks.
+    With `method="grpo"` their rewards train them, in turns: the next refresh goes to the domain with the fewest
+    refreshes in this round, among those to the one furthest below its peak. With `method="distill"` one refresh takes
+    all of them: the model answers their prompts, and the checkpoint of each domain's peak corrects every token
+    (on-policy distillation by the reverse KL divergence, arXiv 2606.30406), without a reward. `kl/<domain>` is logged.
 
-    A domain is finished when
+    A domain is finished when its recovered share, `(now - damaged) / (peak - damaged)`, has reached
+    `until_recovered`, the interval of what is missing includes zero, its refreshes have used up `max_steps`, or the
+    last `patience` of them brought no score above its best one of this round. The round ends when all are finished, or
+    when any other domain, trained or not, is more than `max_drop` points below its score at the beginning of the
+    round, with an interval that excludes zero. The next stage of the schedule, or a heal, begins a new round.
 
-    - the recovered share, `(now - damaged) / (peak - damaged)`, has reached `until_recovered`, or the interval of what
-      is missing includes zero: there is no refresh for noise;
-    - its refreshes have used up `max_steps`;
-    - its last `patience` refreshes brought no score above its best one of this round.
-
-    The whole round ends when all damaged domains are finished, or when a refresh costs too much: any other domain,
-    trained or not, is more than `max_drop` points below its score at the beginning of the round, with an interval that
-    excludes zero. The next stage of the schedule, or a heal, begins a new round.
-
-    What is asked for follows from the manifest and the scores alone, so that a resumed run takes the same way. The
-    manifest keeps the `reason` of each refresh: `drop` (what is missing to the peak), `recovered`, `steps` and
-    `refreshes` of the domain in this round, `without_improvement`, and the names of the stages `peak` and `damaged`;
-    with `method="distill"` by domain.
+    The manifest keeps the `reason` of each refresh, with `method="distill"` by domain: `drop` (what is missing to the
+    peak), `recovered`, `steps` and `refreshes` of the domain in this round, `without_improvement`, and the names of
+    the stages `peak` and `damaged`.
 
     Args:
         domains (`list[str]`, *optional*):
             Domains to watch. Defaults to all domains that have been trained.
         max_drop (`float`, *optional*, defaults to `2.0`):
-            Drop, in points of 100, that is tolerated: before a domain is refreshed, and of the others when it is.
+            Drop, in points of 100, that is tolerated, of the domain and of the others.
         at (`str`, *optional*, defaults to `"end"`):
             `"end"`: once all stages of the schedule have finished. `"stage"`: after each of them.
         max_steps (`int`, *optional*, defaults to `10`):
@@ -61,15 +54,13 @@ class RefreshCallback(StageCallback):
         patience (`int`, *optional*, defaults to `2`):
             Refreshes without improvement, one after the other, after which a domain is given up.
         steps_per_check (`int`, *optional*):
-            Optimizer steps of one refresh, after which all domains are scored. The last refresh of a domain is
-            shortened to what is left of `max_steps`. Defaults to `max_steps`: one refresh per domain.
+            Optimizer steps of one refresh, after which all domains are scored. Defaults to `max_steps`.
         overrides (`dict`, *optional*):
             Further settings of the refresh stages, e.g. `{"learning_rate": 1e-6}`.
         method (`str`, *optional*, defaults to `"grpo"`):
             `"grpo"` or `"distill"`.
         reward_weight (`float`, *optional*, defaults to `0.0`):
-            With `method="distill"`, weight of the loss of GRPO that is added to that of the distillation. With 0 no
-            reward function is called.
+            With `method="distill"`, weight of the loss of GRPO that is added. With 0 no reward is called.
 
     Raises:
         `ValueError`: If an argument is out of range.
@@ -88,26 +79,21 @@ class RefreshCallback(StageCallback):
         method: str = "grpo",
         reward_weight: float = 0.0,
     ):
-        if isinstance(domains, str):
-            raise ValueError(f"domains: expected a list of names, found {domains!r}")
         steps_per_check = max_steps if steps_per_check is None else steps_per_check
         overrides = {} if overrides is None else overrides
-        for name, value, known in (("at", at, ("end", "stage")), ("method", method, ("grpo", "distill"))):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {known}, found {value!r}")
-        check_range("max_drop", max_drop, 0)
+        check_policy(at, max_drop, domains)
+        if method not in ("grpo", "distill"):
+            raise ValueError(f"method: expected 'grpo' or 'distill', found {method!r}")
         check_range("max_steps", max_steps, 1, whole=True)
         check_range("patience", patience, 1, whole=True)
         check_range("until_recovered", until_recovered, 1e-6, 1)
         check_range("steps_per_check", steps_per_check, 1, max_steps, whole=True)
         check_range("reward_weight", reward_weight, 0)
-        if not isinstance(overrides, dict):
-            raise ValueError(f"overrides: expected settings by name, found {overrides!r}")
-        for name in {"max_steps", "num_train_epochs"} & overrides.keys():
-            raise ValueError(f"overrides: the length of a refresh is set by steps_per_check, found {name!r}")
-        check_names(overrides, STAGE_OPTIONS, "overrides")
         if method == "grpo" and reward_weight:
             raise ValueError("reward_weight: expected method='distill', to which rewards are added")
+        if not isinstance(overrides, dict) or {"max_steps", "num_train_epochs"} & overrides.keys():
+            raise ValueError(f"overrides: expected settings by name, the length is steps_per_check, found {overrides}")
+        check_names(overrides, STAGE_OPTIONS, "overrides")
         self.domains, self.max_drop, self.at = domains, max_drop, at
         self.max_steps, self.until_recovered, self.patience = max_steps, until_recovered, patience
         self.steps_per_check, self.overrides = steps_per_check, overrides

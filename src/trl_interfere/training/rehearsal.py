@@ -10,11 +10,9 @@ from ..domain import Domain
 
 def rehearse(domain: Domain, earlier: list[Domain], share: float = 0.2, seed: int = 0) -> Domain:
     """
-    A domain whose training prompts are mixed with those of earlier domains (experience replay, Rolnick et al., 2019,
-    arXiv 1811.11682, without stored rewards: each prompt is answered and scored anew).
-
-    Each row keeps the name of its own domain, by which [`SequentialGRPOTrainer`] finds its rewards: the earlier
-    domains must be among those of the trainer. The prompts that the domain is scored on stay as they are.
+    A domain with training prompts of earlier domains mixed in (experience replay, Rolnick et al., 2019, arXiv
+    1811.11682, without stored rewards). Each row keeps the name of its own domain, by which [`SequentialGRPOTrainer`]
+    finds its rewards: the earlier domains must be among those of the trainer.
 
     Args:
         domain ([`Domain`]):
@@ -38,9 +36,9 @@ def rehearse(domain: Domain, earlier: list[Domain], share: float = 0.2, seed: in
         raise ValueError("earlier: expected at least one domain, found none")
     for one in (domain, *earlier):
         if not isinstance(one.train_dataset, Dataset):
+            found = type(one.train_dataset).__name__
             raise ValueError(
-                f"domain {one.name!r}, train_dataset: expected a Dataset to draw rows from, found "
-                f"{type(one.train_dataset).__name__}"
+                f"domain {one.name!r}, train_dataset: expected a Dataset to draw rows from, found {found}"
             )
     rng = np.random.default_rng(seed)
     total = len(domain.train_dataset)

@@ -12,10 +12,17 @@ from .schedule import Stage
 
 class RequestedRefresh(StageCallback):
     """
-    Ask [`SequentialGRPOTrainer`] for one refresh, whether or not its domains were damaged.
+    Ask [`SequentialGRPOTrainer`] for one refresh as the next stage of a finished run, whether or not its domains were
+    damaged. Where an earlier process was stopped inside it, the same refresh goes on.
 
-    The refresh is added to a finished run as its next stage. Where an earlier process was stopped inside it, the same
-    refresh goes on; where it has finished, another one is added.
+    Args:
+        folder (`str` or `pathlib.Path`):
+            Folder of the run.
+        stage ([`Stage`]):
+            The refresh.
+
+    Raises:
+        `ValueError`: If another refresh was stopped, or the same one with other settings.
     """
 
     def __init__(self, folder: str | Path, stage: Stage):
@@ -25,20 +32,19 @@ class RequestedRefresh(StageCallback):
         current = run.current
         if current is not None and self._is_mine(current):
             for name, value in stage.overrides.items():
-                if current.overrides.get(name) != value:
+                found = current.overrides.get(name, "unset")
+                if found != value:
                     raise ValueError(
-                        f"{name}: a refresh of {' and '.join(stage.domains)} with {name} "
-                        f"{current.overrides.get(name, 'unset')} was stopped in {folder} before it was scored; "
-                        f"expected that, to go on with it, found {value}"
+                        f"{name}: a refresh of {' and '.join(stage.domains)} with {name} {found} was stopped in "
+                        f"{folder} before it was scored; expected that, to go on with it, found {value}"
                     )
         own, prefix = (stage_name(len(run.stages), "refresh", name) for name in (stage.domain, None))
         for checkpoint in (run.folder / "checkpoints").glob(f"{prefix}*/checkpoint-*"):
             other = checkpoint.parent
             if other.name != own:
                 raise ValueError(
-                    f"domain: the refresh {other.name} was stopped in {run.folder}; expected its domains, to go on "
-                    f"with it, found {' and '.join(stage.domains)}. If the training asked for it, `train --resume` "
-                    f"goes on; to give it up, remove {other}"
+                    f"domain: the refresh {other.name} was stopped; expected its domains, to go on with it, found "
+                    f"{' and '.join(stage.domains)}. `train --resume` goes on; to give it up, remove {other}"
                 )
 
     def _is_mine(self, record: StageRecord) -> bool:

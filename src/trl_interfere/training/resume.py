@@ -16,8 +16,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     The newest checkpoint of a stage that was written to its end: `trainer_state.json` is the last file that
     transformers writes. One without it, or with a file that was cut off, is skipped with a warning.
     """
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    for path in sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         fault = _fault(path)
         if fault is None:
             return str(path)

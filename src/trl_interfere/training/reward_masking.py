@@ -36,8 +36,6 @@ def mask_reward(reward: Any, domain: str, several: bool) -> Any:
         return rows, selected
 
     def scatter(rows: list[int], values: list, n: int) -> list:
-        if len(values) != len(rows):
-            raise ValueError(f"log_extra: expected {len(rows)} values, one per completion, found {len(values)}")
         scattered = dict(zip(rows, values, strict=True))
         return [scattered.get(row) for row in range(n)]
 
@@ -48,21 +46,19 @@ def mask_reward(reward: Any, domain: str, several: bool) -> Any:
         except Exception as error:
             raise RewardError(f"{label} raised {type(error).__name__}: {error}") from error
 
-    if is_async_callable(reward):
+    async def masked_async(prompts, **kwargs):
+        rows, selected = select(prompts, {"prompts": prompts, **kwargs})
+        with named():
+            values = await reward(**selected) if rows else []
+        return scatter(rows, _numbers(values, len(rows), label), len(prompts))
 
-        async def masked(prompts, **kwargs):
-            rows, selected = select(prompts, {"prompts": prompts, **kwargs})
-            with named():
-                values = await reward(**selected) if rows else []
-            return scatter(rows, _numbers(values, len(rows), label), len(prompts))
-    else:
+    def masked_sync(prompts, **kwargs):
+        rows, selected = select(prompts, {"prompts": prompts, **kwargs})
+        with named():
+            values = reward(**selected) if rows else []
+        return scatter(rows, _numbers(values, len(rows), label), len(prompts))
 
-        def masked(prompts, **kwargs):
-            rows, selected = select(prompts, {"prompts": prompts, **kwargs})
-            with named():
-                values = reward(**selected) if rows else []
-            return scatter(rows, _numbers(values, len(rows), label), len(prompts))
-
+    masked = masked_async if is_async_callable(reward) else masked_sync
     masked.__name__ = f"{domain}/{name}" if several else name
     return masked
 
@@ -86,8 +82,5 @@ def _numbers(values: Any, n: int, label: str) -> list[float | None]:
         except (TypeError, ValueError):
             fits = False
         if not fits:
-            raise RewardError(
-                f"{label} returned {value!r} for completion {index}, expected a finite number, or None where it does "
-                "not apply"
-            )
+            raise RewardError(f"{label} returned {value!r} for completion {index}, expected a finite number or None")
     return [None if value is None else float(value) for value in values]

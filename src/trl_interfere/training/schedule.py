@@ -20,9 +20,8 @@ class Stage:
         kind (`str`, *optional*, defaults to `"train"`):
             `"train"`, `"refresh"` or `"heal"`.
         overrides (`dict`, *optional*):
-            Settings of this stage that differ from the configuration of the trainer; of a refresh by distillation,
-            also `teachers`, the stage that teaches each domain, and `reward_weight`; of a heal `rank`, `max_drop`,
-            `merge`, `names` and `search`.
+            Settings that differ from the configuration; of a refresh by distillation also `teachers`, the stage that
+            teaches each domain, and `reward_weight`; of a heal `rank`, `max_drop`, `merge`, `names` and `search`.
         reason (`dict`, *optional*):
             Why a callback asked for this stage, as JSON values; it is kept in the manifest.
     """
@@ -57,7 +56,7 @@ def build_schedule(
     for where, names in (("order", order), ("stage_overrides", overrides)):
         for name in names:
             if name not in domains:
-                raise ValueError(f"{where}: unknown domain {name!r}, expected one of {domains}")
+                raise ValueError(f"{where}: unknown domain {name!r}, expected one with a train_dataset, {domains}")
     for name, settings in overrides.items():
         if not isinstance(settings, dict):
             raise ValueError(f"stage_overrides[{name!r}]: expected settings by name, found {settings!r}")

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 
 FIRST_ADAPTER = "default"
@@ -18,19 +18,11 @@ def check_stage_adapters(model: torch.nn.Module) -> None:
     adapters = dict(model.peft_config) if isinstance(model, PeftModel) else {}
     adapters.pop(_REFERENCE, None)
     if list(adapters) != [FIRST_ADAPTER] or not isinstance(adapters[FIRST_ADAPTER], LoraConfig):
-        raise ValueError(
-            f"adapter_per_stage: expected a model with one LoRA adapter, pass peft_config=LoraConfig(...); found "
-            f"{list(adapters) or 'no adapter'}"
-        )
-    config = adapters[FIRST_ADAPTER]
-    for option in ("use_dora", "use_rslora", "modules_to_save", "trainable_token_indices", "lora_bias"):
-        if getattr(config, option, None):
-            raise ValueError(
-                f"adapter_per_stage: {option}={getattr(config, option)!r} cannot be added up exactly over stages, "
-                "expected a plain LoRA"
-            )
-    if config.bias != "none":
-        raise ValueError(f"adapter_per_stage: expected bias='none' in the LoRA, found {config.bias!r}")
+        raise ValueError(f"adapter_per_stage: expected one LoRA, peft_config=LoraConfig(...), found {list(adapters)}")
+    for option in ("use_dora", "use_rslora", "modules_to_save", "trainable_token_indices", "lora_bias", "bias"):
+        value = getattr(adapters[FIRST_ADAPTER], option, None)
+        if value and value != "none":
+            raise ValueError(f"adapter_per_stage: expected a plain LoRA, to be added up, found {option}={value!r}")
 
 
 def stage_adapters(model: PeftModel) -> list[str]:
@@ -67,8 +59,7 @@ def add_stage_adapter(model: PeftModel, name: str) -> None:
 def save_stage_adapters(model: PeftModel, folder: Path) -> None:
     """
     Write each adapter under `adapters/` and, as the adapter of the folder itself, their exact sum: one LoRA of the sum
-    of their ranks, ``B = [B_1 ... B_k]``, ``A = [s_1 A_1; ...; s_k A_k]``, so that
-    ``PeftModel.from_pretrained(base, folder)`` is the whole model.
+    of their ranks, ``B = [B_1 ... B_k]``, ``A = [s_1 A_1; ...; s_k A_k]``.
     """
     names = stage_adapters(model)
     for name in names:
@@ -99,10 +90,6 @@ def set_reference_adapter(model: PeftModel) -> None:
     if _REFERENCE not in model.peft_config:
         with torch.random.fork_rng():
             model.add_adapter(_REFERENCE, model.peft_config[FIRST_ADAPTER])
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if f".{FIRST_ADAPTER}." in name:
-            reference = parameters[name.replace(f".{FIRST_ADAPTER}.", f".{_REFERENCE}.")]
-            reference.data.copy_(parameter.data)
-            reference.requires_grad_(False)
+    present = get_peft_model_state_dict(model, adapter_name=FIRST_ADAPTER, save_embedding_layers=False)
+    set_peft_model_state_dict(model, present, adapter_name=_REFERENCE)
     model.set_adapter(FIRST_ADAPTER)

@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -74,8 +73,11 @@ class StageLoop(StageTrainer):
             self.eval_dataset = evaluated if len(domains) > 1 else domains[0].eval_dataset
             checkpoint = self._from_main(last_whole_checkpoint(folder))
             self.args.eval_on_start &= checkpoint is None  # else it was evaluated before
-            if self._unfinished:
-                self._restore_stage_start()
+            if self._unfinished:  # left in its middle: back to the weights that it starts from
+                last = self.run.stages[-1]
+                if last.folder is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                    raise ValueError(f"stage {name}: its start is not in memory; to resume, build a new trainer")
+                load_stage(self, last)
             self._unfinished = True
             self._begin_adapter(index, name)
             teachers = stage.overrides.get("teachers")
@@ -92,10 +94,7 @@ class StageLoop(StageTrainer):
             if self._stopped_early():
                 return output
             if output.global_step == 0:
-                raise ValueError(
-                    f"stage {name}: no step could be made, since domain {stage.domains[0]!r} has too few prompts for "
-                    f"one generation batch ({self.args.generation_batch_size // self.num_generations})"
-                )
+                raise ValueError(f"stage {name}: expected prompts for one generation batch, found too few for a step")
         self._finish_stage(stage, steps=output.global_step, seconds=seconds)
         return output
 
@@ -103,13 +102,8 @@ class StageLoop(StageTrainer):
         """Repair what the stages before have damaged, and go on with the repaired weights."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("heal: not supported with FSDP or DeepSpeed; heal the finished run instead")
-        if is_peft_model(self.model) and sum(record.kind == "train" for record in self.run.stages) < len(
-            self.schedule
-        ):
-            raise ValueError(
-                "heal: with an adapter expected at='end', since the stages after a heal would have to go on training "
-                "an adapter of another rank"
-            )
+        if is_peft_model(self.model) and self._trained() < len(self.schedule):
+            raise ValueError("heal: with an adapter expected at='end', since a healed adapter has another rank")
         if self.accelerator.is_main_process:
             scorer = copy.copy(self.scorer)  # in the precision of the stages
             scorer.score = self.accelerator.autocast()(self.scorer.score)
@@ -136,19 +130,9 @@ class StageLoop(StageTrainer):
             else:
                 self.accelerator.unwrap_model(self.ref_model).load_state_dict(model.state_dict())
 
-    def _restore_stage_start(self) -> None:
-        """Go back to the weights that a stage starts from, after one was left in its middle."""
-        records = [record for record in self.run.stages if record.folder is not None]
-        if not records or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                f"{self.run.folder}: a stage was left in its middle and its start is not in memory; "
-                "build a new trainer and call train(resume_from_checkpoint=True)"
-            )
-        load_stage(self, records[-1])
-
     def _finish_stage(self, stage: Stage, steps: int, seconds: float) -> None:
         index = len(self.run.stages)
-        folder = None if stage.kind == "base" else Path("stages") / stage_name(index, stage.kind, stage.domain)
+        folder = None if stage.kind == "base" else f"stages/{stage_name(index, stage.kind, stage.domain)}"
         if folder is not None:
             with writing(self.run.folder / folder):
                 save_stage(self, self.run.folder / folder)
@@ -157,7 +141,7 @@ class StageLoop(StageTrainer):
             index=index,
             kind=stage.kind,
             domain=stage.domain,
-            folder=None if folder is None else folder.as_posix(),
+            folder=folder,
             steps=steps,
             seconds=round(seconds, 3),
             scores={},
@@ -212,7 +196,7 @@ class StageLoop(StageTrainer):
         self._remove_checkpoints(record)
 
     def _remove_checkpoints(self, record: StageRecord) -> None:
-        """Remove what a finished stage no longer needs. Completions move to its folder; what callbacks wrote stays."""
+        """Remove what a finished stage no longer needs; what callbacks wrote stays."""
         if self.args.keep_checkpoints or not self.accelerator.is_main_process:
             return
         folder = self.run.folder / "checkpoints" / record.name
@@ -237,10 +221,12 @@ class StageLoop(StageTrainer):
             )
         if exists and not self.run.stages:  # else it is a second train() of this object, and the weights are live
             self.run.resume()
-            self._check_records()
-            records = [record for record in self.run.records if record.folder is not None]
-            if records:
-                load_stage(self, records[-1])
+            for record in self.run.records:  # a broken file of scores is named before anything is trained
+                for name in record.scores:
+                    self.run.scores(record, name)
+            last = self.run.records[-1] if self.run.records else None
+            if last is not None and last.folder is not None:
+                load_stage(self, last)
             for record in self.run.stages:  # a process may have been killed just before it did
                 self._remove_checkpoints(record)
         elif not exists and self.accelerator.is_main_process:
@@ -252,39 +238,18 @@ class StageLoop(StageTrainer):
         self.args.run_name = self.run.run_name
         self.accelerator.wait_for_everyone()
 
-    def _check_records(self) -> None:
-        """Refuse stages that are not those of the schedule, which only an edit can bring about."""
-        schedule = iter(self.schedule)
-        for index, record in enumerate(self.run.records):
-            where = f"{self.run.path}: stage {index}"
-            if index and record.kind not in ("refresh", "heal"):
-                stage = next(schedule, None)
-                expected = replace(record, index=index, kind="train", domain=stage and stage.domain)
-                expected.folder = f"stages/{expected.name}"
-                for field in ("kind", "domain", "folder"):
-                    if getattr(record, field) != getattr(expected, field):
-                        raise ValueError(
-                            f"{where}, {field}: expected {getattr(expected, field)!r} as the schedule says, found "
-                            f"{getattr(record, field)!r}"
-                        )
-            for name in {*record.scores, *record.domains}:
-                if name not in self.domains:
-                    raise ValueError(f"{where}: expected one of {list(self.domains)}, found {name!r}")
-                if name in record.scores:
-                    self.run.scores(record, name)
-
     def _stage_seed(self, index: int) -> int:
         return self.args.seed + max(index - 1, 0)
 
     @contextlib.contextmanager
     def _stage_args(self, stage: Stage, folder: Path, seed: int) -> Iterator[None]:
-        settings = {"output_dir": str(folder), "seed": seed, **self.args.stage_settings(stage.settings)}
+        settings = {"output_dir": str(folder), "seed": seed, "eval_on_start": self.args.eval_on_start}
+        settings |= self.args.stage_settings(stage.settings)
         if any(isinstance(self.domains[name].train_dataset, IterableDataset) for name in stage.domains):
             # Several workers would tear groups of completions apart; TRL looks at the first dataset only.
             settings.update(
                 dataloader_num_workers=0, dataloader_persistent_workers=False, dataloader_prefetch_factor=None
             )
-        settings["eval_on_start"] = self.args.eval_on_start
         before = {name: getattr(self.args, name) for name in settings}
         self._set_args(settings)
         if self.accelerator.is_main_process:  # callbacks write to it

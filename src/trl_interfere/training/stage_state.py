@@ -1,7 +1,4 @@
-"""
-Every private name of TRL and transformers that stages touch, in this one file: what a stage begins anew, what a
-checkpoint lacks, and what a batch of several domains changes.
-"""
+"""Every private name of TRL and transformers that stages touch."""
 
 import contextlib
 import copy
@@ -32,8 +29,7 @@ from .stage_adapters import activate_stage_adapters, freeze_earlier_adapters
 from .stage_weights import writing
 
 
-# Generation batches in a row without a single reward, after which a run stops: one prompt that no reward applies to
-# may fill a batch.
+# Generation batches in a row without a single reward, after which a run stops: one such prompt may fill a batch.
 _UNREWARDED_BATCHES = 3
 
 
@@ -57,7 +53,8 @@ class StageTrainer(GRPOTrainer):
         self.args.reward_weights = None
         own = [name for name, _ in rewards]
         self._reward_domains = own + [None] * (len(self.reward_funcs) - len(own))  # an environment has its own
-        self._rewards = self.reward_funcs, self.reward_func_names, self.reward_processing_classes, self.reward_weights
+        lists = ("reward_funcs", "reward_func_names", "reward_processing_classes")
+        self._rewards = {name: getattr(self, name) for name in lists}, self.reward_weights
         self._active = self._reward_domains
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.use_vllm and is_peft_model(self.model) and not sharded:
@@ -70,11 +67,8 @@ class StageTrainer(GRPOTrainer):
 
     def sync_weights(self) -> None:
         """
-        Hand the present weights to the vLLM engine with the next generation.
-
-        Optimizer steps, stages and resumes do so by themselves. Call it after changing `trainer.model` in any other
-        way, such as by a repair, and before [`~SequentialGRPOTrainer.evaluate`]: TRL takes weights for the same while
-        the step is the same. Without vLLM there is nothing to do.
+        Hand the present weights to the vLLM engine with the next generation. Call it after changing `trainer.model` by
+        anything but training, such as a repair: TRL takes weights for the same while the step is the same.
         """
         self._last_loaded_step = -1
 
@@ -143,14 +137,12 @@ class StageTrainer(GRPOTrainer):
 
     def _use_rewards(self, domains: set[str]) -> None:
         """
-        Let the rewards of some domains run and no others: a stage then sums what a GRPOTrainer of its domain sums, in
-        the same order, and reward models of other domains cost nothing.
+        Let the rewards of some domains run and no others: a stage then sums what a GRPOTrainer of its domain sums.
         """
         keep = [i for i, name in enumerate(self._reward_domains) if name is None or name in domains]
-        functions, names, classes, weights = self._rewards
-        self.reward_funcs = [functions[i] for i in keep]
-        self.reward_func_names = [names[i] for i in keep]
-        self.reward_processing_classes = [classes[i] for i in keep]
+        lists, weights = self._rewards
+        for name, values in lists.items():
+            setattr(self, name, [values[i] for i in keep])
         self.reward_weights = weights[keep]
         self._active = [self._reward_domains[i] for i in keep]
 
@@ -181,10 +173,8 @@ class StageTrainer(GRPOTrainer):
                 rewards[[row != name for row in rows], column] = torch.nan
                 own = rewards[[row == name for row in rows], column]
                 if isinstance(self.reward_funcs[column], nn.Module) and not own.isfinite().all():
-                    raise ValueError(
-                        f"{self._where()}, domain {name!r}: reward model {self.reward_func_names[column]!r} returned "
-                        f"{own[~own.isfinite()][0].item()}, expected finite numbers"
-                    )
+                    where = f"{self._where()}, domain {name!r}: reward model {self.reward_func_names[column]!r}"
+                    raise ValueError(f"{where} returned {own[~own.isfinite()][0].item()}, expected finite numbers")
         for column in self._logs["extra"]:  # a domain that is not in this batch logs nothing
             self._pending_extra_logs.setdefault(column, [None] * len(prompts))
         if self._stage is not None and self.model.training:
@@ -227,16 +217,16 @@ class StageTrainer(GRPOTrainer):
     def _where(self) -> str:
         if self._stage is None:
             return "evaluation"
-        if self.model.training:
-            return f"stage {self._stage_name}, step {self.state.global_step + 1}"
-        return f"stage {self._stage_name}, evaluation after step {self.state.global_step}"
+        step = self.state.global_step
+        at = f"step {step + 1}" if self.model.training else f"evaluation after step {step}"
+        return f"stage {self._stage_name}, {at}"
 
     def _raise_unrewarded(self) -> None:
-        names = [reward_name(reward) for name in self._stage[1].domains for reward in self.domains[name].reward_funcs]
+        domains = self._stage[1].domains
+        names = [reward_name(reward) for name in domains for reward in self.domains[name].reward_funcs]
         raise ValueError(
-            f"{self._where()}, domain {', '.join(map(repr, self._stage[1].domains))}: expected a reward for some "
-            f"completions, found None from all reward functions {names} for all completions of "
-            f"{self._unrewarded} generation batches in a row"
+            f"{self._where()}, domain {', '.join(map(repr, domains))}: expected rewards, found None from all of "
+            f"{names} for all completions of {self._unrewarded} generation batches in a row"
         )
 
     def _get_train_sampler(self, dataset=None):
@@ -273,13 +263,13 @@ class StageTrainer(GRPOTrainer):
         finally:
             self.is_fsdp_enabled = sharded
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, *args, **kwargs) -> None:
         """Nothing is made on the Hub before there is something to push."""
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+    def create_model_card(self, *args, **kwargs) -> None:
         """TRL's card knows one data set and one checkpoint; [`HubCallback`] writes that of the run."""
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def _push_from_checkpoint(self, *args) -> None:
         """[`HubCallback`] does this: transformers would push the state of the optimizer, which is a pickle."""
 
     def _set_signature_columns_if_needed(self):
@@ -299,11 +289,7 @@ class StageTrainer(GRPOTrainer):
             self._load_resume_state(Path(checkpoint))
 
     def _save_resume_state(self, folder: Path) -> None:
-        """
-        What [`~trl.GRPOTrainer`] keeps in memory between two optimizer steps, one set of files per process: the
-        position in the generation block, the completions that are still to be trained on, the entropy controller, and
-        what the next log line averages.
-        """
+        """What [`~trl.GRPOTrainer`] keeps in memory between two optimizer steps, in files of each process."""
         rank = self.args.process_index
         folder.mkdir(parents=True, exist_ok=True)
         block = self.args.steps_per_generation * self.num_iterations
@@ -325,7 +311,7 @@ class StageTrainer(GRPOTrainer):
             },
             "loss": [self._tr_loss.item(), self._total_loss_scalar, self._globalstep_last_logged],
             "entropy": [self.entropy_coef, self._last_world_entropy],
-            "overrides": self._overrides(),
+            "overrides": self._stage[1].overrides,
         }
         write_atomically(folder / f"resume_state_{rank}.json", json.dumps(state) + "\n")
 
@@ -334,38 +320,33 @@ class StageTrainer(GRPOTrainer):
         path = folder / f"resume_state_{rank}.json"
         if (folder / f"resume_state_{world}.json").exists() or not path.exists():
             raise ValueError(
-                f"{path}: expected a checkpoint of {world} processes, found one of more or fewer; a run goes on with "
-                "as many processes as it began with"
+                f"{path}: expected a checkpoint of {world} processes, as many as now, found another number"
             )
         state = json.loads(path.read_text(encoding="utf-8"))
-        # The schedule is compared with the run's; what a callback asks for is in no other file before the stage ends.
-        wanted, found = self._overrides(), state.get("overrides")
+        # What a callback asks for is in no other file before the stage ends.
+        wanted, found = json.loads(json.dumps(self._stage[1].overrides)), state.get("overrides")
         if found is not None and wanted != found:
             names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-            raise ValueError(
-                f"{folder}: expected to go on with the settings that the stage was stopped with, "
-                + ", ".join(f"{name} {found.get(name, 'unset')}, found {wanted.get(name, 'unset')}" for name in names)
+            changes = ", ".join(
+                f"{name} {found.get(name, 'unset')}, found {wanted.get(name, 'unset')}" for name in names
             )
+            raise ValueError(f"{folder}: expected the settings that the stage was stopped with, {changes}")
         device = self.accelerator.device
         if state["buffer"] is not None:
-            inputs: list[dict[str, Any]] = [dict(values) for values in state["buffer"]]
+            self._buffered_inputs = state["buffer"]
             for name, tensor in load_file(folder / f"generation_buffer_{rank}.safetensors").items():
                 position, key = name.split("/", 1)
-                inputs[int(position)][key] = tensor.to(device)
-            self._buffered_inputs = inputs
+                self._buffered_inputs[int(position)][key] = tensor.to(device)
         self._step = state["step"]
         self._metrics = {mode: defaultdict(list, metrics) for mode, metrics in state["metrics"].items()}
         loss, self._total_loss_scalar, self._globalstep_last_logged = state["loss"]
         self._tr_loss = torch.tensor(loss, device=device)
         self.entropy_coef, self._last_world_entropy = state["entropy"]
 
-    def _overrides(self) -> dict[str, Any]:
-        return json.loads(json.dumps(self._stage[1].overrides)) if self._stage is not None else {}
-
     def _run_step(self) -> int:
         """Position on the axis of the whole run."""
         before = sum(record.steps for record in self.run.stages)
-        return before + (self.state.global_step if self._stage is not None else 0)
+        return before if self._stage is None else before + self.state.global_step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Rewards of domains that were in no batch have no value, nor has any where teachers alone train.
@@ -377,18 +358,15 @@ class StageTrainer(GRPOTrainer):
         metrics = self._metrics["train"]
         if "reward" not in metrics:
             metrics.pop("frac_reward_zero_std", None)
-        elif self._stage is not None and self._stage[1].domain is not None:
-            metrics[f"{self._stage[1].domain}/reward"] = list(metrics["reward"])
         if self._stage is not None:
-            logs["stage"] = self._stage[0]
-            logs["run_step"] = self._run_step()
+            index, stage = self._stage
+            logs |= {"stage": index, "run_step": self._run_step()}
+            if "reward" in metrics and stage.domain is not None:
+                metrics[f"{stage.domain}/reward"] = list(metrics["reward"])
         super().log(logs, start_time)
 
     def _join_trackers(self) -> None:
-        """
-        One folder, one axis of steps and one end for what `report_to` names: transformers would begin each of them
-        anew with every stage, in the stage's own folder.
-        """
+        """One folder, one axis of steps and one end for what `report_to` names, not one for each stage."""
         kinds = tuple(get_reporting_integration_callbacks(self.args.report_to))
         for callback in self.callback_handler.callbacks:
             if type(callback) not in kinds or "on_log" in vars(callback):

@@ -75,7 +75,4 @@ def writing(path: Path) -> Iterator[None]:
         signs = ("No space left", "os error", "PytorchStreamWriter", "inline_container")
         if not isinstance(error, (OSError, SafetensorError)) and not any(sign in str(error) for sign in signs):
             raise
-        raise OSError(
-            f"{path}: cannot be written ({error}). What had finished before is untouched; mend it (is the disk full?) "
-            "and resume the run"
-        ) from error
+        raise OSError(f"{path}: cannot be written ({error}). Is the disk full? A resumed run goes on") from error

@@ -30,13 +30,12 @@ class SequentialGRPOTrainer(StageLoop):
     """
     Trainer that runs Group Relative Policy Optimization (GRPO) on one domain after the other.
 
-    One trainer, one `train()`: it loops over the stages, scores every domain after each of them, keeps the weights of
-    each stage under `output_dir/stages/` and what has finished in `output_dir/stages.json`. Optimizer, learning-rate
-    schedule, data order and random state start anew with each stage; the KL reference stays the base model unless
-    `args.kl_reference` says otherwise. With one domain it does what [`~trl.GRPOTrainer`] does.
+    `train()` loops over the stages, scores every domain after each of them, keeps the weights of each stage under
+    `output_dir/stages/` and what has finished in `output_dir/stages.json`. Optimizer, learning-rate schedule, data
+    order and random state start anew with each stage. With one domain it does what [`~trl.GRPOTrainer`] does.
 
-    Metrics go where `args.report_to` says, under TRL's names, with `stage` (position in the run), `<domain>/reward`
-    (the reward while the domain is trained) and `<domain>/score` (after each stage) added to them.
+    To TRL's metrics are added `stage` (position in the run), `<domain>/reward` (the reward while the domain is
+    trained) and `<domain>/score` (after each stage).
 
     Example:
 
@@ -56,7 +55,7 @@ class SequentialGRPOTrainer(StageLoop):
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Model to be trained, as for [`~trl.GRPOTrainer`].
         args ([`SequentialGRPOConfig`], *optional*):
-            Configuration for this trainer. If `None`, a default configuration is used.
+            Configuration for this trainer.
         domains (`list[Domain]`):
             The domains, with unique names. Those with a `train_dataset` can be trained, those with an `eval_dataset`
             are scored after every stage.
@@ -65,7 +64,7 @@ class SequentialGRPOTrainer(StageLoop):
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             Callbacks. A [`StageCallback`], such as [`RefreshCallback`], is asked after each stage what to do next.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            PEFT configuration used to wrap the model: one adapter through all stages, or one for each of them with
+            PEFT configuration of the adapter that goes through all stages, or of one for each with
             `args.adapter_per_stage`.
         **kwargs:
             Further arguments of [`~trl.GRPOTrainer`].
@@ -102,8 +101,8 @@ class SequentialGRPOTrainer(StageLoop):
         self.schedule = check_run(domains, args, kwargs)
         self._base_model = str(model) if isinstance(model, str) and "@" in model else None  # a revision of the Hub
         if args.process_index == 0:
-            with lock_folder(args.output_dir):
-                pass  # a folder that cannot be written to, or is written to, is named before the model is loaded
+            with lock_folder(args.output_dir):  # one that cannot be written to is named before the model is loaded
+                pass
         model = str(local_folder(model)) if isinstance(model, str) else model
         if peft_config is not None:
             set_seed(args.seed)  # for the adapter's initial values
@@ -139,7 +138,11 @@ class SequentialGRPOTrainer(StageLoop):
     @property
     def score_matrix(self) -> ScoreMatrix:
         """Scores of every domain after every finished stage."""
-        return ScoreMatrix.from_run(self.run, [name for name, domain in self.domains.items() if domain.eval_dataset])
+        return ScoreMatrix.from_run(self.run, list(self._scored()))
+
+    def _scored(self) -> dict[str, Dataset]:
+        found = {name: domain.eval_dataset for name, domain in self.domains.items()}
+        return {name: dataset for name, dataset in found.items() if dataset is not None}
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
@@ -156,15 +159,13 @@ class SequentialGRPOTrainer(StageLoop):
         self, resume_from_checkpoint: bool | None = None, max_stages: int | None = None, **kwargs
     ) -> TrainOutput:
         """
-        Run all stages that are not finished.
-
-        A callback that sets `control.should_training_stop` before the last step of a stage, such as one with a budget
-        of time, ends the run there. The stage counts as unfinished, and a resumed run goes on with it.
+        Run all stages that are not finished. A callback that sets `control.should_training_stop` before the last step
+        of a stage ends the run there, and a resumed run goes on with the stage.
 
         Args:
             resume_from_checkpoint (`bool`, *optional*):
-                If `True`, continue the run in `args.output_dir`, wherever it stopped; an empty folder starts a new
-                run. Otherwise the folder must not hold a run.
+                If `True`, continue the run in `args.output_dir`, or start one in an empty folder. Otherwise the folder
+                must not hold a run.
             max_stages (`int`, *optional*):
                 Return after so many stages; the scoring of the base model does not count. Defaults to all of them.
             **kwargs:
@@ -177,10 +178,7 @@ class SequentialGRPOTrainer(StageLoop):
             `ValueError`: If the folder holds a run and `resume_from_checkpoint` is not `True`, or holds another run.
         """
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
-            raise ValueError(
-                f"resume_from_checkpoint: expected True or False, found {str(resume_from_checkpoint)!r}; "
-                "the stages in output_dir decide where a run continues"
-            )
+            raise ValueError(f"resume_from_checkpoint: expected True or False, found {resume_from_checkpoint!r}")
         if self.args.push_to_hub:
             self._pusher()  # refuses a run that nothing would publish
         with self.run.lock() if self.accelerator.is_main_process else contextlib.nullcontext():
@@ -198,12 +196,12 @@ class SequentialGRPOTrainer(StageLoop):
 
     def evaluate(self, eval_dataset=None, **kwargs) -> dict[str, float]:
         """
-        Evaluate the rewards of a domain, as [`~transformers.Trainer.evaluate`] does.
+        Evaluate the rewards of a domain.
 
         Args:
             eval_dataset (`str` or [`~datasets.Dataset`], *optional*):
                 Name of a domain, or a dataset. Defaults to the domain that is being trained, or was trained last; a
-                dataset without the column `domain` is taken to be of that domain too.
+                dataset without the column `domain` counts as one of that domain.
             **kwargs:
                 Further arguments of [`~transformers.Trainer.evaluate`].
 
@@ -211,12 +209,10 @@ class SequentialGRPOTrainer(StageLoop):
             `dict[str, float]`: Metrics; `eval_reward` is the mean reward.
         """
         if isinstance(eval_dataset, str):
-            if eval_dataset not in self.domains or self.domains[eval_dataset].eval_dataset is None:
-                names = [name for name, domain in self.domains.items() if domain.eval_dataset is not None]
-                raise ValueError(
-                    f"eval_dataset: expected a domain with an eval_dataset {names}, found {eval_dataset!r}"
-                )
-            eval_dataset = self.domains[eval_dataset].eval_dataset
+            scored = self._scored()
+            if eval_dataset not in scored:
+                raise ValueError(f"eval_dataset: expected one of {list(scored)}, found {eval_dataset!r}")
+            eval_dataset = scored[eval_dataset]
         if isinstance(eval_dataset, dict):
             return super().evaluate(eval_dataset, **kwargs)
         eval_dataset = self.eval_dataset if eval_dataset is None else self._marked(eval_dataset)
@@ -241,13 +237,13 @@ class SequentialGRPOTrainer(StageLoop):
         What the run does next, derived from the finished stages alone.
 
         Returns:
-            [`Stage`] or `None`: A stage that a [`StageCallback`] asks for, with the `stage_overrides` of its (first)
-            domain beneath its own, else the next one of the schedule, else nothing.
+            [`Stage`] or `None`: A stage that a [`StageCallback`] asks for, with the `stage_overrides` of its first
+            domain beneath its own, else the next one of the schedule.
         """
         trained = self._trained()
+        finished = trained == len(self.schedule)
         for callback in self._stage_callbacks():
-            last = trained == len(self.schedule)
-            stage = callback.request_stage(self.run.stages, self.score_matrix, schedule_finished=last)
+            stage = callback.request_stage(self.run.stages, self.score_matrix, schedule_finished=finished)
             if stage is not None and stage.kind == "heal":
                 if self._nothing_to_heal != len(self.run.stages):
                     return stage
@@ -256,11 +252,11 @@ class SequentialGRPOTrainer(StageLoop):
                 build_schedule(self.domains, stage.domains, {first: stage.settings})
                 own = (self.args.stage_overrides or {}).get(first, {})
                 return replace(stage, overrides={**own, **stage.overrides})
-        return self.schedule[trained] if trained < len(self.schedule) else None
+        return None if finished else self.schedule[trained]
 
     def push_to_hub(self, token: str | None = None, private: bool | None = None, **kwargs) -> Any:
         """
-        Publish the finished stages: each as a revision, the last one on `main`, and the analysis.
+        Publish the finished stages, each as a revision and the last one on `main`, and the analysis.
 
         Args:
             token (`str`, *optional*):
@@ -268,7 +264,7 @@ class SequentialGRPOTrainer(StageLoop):
             private (`bool`, *optional*):
                 Whether a new repository is private. Defaults to `args.hub_private_repo`.
             **kwargs:
-                Further arguments of [`HubCallback.push`]; those of [`~transformers.Trainer.push_to_hub`] are none.
+                Further arguments of [`HubCallback.push`].
 
         Returns:
             What [`HubCallback.push`] returns; `None` in all but the main process.
