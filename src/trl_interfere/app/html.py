@@ -79,6 +79,6 @@ def svg(drawn: Figure, label: str) -> str:
     ]
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     text = text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}" style="{";".join(widths)}"', 1)
-    for number, point in enumerate(getattr(drawn, "hover", [])):
-        text = text.replace(f'<g id="hover-{number}">', f"<g><title>{escape(point)}</title>")
+    for place, point in getattr(drawn, "hover", {}).items():
+        text = text.replace(f'<g id="{place}">', f"<g><title>{escape(point)}</title>")
     return text
