@@ -15,6 +15,7 @@ class LabProgress(StageCallback):
         self.bar = tqdm(disable=True)
 
     def begin(self, label: str, total: int) -> None:
+        self.bar.close()
         self.bar = tqdm(desc=label, total=total, disable=True if self.quiet else None)
         self.label = label
 
