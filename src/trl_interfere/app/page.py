@@ -164,8 +164,8 @@ def build_page(folders: Sequence[Path] = (), lab: Path | None = None, hub: bool 
 def _lay_out(catalog: Catalog, lab: Path | None) -> dict[str, Any]:
     """Put all parts on the page; by name those that the handlers read or write."""
     gr.HTML(
-        f'<h1>{TITLE}</h1><p class="ti-detail">A model was trained on one domain after the other. Scores are 0 to 100 on '
-        "test prompts; brackets are 95% intervals over prompts.</p>"
+        f'<h1>{TITLE}</h1><p class="ti-detail">A model was trained on one domain after the other. Scores are 0 to 100 '
+        "on test prompts; brackets are 95% intervals over prompts.</p>"
     )
     with gr.Row():
         run = gr.Dropdown(
