@@ -61,7 +61,6 @@ class Lab:
         order: list[str] | None = None,
         steps: int = STEPS_PER_STAGE,
         prompts: int = SIZES["test"],
-        progress: LabProgress | None = None,
         rate: float = 1,
     ):
         self.folder = Path(output_dir)
@@ -76,7 +75,7 @@ class Lab:
         if visible and not (self.folder / "stages.json").exists():
             raise ValueError(f"{self.folder}: holds files that are not of a lab run, choose another output folder")
         self.seed, self.steps, self.rate = seed, steps, rate
-        self.progress = progress or LabProgress(quiet=True)
+        self.progress = LabProgress()
         self.domains = {name: lab_domain(name, prompts) for name in self.order}
         # What the story follows: math, or the first domain where math is not followed by another one.
         self.earlier = "math" if "math" in self.order[:-1] else self.order[0]

@@ -114,15 +114,8 @@ def report_card(report: InterferenceReport, repo_id: str, figures: Mapping[str, 
 
 def repair_card(repair: dict[str, Any], repo_id: str, base: str, license: str | None = None) -> ModelCard:
     """The card of a repository that holds a repair, from its `repair.json`: a LoRA adapter over the model `base`."""
-    data = ModelCardData(
-        library_name="peft",
-        license=license,
-        pipeline_tag="text-generation",
-        tags=[*TAGS, "repair"],
-        **({"base_model": base, "base_model_relation": "adapter"} if _on_hub(base) else {}),
-    )
     return _render(
-        data,
+        _data("peft", base, license=license, tags=[*TAGS, "repair"]),
         title=plain(repo_id.split("/")[-1]),
         intro=f"A LoRA adapter that gives {code(base)} back what later stages of its training took, without training.",
         scores=_repair_scores(repair),
@@ -146,16 +139,14 @@ def _render(data: ModelCardData, **parts: Any) -> ModelCard:
 def _metadata(run: Run, license: str | None, final: StageRecord | None) -> ModelCardData:
     adapter = final is not None and (run.folder / final.folder / "adapter_config.json").is_file()
     base, _ = split_revision(run.identity.get("base_model", "unknown"))
-    relation = {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
-    benchmarks = run.about.get("benchmarks", {}).values()
-    return ModelCardData(
-        library_name="peft" if adapter else "transformers",
-        license=license,
-        pipeline_tag="text-generation",
-        tags=TAGS,
-        datasets=sorted({parse_benchmark(name)[0] for name in benchmarks}) or None,
-        **(relation if _on_hub(base) else {}),
-    )
+    datasets = sorted({parse_benchmark(name)[0] for name in run.about.get("benchmarks", {}).values()})
+    return _data("peft" if adapter else "transformers", base, license=license, tags=TAGS, datasets=datasets or None)
+
+
+def _data(library: str, base: str, **fields: Any) -> ModelCardData:
+    if _on_hub(base):
+        fields |= {"base_model": base, "base_model_relation": "adapter" if library == "peft" else "finetune"}
+    return ModelCardData(library_name=library, pipeline_tag="text-generation", **fields)
 
 
 def _on_hub(name: str) -> bool:
