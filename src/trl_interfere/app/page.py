@@ -285,8 +285,9 @@ def _connect(page: Page, parts: dict[str, Any], blocks: gr.Blocks) -> None:
         tabs.children[TABS.index("live")].select(**live)
 
         def asked(request: gr.Request, *settings: Any):
-            skipped = [gr.skip() for _ in live["outputs"]]
-            return live["fn"](*settings) if request.query_params.get("tab") == "live" else skipped
+            if request.query_params.get("tab") == "live":
+                return live["fn"](*settings)
+            return [gr.skip() for _ in live["outputs"]]
 
         blocks.load(asked, live["inputs"], live["outputs"], show_progress="minimal")
 

@@ -61,7 +61,7 @@ def analysis_card(
         reports.append(_report(report, shown, repo_id if revisions else None))
     return _render(
         _metadata(run, license, final),
-        title=plain(_title(run, repo_id)),
+        title=plain(repo_id.split("/")[-1] if repo_id else run.run_name or place),
         intro=f"{_base(run)} was tuned by reinforcement learning on {_listed(run.order)}, one after the other, "
         "with `trl-interfere` on [TRL](https://github.com/huggingface/trl).",
         verdict=plain(verdict(run, matrix, repair)) if run.stages else "",
@@ -87,7 +87,7 @@ def stage_card(run: Run, record: StageRecord, repo_id: str, license: str | None 
     shown = [row for row in rows if row[0] in ("0-base", plain(record.name))]
     return _render(
         _metadata(run, license, record),
-        title=plain(f"{_title(run, repo_id)}, after stage {record.name}"),
+        title=plain(f"{repo_id.split('/')[-1]}, after stage {record.name}"),
         intro=f"{_base(run)} in the middle of a sequence of stages on {_listed(run.order)}: the model after stage "
         f"{plain(record.name)} ({record.kind}, {record.steps} steps). The whole story is the card of the revision "
         f"[main](https://huggingface.co/{repo_id}).",
@@ -151,10 +151,6 @@ def _data(library: str, base: str, **fields: Any) -> ModelCardData:
 
 def _on_hub(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
-
-
-def _title(run: Run, repo_id: str | None) -> str:
-    return repo_id.split("/")[-1] if repo_id else (run.run_name or run.folder.absolute().name)
 
 
 def _of_lab(run: Run) -> bool:

@@ -201,8 +201,7 @@ def plot_eigenvalues(report: InterferenceReport) -> Figure:
     if report.subspace is None:
         raise ValueError("eigenvalues: expected a report with a conflict subspace (subspace_size > 0), found none")
     figure, (left, right) = _figure(9, 3.6, ncols=2)
-    names = {"update": "the update", "random": "random update of equal norm"}
-    for number, (name, label) in enumerate(names.items()):
+    for number, (name, label) in enumerate((("update", "the update"), ("random", "random update of equal norm"))):
         entry, style = report.subspace[name], {**_style(number, 4), "label": label}
         numbers = np.arange(1, len(entry["eigenvalues"]) + 1)
         left.plot(numbers, np.abs(entry["eigenvalues"]), **style)
@@ -275,7 +274,7 @@ def _map(
     fontsize: int = 8,
 ) -> Any:
     """Draw a table as a map of colours, with its values in the cells while there is room for them."""
-    values = np.asarray(values, dtype=float).reshape(len(rows), len(columns))
+    values = np.reshape(values, (len(rows), len(columns)))
     colors = matplotlib.colormaps[SIGNED if limits[0] < 0 else AMOUNT]
     image = axes.imshow(values, cmap=colors, vmin=limits[0], vmax=limits[1], aspect="auto", origin=origin)
     axes.set_xticks(range(len(columns)), [_name(str(name), 14) for name in columns])
@@ -326,16 +325,10 @@ PLOTS: dict[str, Callable[[InterferenceReport], Figure]] = {
 
 def save_figures(report: InterferenceReport, folder: str | Path) -> list[Path]:
     """Write every figure that a report has the measures for, as PNG."""
-    folder, files = Path(folder), []
-    folder.mkdir(parents=True, exist_ok=True)
-    needed = {
-        "sparsity": report.updates,
-        "eigenvalues": report.subspace,
-        "damage_by_layer": report.route_counts,
-        "overlaps": report.overlaps.get("active"),
-    }
-    for kind, plot in PLOTS.items():
-        if needed.get(kind, True):
-            files.append(folder / f"{kind}.png")
-            plot(report).savefig(files[-1], dpi=150)
-    return files
+    needed = {"sparsity": report.updates, "eigenvalues": report.subspace, "damage_by_layer": report.route_counts}
+    needed["overlaps"] = report.overlaps.get("active")
+    files = {kind: Path(folder) / f"{kind}.png" for kind in PLOTS if needed.get(kind, True)}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for kind, file in files.items():
+        PLOTS[kind](report).savefig(file, dpi=150)
+    return list(files.values())
