@@ -114,7 +114,7 @@ class LiveHeal:
         return self._result(method.fit(self.reports[domain], before=before, after=after), (domain,), start)
 
     def _result(self, repair: Repair, domains: tuple[str, ...], start: float) -> LiveResult:
-        rows = {"peak": self._rows_at_peak, "final": self._rows, "healed": self._answers(repair.merge())}
+        rows = self._rows | {"healed": self._answers(repair.merge())}
         scores = {
             model: {name: np.array([row["score"] for row in part]) for name, part in of_model.items()}
             for model, of_model in rows.items()
@@ -143,13 +143,13 @@ class LiveHeal:
         return {name: lab_domain(name, self.prompts) for name in self.domains}
 
     @cached_property
-    def _rows(self) -> dict[str, list[dict[str, Any]]]:
-        return {name: self.run.rows(self.run.final, name)[: self.prompts] for name in self.domains}
-
-    @cached_property
-    def _rows_at_peak(self) -> dict[str, list[dict[str, Any]]]:
-        own = {name: self.run.rows(record, name)[: self.prompts] for name, record in self.peaks.items()}
-        return {name: own.get(name, self._rows[name]) for name in self.domains}
+    def _rows(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
+        """What the peak of each domain and the final model wrote."""
+        found = {}
+        for model, records in (("peak", self.peaks), ("final", {})):
+            of_domain = {name: self.run.rows(records.get(name, self.run.final), name) for name in self.domains}
+            found[model] = {name: rows[: self.prompts] for name, rows in of_domain.items()}
+        return found
 
     @cached_property
     def _scorer(self) -> Scorer:

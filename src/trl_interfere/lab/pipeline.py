@@ -181,12 +181,12 @@ class Lab:
         run, before = Run(self.folder), self._trained[self.earlier]
         following = self.order[self.order.index(self.earlier) + 1 :]
         # The whole of what came later, and what the next domain did by itself.
-        pairs = [(self.earlier, following)]
+        pairs = {self.earlier: following}
         if len(following) > 1:
-            pairs.append((f"{self.earlier}-after-{following[0]}", following[:1]))
+            pairs[f"{self.earlier}-after-{following[0]}"] = following[:1]
         reports = []
         self.progress.begin("analyze", len(pairs) * 5 + 1)
-        for name, later in pairs:
+        for name, later in pairs.items():
             folder = run.analysis(name)
             if not (folder / "report.json").exists():
                 size = SUBSPACE_SIZE if later == following else 0
@@ -225,15 +225,14 @@ class Lab:
 
         def refresh() -> dict[str, Any]:
             refreshed = self.refreshed(self.earlier, compare.final, self.folder / "rivals" / "refresh", steps)
-            sequences = steps * refreshed.args.per_device_train_batch_size
+            sequences, found = steps * refreshed.args.per_device_train_batch_size, None
             cost = {f"sequences_{kind}": sequences for kind in ("sampled", "forward", "backward")}
             row = compare.row("refresh", refreshed.model, cost, steps=steps)
-            models = (load_model(peaks[self.earlier]), load_model(compare.final), refreshed.model)
-            tensors = (dict(model.named_parameters()) for model in models)
-            found = None
             if report.directions is not None and len(report.directions):
+                models = (load_model(peaks[self.earlier]), load_model(compare.final), refreshed.model)
+                tensors = (dict(model.named_parameters()) for model in models)
                 found = contraction(RouteMap(models[0].config), *tensors, report.directions, self.seed)
-            return {**row, "contraction": found}
+            return row | {"contraction": found}
 
         work = [lambda arm=arm: compare.routes(report, *arm) for arm in ROLLBACKS]
         work += [lambda: compare.interpolation(self.earlier), refresh]
