@@ -11,7 +11,6 @@ from page_data import DATA, HOSTILE
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
-SCREENSHOTS = Path(__file__).parent / "screenshots"  # git-ignored; to be looked at
 WAIT = 60_000  # milliseconds; a limit, not a measurement
 
 
@@ -20,22 +19,13 @@ def hostile(tmp_path_factory):
     """A run with a domain, prompts, completions and a report that hold HTML, Markdown and a formula."""
     folder = tmp_path_factory.mktemp("runs") / "hostile"
     shutil.copytree(DATA, folder, ignore=shutil.ignore_patterns("delta.safetensors", "math-after-qa"))
-    content = json.loads((folder / "stages.json").read_text())
-    for stage in content["stages"]:
-        stage["scores"] = {HOSTILE if name == "math" else name: entry for name, entry in stage["scores"].items()}
-        stage["domain"] = HOSTILE if stage["domain"] == "math" else stage["domain"]
-    (folder / "stages.json").write_text(json.dumps(content))
+    for path in (folder / "stages.json", folder / "repair" / "repair.json", *folder.glob("analysis/*/report.json")):
+        text = path.read_text().replace('"method": "subspace"', f'"method": {json.dumps(HOSTILE)}')
+        path.write_text(text.replace('"math"', json.dumps(HOSTILE)))
     for path in folder.glob("scores/*/math.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         rows = [{**row, "prompt": f"=1+1 {HOSTILE}", "completions": [HOSTILE]} for row in rows]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = next(folder.glob("analysis/*/report.json"))
-    report = json.loads(path.read_text())
-    path.write_text(json.dumps({**report, "earlier": HOSTILE, "later": [HOSTILE]}))
-    repair = json.loads((folder / "repair" / "repair.json").read_text())
-    repair["domains"][HOSTILE] = repair["domains"].pop("math")
-    repair["method"] = HOSTILE
-    (folder / "repair" / "repair.json").write_text(json.dumps(repair))
     return folder
 
 
@@ -110,15 +100,3 @@ def visit(chromium):
             assert page.evaluate("window.hacked") is None
         context.close()
     assert alarms == []
-
-
-@pytest.fixture
-def shoot():
-    """Function that keeps a screenshot."""
-
-    def take(page, name: str) -> None:
-        SCREENSHOTS.mkdir(exist_ok=True)
-        page.wait_for_timeout(300)  # transitions
-        page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
-
-    return take

@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 import time
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import httpx
 import pytest
@@ -43,19 +43,18 @@ CONTRAST = """() => {
 
 
 def opened(address, tab, **query):
-    return f"{address}?" + "&".join(f"{key}={quote(str(value))}" for key, value in {"tab": tab, **query}.items())
+    return f"{address}?{urlencode({'tab': tab, **query})}"
 
 
 def show(page, tab):
     page.get_by_role("tab", name=tab).click()
 
 
-def test_walk(visit, address, shoot, tmp_path, chromium):
-    """Verdict, a lost prompt that came back, the price, and the page as a file that is opened from disk."""
+def test_walk(visit, address, tmp_path):
+    """Verdict, a lost prompt that came back, the price, and the page as a file with tables that sort and filter."""
     page = visit(address)
     assert page.locator("#verdict .ti-lead").inner_text().startswith("math lost 25.0 of 63.5 points")
     page.wait_for_selector("#verdict .ti-plot svg")
-    shoot(page, "verdict")
     show(page, "Prompts")
     page.wait_for_selector("#flips table")
     page.locator("#kind label").filter(has_text="regained").click()
@@ -65,21 +64,22 @@ def test_walk(visit, address, shoot, tmp_path, chromium):
     answers = page.locator("#answers").inner_text()
     assert "2-math" in answers and "5-heal" in answers and "wrong, 0 of 1" in answers and "right, 1 of 1" in answers
     page.wait_for_function("() => new URLSearchParams(location.search).get('prompt') === '5'")
-    shoot(page, "prompts")
     link = page.url
     show(page, "Repairs")
     page.wait_for_selector("#repairs .ti-plot svg")
     assert page.locator("#repairs title").first.text_content().startswith("heal, subspace of rank 64: 99%")
-    shoot(page, "repairs")
     show(page, "Where")
     page.wait_for_selector("#where .ti-plot svg")
-    shoot(page, "where")
     with page.expect_download() as download:
         page.click("#save")
     download.value.save_as(tmp_path / "saved.html")
     saved = visit((tmp_path / "saved.html").as_uri(), wait="svg")
-    shoot(saved, "saved")
     assert "math lost 25.0" in saved.locator("main").inner_text() and saved.locator("svg").count() >= 4
+    flips = saved.locator("table.ti-sort").nth(1)
+    flips.get_by_role("button", name="newly lost").click()
+    assert flips.locator("tbody th").all_inner_texts()[0] == "writing"
+    saved.locator("input[placeholder=filter]").nth(1).fill("math")
+    assert flips.locator("tbody tr:visible").count() == 1
     again = visit(link, wait="#answers .ti-answer")
     assert "71-64" in again.locator("#answers").inner_text()
 
@@ -93,15 +93,16 @@ def test_a_link_opens_all_that_it_names(visit, address):
     page.wait_for_function("() => new URLSearchParams(location.search).get('tab') === 'where'")
     assert dict(parse_qsl(urlsplit(page.url).query)) == {**chosen, "tab": "where"}
     page.wait_for_selector("#where svg[aria-label=damage_concentration]")
+    page = visit(opened(address, "verdict", run="missing"), wait="#message .ti-notice")
+    assert "'missing': expected one of" in page.locator("#message").inner_text()
 
 
 @pytest.mark.slow
-def test_heal_live_and_its_control(visit, address, shoot):
+def test_heal_live_and_its_control(visit, address):
     page = visit(opened(address, "live"), wait="#live-text table")
     first = page.locator("#live-text .ti-lead").inner_text()
     assert page.locator("#live-examples .ti-answer").count() == 9
     page.wait_for_selector("#live-maps .ti-plot svg")
-    shoot(page, "live")
     page.click("#live-control")
     page.wait_for_function("() => document.querySelector('#live-text')?.innerText.startsWith('Control')")
     second = page.locator("#live-text .ti-lead").inner_text()
@@ -114,7 +115,6 @@ def test_heal_live_and_its_control(visit, address, shoot):
     rolled = page.locator("#live-text .ti-lead").inner_text()
     assert shares[1] < int(rolled.split("%")[0]) < shares[0]
     assert "rollback lab-out --domain math --budget 0.32" in page.locator("body").inner_text()
-    shoot(page, "live-routes")
     page.get_by_label("heal", exact=True).check()
     while page.locator("#live-heal input:checked").count():
         page.locator("#live-heal input:checked").first.click()
@@ -125,7 +125,7 @@ def test_heal_live_and_its_control(visit, address, shoot):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_narrow_screen(visit, address, shoot, scheme):
+def test_narrow_screen(visit, address, scheme):
     for tab, wait in {
         "verdict": "#verdict .ti-plot svg",
         "prompts": "#flips table",
@@ -138,7 +138,6 @@ def test_narrow_screen(visit, address, shoot, scheme):
         page.wait_for_timeout(500)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), tab
         assert page.evaluate(CONTRAST) >= 4.5, tab
-        shoot(page, f"{tab}-phone-{scheme}")
 
 
 @pytest.mark.slow
@@ -146,12 +145,11 @@ def test_two_checkpoints_with_no_run_and_no_report(visit, tmp_path):
     rows = lab_rows("math", "test", 16)
     (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     domain = {"name": "sums", "reward_funcs": "lab_math", "eval_dataset": "math.jsonl"}
-    training = {"max_completion_length": 8}
-    recipe = {"model": str(MODEL_FOLDER), "training": training, "domains": [domain]}
+    recipe = {"model": str(MODEL_FOLDER), "training": {"max_completion_length": 8}, "domains": [domain]}
     (tmp_path / "domains.yaml").write_text(json.dumps(recipe))
     model = load_model(MODEL_FOLDER)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.add_(0.2 * torch.randn_like(model.get_input_embeddings().weight))
+    weight = model.get_input_embeddings().weight.data
+    weight.add_(0.2 * torch.randn_like(weight))
     model.save_pretrained(tmp_path / "noisy")
     load_tokenizer(MODEL_FOLDER).save_pretrained(tmp_path / "noisy")
     with socket.socket() as free:
@@ -178,41 +176,19 @@ def test_two_checkpoints_with_no_run_and_no_report(visit, tmp_path):
 
 
 @pytest.mark.slow
-def test_hostile_run(visit, address, shoot, tmp_path):
+def test_hostile_run(visit, address, tmp_path):
     page = visit(opened(address, "prompts", run="hostile", prompt=0), wait="#answers .ti-answer")
     for place in ("#answers", "#flips", "#prompts"):
         assert "<script>" in page.locator(place).inner_text(), place
-    shoot(page, "hostile-prompts")
     for tab in ("Verdict", "Repairs", "Where"):
         show(page, tab)
         page.wait_for_selector(f"#{tab.lower()} .ti-plot svg")
-        shoot(page, f"hostile-{tab.lower()}")
     with page.expect_download() as download:
         page.click("#save")
     download.value.save_as(tmp_path / "saved.html")
     saved = visit((tmp_path / "saved.html").as_uri(), wait="svg")
     saved.locator("details summary").first.click()
     assert HOSTILE in saved.locator("main").text_content() and saved.locator("img").count() == 0
-
-
-@pytest.mark.slow
-def test_tables_of_the_saved_page_sort_and_filter(visit, tmp_path):
-    from trl_interfere.app.saved_page import save_page
-    from trl_interfere.app.scored import Scored
-
-    (tmp_path / "page.html").write_text(save_page([Scored("lab", DATA)]))
-    page = visit((tmp_path / "page.html").as_uri(), wait="table.ti-sort button")
-    table = page.locator("table.ti-sort").nth(1)
-    table.get_by_role("button", name="newly lost").click()
-    assert table.locator("tbody th").all_inner_texts()[0] == "writing"
-    page.locator("input[placeholder=filter]").nth(1).fill("math")
-    assert table.locator("tbody tr:visible").count() == 1
-
-
-@pytest.mark.slow
-def test_a_bad_name_is_a_message(visit, address):
-    page = visit(opened(address, "verdict", run="missing"), wait="#message .ti-notice")
-    assert "'missing': expected one of" in page.locator("#message").inner_text()
 
 
 def test_files_outside_are_not_served(address, tmp_path):

@@ -39,9 +39,6 @@ def test_a_healed_run(lab):
     assert {kind: figures[kind] for kind in ("lost", "regained", "newly_lost")}.items() <= counts.items()
     change = f"{figures['change']['value']:+.1f} [{figures['change']['low']:+.1f}, {figures['change']['high']:+.1f}]"
     assert change in flips_table(lab, "4-writing", "5-heal")
-
-
-def test_answers_of_every_stage(lab):
     prompt, found = lab.answers("math", 5)
     assert [one["model"] for one in found] == lab.models and prompt.startswith("Q: ")
     line = (DATA / "scores" / "2-math" / "math.jsonl").read_text().splitlines()[5]
@@ -67,9 +64,8 @@ def test_samples_are_kept_and_read(tmp_path):
     run = Run.new(tmp_path, {})
     samples = np.array([[1, 0, 0], [1, 1, 0]], dtype=float)
     for index, values in enumerate((samples, 1 - samples)):
-        record = StageRecord(
-            index, "train" if index else "base", "sums" if index else None, None, 0, 0.0, {}, 0, {}, {}
-        )
+        kind, domain = ("train", "sums") if index else ("base", None)
+        record = StageRecord(index, kind, domain, None, 0, 0.0, {}, 0, {}, {})
         file = run.write_scores(record.name, "sums", values, list("uvwxyz"))
         record.scores["sums"] = {**score(values.mean(axis=1)).to_dict(), "file": file}
         run.append(record)
@@ -125,12 +121,8 @@ def test_checkpoints_from_elsewhere(evaluation):
     scored = Scored("strangers", evaluation)
     assert scored.models == ["0-m0", "1-m1"] and scored.pair() == ("0-m0", "1-m1")
     assert scored.verdict == "From 0-m0 to 1-m1: sums: 1 prompts lost and 1 gained."
-    assert [row[1] for row in scored.prompts("sums", *scored.pair())] == [
-        "newly lost",
-        "regained",
-        "kept",
-        "wrong in both",
-    ]
+    became = [row[1] for row in scored.prompts("sums", *scored.pair())]
+    assert became == ["newly lost", "regained", "kept", "wrong in both"]
     assert scored.answers("sums", 0)[1][1] == {"model": "1-m1", "text": "1: 0", "score": 0, "reason": "not a number"}
     assert scored.arms() == [] and where_figure(scored, None) is None
 

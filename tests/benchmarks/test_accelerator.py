@@ -1,40 +1,21 @@
 """The benchmark of the analysis on an accelerator, on a processor and with a model of two layers."""
 
-import importlib.util
-import sys
 from argparse import Namespace
-from pathlib import Path
 
+import accelerator
 import pytest
-
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+import shapes
 
 
 @pytest.mark.parametrize("spared", [False, True])
 def test_analysis(monkeypatch, spared):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("accelerator", BENCHMARKS / "accelerator.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.delitem(sys.modules, "shapes", raising=False)
-    import shapes
-
     monkeypatch.setitem(shapes.SHAPES, "tiny", (16, 24, 2, 8, True))
     monkeypatch.setattr(shapes, "VOCABULARY", 800)
     arguments = Namespace(
-        shapes=["tiny"],
-        device="cpu",
-        dtype="float32",
-        layers=None,
-        prompts=4,
-        tokens=12,
-        batch_size=2,
-        offload=spared,
-        checkpointing=spared,
-        rate=1.0,
+        **{"shapes": ["tiny"], "device": "cpu", "dtype": "float32", "layers": None, "rate": 1.0},
+        **{"prompts": 4, "tokens": 12, "batch_size": 2, "offload": spared, "checkpointing": spared},
     )
-    found = module.analysis(arguments, {})["tiny"]
+    found = accelerator.analysis(arguments, {})["tiny"]
     assert found["completion_tokens"] == 4 * 12 and found["offload"] == found["checkpointing"] == spared
     assert found["parameters"] == 800 * 16 + 2 * (3 * 16 * 24 + 16 * 128 * (8 + 8 + 8 + 8) + 2 * 128 + 2 * 16) + 16
     assert found["pair_s"] > found["pass_s"] > 0 and found["pair_passes"] > 1

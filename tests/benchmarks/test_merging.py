@@ -1,21 +1,10 @@
-import importlib.util
-from pathlib import Path
-
+import merging
 import pytest
 import torch
 
 from trl_interfere.analysis.references import References
 from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.models import load_model
-
-
-@pytest.fixture(scope="module")
-def merging():
-    path = Path(__file__).parents[2] / "benchmarks" / "merging.py"
-    spec = importlib.util.spec_from_file_location("merging", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def states(count=3):
@@ -25,7 +14,7 @@ def states(count=3):
     ]
 
 
-def test_task_arithmetic_by_hand(merging):
+def test_task_arithmetic_by_hand():
     base, *tasks = states()
     found = merging.merge(base, tasks, "task_arithmetic", 0.3)
     for name in base:
@@ -35,7 +24,7 @@ def test_task_arithmetic_by_hand(merging):
 
 
 @pytest.mark.parametrize("density, scale", [(0.2, 1.0), (0.5, 0.5)])
-def test_ties_as_written_in_its_paper(density, scale, merging):
+def test_ties_as_written_in_its_paper(density, scale):
     base, *tasks = states(4)
     found = merging.merge(base, tasks, "ties", scale, density)
     for name in base:
@@ -52,7 +41,7 @@ def test_ties_as_written_in_its_paper(density, scale, merging):
         torch.testing.assert_close(found[name], base[name] + torch.tensor(expected).reshape(base[name].shape))
 
 
-def test_fisher_merging_weighs_each_element(merging):
+def test_fisher_merging_weighs_each_element():
     models = [torch.nn.Linear(3, 2) for _ in range(2)]
     start = [{name: p.detach().clone() for name, p in model.named_parameters()} for model in models]
     weights = [{name: torch.rand_like(tensor) for name, tensor in own.items()} for own in start]
@@ -64,7 +53,7 @@ def test_fisher_merging_weighs_each_element(merging):
         torch.testing.assert_close(parameter, expected)
 
 
-def test_squared_gradients_are_those_of_each_sample(merging):
+def test_squared_gradients_are_those_of_each_sample():
     model = load_model(MODEL_FOLDER)
     references = References("math", [[3, 4], [5, 6, 7]], [[8, 9], [10]], 2)
     found = merging.squared_gradients(model, references)

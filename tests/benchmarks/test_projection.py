@@ -1,18 +1,10 @@
 """Steps that are projected away from what the earlier domains use."""
 
-import importlib.util
-from pathlib import Path
-
+import projection
 import torch
 from tiny_runs import build, math_domain, writing_domain
 
 from trl_interfere.models import load_model
-
-
-path = Path(__file__).parents[2] / "benchmarks" / "projection.py"
-spec = importlib.util.spec_from_file_location("projection", path)
-projection = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(projection)
 
 
 def test_a_later_stage_leaves_what_an_earlier_domain_sees(tmp_path):

@@ -1,9 +1,9 @@
 """The command line takes the commands of README and docs, and the package takes their Python and YAML."""
 
 import dataclasses
-import importlib.util
 import json
 import re
+import runpy
 import shlex
 import textwrap
 from importlib import import_module
@@ -18,11 +18,8 @@ from trl_interfere.training.options import parse_options
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "recipes").rglob("*.md"))]
+missing = runpy.run_path(str(ROOT / ".ci" / "check_imports.py"))["missing"]
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-
-spec = importlib.util.spec_from_file_location("check_imports", ROOT / ".ci" / "check_imports.py")
-check_imports = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(check_imports)
 
 
 def blocks(language):
@@ -76,7 +73,7 @@ def test_examples_of_the_help_are_taken(name, monkeypatch):
 @pytest.mark.parametrize("code", list(blocks("python")))
 def test_python_compiles_and_its_imports_lead_somewhere(code):
     compile(code, "page", "exec")
-    assert check_imports.missing(code) == []
+    assert missing(code) == []
 
 
 @pytest.fixture
@@ -93,9 +90,7 @@ def data(tmp_path, monkeypatch):
 
 
 OWN_DATA = [block for block in blocks("python") if "def exact_match" in block.values[0]]
-RECIPES = [
-    block for block in blocks("yaml") if "math-train.jsonl" in block.values[0] and "my-org" not in block.values[0]
-]
+RECIPES = [one for one in blocks("yaml") if "math-train.jsonl" in one.values[0] and "my-org" not in one.values[0]]
 
 
 @pytest.mark.parametrize("code", OWN_DATA)

@@ -36,6 +36,10 @@ def test_prompts_of_splits_are_disjoint(task, rows):
         assert all(split_of(prompt) == split for prompt in prompts[split])
     for split in ("selection", "test"):
         assert len(prompts[split]) == SIZES[split] == len(rows[task][split])
+    domain = lab_domain(task, test_size=20)
+    assert domain.train_dataset.num_rows == SIZES["train"] and domain.reward_funcs == [REWARDS[task]]
+    assert domain.eval_dataset["prompt"] == [row["prompt"] for row in rows[task]["test"][:20]]
+    assert domain.selection_dataset["prompt"] == [row["prompt"] for row in rows[task]["selection"][:20]]
 
 
 def test_answers_earn_everything_and_other_styles_do_not(task, rows):
@@ -95,20 +99,11 @@ def test_code_problems_are_right(rows):
             assert eval(row["answer"].strip(), {"__builtins__": {}}, {"x": x}) == y
 
 
-@pytest.mark.parametrize(
-    "expression, x, value",
-    [
-        ("x", 7, 7),
-        ("-x + 10", 4, 6),
-        ("(x+1)*(x-1)", 6, 35),
-        ("x//3", 8, 2),
-        ("x%3", 8, 2),
-    ],
-)
-def test_arithmetic(expression, x, value):
-    assert run_expression(expression, x) == value
-    assert code_reward([f" {expression} "], tests=[json.dumps([[x, value]])]) == [1.0]
-    assert code_reward([expression], tests=[json.dumps([[x, value], [x, value + 1]])]) == [0.0]
+def test_arithmetic():
+    for expression, value in {"x": 8, "-x + 10": 2, "(x+1)*(x-1)": 63, "x//3": 2, "x%3": 2}.items():
+        assert run_expression(expression, 8) == value
+        assert code_reward([f" {expression} "], tests=[json.dumps([[8, value]])]) == [1.0]
+        assert code_reward([expression], tests=[json.dumps([[8, value], [8, value + 1]])]) == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -125,12 +120,10 @@ def test_arithmetic(expression, x, value):
     + ["", "   ", "x\nimport os", "x\0", "x" + "+0" * 40, "(" * 60 + "x", "-" * 5000 + "x", "9" * 5000, "\ud800"],
 )
 def test_sandbox(expression):
-    tests = json.dumps([[3, 3], [3, 3.0], [3, True]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert code_reward([expression], tests=[json.dumps([[3, 3]])]) == [0.0]
-        assert code_reward([expression], tests=[tests]) == [0.0]
-        assert code_reward([expression], tests=["[[3, true]]"]) == [0.0]
+        for tests in ("[[3, 3]]", "[[3, 3.0]]", "[[3, true]]"):
+            assert code_reward([expression], tests=[tests]) == [0.0]
     with pytest.raises(ValueError):
         run_expression(expression, 3)
 
@@ -160,25 +153,10 @@ ITEMS = ("first word", "second word", "length", "one sentence", "no repetition")
         ("The moon shines. Near the river.", ["one sentence"]),
         ("The moon shines near moon river.", ["no repetition"]),
         ("The the the the the the.", ["first word", "second word", "no repetition"]),
-        ("", ["first word", "second word", "length", "one sentence", "no repetition"]),
+        ("", ITEMS),
     ],
 )
 def test_rubric(text, missed):
     assert rubric(text, ["moon", "river"], 6) == {item: float(item not in missed) for item in ITEMS}
     expected = 1.0 if not missed else 0.5 * (5 - len(missed)) / 5
     assert writing_reward([text], words=["moon river"], length=[6]) == pytest.approx([expected])
-
-
-def test_lab_domain(task):
-    domain = lab_domain(task)
-    for split, dataset in (
-        ("train", domain.train_dataset),
-        ("selection", domain.selection_dataset),
-        ("test", domain.eval_dataset),
-    ):
-        assert len(dataset) == SIZES[split]
-        assert set(dataset["domain"]) == {task}
-        assert {split_of(prompt) for prompt in dataset["prompt"]} == {split}
-    assert domain.reward_funcs == [REWARDS[task]]
-    fewer = lab_domain(task, test_size=20)
-    assert fewer.eval_dataset.to_list() == domain.eval_dataset.select(range(20)).to_list()

@@ -17,89 +17,30 @@ from trl_interfere.run import Run
 DATA = Path(__file__).parents[2] / "space" / "data" / "lab"
 NUMBER = r"(?<![\w.])[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 HOSTILE = "<script>x</script>|![i](http://a/b.png)|[l](javascript:x)|`c`|**b**\n```mermaid\ngraph\n```"
-REPAIR = {
-    "schema_version": 1,
-    "method": "subspace",
-    "rank": 64,
-    "references": 64,
-    "domains": {
-        name: {"peak": peak, "final": final, "healed": healed, "recovered": share, "low": low, "high": high}
-        | {"n": 512, "lost": 7, "regained": 5, "newly_lost": 3}
-        for name, peak, final, healed, share, low, high in (
-            ("math", 63.9, 38.1, 62.9, 0.96, 0.83, 1.08),
-            ("qa", 70.1, 68.9, 68.4, None, None, None),
-        )
-    },
-    "recovered_all": {"value": 0.91, "low": 0.77, "high": 1.04},
-    "worst": -0.5,
-    "cost": {"sequences_forward": 512, "sequences_backward": 0, "seconds": 9.2},
-}
 
 
 @pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "lab"
-    shutil.copytree(DATA, folder, ignore=shutil.ignore_patterns("delta.safetensors", "repair", "5-heal"))
+def run(tmp_path):
+    """A healed run of the lab."""
+    folder = shutil.copytree(DATA, tmp_path / "lab", ignore=shutil.ignore_patterns("delta.safetensors"))
     (folder / "results.json").write_text("{}")  # what tells a run of the lab
-    content = json.loads((folder / "stages.json").read_text())
-    content["stages"] = content["stages"][:5]
-    (folder / "stages.json").write_text(json.dumps(content))
-    return folder
-
-
-@pytest.fixture
-def healed(folder):
-    """A run with a repair, and a stage of kind heal that brings prompts 0, 1 and 2 of math back."""
-    (folder / "repair").mkdir()
-    (folder / "repair" / "repair.json").write_text(json.dumps(REPAIR))
-    content = json.loads((folder / "stages.json").read_text())
-    heal = json.loads(json.dumps(content["stages"][-1]))
-    heal |= {"index": len(content["stages"]), "kind": "heal", "domain": None, "folder": None}
-    for name, entry in heal["scores"].items():
-        rows = [json.loads(line) for line in (folder / entry["file"]).read_text().splitlines()]
-        entry["file"] = f"scores/5-heal/{name}.jsonl"
-        (folder / entry["file"]).parent.mkdir(exist_ok=True)
-        (folder / entry["file"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    content["stages"].append(heal)
-    (folder / "stages.json").write_text(json.dumps(content))
-    for stage, score in (("2-math", 1.0), ("4-writing", 0.0), ("5-heal", 1.0)):
-        path = folder / "scores" / stage / "math.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for number in range(3):
-            rows[number] |= {"score": score, "completions": [f"{stage} says {number} {HOSTILE}"]}
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Run(folder)
 
 
-def lines_of(card) -> list[str]:
-    return str(card).splitlines()
-
-
-def test_verdict(healed):
-    matrix = ScoreMatrix.from_run(healed)
-    lost = losses(healed, matrix)
-    assert list(lost) == ["math"] and healed.final.name == "4-writing"
-    text = verdict(healed, matrix, read_repair(healed))
-    math = lost["math"]
-    peak = matrix.interval(2, "math").value
-    expected = (
-        f"math lost {math.value:.1f} of {peak:.1f} points [{math.low:.1f}, {math.high:.1f}], and is healed to 62.9."
-    )
-    assert text.startswith(expected)
-    assert text.endswith(
-        "91% [77, 104] of all that was lost came back; the worst change of another domain is -0.5 points."
-    )
-    assert "Without" not in verdict(healed, matrix)
-    repair = read_repair(healed)
+def test_verdict(run):
+    matrix, repair = ScoreMatrix.from_run(run), read_repair(run)
+    lost = losses(run, matrix)
+    assert list(lost) == ["math"] and run.final.name == "4-writing"
+    math, peak = lost["math"], matrix.interval(2, "math").value
+    expected = f"math lost {math.value:.1f} of {peak:.1f} points [{math.low:.1f}, {math.high:.1f}]"
+    assert verdict(run, matrix) == f"{expected}."
+    price = "the worst change of another domain is -0.1 points."
+    share = "99% [83, 119] of all that was lost"
+    healed = f"{expected}, and is healed to 61.1. Without training, {share} came back; {price}"
+    assert verdict(run, matrix, repair) == healed
     repair["domains"]["math"]["peak"] = 60.0  # its own stage, after the base model had done better
-    assert "all that was lost since each domain's own stage came back" in verdict(healed, matrix, repair)
-
-
-def test_nothing_was_lost(folder):
-    content = json.loads((folder / "stages.json").read_text())
-    content["stages"] = content["stages"][:1]
-    (folder / "stages.json").write_text(json.dumps(content))
-    run = Run(folder)
+    assert f"{share} since each domain's own stage came back" in verdict(run, matrix, repair)
+    run.stages = run.stages[:1]
     assert verdict(run, ScoreMatrix.from_run(run)).startswith("Nothing was lost beyond chance")
 
 
@@ -114,44 +55,37 @@ def test_nothing_was_lost(folder):
         lambda content: content.update(recovered_all={"value": True}),
     ],
 )
-def test_a_broken_repair_is_refused(healed, change):
-    path = healed.repair / "repair.json"
+def test_a_broken_repair_is_refused(run, change):
+    path = run.repair / "repair.json"
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"repair\.json"):
-        read_repair(healed)
+        read_repair(run)
 
 
-def test_card_of_a_healed_run(healed):
-    card = analysis_card(healed, "u/r", license="mit", figures={"scores": "figures/scores.png"}, revisions=True)
+def test_card_of_a_healed_run(run):
+    card = analysis_card(run, "u/r", license="mit", figures={"scores": "figures/scores.png"}, revisions=True)
     text = str(card)
-    order = [
-        "**math lost",
-        "## Scores",
-        "## What was lost",
-        "## How it was healed",
-        "from peft import",
-        "## Measurements",
-    ]
-    places = [text.index(part) for part in [*order, "## How it was made", "## Limits", "## Citation"]]
+    order = ["**math lost", "## Scores", "## What was lost", "## How it was healed", "from peft import"]
+    order += ["## Measurements", "## How it was made", "## Limits", "## Citation"]
+    places = [text.index(part) for part in order]
     assert places == sorted(places)
-    assert "| math (n=512) | 63.9 | 38.1 | 62.9 | 96% [83, 108] |" in text and "(figures/scores.png)" in text
-    assert "512 sequences forward, 0 backward, and 9 seconds" in text
+    assert "| math (n=512) | 63.5 | 38.5 | 61.1 | 91% [78, 105] |" in text and "(figures/scores.png)" in text
+    assert "512 sequences forward, 0 backward, and 20 seconds" in text
     assert "trl-interfere lab --seed 0 --order code,math,qa,writing --steps 100" in text
     assert "[2-math](https://huggingface.co/u/r/tree/stage-2-math)" in text
     load = text.split("```python\n")[1].split("```")[0].strip().splitlines()
     assert len(load) == 3 and load[2] == 'model = PeftModel.from_pretrained(model, "u/r", subfolder="repair")'
-    assert card.data.license == "mit" and "nan" not in text and str(healed.folder.parent) not in text
+    assert card.data.license == "mit" and "nan" not in text and str(run.folder.parent) not in text
+    # No table is wider than a phone that is turned sideways.
+    rows = [re.sub(r"\(https[^)]*\)", "", line) for line in text.splitlines() if line.startswith("|")]
+    assert max(map(len, rows)) <= 80
+    shutil.rmtree(run.repair)
+    assert "| math (n=512) | 63.5 | 38.5 | 25.0 [20.5, 29.7] |" in str(analysis_card(run))
 
 
-def test_no_table_is_wider_than_a_phone_turned_sideways(healed):
-    rows = [re.sub(r"\(https[^)]*\)", "", line) for line in lines_of(analysis_card(healed, "u/r", revisions=True))]
-    assert max(len(row) for row in rows if row.startswith("|")) <= 80
-
-
-def test_metadata(folder):
-    run = Run(folder)
+def test_metadata(run):
     data = analysis_card(run).data.to_dict()
     assert {"trl-interfere", "trl", "grpo"} <= set(data["tags"]) and "base_model" not in data
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
@@ -162,14 +96,18 @@ def test_metadata(folder):
     assert data["datasets"] == ["a/b"]
 
 
-def test_foreign_text_is_text(healed, monkeypatch):
+def test_foreign_text_is_text(run, monkeypatch):
     """Domains, prompts and completions that hold HTML, images, links and a diagram."""
-    monkeypatch.setattr(type(healed), "order", [HOSTILE, "qa"])
-    healed.identity["config"]["seed"] = HOSTILE
-    for record in healed.stages:
+    for path in run.folder.glob("scores/*/math.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [{**row, "prompt": f"asks {HOSTILE}", "completions": [f"says {HOSTILE}"]} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(Run, "order", [HOSTILE, "qa"])
+    run.identity["config"]["seed"] = HOSTILE
+    for record in run.stages:
         record.scores[HOSTILE] = record.scores.pop("qa")
         record.domain = HOSTILE if record.domain == "qa" else record.domain
-    text = str(analysis_card(healed, figures={}))
+    text = str(analysis_card(run, figures={}))
     outside, fence = [], None
     for line in text.split("## Citation")[0].splitlines():
         mark = re.match(r"`{3,}", line)
@@ -178,13 +116,13 @@ def test_foreign_text_is_text(healed, monkeypatch):
         elif fence is None:
             outside.append(line)
     shown = "\n".join(outside)
-    assert "script" in shown and "says 0" in text  # they are shown
+    assert "script" in shown and "asks" in text and "says" in text  # they are shown
     for part in ("<script", "![i]", "](javascript", "```mermaid", "**b**"):
         assert part not in shown, part
     assert fence is None
 
 
-def test_no_number_comes_from_elsewhere(healed):
+def test_no_number_comes_from_elsewhere(run):
     """Each number of the text is, in one of the ways in which numbers are written there, one of the run's files."""
     values, texts = [], []
 
@@ -199,13 +137,13 @@ def test_no_number_comes_from_elsewhere(healed):
             for value in content.values() if isinstance(content, dict) else content:
                 collect(value)
 
-    for path in [healed.path, healed.repair / "repair.json", *healed.folder.glob("analysis/*/report.json")]:
+    for path in [run.path, run.repair / "repair.json", *run.folder.glob("analysis/*/report.json")]:
         collect(json.loads(path.read_text()))
-    matrix = ScoreMatrix.from_run(healed)
-    collect([vars(interval) for interval in losses(healed, matrix).values()])
+    matrix = ScoreMatrix.from_run(run)
+    collect([vars(interval) for interval in losses(run, matrix).values()])
     collect([matrix.interval(2, "math").value])
     collect([[100 * one.mean() for one in row.values()] for row in matrix.values])
-    for folder in healed.reports.values():
+    for folder in run.reports.values():
         report = InterferenceReport.from_pretrained(folder)
         order = sorted(report.routes["damage"], reverse=True)
         values += [report.damage, report.residual, 100 * float(sum(order[: round(0.02 * len(order))]) / sum(order))]
@@ -215,7 +153,7 @@ def test_no_number_comes_from_elsewhere(healed):
     allowed = {"2", "0", "1", "3", "100", "95"}  # labels, the scale of the scores, the level of intervals
     for value in values:
         allowed |= {f"{value:{spec}}" for spec in specs if spec != "d" or isinstance(value, int)}
-    text = re.sub(r"`{3,}.*?`{3,}", " ", str(analysis_card(healed)).split("---\n", 2)[2], flags=re.DOTALL)
+    text = re.sub(r"`{3,}.*?`{3,}", " ", str(analysis_card(run)).split("---\n", 2)[2], flags=re.DOTALL)
     text = re.sub(r"arXiv \d+\.\d+|`[^`]*`|\]\([^)]*\)|&#\d+;", " ", text.split("## Limits")[0])
     text = re.sub(r"\b\d-[a-z]+(-[a-z]+)?\b|layers\.\d+|\bn=", " ", text)
     allowed |= {number for part in texts for number in re.findall(NUMBER, part)}
@@ -224,8 +162,7 @@ def test_no_number_comes_from_elsewhere(healed):
     assert {number for number in numbers if number not in allowed} == set()
 
 
-def test_stage_cards(folder):
-    run = Run(folder)
+def test_stage_cards(run):
     card = stage_card(run, run.stages[1], "u/r", "mit")
     text = str(card)
     assert 'revision="stage-1-code"' in text and card.data.license == "mit"

@@ -26,6 +26,10 @@ def texts(axes):
     return [text.get_text() for text in axes.texts]
 
 
+def labels(axes, which):
+    return [label.get_text() for label in getattr(axes, f"get_{which}ticklabels")()]
+
+
 def test_score_matrix_with_a_domain_that_came_later():
     matrix = ScoreMatrix(["math", "qa"])
     matrix.append("0-base", {"math": np.array([0.0, 1.0])})
@@ -33,26 +37,18 @@ def test_score_matrix_with_a_domain_that_came_later():
     axes = plot_score_matrix(matrix).axes[0]
     assert axes.images[0].get_array().tolist() == [[50, None], [100, pytest.approx(100 / 6)]]
     assert texts(axes) == ["50.0", "—", "100.0", "16.7"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["math", "qa"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["0-base", "1-math"]
+    assert labels(axes, "x") == ["math", "qa"] and labels(axes, "y") == ["0-base", "1-math"]
 
 
 def test_module_cosines(make_report):
     report = make_report(5)
     left, right = plot_module_cosines(report).axes[:2]
-    np.testing.assert_array_equal(
-        np.ma.filled(left.images[0].get_array(), np.nan), [[0.75, -0.5, np.nan], [np.nan, np.nan, 0.1]]
-    )
-    assert [label.get_text() for label in left.get_xticklabels()] == ["attention", "mlp", "norm"]
-    assert texts(left)[:2] == ["+0.75", "-0.50"]
-    assert texts(right) == ["+0.00"] and [label.get_text() for label in right.get_yticklabels()] == ["norm"]
-    low, high = left.images[0].get_clim()
-    assert (low, high) == (-0.75, 0.75) == right.images[0].get_clim()
-
-
-def test_cosine_that_is_undefined(make_report):
-    report = make_report(5)
-    assert plot_module_cosines(report).get_suptitle().endswith("whole model -0.125")
+    values = np.ma.filled(left.images[0].get_array(), np.nan)
+    np.testing.assert_array_equal(values, [[0.75, -0.5, np.nan], [np.nan, np.nan, 0.1]])
+    assert labels(left, "x") == ["attention", "mlp", "norm"] and texts(left)[:2] == ["+0.75", "-0.50"]
+    assert texts(right) == ["+0.00"] and labels(right, "y") == ["norm"]
+    assert left.images[0].get_clim() == (-0.75, 0.75) == right.images[0].get_clim()
+    assert left.figure.get_suptitle().endswith("whole model -0.125")
     report.cosines.update({"global": None, "modules": {}})
     figure = plot_module_cosines(report)
     assert figure.get_suptitle().endswith("whole model undefined")
@@ -70,15 +66,13 @@ def test_damage_concentration(make_report):
 
 def references(figure):
     """Every line that is no data, by its axes: what it stands at, or "curve"."""
-    assert [line for axes in figure.axes for line in axes.lines if line.get_color() == REFERENCE] == figure.findobj(
-        lambda artist: artist.get_gid() == "reference"
-    )
     found = []
     for number, axes in enumerate(figure.axes):
         for line in axes.lines:
-            x, y = (np.array(values, dtype=float) for values in line.get_data())
+            assert (line.get_gid() == "reference") == (line.get_color() == REFERENCE)
             if line.get_gid() == "reference":
-                same = [f"{name} = {values[0]:g}" for name, values in (("x", x), ("y", y)) if np.ptp(values) == 0]
+                points = {name: np.asarray(line.get_data()[at], dtype=float) for at, name in enumerate("xy")}
+                same = [f"{name} = {values[0]:g}" for name, values in points.items() if np.ptp(values) == 0]
                 found.append((number, same[0] if same else "curve"))
     return found
 
@@ -96,16 +90,14 @@ def test_every_reference_line_stands_at_its_value(make_report):
     expected = {
         "module_cosines": [],
         "sparsity": [(0, "y = 50"), (1, "x = 50")],
-        "overlaps": [(1, "y = 0"), (1, "y = 1")],  # the intervals of chance of two pairs, see test_overlaps
+        "overlaps": [(1, "y = 0"), (1, "y = 1")],  # the intervals of chance of two pairs, see below
         "damage_concentration": [(0, "curve"), (0, "x = 2")],
         "damage_by_layer": [(0, "y = 0")],
         "eigenvalues": [(1, "y = 100")],
     }
     assert {kind: references(plot(report)) for kind, plot in PLOTS.items()} == expected
-    assert references(plot_pareto(ARMS)) == [
-        *((0, "y = 0"), (0, "y = 100"), (0, "x = 0")),
-        *((1, "y = 0"), (1, "y = 100")),
-    ]
+    pareto = [(0, "y = 0"), (0, "y = 100"), (0, "x = 0"), (1, "y = 0"), (1, "y = 100")]
+    assert references(plot_pareto(ARMS)) == pareto
 
 
 def test_scores():
@@ -115,11 +107,11 @@ def test_scores():
     axes = plot_scores(matrix).axes[0]
     math, qa = axes.containers
     assert list(math.lines[0].get_ydata()) == [50, 100] and list(qa.lines[0].get_xdata()) == [1]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["base", "refresh\nmath"]
+    assert labels(axes, "x") == ["base", "refresh\nmath"]
     assert qa.get_label() == r"\$qa\$"  # no formula
 
 
-def test_pareto(make_report):
+def test_pareto():
     figure = plot_pareto(ARMS)
     left, right = figure.axes
     points = [
@@ -139,7 +131,7 @@ def test_layer_maps():
     signed, share = [axes for axes in plot_layer_maps(maps).axes if axes.get_title()]
     assert signed.images[0].get_clim() == (-1, 1) and share.images[0].get_clim() == (0, 3)
     assert texts(signed) == ["0.5", "-1"] and texts(share) == ["3"]
-    assert not texts([axes for axes in plot_layer_maps({"x": (["q"], np.ones((100, 1)))}).axes][0])
+    assert not texts(plot_layer_maps({"x": (["q"], np.ones((100, 1)))}).axes[0])
 
 
 def test_text_on_coloured_cells_has_a_contrast_of_four_and_a_half():
@@ -189,23 +181,20 @@ def test_sparsity(make_report):
     lines = {line.get_label(): line.get_ydata() for line in left.lines}
     assert list(lines["|δ| < 1e-07"]) == [50, 75] and list(lines["identical to the bit"]) == [12.5, 12.5]
     assert list(lines["identical if stored in bfloat16"]) == [50, 50]
-    assert [label.get_text() for label in right.get_yticklabels()] == ["mlp.up_proj.weight", "norm.weight"]
+    assert labels(right, "y") == ["mlp.up_proj.weight", "norm.weight"]
     assert list(right.lines[0].get_xdata()) == [50, 75]
 
 
-def test_overlaps(make_report):
+def test_overlaps_and_eigenvalues(make_report):
     figure = PLOTS["overlaps"](figures_of(make_report(4)))
     left, right = figure.axes[:2]
     values = np.ma.filled(left.images[0].get_array(), np.nan)
     np.testing.assert_array_equal(values, [[np.nan, 0.0625, 0.0625], [0.25, np.nan, np.nan], [0.75, np.nan, np.nan]])
-    assert [label.get_text() for label in right.get_yticklabels()] == ["math, qa", "math, code"]
+    assert labels(right, "y") == ["math, qa", "math, code"]
     points = [line for line in right.lines if line.get_marker() == "o"]
     assert [line.get_xdata()[0] for line in points] == [0.25, 0.75]
     chance = [list(line.get_xdata()) for line in right.lines if line.get_gid() == "reference"]
     assert chance == [[0, 0.125]] * 2
-
-
-def test_eigenvalues(make_report):
     left, right = PLOTS["eigenvalues"](figures_of(make_report(4))).axes
     assert [list(line.get_ydata()) for line in left.lines] == [[4, 1], [1, 0.5]]
     assert list(right.lines[0].get_ydata()) == [50, 75]  # a random update without damage has no shares

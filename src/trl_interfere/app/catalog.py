@@ -33,11 +33,7 @@ class Catalog:
                 raise ValueError(f"{folder}: expected the folder of a run or of an evaluation, found none")
             for path in found[:1] if _mark(folder) else found:
                 self.folders[_free_name(path.resolve().name, self.folders)] = path
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the local runs and evaluations."""
-        return list(self.folders)
+        self.names = list(self.folders)  # of the local runs and evaluations
 
     def search(self, words: str = "") -> list[str]:
         """Ids of repositories on the Hub with the tag `trl-interfere`."""

@@ -68,17 +68,15 @@ def figure(drawn: Figure, label: str) -> str:
 
 def svg(drawn: Figure, label: str) -> str:
     """A figure as an element of a page; the points that `drawn.hover` lists name themselves under the pointer."""
-    buffer = io.StringIO()
+    buffer, points = io.StringIO(), 72 * drawn.get_figwidth()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "trl-interfere"}):
         drawn.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    # As wide as the page, but readable on a phone and not huge on a wall.
-    widths = [
-        f"{name}-width:{factor * 72 * drawn.get_figwidth():.0f}px" for name, factor in (("min", 0.9), ("max", 1.6))
-    ]
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    text = text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}" style="{";".join(widths)}"', 1)
-    for number, point in enumerate(getattr(drawn, "hover", [])):
-        text = text.replace(f'<g id="hover-{number}">', f"<g><title>{escape(point)}</title>")
+    # As wide as the page, but readable on a phone and not huge on a wall.
+    style = f"min-width:{0.9 * points:.0f}px;max-width:{1.6 * points:.0f}px"
+    text = text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}" style="{style}"', 1)
+    for place, point in getattr(drawn, "hover", {}).items():
+        text = text.replace(f'<g id="{place}">', f"<g><title>{escape(point)}</title>")
     return text

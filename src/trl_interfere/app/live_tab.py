@@ -55,12 +55,8 @@ def live_tab(lab: Path) -> dict[str, Any]:
         except (ValueError, OSError, RuntimeError) as error:
             return html.notice(str(error)), "", "", gr.skip()
 
-    settings = {
-        "inputs": inputs,
-        "outputs": [*outputs, command],
-        "concurrency_limit": 1,
-        "trigger_mode": "always_last",
-    }
+    queue = {"concurrency_limit": 1, "trigger_mode": "always_last"}
+    settings = {"inputs": inputs, "outputs": [*outputs, command], **queue}
     start.click(repair, **settings)
     control.click(lambda *chosen: repair(*chosen, control=True), **settings)
     method.input(lambda name: [gr.Slider(visible=(name == kind)) for kind in (HEAL, HEAL, ROUTES)],
@@ -88,12 +84,11 @@ def _shown(result, method, command, control):
         f"came back; the worst change of a domain is {figures['worst']:+.1f} points. It took {result.seconds:.1f} "
         "seconds, scoring included."
     )
-    rows = [
-        [name, *(f"{entry[key]:.1f}" for key in MODELS), html.interval(entry["change"])]
-        + [str(entry[key]) for key in ("regained", "newly_lost")]
-        for name, entry in figures["domains"].items()
-    ]
-    header = ["domain", "peak", "final", "healed", "change [95%]", "regained", "newly lost"]
+    rows = []
+    for name, entry in figures["domains"].items():
+        scores, change = (f"{entry[key]:.1f}" for key in MODELS), html.interval(entry["change"])
+        rows.append([name, *scores, change, entry["regained"], entry["newly_lost"]])
+    header = ["domain", *MODELS, "change [95%]", "regained", "newly lost"]
     count = next(iter(figures["domains"].values()))["n"]
     table = html.table(header, rows, f"Scores, 0 to 100, on {count} test prompts of each domain")
     examples = ""

@@ -15,7 +15,7 @@ from ..reporting import plots
 from . import html
 from .catalog import Catalog
 from .live_tab import live_tab
-from .saved_page import save_page
+from .saved_page import TITLE, save_page
 from .scored import Scored
 from .views import MAPS, arms_of, flips_table, repairs_of, scores_of, where_figure
 
@@ -64,7 +64,7 @@ def _view(handler: Callable[..., str]) -> Callable[..., str]:
 
 
 class Page:
-    """What the handlers of the page share."""
+    """The parts of the page, and what its handlers share."""
 
     def __init__(self, catalog: Catalog):
         self.catalog = catalog
@@ -87,11 +87,9 @@ class Page:
             first, (before, after) = found[0], found[0].pair()
             most = max(first.matrix.domains, key=lambda name: len(first.flips(name, before, after).lost))
             offered = {"domain": (first.matrix.domains, most), "from": (first.models, before)}
-            offered |= {"to": (first.models, after), "report": (list(first.reports), next(iter(first.reports), None))}
-        return message, {
-            key: (names, query[key] if query.get(key) in names else default)
-            for key, (names, default) in offered.items()
-        }
+            offered |= {"to": (first.models, after), "report": ([*first.reports], next(iter(first.reports), None))}
+        asked = {key: query[key] if query.get(key) in names else default for key, (names, default) in offered.items()}
+        return message, {key: (names, asked[key]) for key, (names, _) in offered.items()}
 
     @_view
     def verdict(self, found):
@@ -127,10 +125,9 @@ class Page:
     @_view
     def where(self, found, report, view):
         """Maps of layers and modules, or another figure of a report."""
-        figure = where_figure(found[0], report, view)
-        if figure is None:
-            return html.notice("There is no report and no repair: trl-interfere analyze RUN", bad=False)
-        return html.figure(figure, view)
+        if figure := where_figure(found[0], report, view):
+            return html.figure(figure, view)
+        return html.notice("There is no report and no repair: trl-interfere analyze RUN", bad=False)
 
     def find(self, words, names):
         """Look for repositories on the Hub."""
@@ -167,9 +164,8 @@ def build_page(folders: Sequence[Path] = (), lab: Path | None = None, hub: bool 
 def _lay_out(catalog: Catalog, lab: Path | None) -> dict[str, Any]:
     """Put all parts on the page; by name those that the handlers read or write."""
     gr.HTML(
-        "<h1>What did later training break, and did it come back?</h1>"
-        '<p class="ti-detail">A model was trained on one domain after the other. Scores are 0 to 100 on test '
-        "prompts; brackets are 95% intervals over prompts.</p>"
+        f'<h1>{TITLE}</h1><p class="ti-detail">A model was trained on one domain after the other. Scores are 0 to 100 '
+        "on test prompts; brackets are 95% intervals over prompts.</p>"
     )
     with gr.Row():
         run = gr.Dropdown(
@@ -187,7 +183,7 @@ def _lay_out(catalog: Catalog, lab: Path | None) -> dict[str, Any]:
     with gr.Accordion("Find runs on the Hub", open=False, visible=catalog.hub):
         words = gr.Textbox(label="Part of a name", max_length=96)
         search, outcome = gr.Button("Search"), gr.HTML()
-    message, drawn = _html("message"), {}
+    message, drawn, live = _html("message"), {}, None
     with gr.Tabs() as tabs:
         with gr.Tab("Verdict", id="verdict"):
             drawn["verdict"] = _html("verdict")
@@ -206,7 +202,8 @@ def _lay_out(catalog: Catalog, lab: Path | None) -> dict[str, Any]:
         with gr.Tab("Repairs", id="repairs"):
             drawn["repairs"] = _html("repairs")
         with gr.Tab("Heal live", id="live", visible=lab is not None):
-            live = None if lab is None else live_tab(lab)
+            if lab is not None:
+                live = live_tab(lab)
         with gr.Tab("Where", id="where"):
             with gr.Row():
                 report = gr.Dropdown([], label="Report", elem_id="report")
@@ -288,8 +285,9 @@ def _connect(page: Page, parts: dict[str, Any], blocks: gr.Blocks) -> None:
         tabs.children[TABS.index("live")].select(**live)
 
         def asked(request: gr.Request, *settings: Any):
-            skipped = [gr.skip() for _ in live["outputs"]]
-            return live["fn"](*settings) if request.query_params.get("tab") == "live" else skipped
+            if request.query_params.get("tab") == "live":
+                return live["fn"](*settings)
+            return [gr.skip() for _ in live["outputs"]]
 
         blocks.load(asked, live["inputs"], live["outputs"], show_progress="minimal")
 

@@ -9,6 +9,7 @@ from .scored import Scored
 from .views import arms_of, flips_table, repairs_of, scores_of, where_figure
 
 
+TITLE = "What did later training break, and did it come back?"
 MAX_OPEN = 40  # prompts of each domain that can be read
 # Nothing is fetched, and nothing but the script below runs.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -40,34 +41,29 @@ for (const table of document.querySelectorAll("table.ti-sort")) {
 
 def save_page(found: Sequence[Scored], before: str | None = None, after: str | None = None) -> str:
     """The page of some runs as one file of HTML."""
-    parts = ["<h1>What did later training break, and did it come back?</h1>"]
-    parts.append(html.verdicts((one.name, one.verdict) for one in found))
-    arms = arms_of(found)
-    if arms:
+    parts = [f"<h1>{TITLE}</h1>", html.verdicts((one.name, one.verdict) for one in found)]
+    if arms := arms_of(found):
         parts += ["<h2>Repairs</h2>", repairs_of(arms, mark="ti-sort")]
     for one in found:
-        parts += [f"<h2>{escape(one.name)}</h2>", scores_of(one)]
         pair = (before, after) if before in one.models and after in one.models else one.pair()
-        parts.append(_flips(one, *pair))
-        maps = where_figure(one, next(iter(one.reports), None))
-        if maps is not None:
+        parts += [f"<h2>{escape(one.name)}</h2>", scores_of(one), _flips(one, *pair)]
+        if maps := where_figure(one, next(iter(one.reports), None)):
             parts += ["<h3>Where</h3>", html.figure(maps, "Measures of layers and modules")]
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Interference</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_BODY}{style}"
-        f"</style></head><body><main>{''.join(parts)}</main><script>{_SCRIPT}</script></body></html>"
+        f"<style>{_BODY}{style}</style></head>"
+        f"<body><main>{''.join(parts)}</main><script>{_SCRIPT}</script></body></html>"
     )
 
 
 def _flips(one: Scored, before: str, after: str) -> str:
-    parts = [flips_table(one, before, after, "ti-sort")]
+    parts, kinds = [flips_table(one, before, after, "ti-sort")], ("regained", "newly lost", "lost")
     for domain in one.matrix.domains:
         rows = one.prompts(domain, before, after)
-        turned = [row for row in rows if row[1] in ("regained", "newly lost", "lost")]
-        turned.sort(key=lambda row: ("regained", "newly lost", "lost").index(row[1]))
+        turned = [row for kind in kinds for row in rows if row[1] == kind]
         opened = "".join(
             f"<details><summary>{escape(kind)}: prompt {number}, {escape(text[:80])}</summary>"
             f"{html.answers(domain, number, *one.answers(domain, number))}</details>"

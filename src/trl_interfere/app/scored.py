@@ -1,6 +1,6 @@
 """Models that were scored on the same prompts: the stages of a run, or the checkpoints of an evaluation."""
 
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Scored:
         self.models = [record.name for record in self.run.stages]
         self.matrix = ScoreMatrix.from_run(self.run)
         self.repair = read_repair(self.run) if self.is_run else None
-        self._rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self.rows = cache(self.run.rows)  # of a model and a domain: `score`, `prompt` and `completions` by prompt
 
     @cached_property
     def verdict(self) -> str:
@@ -48,12 +48,6 @@ class Scored:
             return self.models[0], self.models[-1]
         heal = next((record.name for record in reversed(self.run.stages) if record.kind == "heal"), None)
         return (self.run.final.name, heal) if heal else (self.models[0], self.run.final.name)
-
-    def rows(self, model: str, domain: str) -> list[dict[str, Any]]:
-        """`score`, `prompt` and `completions` of each prompt."""
-        if (model, domain) not in self._rows:
-            self._rows[model, domain] = self.run.rows(model, domain)
-        return self._rows[model, domain]
 
     def scores(self, model: str, domain: str) -> np.ndarray:
         """Score of each prompt."""
@@ -91,9 +85,10 @@ class Scored:
     def prompts(self, domain: str, before: str, after: str) -> list[list[Any]]:
         """A row for each prompt: number, what became of it, both scores, and its text."""
         kinds, first, second = self.flips(domain, before, after), self.rows(before, domain), self.rows(after, domain)
-        became = {number: "gained" if row["score"] >= 0.5 else "wrong in both" for number, row in enumerate(second)}
+        became = ["gained" if row["score"] >= 0.5 else "wrong in both" for row in second]
         for kind in ("kept", "lost", "newly_lost", "regained"):  # the last one says most
-            became |= dict.fromkeys(getattr(kinds, kind).tolist(), kind.replace("_", " "))
+            for number in getattr(kinds, kind):
+                became[number] = kind.replace("_", " ")
         return [
             [number, became[number], one["score"], two["score"], prompt_text(one["prompt"] or two["prompt"])]
             for number, (one, two) in enumerate(zip(first, second, strict=True))
@@ -110,13 +105,11 @@ class Scored:
                 row = rows[number]
                 prompt = prompt or prompt_text(row["prompt"])
                 answer = {"model": record.name, "text": answer_text(row), "score": row["score"]}
-                found.append({**answer, "reason": str(row.get("reason") or "")})
+                found.append(answer | {"reason": str(row.get("reason") or "")})
         return prompt, found
 
     def arms(self) -> list[dict[str, Any]]:
         """Every repair that the run has: its heal, its refreshes, and what the lab compared them with."""
-        if not self.is_run:
-            return []
         arms = [] if self.repair is None else [arm_of({"arm": "heal", **self.repair})]
         arms += [self._refresh(row) for row, record in enumerate(self.run.stages) if record.kind == "refresh"]
         path = self.run.folder / RIVALS_NAME
@@ -133,7 +126,7 @@ class Scored:
         return arm_of(
             {
                 "arm": f"refresh of {', '.join(record.domains)}, {record.steps} steps",
-                "recovered_all": share.to_dict() if lost else {},
+                "recovered_all": share.to_dict(),
                 "worst": min(changes, default=None),
                 "cost": {f"sequences_{k}": batch * record.steps for k in ("sampled", "forward", "backward")},
             }
@@ -141,7 +134,7 @@ class Scored:
 
     @property
     def reports(self) -> dict[str, Path]:
-        return self.run.reports if self.is_run else {}
+        return self.run.reports
 
     def report(self, name: str) -> InterferenceReport:
         if name not in self.reports:
@@ -152,10 +145,10 @@ class Scored:
 def _evaluation(folder: Path) -> Run:
     """The checkpoints of an evaluation as the stages of a run."""
     content = read_json(folder / SCORES_NAME, 2)
-    run = Run.new(folder, {"config": content.get("sampling", {})})
+    run = Run.new(folder, {"config": content.get("sampling", {})}, about={"peak": None})
     for index, entry in enumerate(content["models"]):
         record = StageRecord(index, "train", Path(entry["model"]).name, None, 0, 0.0, entry["scores"], 0, {}, {})
         run.stages.append(record)
-    names = {entry["model"]: record.name for entry, record in zip(content["models"], run.stages, strict=True)}
-    run.about["peak"] = names.get(content["peak"])
+        if entry["model"] == content["peak"]:
+            run.about["peak"] = record.name
     return run

@@ -38,12 +38,9 @@ def flips_table(one: Scored, before: str, after: str, mark: str = "") -> str:
 
 def arms_of(found: Sequence[Scored]) -> list[dict[str, Any]]:
     """The repairs of several runs, by name of the run where there is more than one."""
-    several = len(found) > 1
-    return [
-        {**arm, "name": f"{one.name}: {arm['name']}" if several else arm["name"]}
-        for one in found
-        for arm in one.arms()
-    ]
+    if len(found) == 1:
+        return found[0].arms()
+    return [arm | {"name": f"{one.name}: {arm['name']}"} for one in found for arm in one.arms()]
 
 
 def repairs_of(arms: Sequence[dict[str, Any]], caption: str = "", mark: str = "") -> str:

@@ -25,12 +25,11 @@ def main(arguments: list[str]) -> None:
     options = parse(LabOptions, arguments, "", EXAMPLE)
     options.prepare()
     from ..lab.pipeline import Lab
-    from ..lab.progress import LabProgress
     from ..lab.summary import print_summary, write_report
 
     order = [name.strip() for name in options.order.split(",") if name.strip()]
     settings = {name: getattr(options, name) for name in ("seed", "steps", "prompts")}
-    results = Lab(options.output_dir, order=order, progress=LabProgress(), **settings).run()
+    results = Lab(options.output_dir, order=order, **settings).run()
     write_report(results, options.output_dir)
     print_summary(results, options.output_dir, console())
     show(f"Everything is in {options.output_dir}. Next: trl-interfere compare {options.output_dir}")

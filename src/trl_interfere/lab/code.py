@@ -5,8 +5,6 @@ import json
 import operator
 import random
 
-from simpleeval import InvalidExpression, SimpleEval
-
 
 _OPERATORS = {
     ast.Add: operator.add,
@@ -14,9 +12,7 @@ _OPERATORS = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
-    ast.USub: operator.neg,
 }
-_NODES = {ast.Expr, ast.BinOp, ast.UnaryOp, ast.Constant, ast.Name}
 MAX_CHARACTERS = 64
 
 
@@ -39,27 +35,28 @@ def run_expression(expression: str, x: int) -> int:
     """
     Value of an arithmetic expression at `x`.
 
-    Nothing is handed to `eval`: simpleeval walks the syntax tree, and only integer constants, the name `x` and
-    `+ - * // %` are walked, so that neither attributes, calls nor large powers can be reached.
+    Nothing is handed to `eval`: the syntax tree is walked, and only integer constants, the name `x` and `+ - * // %`
+    are known, so that neither attributes, calls, texts nor powers can be reached.
     """
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"expected at most {MAX_CHARACTERS} characters, found {len(expression)}")
     try:
-        tree = ast.parse(expression, mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"not an expression: {expression!r} ({error})") from error
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and type(node.value) is not int:
-            raise ValueError(f"expected integers only, found {node.value!r} in {expression!r}")
-    evaluator = SimpleEval(operators=_OPERATORS, functions={}, names={"x": x})
-    evaluator.nodes = {node: handler for node, handler in evaluator.nodes.items() if node in _NODES}
-    try:
-        value = evaluator.eval(expression, previously_parsed=tree.body)
-    except (InvalidExpression, ArithmeticError, TypeError, ValueError, KeyError, RecursionError) as error:
+        return _value(ast.parse(expression, mode="eval").body, x)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         raise ValueError(f"not an arithmetic expression in x: {expression!r} ({error})") from error
-    if type(value) is not int:
-        raise ValueError(f"expected an integer, found {type(value).__name__} from {expression!r}")
-    return value
+
+
+def _value(node: ast.expr, x: int) -> int:
+    match node:
+        case ast.Constant(value) if type(value) is int:
+            return value
+        case ast.Name("x"):
+            return x
+        case ast.UnaryOp(ast.USub(), operand):
+            return -_value(operand, x)
+        case ast.BinOp(left, operation, right) if type(operation) in _OPERATORS:
+            return _OPERATORS[type(operation)](_value(left, x), _value(right, x))
+    raise ValueError(f"expected integers, x and + - * // %, found {type(node).__name__}")
 
 
 def code_reward(completions: list[str], tests: list[str], **kwargs) -> list[float]:
@@ -67,8 +64,7 @@ def code_reward(completions: list[str], tests: list[str], **kwargs) -> list[floa
     rewards = []
     for completion, cases in zip(completions, tests, strict=True):
         try:
-            passed = all(run_expression(completion.strip(), x) == y for x, y in json.loads(cases))
+            rewards.append(float(all(run_expression(completion.strip(), x) == y for x, y in json.loads(cases))))
         except ValueError:
-            passed = False
-        rewards.append(float(passed))
+            rewards.append(0.0)
     return rewards

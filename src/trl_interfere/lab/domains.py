@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-from types import ModuleType
 
 from datasets import Dataset
 
@@ -10,7 +9,7 @@ from ..domain import Domain
 from . import code, math, qa, writing
 
 
-TASKS: dict[str, ModuleType] = {"code": code, "math": math, "qa": qa, "writing": writing}
+TASKS = {"code": code, "math": math, "qa": qa, "writing": writing}
 REWARDS = {name: getattr(task, f"{name}_reward") for name, task in TASKS.items()}
 SIZES = {"pretrain": 20000, "train": 4000, "selection": 256, "test": 512}
 # Shares of the prompt space. The base model sees `pretrain` only, GRPO sees `train` only.
@@ -34,10 +33,9 @@ def lab_rows(name: str, split: str, size: int | None = None) -> list[dict]:
     rows, seen = [], set()
     while len(rows) < size:
         row = TASKS[name].sample(rng)
-        if split_of(row["prompt"]) != split or (split in ("selection", "test") and row["prompt"] in seen):
-            continue
-        seen.add(row["prompt"])
-        rows.append(row)
+        if split_of(row["prompt"]) == split and (split in ("pretrain", "train") or row["prompt"] not in seen):
+            seen.add(row["prompt"])
+            rows.append(row)
     return rows
 
 

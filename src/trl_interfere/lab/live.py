@@ -28,7 +28,6 @@ from .packed import unpack
 PROMPTS = 128  # of the test split, for each domain
 MAX_COMPLETION_LENGTH = 16
 MAX_KEPT = 64  # results
-MAX_REFERENCES, MAX_RANK = 128, 128
 
 
 @dataclass
@@ -73,9 +72,6 @@ class LiveHeal:
         chosen = [name for name in self.domains if name in domains or name in protect]
         if not domains or not set(domains) <= set(self.peaks):
             raise ValueError(f"domains: expected at least one of {list(self.peaks)}, found {domains}")
-        for name, value, most in (("references", references, MAX_REFERENCES), ("rank", rank, MAX_RANK)):
-            if not 1 <= value <= most:
-                raise ValueError(f"{name}: expected 1 to {most}, found {value}")
         if control and len(chosen) < 2:
             raise ValueError("control: expected a domain to heal and another one, to shuffle their references")
         with self._lock:
@@ -103,14 +99,12 @@ class LiveHeal:
         self, domains: tuple[str, ...], chosen: tuple[str, ...], references: int, rank: int, control: bool
     ) -> LiveResult:
         start = time.perf_counter()
+        method = SubspaceRollback(rank=rank, references=references, max_new_tokens=MAX_COMPLETION_LENGTH)
+        places = self._places(domains, chosen)
         found = self._sampled(domains, chosen, references)
         if control:
             found = {name: found[chosen[place - 1]] for place, name in enumerate(chosen)}
-        method = SubspaceRollback(rank=rank, references=references, max_new_tokens=MAX_COMPLETION_LENGTH)
-        places = self._checkpoint(self.run.final.name), self._peaks(domains)
-        return self._result(
-            method.fit(*places, [self._lab[name] for name in chosen], references=found), domains, start
-        )
+        return self._result(method.fit(*places, references=found), domains, start)
 
     def _rollback(self, domain: str, budget: float, control: bool) -> LiveResult:
         start = time.perf_counter()
@@ -120,7 +114,7 @@ class LiveHeal:
         return self._result(method.fit(self.reports[domain], before=before, after=after), (domain,), start)
 
     def _result(self, repair: Repair, domains: tuple[str, ...], start: float) -> LiveResult:
-        rows = {"peak": self._rows_at_peak, "final": self._rows, "healed": self._answers(repair.merge())}
+        rows = self._rows | {"healed": self._answers(repair.merge())}
         scores = {
             model: {name: np.array([row["score"] for row in part]) for name, part in of_model.items()}
             for model, of_model in rows.items()
@@ -135,25 +129,27 @@ class LiveHeal:
         figures, seconds = account(*scores.values(), list(domains)), time.perf_counter() - start
         return LiveResult(figures, repair.record, examples[:3], seconds)
 
-    def _peaks(self, domains: tuple[str, ...]) -> dict[str, str]:
-        return {name: self._checkpoint(self.peaks[name].name) for name in domains}
+    def _places(self, domains: tuple[str, ...], chosen: tuple[str, ...]) -> tuple[Any, ...]:
+        """The final checkpoint, the peaks, and the domains that count."""
+        peaks = {name: self._checkpoint(self.peaks[name].name) for name in domains}
+        return self._checkpoint(self.run.final.name), peaks, [self._lab[name] for name in chosen]
 
     def _sampled(self, domains: tuple[str, ...], chosen: tuple[str, ...], references: int) -> dict[str, Any]:
-        places = (self._checkpoint(self.run.final.name), self._peaks(domains), [self._lab[name] for name in chosen])
-        return peak_samples(*places, references, max_new_tokens=MAX_COMPLETION_LENGTH, batch_size=references)
+        settings = {"max_new_tokens": MAX_COMPLETION_LENGTH, "batch_size": references}
+        return peak_samples(*self._places(domains, chosen), references, **settings)
 
     @cached_property
     def _lab(self) -> dict[str, Any]:
         return {name: lab_domain(name, self.prompts) for name in self.domains}
 
     @cached_property
-    def _rows(self) -> dict[str, list[dict[str, Any]]]:
-        return {name: self.run.rows(self.run.final, name)[: self.prompts] for name in self.domains}
-
-    @cached_property
-    def _rows_at_peak(self) -> dict[str, list[dict[str, Any]]]:
-        own = {name: self.run.rows(record, name)[: self.prompts] for name, record in self.peaks.items()}
-        return {name: own.get(name, self._rows[name]) for name in self.domains}
+    def _rows(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
+        """What the peak of each domain and the final model wrote."""
+        found = {}
+        for model, records in (("peak", self.peaks), ("final", {})):
+            of_domain = {name: self.run.rows(records.get(name, self.run.final), name) for name in self.domains}
+            found[model] = {name: rows[: self.prompts] for name, rows in of_domain.items()}
+        return found
 
     @cached_property
     def _scorer(self) -> Scorer:

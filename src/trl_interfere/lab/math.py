@@ -23,6 +23,4 @@ def sample(rng: random.Random) -> dict:
 
 def math_reward(completions: list[str], answer: list[str], **kwargs) -> list[float]:
     """1 if the completion is the number and nothing else, 0 otherwise."""
-    return [
-        float(completion.strip() == expected.strip()) for completion, expected in zip(completions, answer, strict=True)
-    ]
+    return [float(text.strip() == right.strip()) for text, right in zip(completions, answer, strict=True)]

@@ -29,10 +29,12 @@ def pack(folder: Path, target: Path) -> int:
     run = Run(folder)
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name in (STAGES_NAME, "results.json", "rivals.json"):
-        if (run.folder / name).is_file():
-            shutil.copyfile(run.folder / name, part / name)
+    kept = [run.folder / name for name in (STAGES_NAME, "results.json", "rivals.json")]
+    kept += [place / name for place in (run.repair, *run.reports.values()) for name in KEPT]
+    for path in filter(Path.is_file, kept):
+        copy = part / path.relative_to(run.folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
     own = [run.trained(domain) for domain in run.final.scores]
     healed = {run.final.name, *(record.name for record in own if record is not None)}
     for record in run.stages:
@@ -42,12 +44,6 @@ def pack(folder: Path, target: Path) -> int:
             write_atomically(part / entry["file"], "".join(json.dumps(row) + "\n" for row in rows))
         if record.name in healed and record.folder is not None:
             _write_delta(Path(run.weights(record)), part / record.folder)
-    for place in (run.repair, *run.reports.values()):
-        for path in (place / name for name in KEPT):
-            if path.is_file():
-                copy = part / path.relative_to(run.folder)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -58,10 +54,8 @@ def _write_delta(weights: Path, target: Path) -> None:
         safe_open(weights / "model.safetensors", framework="pt") as after,
         safe_open(MODEL_FOLDER / "model.safetensors", framework="pt") as before,
     ):
-        delta = {
-            key: (after.get_tensor(key).double() - before.get_tensor(key).double()).to(torch.bfloat16)
-            for key in after.keys()
-        }
+        pairs = {key: (after.get_tensor(key), before.get_tensor(key)) for key in after.keys()}
+        delta = {key: (new.double() - old.double()).to(torch.bfloat16) for key, (new, old) in pairs.items()}
     target.mkdir(parents=True)
     save_file(delta, target / DELTA_NAME)
 

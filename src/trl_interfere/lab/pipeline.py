@@ -19,15 +19,8 @@ from ..evaluation.score_matrix import ScoreMatrix
 from ..models import load_model
 from ..repair.comparison import Comparison
 from ..repair.heal import heal_run
+from ..reporting import plots
 from ..reporting.claims import edit_claims, forgetting_claims, refresh_claims, report_claims, rollback_claims
-from ..reporting.plots import (
-    plot_damage_concentration,
-    plot_module_cosines,
-    plot_overlaps,
-    plot_pareto,
-    plot_scores,
-    save_figures,
-)
 from ..reporting.verdict import arm_of
 from ..run import Run, StageRecord, read_json, write_atomically, write_json
 from ..training.config import SequentialGRPOConfig
@@ -68,7 +61,6 @@ class Lab:
         order: list[str] | None = None,
         steps: int = STEPS_PER_STAGE,
         prompts: int = SIZES["test"],
-        progress: LabProgress | None = None,
         rate: float = 1,
     ):
         self.folder = Path(output_dir)
@@ -79,13 +71,11 @@ class Lab:
             raise ValueError(f"steps: expected at least 1, found {steps}")
         if not 1 <= prompts <= SIZES["test"]:
             raise ValueError(f"prompts: expected 1 to {SIZES['test']}, found {prompts}")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder}: expected a folder, found a file")
         visible = [path for path in self.folder.glob("*") if not path.name.startswith(".")]
         if visible and not (self.folder / "stages.json").exists():
             raise ValueError(f"{self.folder}: holds files that are not of a lab run, choose another output folder")
         self.seed, self.steps, self.rate = seed, steps, rate
-        self.progress = progress or LabProgress(quiet=True)
+        self.progress = LabProgress()
         self.domains = {name: lab_domain(name, prompts) for name in self.order}
         # What the story follows: math, or the first domain where math is not followed by another one.
         self.earlier = "math" if "math" in self.order[:-1] else self.order[0]
@@ -95,8 +85,8 @@ class Lab:
         trainer = self.train()
         reports = self._analyze()
         rivals = self._rivals(trainer, reports[0])
-        healed = self._heal(trainer)
-        edits = self._edits()
+        healed, edits = self._heal(trainer), self._edits()
+        self.progress.bar.close()
         run = Run(self.folder)
         results = {
             "schema_version": SCHEMA_VERSION,
@@ -110,25 +100,18 @@ class Lab:
             "edits": edits,
             "seconds": {record.name: round(record.seconds, 1) for record in run.stages},
         }
-        claims = [
-            *report_claims(reports[0]),
-            *edit_claims(edits["changed"]),
-            *forgetting_claims(trainer.score_matrix),
-            *refresh_claims(rivals, self.earlier),
-            *rollback_claims(rivals, self.earlier),
-        ]
+        claims = report_claims(reports[0]) + edit_claims(edits["changed"]) + forgetting_claims(trainer.score_matrix)
+        claims += refresh_claims(rivals, self.earlier) + rollback_claims(rivals, self.earlier)
         results["claims"] = [claim._asdict() for claim in claims]
-        figures = self.folder / "figures"
-        figures.mkdir(exist_ok=True)
-        save_figures(reports[0], figures)
-        for name, figure in (
-            ("changed_overlaps", plot_overlaps(edits["changed"], "changed")),
-            ("scores", plot_scores(ScoreMatrix.from_run(run))),
-            ("module_cosines", plot_module_cosines(reports[-1])),
-            ("damage_concentration", plot_damage_concentration(reports)),
-            ("pareto", plot_pareto([arm_of(row) for row in ([] if healed is None else [healed]) + rivals])),
-        ):
-            figure.savefig(figures / f"{name}.png", dpi=150)
+        plots.save_figures(reports[0], self.folder / "figures")
+        for name, figure in {
+            "changed_overlaps": plots.plot_overlaps(edits["changed"], "changed"),
+            "scores": plots.plot_scores(ScoreMatrix.from_run(run)),
+            "module_cosines": plots.plot_module_cosines(reports[-1]),
+            "damage_concentration": plots.plot_damage_concentration(reports),
+            "pareto": plots.plot_pareto([arm_of(row) for row in filter(None, [healed, *rivals])]),
+        }.items():
+            figure.savefig(self.folder / "figures" / f"{name}.png", dpi=150)
         write_json(self.folder / "results.json", results)
         return results
 
@@ -170,21 +153,13 @@ class Lab:
         trainer.add_callback(self.progress)
         self.progress.begin("train", len(self.order) * self.steps)
         trainer.train(resume_from_checkpoint=True)
-        self.progress.bar.close()
-        write_atomically(self.folder / "recipe.yaml", yaml.safe_dump(self._recipe(), sort_keys=False))
-        return trainer
-
-    def _recipe(self) -> dict[str, Any]:
-        """What the commands that take a run need to know of it."""
-        sizes = {name: len(domain.eval_dataset) for name, domain in self.domains.items()}
+        # What the commands that take a run need to know of it.
         function = f"{lab_domain.__module__}.{lab_domain.__name__}"
-        return {
-            "model": MODEL_FOLDER.name,
-            "domains": [
-                {"domain": function, "name": name, "options": {"test_size": size}} for name, size in sizes.items()
-            ],
-            "analysis": ANALYSIS,
-        }
+        sizes = {name: len(domain.eval_dataset) for name, domain in self.domains.items()}
+        domains = [{"domain": function, "name": name, "options": {"test_size": size}} for name, size in sizes.items()]
+        recipe = {"model": MODEL_FOLDER.name, "domains": domains, "analysis": ANALYSIS}
+        write_atomically(self.folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        return trainer
 
     def refreshed(self, domain: str, model: str | Path, folder: Path, steps: int) -> SequentialGRPOTrainer:
         """A trainer after some steps of GRPO on one domain, from other weights, in a folder of its own."""
@@ -203,23 +178,21 @@ class Lab:
         return MODEL_FOLDER if record.folder is None else self.folder / record.folder
 
     def _analyze(self) -> list[InterferenceReport]:
-        position, trained = self.order.index(self.earlier), self._trained
-        following = self.order[position + 1 :]
-        before = trained[self.earlier]
-        run = Run(self.folder)
+        run, before = Run(self.folder), self._trained[self.earlier]
+        following = self.order[self.order.index(self.earlier) + 1 :]
         # The whole of what came later, and what the next domain did by itself.
-        pairs = [(self.earlier, following)]
+        pairs = {self.earlier: following}
         if len(following) > 1:
-            pairs.append((f"{self.earlier}-after-{following[0]}", following[:1]))
+            pairs[f"{self.earlier}-after-{following[0]}"] = following[:1]
         reports = []
         self.progress.begin("analyze", len(pairs) * 5 + 1)
-        for name, later in pairs:
+        for name, later in pairs.items():
             folder = run.analysis(name)
             if not (folder / "report.json").exists():
                 size = SUBSPACE_SIZE if later == following else 0
                 settings = {"quadrature_nodes": 6, "subspace_size": size, "subspace_prompts": SUBSPACE_PROMPTS}
                 config = InterferenceConfig(**ANALYSIS, **settings)
-                records = (before, trained[later[-1]], run.stages[before.index - 1])
+                records = (before, self._trained[later[-1]], run.stages[before.index - 1])
                 analyzer = InterferenceAnalyzer.from_pretrained(*map(self._weights, records), config=config)
                 report = analyzer.analyze(
                     self.domains[self.earlier],
@@ -227,22 +200,16 @@ class Lab:
                     progress=self.progress.advance,
                     others=[d for name, d in self.domains.items() if name not in (self.earlier, *later)],
                 )
-                self._with_relative_names(report).save_pretrained(folder)
+                for update in report.updates.values():
+                    update |= {key: self._relative(update[key]) for key in ("before", "after")}
+                names = {key: self._relative(getattr(report, key)) for key in ("base", "before", "after")}
+                replace(report, **names).save_pretrained(folder)
             reports.append(InterferenceReport.from_pretrained(folder))
-        self.progress.bar.close()
         return reports
 
-    def _with_relative_names(self, report: InterferenceReport) -> InterferenceReport:
-        updates = {
-            name: {**update, **{key: self._relative(update[key]) for key in ("before", "after")}}
-            for name, update in report.updates.items()
-        }
-        checkpoints = {name: self._relative(getattr(report, name)) for name in ("base", "before", "after")}
-        return replace(report, **checkpoints, updates=updates)
-
-    def _relative(self, checkpoint: str | None) -> str | None:
-        if checkpoint is None or Path(checkpoint) == MODEL_FOLDER:
-            return checkpoint and "lab"
+    def _relative(self, checkpoint: str) -> str:
+        if Path(checkpoint) == MODEL_FOLDER:
+            return "lab"
         return Path(checkpoint).relative_to(self.folder).as_posix()
 
     def _rivals(self, trainer: SequentialGRPOTrainer, report: InterferenceReport) -> list[dict[str, Any]]:
@@ -258,25 +225,23 @@ class Lab:
 
         def refresh() -> dict[str, Any]:
             refreshed = self.refreshed(self.earlier, compare.final, self.folder / "rivals" / "refresh", steps)
-            sequences = steps * refreshed.args.per_device_train_batch_size
+            sequences, found = steps * refreshed.args.per_device_train_batch_size, None
             cost = {f"sequences_{kind}": sequences for kind in ("sampled", "forward", "backward")}
             row = compare.row("refresh", refreshed.model, cost, steps=steps)
-            models = [load_model(folder) for folder in (peaks[self.earlier], compare.final)]
-            tensors = (dict(model.named_parameters()) for model in (*models, refreshed.model))
-            found = None
             if report.directions is not None and len(report.directions):
+                models = (load_model(peaks[self.earlier]), load_model(compare.final), refreshed.model)
+                tensors = (dict(model.named_parameters()) for model in models)
                 found = contraction(RouteMap(models[0].config), *tensors, report.directions, self.seed)
-            return {**row, "contraction": found}
+            return row | {"contraction": found}
 
         work = [lambda arm=arm: compare.routes(report, *arm) for arm in ROLLBACKS]
         work += [lambda: compare.interpolation(self.earlier), refresh]
         self.progress.begin("compare", len(work))
-        self.progress.advance("", amount=len(rows))
+        self.progress.advance(amount=len(rows))
         for arm in work[len(rows) :]:
             rows.append(arm())
             self.progress.advance(rows[-1]["arm"])
             write_json(path, {"schema_version": SCHEMA_VERSION, "rows": rows})
-        self.progress.bar.close()
         return rows
 
     def _heal(self, trainer: SequentialGRPOTrainer) -> dict[str, Any] | None:
@@ -284,9 +249,7 @@ class Lab:
         run = Run(self.folder)
         if run.stages[-1].kind != "heal":
             self.progress.begin("heal", 1)
-            repair = heal_run(run, list(self.domains.values()), scorer=trainer.scorer)
-            self.progress.bar.close()
-            if repair is None:
+            if heal_run(run, list(self.domains.values()), scorer=trainer.scorer) is None:
                 return None
         record = read_json(run.repair / "repair.json", 1)
         shown = ("domains", "recovered_all", "worst", "cost", "rank", "references", "within_max_drop")
@@ -302,11 +265,9 @@ class Lab:
 
 
 def _stage_row(record: StageRecord) -> dict[str, Any]:
-    scores = {
-        name: {key: entry[key] for key in ("value", "low", "high", "n")} for name, entry in record.scores.items()
-    }
     shown = {key: getattr(record, key) for key in ("index", "kind", "domain", "steps", "seconds")}
-    return {**shown, "scores": scores}
+    figures = ("value", "low", "high", "n")
+    return shown | {"scores": {name: {key: entry[key] for key in figures} for name, entry in record.scores.items()}}
 
 
 def _pair_row(report: InterferenceReport) -> dict[str, Any]:

@@ -10,13 +10,11 @@ from ..training.callbacks import StageCallback
 class LabProgress(StageCallback):
     """One bar for each part of the lab, where there is a terminal."""
 
-    def __init__(self, quiet: bool = False):
-        self.quiet = quiet
-        self.bar = tqdm(disable=True)
+    bar = tqdm(disable=True)
 
     def begin(self, label: str, total: int) -> None:
-        self.bar = tqdm(desc=label, total=total, disable=True if self.quiet else None)
-        self.label = label
+        self.bar.close()
+        self.bar, self.label = tqdm(desc=label, total=total, disable=None), label
 
     def advance(self, detail: str = "", amount: int = 1) -> None:
         self.bar.set_description(f"{self.label} {detail}".strip(), refresh=False)
@@ -34,5 +32,4 @@ class LabProgress(StageCallback):
     def on_stage_end(self, record, score_matrix):
         self.stage = "score"
         scores = (f"{domain} {score_matrix.interval(-1, domain).value:.1f}" for domain in score_matrix.domains)
-        if not self.quiet:
-            tqdm.write(f"after {record.name}: {', '.join(scores)}", file=sys.stderr)
+        tqdm.write(f"after {record.name}: {', '.join(scores)}", file=sys.stderr)

@@ -27,8 +27,6 @@ PHRASINGS = {
     "period": ("period of {name}", "{name} period", "row of {name}", "{name} row", "shells of {name}"),
     "after": ("after {name}", "next to {name}", "{name} then", "what follows {name}", "one past {name}"),
 }
-
-
 MASS_PHRASINGS = (
     "mass of {protons} protons {neutrons} neutrons",
     "{protons} protons {neutrons} neutrons mass",
@@ -37,30 +35,26 @@ MASS_PHRASINGS = (
 )
 
 
-def _answer(relation: str, index: int) -> str:
-    number = index + 1
-    return {
-        "symbol": SYMBOLS[index],
-        "name": NAMES[index],
-        "number": str(number),
-        "of_number": NAMES[index],
-        "period": str(1 + sum(number > gas for gas in _NOBLE_GASES)),
-        "after": NAMES[(index + 1) % len(NAMES)],
-    }[relation]
-
-
 def sample(rng: random.Random) -> dict:
     """Draw one question."""
     if rng.random() < 0.3:
         protons = rng.randrange(2, 80)
         neutrons = rng.randrange(protons, round(1.5 * protons) + 1)
         question = rng.choice(MASS_PHRASINGS).format(protons=protons, neutrons=neutrons)
-        answer = str(protons + neutrons)
+        answer = protons + neutrons
     else:
         relation = rng.choice(list(PHRASINGS))
         index = rng.randrange(len(NAMES))
-        question = rng.choice(PHRASINGS[relation]).format(name=NAMES[index], symbol=SYMBOLS[index], number=index + 1)
-        answer = _answer(relation, index)
+        name, symbol, number = NAMES[index], SYMBOLS[index], index + 1
+        question = rng.choice(PHRASINGS[relation]).format(name=name, symbol=symbol, number=number)
+        answer = {
+            "symbol": symbol,
+            "name": name,
+            "number": number,
+            "of_number": name,
+            "period": 1 + sum(number > gas for gas in _NOBLE_GASES),
+            "after": NAMES[number % len(NAMES)],
+        }[relation]
     return {
         "prompt": f"Q: {question} A:",
         "answer": f" The answer is {answer}.",
@@ -70,6 +64,4 @@ def sample(rng: random.Random) -> dict:
 
 def qa_reward(completions: list[str], answer: list[str], **kwargs) -> list[float]:
     """1 if the completion is the sentence with the expected name, symbol or number, 0 otherwise."""
-    return [
-        float(completion.strip() == expected.strip()) for completion, expected in zip(completions, answer, strict=True)
-    ]
+    return [float(text.strip() == right.strip()) for text, right in zip(completions, answer, strict=True)]

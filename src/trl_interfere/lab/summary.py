@@ -15,34 +15,25 @@ from ..tables import console_table, markdown_table
 Table = tuple[list[str], list[list[str]]]
 
 
-def _score_rows(folder: str | Path) -> Table:
-    header, *rows = ScoreMatrix.from_run(Run(folder)).rows()
-    return header, rows
-
-
 def _pair_rows(results: dict[str, Any]) -> Table:
-    header = "earlier, later|cosine|lowest module|highest module|damage|1st order|2nd order|by routes|outside".split(
-        "|"
-    )
+    parts = {"first_order": "1st order", "second_order": "2nd order", "attributed": "by routes"}
+    parts["outside_routes"] = "outside"
     rows = []
     for pair in results["pairs"]:
         low, high = pair["most_conflicting"], pair["most_synergistic"]
-        nats = [pair["loss_after"] - pair["loss_before"]]
-        nats += [pair[name] for name in ("first_order", "second_order", "attributed", "outside_routes")]
+        nats = [pair["loss_after"] - pair["loss_before"], *(pair[name] for name in parts)]
         rows.append(
             [
                 f"{pair['earlier']}, {'+'.join(pair['later'])}",
                 f"{pair['global_cosine']:+.3f}",
-                f"{low['module']} {low['cosine']:+.2f}",
-                f"{high['module']} {high['cosine']:+.2f}",
+                *(f"{module['module']} {module['cosine']:+.2f}" for module in (low, high)),
                 *(f"{value:+.4f}" for value in nats),
             ]
         )
-    return header, rows
+    return ["earlier, later", "cosine", "lowest module", "highest module", "damage", *parts.values()], rows
 
 
 def _repair_rows(results: dict[str, Any]) -> Table:
-    header = ["repair", "setting", "recovered of all it was to restore", *results["order"]]
     settings = {
         "heal": "rank {rank}, {references} references",
         "routes": "step {chosen:g}",
@@ -50,26 +41,25 @@ def _repair_rows(results: dict[str, Any]) -> Table:
         "refresh": "{steps} steps",
     }
     rows = []
-    for row in [*([results["healed"]] if results["healed"] else []), *results["rivals"]]:
-        changes = [row["domains"][domain]["change"]["value"] for domain in results["order"]]
+    for row in filter(None, [results["healed"], *results["rivals"]]):
+        changes = (row["domains"][domain]["change"]["value"] for domain in results["order"])
         name = arm_of(row)["name"] + (", protected" if row.get("protection") else "")
         share = share_of(row["recovered_all"])
         rows.append([name, settings[row["arm"]].format(**row), share, *(f"{change:+.1f}" for change in changes)])
-    return header, rows
+    return ["repair", "setting", "recovered of all it was to restore", *results["order"]], rows
 
 
 def print_summary(results: dict[str, Any], folder: str | Path, console: Console) -> None:
     """Print the tables of a run: scores, pairs, and the repairs."""
-    for title, table in (
-        ("Score after each stage (0 to 100, 95% interval)", _score_rows(folder)),
-        ("Damage of the earlier domain, in nats per token", _pair_rows(results)),
-        ("Repairs: what came back, and the change of every domain in points", _repair_rows(results)),
-    ):
-        console.print(console_table(title, *table))
+    console.print(ScoreMatrix.from_run(Run(folder)).to_table())
+    console.print(console_table("Damage of the earlier domain, in nats per token", *_pair_rows(results)))
+    title = "Repairs: what came back, and the change of every domain in points"
+    console.print(console_table(title, *_repair_rows(results)))
 
 
 def write_report(results: dict[str, Any], folder: str | Path) -> None:
     """Write `report.md`."""
+    header, *scores = ScoreMatrix.from_run(Run(folder)).rows()
     nothing = "" if results["healed"] else "Nothing was healed: no domain lost more than the interval of its loss."
     text = f"""# Lab, seed {results["seed"]}
 
@@ -79,7 +69,7 @@ intervals are 95%, bootstrapped over prompts.
 
 ## What was trained
 
-{markdown_table(*_score_rows(folder))}
+{markdown_table(header, scores)}
 
 ![Scores](figures/scores.png)
 

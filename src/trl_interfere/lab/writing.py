@@ -17,8 +17,8 @@ def sample(rng: random.Random) -> dict:
     """Draw one assignment: two nouns to use and the number of words."""
     first, second = rng.sample(NOUNS, 2)
     length = rng.choice([7, 8, 9, 10])
-    extras = length - 6  # "the N V P the N" has six words; one of adjective, adjective, adverb, "and" per extra
-    slots = sorted(rng.sample(range(4), min(extras, 4)))
+    # "the N V P the N" has six words; each further one is an adjective of a noun, "still" or an adverb.
+    slots = rng.sample(range(4), length - 6)
     one, two = rng.sample(ADJECTIVES, 2)
     words = ["The", first, rng.choice(VERBS), rng.choice(PLACES), "the", second]
     if 3 in slots:
@@ -29,9 +29,8 @@ def sample(rng: random.Random) -> dict:
         words.insert(1, one)
     if 2 in slots:
         words.append(rng.choice(ADVERBS))
-    prompt = f"Q: write {length} words with {first} {second} A:"
     return {
-        "prompt": prompt,
+        "prompt": f"Q: write {length} words with {first} {second} A:",
         "answer": f" {' '.join(words)}.",
         "alternatives": [" " + " ".join(word for word in words if word.lower() != "the"), f" {' '.join(words)}!"],
         "words": f"{first} {second}",
@@ -55,8 +54,5 @@ def rubric(text: str, words: list[str], length: int) -> dict[str, float]:
 
 def writing_reward(completions: list[str], words: list[str], length: list[int], **kwargs) -> list[float]:
     """1 if the whole rubric is met; otherwise half the share of its items that are."""
-    rewards = []
-    for completion, required, count in zip(completions, words, length, strict=True):
-        items = rubric(completion, required.split(), count).values()
-        rewards.append(1.0 if all(items) else 0.5 * sum(items) / len(items))
-    return rewards
+    found = [rubric(text, pair.split(), count) for text, pair, count in zip(completions, words, length, strict=True)]
+    return [1.0 if all(items.values()) else 0.5 * sum(items.values()) / len(items) for items in found]

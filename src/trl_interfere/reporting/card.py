@@ -45,18 +45,22 @@ def analysis_card(
     the stages are revisions of the repository; `final` is the stage with the weights on `main`, else the last one.
     """
     figures = figures or {}
-    trained = [record for record in run.stages if record.folder is not None]
-    final = final or (trained[-1] if trained else None)
+    final = final or next((record for record in reversed(run.stages) if record.folder is not None), None)
     matrix, repair = ScoreMatrix.from_run(run), read_repair(run)
-    title = _title(run, repo_id)
-    data = _metadata(run, license, final)
     lost = losses(run, matrix) if run.stages else {}
     worst = next(iter(lost), None)
     examples, regained = flipped(run, worst) if worst else ([], False)
-    reports = {name: InterferenceReport.from_pretrained(folder) for name, folder in run.reports.items()}
+    load, place = _load(repo_id) if repo_id else "", repo_id or run.folder.absolute().name
+    if repair:
+        load = _load(repo_id or f"{place}/{run.final.folder}", place, subfolder="repair")
+    reports = []
+    for name, folder in run.reports.items():
+        shown = {key[len(name) + 1 :]: path for key, path in figures.items() if key.startswith(f"{name}/")}
+        report = InterferenceReport.from_pretrained(folder)
+        reports.append(_report(report, shown, repo_id if revisions else None))
     return _render(
-        data,
-        title=plain(title),
+        _metadata(run, license, final),
+        title=plain(repo_id.split("/")[-1] if repo_id else run.run_name or place),
         intro=f"{_base(run)} was tuned by reinforcement learning on {_listed(run.order)}, one after the other, "
         "with `trl-interfere` on [TRL](https://github.com/huggingface/trl).",
         verdict=plain(verdict(run, matrix, repair)) if run.stages else "",
@@ -68,9 +72,9 @@ def analysis_card(
         examples_healed=regained,
         healed=_healed(repair),
         load_note="The repair is a LoRA adapter over the last stage:" if repair else "Load the model:",
-        load=_load_repaired(run, repo_id) if repair else _load(repo_id) if repo_id else "",
-        reports=[_report(report, name, repo_id if revisions else None, figures) for name, report in reports.items()],
-        made=_made(run, trained, final, matrix, repo_id, revisions),
+        load=load,
+        reports=reports,
+        made=_made(run, final, matrix, repo_id, revisions),
         limits=True,
         lab=_of_lab(run),
     )
@@ -78,16 +82,15 @@ def analysis_card(
 
 def stage_card(run: Run, record: StageRecord, repo_id: str, license: str | None = None) -> ModelCard:
     """The short card of the revision of a stage."""
-    matrix = ScoreMatrix.from_run(run)
-    rows = [row for row, name in enumerate(matrix.stages) if name in ("0-base", record.name)]
-    part = ScoreMatrix(matrix.domains, [matrix.stages[row] for row in rows], [matrix.values[row] for row in rows])
+    header, *rows = [[plain(cell) for cell in row] for row in ScoreMatrix.from_run(run).rows()]
+    shown = [row for row in rows if row[0] in ("0-base", plain(record.name))]
     return _render(
         _metadata(run, license, record),
-        title=plain(f"{_title(run, repo_id)}, after stage {record.name}"),
+        title=plain(f"{repo_id.split('/')[-1]}, after stage {record.name}"),
         intro=f"{_base(run)} in the middle of a sequence of stages on {_listed(run.order)}: the model after stage "
         f"{plain(record.name)} ({record.kind}, {record.steps} steps). The whole story is the card of the revision "
         f"[main](https://huggingface.co/{repo_id}).",
-        scores=score_table(part) if matrix.domains else "",
+        scores=markdown_table(header, shown) if run.domains else "",
         scores_note="0 to 100, with 95% intervals over prompts.",
         load_note="Load the model:",
         load=_load(repo_id, revision=stage_revision(record.name)),
@@ -96,7 +99,7 @@ def stage_card(run: Run, record: StageRecord, repo_id: str, license: str | None 
 
 def report_card(report: InterferenceReport, repo_id: str, figures: Mapping[str, str] | None = None) -> ModelCard:
     """The card of a repository that holds a report and no model; paths of its figures by name."""
-    section = _report(report, "", None, {f"/{name}": path for name, path in (figures or {}).items()})
+    section = _report(report, figures or {})
     load = f'from trl_interfere import InterferenceReport\nreport = InterferenceReport.from_pretrained("{repo_id}")'
     return _render(
         ModelCardData(library_name="trl-interfere", tags=TAGS),
@@ -110,15 +113,8 @@ def report_card(report: InterferenceReport, repo_id: str, figures: Mapping[str, 
 
 def repair_card(repair: dict[str, Any], repo_id: str, base: str, license: str | None = None) -> ModelCard:
     """The card of a repository that holds a repair, from its `repair.json`: a LoRA adapter over the model `base`."""
-    data = ModelCardData(
-        library_name="peft",
-        license=license,
-        pipeline_tag="text-generation",
-        tags=[*TAGS, "repair"],
-        **({"base_model": base, "base_model_relation": "adapter"} if _on_hub(base) else {}),
-    )
     return _render(
-        data,
+        _data("peft", base, license=license, tags=[*TAGS, "repair"]),
         title=plain(repo_id.split("/")[-1]),
         intro=f"A LoRA adapter that gives {code(base)} back what later stages of its training took, without training.",
         scores=_repair_scores(repair),
@@ -135,12 +131,6 @@ def report_markdown(report: InterferenceReport) -> str:
     return f"{title}\n\n{_report_text(report)}\n"
 
 
-def score_table(matrix: ScoreMatrix) -> str:
-    """Scores in Markdown, one row for each stage, with a dash where there is none."""
-    header, *rows = [[plain(cell) for cell in row] for row in matrix.rows()]
-    return markdown_table(header, rows)
-
-
 def _render(data: ModelCardData, **parts: Any) -> ModelCard:
     return ModelCard.from_template(data, template_path=str(TEMPLATE), **{"figures": {}, **parts})
 
@@ -148,24 +138,18 @@ def _render(data: ModelCardData, **parts: Any) -> ModelCard:
 def _metadata(run: Run, license: str | None, final: StageRecord | None) -> ModelCardData:
     adapter = final is not None and (run.folder / final.folder / "adapter_config.json").is_file()
     base, _ = split_revision(run.identity.get("base_model", "unknown"))
-    relation = {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
-    benchmarks = run.about.get("benchmarks", {}).values()
-    return ModelCardData(
-        library_name="peft" if adapter else "transformers",
-        license=license,
-        pipeline_tag="text-generation",
-        tags=TAGS,
-        datasets=sorted({parse_benchmark(name)[0] for name in benchmarks}) or None,
-        **(relation if _on_hub(base) else {}),
-    )
+    datasets = sorted({parse_benchmark(name)[0] for name in run.about.get("benchmarks", {}).values()})
+    return _data("peft" if adapter else "transformers", base, license=license, tags=TAGS, datasets=datasets or None)
+
+
+def _data(library: str, base: str, **fields: Any) -> ModelCardData:
+    if _on_hub(base):
+        fields |= {"base_model": base, "base_model_relation": "adapter" if library == "peft" else "finetune"}
+    return ModelCardData(library_name=library, pipeline_tag="text-generation", **fields)
 
 
 def _on_hub(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
-
-
-def _title(run: Run, repo_id: str | None) -> str:
-    return repo_id.split("/")[-1] if repo_id else (run.run_name or run.folder.absolute().name)
 
 
 def _of_lab(run: Run) -> bool:
@@ -190,7 +174,7 @@ def _sampling(run: Run) -> str:
     if "score_temperature" not in config:
         return ""
     temperature, samples = config["score_temperature"], config.get("score_samples", 1)
-    how = "decoded greedily" if temperature == 0 else f"sampled at temperature {temperature:g}"
+    how = f"sampled at temperature {temperature:g}" if temperature else "decoded greedily"
     return f", {how}" + (f", mean of {samples} completions" if samples > 1 else "")
 
 
@@ -207,13 +191,12 @@ def _scores(run: Run, matrix: ScoreMatrix, lost: dict[str, Interval], repair: di
 
 
 def _repair_scores(repair: dict[str, Any]) -> str:
+    models = ("peak", "final", "healed")
     rows = [
-        [f"{plain(domain)} (n={entry['n']})"]
-        + [f"{entry[name]:.1f}" for name in ("peak", "final", "healed")]
-        + [share_of(entry)]
+        [f"{plain(domain)} (n={entry['n']})", *(f"{entry[name]:.1f}" for name in models), share_of(entry)]
         for domain, entry in repair["domains"].items()
     ]
-    return markdown_table(["domain", "peak", "final", "healed", "recovered"], rows)
+    return markdown_table(["domain", *models, "recovered"], rows)
 
 
 def _example(example: dict[str, Any]) -> dict[str, Any]:
@@ -235,45 +218,38 @@ def _healed(repair: dict[str, Any] | None) -> str:
         for domain, entry in repair["domains"].items()
         if entry.get("lost") is not None
     ]
-    text = (
+    parts = [
         f"By {plain(str(repair.get('method', 'unknown')))} rollback{rank}{references}, without training: "
         f"{share_of(repair['recovered_all'])} of all that was lost came back; the worst change of another domain is "
-        f"{repair['worst']:+.1f} points.\n\nIt took {cost['sequences_forward']} sequences forward, "
-        f"{cost['sequences_backward']} backward, and {cost['seconds']:.0f} seconds."
-    )
-    return "\n\n".join([text, *(["\n".join(flips)] if flips else [])])
-
-
-def _load_repaired(run: Run, repo_id: str | None) -> str:
-    place = repo_id or run.folder.absolute().name
-    return _load(repo_id or f"{place}/{run.final.folder}", place, subfolder="repair")
+        f"{repair['worst']:+.1f} points.",
+        f"It took {cost['sequences_forward']} sequences forward, {cost['sequences_backward']} backward, and "
+        f"{cost['seconds']:.0f} seconds.",
+        "\n".join(flips),
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def _load(base: str, adapter: str | None = None, **options: str) -> str:
     """Lines that load a model, with an adapter over it."""
     chosen = "".join(f', {name}="{value}"' for name, value in options.items())
+    load, model = "from transformers import AutoModelForCausalLM\n", "model = AutoModelForCausalLM.from_pretrained"
     if adapter is None:
-        model = f'model = AutoModelForCausalLM.from_pretrained("{base}"{chosen})'
-        return f"from transformers import AutoModelForCausalLM\n\n{model}"
-    return (
-        "from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
-        f'model = PeftModel.from_pretrained(model, "{adapter}"{chosen})'
-    )
+        return f'{load}\n{model}("{base}"{chosen})'
+    adapted = f'model = PeftModel.from_pretrained(model, "{adapter}"{chosen})'
+    return f'from peft import PeftModel; {load}{model}("{base}")\n{adapted}'
 
 
-def _report(report: InterferenceReport, name: str, repo_id: str | None, figures: Mapping[str, str]) -> dict[str, Any]:
+def _report(report: InterferenceReport, figures: Mapping[str, str], repo_id: str | None = None) -> dict[str, Any]:
     before, after = (
         published_checkpoint(checkpoint, repo_id) if repo_id else published_name(checkpoint)
         for checkpoint in (report.before, report.after)
     )
-    shown = {path.split("/", 1)[1]: address for path, address in figures.items() if path.startswith(f"{name}/")}
     return {
         "title": f"{plain(report.earlier)}, after {plain(', '.join(report.later))}",
         "before": code(before),
         "after": code(after),
         "text": _report_text(report),
-        "figures": [(_CAPTIONS.get(key, plain(key)), path) for key, path in shown.items()],
+        "figures": [(_CAPTIONS.get(key, plain(key)), path) for key, path in figures.items()],
     }
 
 
@@ -286,13 +262,12 @@ def _report_text(report: InterferenceReport) -> str:
         f"{name} {entry['n']} of {entry['considered']} prompts, {entry['tokens']} tokens"
         for name, entry in report.references.items()
     )
-    cosine, switching = report.cosines["global"], {}
+    cosine, further = report.cosines["global"], {}
+    if named := ", ".join(f"{part} {share:.1%}" for part, share in report.outside_weights.items() if share >= 0.005):
+        further["weights outside routes"] = f"{sum(report.outside_weights.values()):.1%} ({named})"
     if report.switching is not None:
         tokens = f"{report.switched} of {report.references[report.earlier]['tokens']} tokens"
-        switching = {"by switching experts": f"{report.switching:+.4f} nats per token ({tokens})"}
-    shares = {part: share for part, share in report.outside_weights.items() if share >= 0.005}
-    named = ", ".join(f"{part} {share:.1%}" for part, share in shares.items())
-    outside = {"weights outside routes": f"{sum(report.outside_weights.values()):.1%} ({named})"} if named else {}
+        further["by switching experts"] = f"{report.switching:+.4f} nats per token ({tokens})"
     rows = {
         "loss before, after": f"{report.loss_before:.4f}, {report.loss_after:.4f} nats per token",
         "damage": f"{report.damage:+.4f} nats per token",
@@ -300,32 +275,22 @@ def _report_text(report: InterferenceReport) -> str:
         "second order ½ δᵀHδ": f"{report.second_order:+.4f}{error} nats per token",
         "attributed to routes": f"{report.attributed:+.4f} nats per token",
         "outside routes": f"{report.outside_routes:+.4f} nats per token",
-        **outside,
-        **switching,
+        **further,
         "residual (quadrature and rounding)": f"{report.residual:+.2e} nats per token",
         "damage in the top 2% of routes": share,
         "gradient cosine, whole model": "undefined" if cosine is None else f"{cosine:+.3f}",
         "references": f"{references} ({report.config['reference']})",
         "stored as, computed in": f"{report.dtype}, {report.computed_in}",
     }
-    lines = [f"- {name}: {plain(value)}" for name, value in rows.items()]
     title = "What [arXiv 2606.02398](https://arxiv.org/abs/2606.02398) claims, each figure beside its control:"
-    lines += ["", title, ""] + [
-        f"- **{row.claim}**. {plain(row.figure)}: **{plain(row.value)}**. Control: {plain(row.control)}. Paper: "
-        f"{plain(row.paper)}."
-        for row in report_claims(report)
-    ]
+    lines = [f"- {name}: {plain(value)}" for name, value in rows.items()] + ["", title, ""]
+    for claim, *cells in report_claims(report):
+        figure, value, control, paper = map(plain, cells)
+        lines.append(f"- **{claim}**. {figure}: **{value}**. Control: {control}. Paper: {paper}.")
     return "\n".join(lines)
 
 
-def _made(
-    run: Run,
-    trained: list[StageRecord],
-    final: StageRecord | None,
-    matrix: ScoreMatrix,
-    repo_id: str | None,
-    revisions: bool,
-) -> str:
+def _made(run: Run, final: StageRecord | None, matrix: ScoreMatrix, repo_id: str | None, revisions: bool) -> str:
     header = ["stage", "kind", "steps", *map(plain, matrix.domains)]
     rows = []
     for record, values in zip(run.stages, matrix.values, strict=True):
@@ -337,25 +302,17 @@ def _made(
     config = run.identity.get("config", {})
     names = ("seed", "learning_rate", "max_steps", "num_generations", "beta")
     shown = ", ".join(f"`{name}` {plain(str(config[name]))}" for name in names if name in config)
-    versions = (final.versions if final else {}) | {
-        name: str(value) for name, value in run.about.get("hardware", {}).items()
-    }
+    command = "trl-interfere train recipe.yaml"
+    if _of_lab(run):
+        command = f"trl-interfere lab --seed {config.get('seed', 0)} --order {','.join(run.order)} "
+        command += f"--steps {config.get('max_steps', 100)}"
+    versions = (final.versions if final else {}) | run.about.get("hardware", {})
     place = "`interference/stages.json`" if repo_id else "`stages.json`"
     weights = f"The weights are those after {plain(final.name)}. " if final else ""
     parts = [
         markdown_table(header, rows),
         f"{weights}All settings are in {place}" + (f"; {shown}." if shown else "."),
-        f"```bash\n{_command(run)}\n```",
-        "\n".join(f"- {plain(name)}: {plain(value)}" for name, value in versions.items()),
+        f"```bash\n{command}\n```",
+        "\n".join(f"- {plain(name)}: {plain(str(value))}" for name, value in versions.items()),
     ]
     return "\n\n".join(filter(None, parts))
-
-
-def _command(run: Run) -> str:
-    if not _of_lab(run):
-        return "trl-interfere train recipe.yaml"
-    config = run.identity.get("config", {})
-    return (
-        f"trl-interfere lab --seed {config.get('seed', 0)} --order {','.join(run.order)} "
-        f"--steps {config.get('max_steps', 100)}"
-    )

@@ -1,8 +1,6 @@
 """Measures by layer and module: names of modules, and values of shape `(layers, modules)`."""
 
-import itertools
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +17,8 @@ def cosine_map(report: InterferenceReport) -> np.ndarray:
     """Gradient cosines of the layers, of shape `(num_layers, 3)`, in the order of `PARTS`."""
     found = {}
     for name, value in report.cosines["modules"].items():
-        match = re.fullmatch(r"layers\.(\d{1,4})\.(\w+)", name)
-        if match and match[2] in PARTS and value is not None:
+        match = re.fullmatch(rf"layers\.(\d{{1,4}})\.({'|'.join(PARTS)})", name)
+        if match and value is not None:
             found[int(match[1]), PARTS.index(match[2])] = value
     table = np.full((1 + max((layer for layer, _ in found), default=0), len(PARTS)), np.nan)
     for place, value in found.items():
@@ -34,34 +32,31 @@ def damage_map(report: InterferenceReport) -> tuple[list[str], np.ndarray]:
     return list(sums), np.array(list(sums.values())).T
 
 
-def correction_maps(layers: Sequence[dict[str, Any]]) -> Maps:
-    """
-    What a repair changed, from the rows of its record: of each layer the part of its output, and the effective
-    dimension of the change, beside that of a random change through the same moments. Experts of a layer are averaged.
-    """
-    parts = list(dict.fromkeys(row["name"].rsplit(".", 1)[-1] for row in layers))
-    blocks, maps = 1 + max((row["block"] for row in layers), default=0), {}
-    for field, factor, title in (
-        ("output_change", 100, "output that the correction changes (%)"),
-        ("effective_dimension", 1, "effective dimension of the correction (directions)"),
-        ("effective_dimension_random", 1, "the same of a random change (directions)"),
-    ):
-        table = np.full((blocks, len(parts)), np.nan)
-        for block, (column, part) in itertools.product(range(blocks), enumerate(parts)):
-            found = [row.get(field) for row in layers if row["block"] == block and row["name"].endswith(f".{part}")]
-            found = [value for value in found if value is not None]
-            table[block, column] = factor * np.mean(found) if found else np.nan
-        maps[title] = [part.removesuffix("_proj") for part in parts], table
-    return maps
-
-
 def repair_maps(record: dict[str, Any]) -> Maps:
-    """[`correction_maps`] of a subspace rollback; of a route rollback how many routes of each kind it moves."""
-    if "routes" not in record:
-        return correction_maps(record["layers"]) if record.get("layers") else {}
-    kinds = list(record["routes"])
-    table = np.zeros((1 + max(int(layer) for found in record["routes"].values() for layer in found), len(kinds)))
-    for column, kind in enumerate(kinds):
-        for layer, places in record["routes"][kind].items():
-            table[int(layer), column] = len(places)
-    return {"routes that are rolled back (number)": ([KINDS.get(kind, kind) for kind in kinds], table)}
+    """
+    What a repair changed. A subspace rollback: of each layer the part of its output, and the effective dimension of
+    the change, beside that of a random change through the same moments; experts of a layer are averaged. A rollback of
+    routes: how many of each kind it moves.
+    """
+    maps: Maps = {}
+    if "routes" in record:
+        kinds = list(record["routes"])
+        table = np.zeros((1 + max(int(layer) for found in record["routes"].values() for layer in found), len(kinds)))
+        for column, kind in enumerate(kinds):
+            for layer, places in record["routes"][kind].items():
+                table[int(layer), column] = len(places)
+        maps["routes that are rolled back (number)"] = [KINDS.get(kind, kind) for kind in kinds], table
+    elif layers := record.get("layers"):
+        parts = list(dict.fromkeys(row["name"].rsplit(".", 1)[-1] for row in layers))
+        for field, factor, title in (
+            ("output_change", 100, "output that the correction changes (%)"),
+            ("effective_dimension", 1, "effective dimension of the correction (directions)"),
+            ("effective_dimension_random", 1, "the same of a random change (directions)"),
+        ):
+            table = np.full((1 + max(row["block"] for row in layers), len(parts)), np.nan)
+            for block, column in np.ndindex(table.shape):
+                rows = [row for row in layers if row["block"] == block and row["name"].endswith(f".{parts[column]}")]
+                if found := [row[field] for row in rows if row.get(field) is not None]:
+                    table[block, column] = factor * np.mean(found)
+            maps[title] = [part.removesuffix("_proj") for part in parts], table
+    return maps

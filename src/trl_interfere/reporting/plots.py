@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ..analysis.report import InterferenceReport
 from ..evaluation.score_matrix import ScoreMatrix
-from .layer_maps import KINDS, PARTS, cosine_map
+from .layer_maps import PARTS, Maps, cosine_map, damage_map
 
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart, and a second sign beside each.
@@ -26,12 +26,8 @@ MAX_LABELLED = 48  # layers of a map that has its values in its cells
 
 def plot_score_matrix(matrix: ScoreMatrix) -> Figure:
     """Scores of every domain after every stage, as an annotated map."""
-    values = [
-        [100 * stage[domain].mean() if domain in stage else np.nan for domain in matrix.domains]
-        for stage in matrix.values
-    ]
-    size = (1.6 + 1.2 * len(matrix.domains), 1.2 + 0.5 * len(matrix.stages))
-    figure, axes = _figure(*size)
+    values = [[100 * np.mean(stage.get(domain, np.nan)) for domain in matrix.domains] for stage in matrix.values]
+    figure, axes = _figure(1.6 + 1.2 * len(matrix.domains), 1.2 + 0.5 * len(matrix.stages))
     image = _map(axes, np.array(values), matrix.domains, matrix.stages, (0, 100), ".1f", missing="—")
     axes.set_title("Score (0 to 100) of each domain after each stage", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.8)
@@ -58,9 +54,8 @@ def plot_scores(matrix: ScoreMatrix) -> Figure:
 def plot_module_cosines(report: InterferenceReport) -> Figure:
     """Gradient cosines, layer by module."""
     modules = {name: value for name, value in report.cosines["modules"].items() if value is not None}
-    values = cosine_map(report)
     outside = {name: value for name, value in modules.items() if not name.startswith("layers.")}
-    bound = max([0.05, *map(abs, modules.values())])
+    values, bound = cosine_map(report), max([0.05, *map(abs, modules.values())])
     height = 1.5 + 0.35 * min(len(values), MAX_LABELLED)
     figure, (left, right) = _figure(6.5, height, ncols=2, width_ratios=(3, 1.4))
     image = _map(left, values, PARTS, range(len(values)), (-bound, bound), "+.2f", origin="lower")
@@ -76,7 +71,7 @@ def plot_module_cosines(report: InterferenceReport) -> Figure:
     return figure
 
 
-def plot_layer_maps(maps: dict[str, tuple[list[str], np.ndarray]]) -> Figure:
+def plot_layer_maps(maps: Maps) -> Figure:
     """Measures side by side: by title, the names of modules, and values of shape `(layers, modules)`."""
     layers = max((len(values) for _, values in maps.values()), default=1)
     columns = min(2, max(1, len(maps)))
@@ -87,8 +82,7 @@ def plot_layer_maps(maps: dict[str, tuple[list[str], np.ndarray]]) -> Figure:
         axes.set_axis_off()
     for axes, (title, (modules, values)) in zip(panels.ravel(), maps.items(), strict=False):
         largest = max(float(np.nanmax(np.abs(values), initial=0)), 1e-9)
-        signed = np.nanmin(values, initial=0) < 0
-        limits = (-largest, largest) if signed else (0, largest)
+        limits = (-largest if np.nanmin(values, initial=0) < 0 else 0, largest)
         spec = ".2g" if largest < 100 else ".0f"
         image = _map(axes, values, modules, range(len(values)), limits, spec, origin="lower", fontsize=7)
         axes.set_title(_name(title, 60), fontsize=9)
@@ -110,9 +104,8 @@ def plot_damage_concentration(reports: Sequence[InterferenceReport]) -> Figure:
         shares = 100 * (places + 1) / len(damage)
         axes.plot(shares, 100 * np.cumsum(damage)[places] / damage.sum(), color=color, label=_name(label))
         fewest = min(fewest, shares[0])
-    axes.set(
-        xscale="log", xlabel="share of routes, most damaged first (%)", ylabel="share of the attributed damage (%)"
-    )
+    axes.set_xscale("log")
+    axes.set(xlabel="share of routes, most damaged first (%)", ylabel="share of the attributed damage (%)")
     even = np.geomspace(min(fewest, 1), 100, 200)  # on the logarithmic axis equal shares are a curve, not a line
     _reference(axes.plot(even, even, linestyle=":", label="evenly spread")[0])
     _reference(axes.axvline(2))
@@ -123,12 +116,12 @@ def plot_damage_concentration(reports: Sequence[InterferenceReport]) -> Figure:
 
 def plot_damage_by_layer(report: InterferenceReport) -> Figure:
     """Damage attributed to the routes of each layer."""
-    sums = {kind: values for kind, values in report.by_layer("damage").items() if values.size}
+    kinds, values = damage_map(report)
     figure, axes = _figure(7, 3.8)
-    width = 0.8 / max(1, len(sums))
-    for index, ((kind, values), color) in enumerate(zip(sums.items(), COLORS, strict=False)):
-        offset = (index - (len(sums) - 1) / 2) * width
-        axes.bar(np.arange(len(values)) + offset, values, width, color=color, label=KINDS.get(kind, kind))
+    width = 0.8 / max(1, len(kinds))
+    for index, (kind, color) in enumerate(zip(kinds, COLORS, strict=False)):
+        offset = (index - (len(kinds) - 1) / 2) * width
+        axes.bar(np.arange(len(values)) + offset, values[:, index], width, color=color, label=kind)
     _reference(axes.axhline(0))
     _whole_numbers(axes)
     axes.set(xlabel="layer", ylabel="damage (nats per token)")
@@ -159,8 +152,8 @@ def plot_sparsity(report: InterferenceReport) -> Figure:
         left.plot(range(len(layers)), [100 * entry[definition] for entry in layers], **style)
         right.plot([100 * entry[definition] for entry in kinds.values()], range(len(kinds)), linestyle="", **style)
     if report.identical_in_bfloat16 is not None:
-        same, label = 100 * report.identical_in_bfloat16, "identical if stored in bfloat16"
-        _reference(left.axhline(same, linestyle=":", label=label))
+        same = 100 * report.identical_in_bfloat16
+        _reference(left.axhline(same, linestyle=":", label="identical if stored in bfloat16"))
         _reference(right.axvline(same, linestyle=":"))
     _whole_numbers(left)
     left.set(xlabel="layer", ylabel="share of the parameters (%)", ylim=(-3, 103))
@@ -190,17 +183,16 @@ def plot_overlaps(overlaps: dict[str, dict[str, dict[str, dict[str, Any]]]] | No
     left.set_title(f"{word} MLP channels: measured (below),\nby chance (above the diagonal)", fontsize=9)
     figure.colorbar(image, ax=left, shrink=0.8, label="Jaccard index")
     for position, entry in enumerate(entries.values()):
-        labels = ("chance, 95%", f"measured, 95% over {entry['over']}") if position == 0 else (None, None)
         ends = [entry["shuffled_low"], entry["shuffled_high"]]
-        chance = right.plot(ends, [position] * 2, alpha=0.6, solid_capstyle="butt", label=labels[0])[0]
+        chance = right.plot(ends, [position] * 2, alpha=0.6, solid_capstyle="butt")[0]
         _reference(chance, width=6)
         # The interval is a percentile bootstrap, which need not hold the value.
         right.plot([entry["low"], entry["high"]], [position] * 2, color=COLORS[0], linewidth=1.2)
-        right.plot([entry["value"]], [position], "o", color=COLORS[0], markersize=5, label=labels[1])
+        point = right.plot([entry["value"]], [position], "o", color=COLORS[0], markersize=5)[0]
     right.set_yticks(range(len(entries)), [_name(f"{first}, {second}") for first, second in entries], fontsize=8)
     right.invert_yaxis()
     right.set(xlim=(-0.02, 1.02), xlabel="Jaccard index of the top 10%")
-    right.legend(fontsize=8)
+    right.legend([chance, point], ["chance, 95%", f"measured, 95% over {entry['over']}"], fontsize=8)
     return figure
 
 
@@ -209,8 +201,7 @@ def plot_eigenvalues(report: InterferenceReport) -> Figure:
     if report.subspace is None:
         raise ValueError("eigenvalues: expected a report with a conflict subspace (subspace_size > 0), found none")
     figure, (left, right) = _figure(9, 3.6, ncols=2)
-    names = {"update": "the update", "random": "random update of equal norm"}
-    for number, (name, label) in enumerate(names.items()):
+    for number, (name, label) in enumerate((("update", "the update"), ("random", "random update of equal norm"))):
         entry, style = report.subspace[name], {**_style(number, 4), "label": label}
         numbers = np.arange(1, len(entry["eigenvalues"]) + 1)
         left.plot(numbers, np.abs(entry["eigenvalues"]), **style)
@@ -235,6 +226,7 @@ def plot_pareto(arms: Sequence[dict[str, Any]]) -> Figure:
     [`~reporting.verdict.passes`]); each may be `None`.
     """
     figure, (left, right) = _figure(9.6, 4.2, ncols=2, sharey=True)
+    figure.hover = {}  # names of the points, by the id of their group in an SVG
     for number, arm in enumerate(arms):
         if arm["recovered"] is None:
             continue
@@ -246,21 +238,18 @@ def plot_pareto(arms: Sequence[dict[str, Any]]) -> Figure:
             if place is not None:
                 drawn = axes.errorbar(place, value, yerr=bars, capsize=2, linestyle="", **style)
                 drawn.lines[0].set_gid(f"hover-{number}")
+                figure.hover[f"hover-{number}"] = f"{arm['name']}: {arm['recovered']:.0%} recovered"
         left.plot([], [], linestyle="", label=_name(arm["name"], 44), **style)
     for axes in (left, right):
         _reference(axes.axhline(0))
         _reference(axes.axhline(100, linestyle=":"))
-    left.set_ylabel("recovered share of all that was lost (%)")
     _reference(left.axvline(0))
+    left.set(xlabel="worst change of another domain (points)", ylabel="recovered share of all that was lost (%)")
     right.set_xscale("symlog", linthresh=10)
     right.set_xlim(-2, 3 * max([10, *(arm["sequences"] for arm in arms if arm.get("sequences"))]))
-    left.set_xlabel("worst change of another domain (points)")
     right.set_xlabel("cost (passes of a sequence: sampled, forward, backward twice)")
     if arms:
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    shares = (arm["recovered"] for arm in arms)
-    shares = ("nothing was lost" if share is None else f"{100 * share:.0f}% recovered" for share in shares)
-    figure.hover = [f"{arm['name']}: {share}" for arm, share in zip(arms, shares, strict=True)]
     return figure
 
 
@@ -285,7 +274,7 @@ def _map(
     fontsize: int = 8,
 ) -> Any:
     """Draw a table as a map of colours, with its values in the cells while there is room for them."""
-    values = np.asarray(values, dtype=float).reshape(len(rows), len(columns))
+    values = np.reshape(values, (len(rows), len(columns)))
     colors = matplotlib.colormaps[SIGNED if limits[0] < 0 else AMOUNT]
     image = axes.imshow(values, cmap=colors, vmin=limits[0], vmax=limits[1], aspect="auto", origin=origin)
     axes.set_xticks(range(len(columns)), [_name(str(name), 14) for name in columns])
@@ -336,16 +325,10 @@ PLOTS: dict[str, Callable[[InterferenceReport], Figure]] = {
 
 def save_figures(report: InterferenceReport, folder: str | Path) -> list[Path]:
     """Write every figure that a report has the measures for, as PNG."""
-    folder, files = Path(folder), []
-    folder.mkdir(parents=True, exist_ok=True)
-    needed = {
-        "sparsity": report.updates,
-        "eigenvalues": report.subspace,
-        "damage_by_layer": report.route_counts,
-        "overlaps": report.overlaps.get("active"),
-    }
-    for kind, plot in PLOTS.items():
-        if needed.get(kind, True):
-            files.append(folder / f"{kind}.png")
-            plot(report).savefig(files[-1], dpi=150)
-    return files
+    needed = {"sparsity": report.updates, "eigenvalues": report.subspace, "damage_by_layer": report.route_counts}
+    needed["overlaps"] = report.overlaps.get("active")
+    files = {kind: Path(folder) / f"{kind}.png" for kind in PLOTS if needed.get(kind, True)}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for kind, file in files.items():
+        PLOTS[kind](report).savefig(file, dpi=150)
+    return list(files.values())

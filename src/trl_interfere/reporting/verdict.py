@@ -1,8 +1,6 @@
 """What a run says in a sentence, and the prompts that show it."""
 
-import json
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from ..evaluation.bootstrap import Interval
@@ -13,7 +11,8 @@ from ..run import Run, read_json
 
 
 REPAIR_NAME = "repair.json"
-_FIGURES = ("peak", "final", "healed", "recovered", "low", "high", "n", "lost", "regained", "newly_lost")
+_NEEDED = ("peak", "final", "healed")
+_FIGURES = ("recovered", "low", "high", "n", "lost", "regained", "newly_lost")
 
 
 def read_repair(run: Run) -> dict[str, Any] | None:
@@ -23,18 +22,15 @@ def read_repair(run: Run) -> dict[str, Any] | None:
         return None
     content = read_json(path, 1)
     try:
-        figures = [entry.get(name) for entry in content["domains"].values() for name in _FIGURES]
-        figures += [content["worst"], *content["recovered_all"].values(), *content["cost"].values()]
-        unfit = [value for value in figures if value is not None and not _is_number(value)]
-        if unfit or any(entry.get(name) is None for entry in content["domains"].values() for name in _FIGURES[:3]):
-            raise ValueError(f"a figure that is no finite number ({unfit[:1] or 'none'})")
+        entries = content["domains"].values()
+        figures = [content["worst"], *content["recovered_all"].values(), *content["cost"].values()]
+        figures += [entry.get(name) for entry in entries for name in _FIGURES]
+        figures = [entry[name] for entry in entries for name in _NEEDED] + [one for one in figures if one is not None]
+        if unfit := [one for one in figures if type(one) not in (int, float) or not math.isfinite(one)]:
+            raise ValueError(f"a figure that is no finite number ({unfit[0]})")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected the figures of a repair, found something else ({error!r:.200})") from error
     return content
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def losses(run: Run, matrix: ScoreMatrix) -> dict[str, Interval]:
@@ -74,13 +70,13 @@ def share_of(entry: dict[str, Any]) -> str:
     value, low, high = (entry.get(name) for name in ("value" if "value" in entry else "recovered", "low", "high"))
     if value is None:
         return "—"
-    return f"{100 * value:.0f}%" + ("" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]")
+    return f"{value:.0%}" + ("" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]")
 
 
 def passes(cost: dict[str, float]) -> float:
     """Cost in passes of one sequence: a sampled completion and a forward pass count once, a backward pass twice."""
-    weights = {"sampled": 1, "forward": 1, "backward": 2}
-    return sum(weight * cost.get(f"sequences_{kind}", 0) for kind, weight in weights.items())
+    sampled, forward, backward = (cost.get(f"sequences_{kind}", 0) for kind in ("sampled", "forward", "backward"))
+    return sampled + forward + 2 * backward
 
 
 def arm_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -90,8 +86,8 @@ def arm_of(row: dict[str, Any]) -> dict[str, Any]:
         name = f"heal, {row.get('method', 'subspace')}" + (f" of rank {row['rank']}" if row.get("rank") else "")
     elif name == "routes":
         name = f"{100 * row['budget']:g}% of {row['scope']} by {row['criterion']}"
-    figures = {"recovered": share.get("value"), "low": share.get("low"), "high": share.get("high")}
-    figures = {key: value if value is not None and math.isfinite(value) else None for key, value in figures.items()}
+    known = {key: value for key, value in share.items() if value is not None and math.isfinite(value)}
+    figures = {"recovered": known.get("value"), "low": known.get("low"), "high": known.get("high")}
     return {"name": name, **figures, "worst": row["worst"], "sequences": passes(cost) or None}
 
 
@@ -101,35 +97,27 @@ def flipped(run: Run, domain: str, count: int = 3) -> tuple[list[dict[str, Any]]
     there is one, and whether they are such.
     """
     heal = next((record for record in reversed(run.stages) if record.kind == "heal" and domain in record.scores), None)
-    stages = [("at its peak", run.peak(domain)), ("at the end", run.final), *([("healed", heal)] if heal else [])]
-    rows = {name: run.rows(record, domain) for name, record in stages}
-    scores = {name: [row["score"] for row in of_stage] for name, of_stage in rows.items()}
-    peak, end = scores["at its peak"], scores["at the end"]
-    lost = flips(peak, end).lost
-    regained = flips(end, scores["healed"], peak).regained if heal else []
-    chosen = list(regained if len(regained) else lost)[:count]
-    examples = [
-        {
-            "prompt": prompt_text(
-                next((rows[name][place]["prompt"] for name in rows if rows[name][place]["prompt"]), None)
-            ),
-            "answers": [(name, answer_text(of_stage[place])) for name, of_stage in rows.items()],
-        }
-        for place in map(int, chosen)
-    ]
-    return [example for example in examples if example["prompt"]], bool(len(regained))
+    stages = {"at its peak": run.peak(domain), "at the end": run.final} | ({"healed": heal} if heal else {})
+    rows = {name: run.rows(record, domain) for name, record in stages.items()}
+    peak, end, *healed = ([row["score"] for row in of_stage] for of_stage in rows.values())
+    regained = flips(end, *healed, peak).regained if heal else []
+    chosen = regained if len(regained) else flips(peak, end).lost
+    examples = []
+    for place in map(int, chosen[:count]):
+        at = {name: of_stage[place] for name, of_stage in rows.items()}
+        if prompt := next(filter(None, (prompt_text(row["prompt"]) for row in at.values())), ""):
+            examples.append({"prompt": prompt, "answers": [(name, answer_text(row)) for name, row in at.items()]})
+    return examples, bool(len(regained))
 
 
 def prompt_text(prompt: Any) -> str:
     """A prompt as it is read: of a conversation its turns, one below the other."""
-    if prompt is None or isinstance(prompt, str):
-        return prompt or ""
-    if isinstance(prompt, Iterable) and all(isinstance(turn, dict) for turn in prompt):
-        return "\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in prompt)
-    return json.dumps(prompt, ensure_ascii=False)
+    if not isinstance(prompt, list):
+        return str(prompt or "")
+    turns = (turn if isinstance(turn, dict) else {"content": turn} for turn in prompt)
+    return "\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in turns)
 
 
 def answer_text(row: dict[str, Any]) -> str:
     """The first completion of a prompt."""
-    first = next(iter(row["completions"]), "")
-    return first if isinstance(first, str) else prompt_text(first)
+    return prompt_text(next(iter(row["completions"]), ""))
