@@ -30,8 +30,8 @@ AFTER_HEAL = (2, 5)
 # Of 5e-5, 1e-4, 2e-4 and 3e-4, constant and falling to 0, the one that brought most back on the selection split of the
 # first run of seed 0.
 TAUGHT_RATE = 1e-4
-# Of 1e-5, 2e-5, 4e-5 and 1e-4, the one with which five steps of distillation brought most back on the selection splits of
-# the first six runs. Higher rates take back some of what the heal has restored.
+# Of 1e-5, 2e-5, 4e-5 and 1e-4, the one with which five steps of distillation brought most back on the selection splits
+# of the first six runs.
 RATE_AFTER_HEAL = 4e-5
 SHARES, BETAS = (0.05, 0.2), (0.01, 0.05, 0.2)
 LORA_RANK, LORA_RATE = 4, 1e-3

@@ -30,6 +30,16 @@ class Run:
     `stages.json` says what has finished. It is replaced atomically, and only after all files of a stage are on disk:
     it alone decides what a resumed run does next. The one before its last change is kept as `stages.json.previous`.
 
+    Example:
+
+    ```python
+    >>> from trl_interfere import Run
+
+    >>> run = Run("out")
+    >>> run.peak("math").name, run.final.name
+    ('2-math', '4-writing')
+    ```
+
     Args:
         folder (`str` or `pathlib.Path`):
             Folder of a run that has begun. Nothing in it is changed.
@@ -140,8 +150,17 @@ class Run:
 
     def weights(self, stage: StageRecord | str | int) -> Path | str:
         """
-        Folder of the weights or the adapter of a stage, which may be named or given by its position;
-        [`~Run.base_model`] for the base. A `FileNotFoundError` if the folder is gone.
+        Where the weights of a stage lie.
+
+        Args:
+            stage ([`StageRecord`] or `str` or `int`):
+                The stage, its name or its position.
+
+        Returns:
+            `pathlib.Path` or `str`: Folder of the weights or the adapter; [`~Run.base_model`] for the base.
+
+        Raises:
+            `FileNotFoundError`: If the folder is gone.
         """
         record = stage if isinstance(stage, StageRecord) else self.stage(stage)
         if record.folder is None:
@@ -153,8 +172,19 @@ class Run:
 
     def rows(self, stage: StageRecord | str | int, domain: str) -> list[dict[str, Any]]:
         """
-        For each test prompt of a domain its `score` (0 to 1), the `prompt`, and the `completions` that a stage wrote.
-        A `ValueError` if the stage was not scored on the domain, or the file is broken.
+        What a stage wrote on the test prompts of a domain.
+
+        Args:
+            stage ([`StageRecord`] or `str` or `int`):
+                The stage, its name or its position.
+            domain (`str`):
+                Name of the domain.
+
+        Returns:
+            `list[dict]`: For each prompt its `score` (0 to 1), the `prompt`, and the `completions`.
+
+        Raises:
+            `ValueError`: If the stage was not scored on the domain, or the file is broken.
         """
         record = stage if isinstance(stage, StageRecord) else self.stage(stage)
         if domain not in record.scores:

@@ -64,13 +64,28 @@ class Architecture:
     Tensors that are not described lie outside routes: embeddings, the output layer, norms, routers, and biases that
     are added once for all routes.
 
+    Example:
+
+    ```python
+    >>> from trl_interfere.analysis.architectures import Architecture, Slices
+
+    >>> phi = Architecture(
+    ...     tensors={
+    ...         "self_attn.qkv_proj.weight": Slices(0, ("query", "key_value", "key_value")),
+    ...         "self_attn.o_proj.weight": Slices(1, ("query",), writes=True),
+    ...         "mlp.gate_up_proj.weight": Slices(0, ("mlp", "mlp")),
+    ...         "mlp.down_proj.weight": Slices(1, ("mlp",), writes=True),
+    ...     }
+    ... )
+    ```
+
     Args:
         tensors (`dict[str, Slices]`):
             Slices by the name of a tensor within a layer. `*` stands for the index of an expert.
         counts (`dict[str, str | Callable]`, *optional*):
             Number of routes of each kind in a layer: the name of a setting of the configuration, or a function of the
-            configuration and the index of the layer. Key/value heads that are left out or `None` are as many as query
-            heads. MLP routes are counted without those of shared experts.
+            configuration and the index of the layer. A number of key/value heads that is left out or `None` is that of
+            query heads. MLP routes are counted without those of shared experts.
         experts (`str | Callable`, *optional*):
             Number of experts in a layer, likewise, and 0 in a layer that has none. The MLP routes of a layer with
             experts are the channels of the first expert, then those of the second, and so on.

@@ -98,7 +98,19 @@ class RouteMap:
         return None if match is None else (int(match[1]), match[2])
 
     def cut(self, name: str) -> Cut | None:
-        """How routes share a tensor, or `None` if it lies outside routes."""
+        """
+        How routes share a tensor.
+
+        Args:
+            name (`str`):
+                Name of a parameter, in the model or in its files.
+
+        Returns:
+            [`Cut`] or `None`: `None` if the tensor lies outside routes.
+
+        Raises:
+            `ValueError`: If the configuration has no such layer or expert.
+        """
         place = self.place(name)
         if place is None:
             return None
@@ -201,7 +213,16 @@ class RouteMap:
         return {part: size / sum(sizes.values()) for part, size in parts.most_common()}
 
     def sum_by_route(self, tensors: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, float]:
-        """Sums in float64 of the elements of tensors over the slices of each route, and over all outside routes."""
+        """
+        Sum the elements of tensors over the slices of each route.
+
+        Args:
+            tensors (`Mapping[str, torch.Tensor]`):
+                Tensors with the names and shapes of the parameters.
+
+        Returns:
+            `tuple`: Sums of shape `(num_routes,)` in float64, and the sum of all elements outside routes.
+        """
         sums, outside = np.zeros(self.num_routes), 0.0
         for name, tensor in tensors.items():
             cut = self.cut(name)
@@ -215,7 +236,20 @@ class RouteMap:
         return sums, outside
 
     def spread(self, name: str, values: np.ndarray, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The value of its route for each element of a tensor, in a shape that broadcasts; `None` outside routes."""
+        """
+        Give each element of a tensor the value of its route.
+
+        Args:
+            name (`str`):
+                Name of the parameter.
+            values (`numpy.ndarray` of shape `(num_routes,)`):
+                One value per route.
+            tensor (`torch.Tensor`):
+                The parameter; it supplies shape, dtype and device.
+
+        Returns:
+            `torch.Tensor` or `None`: A tensor that broadcasts to the shape of the parameter; `None` outside routes.
+        """
         cut = self.cut(name)
         if cut is None:
             return None

@@ -77,9 +77,10 @@ def update_statistics(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[UpdateStatistics]:
     """
-    Compare checkpoints as streams, a few rows of each at a time. Memory does not grow with the checkpoints.
+    Compare checkpoints as streams, a few rows of each at a time.
 
-    Differences are computed in float32 (float64 where a checkpoint stores it), and their squares summed in float64.
+    Differences are computed in float32 (float64 where a checkpoint stores it), and their squares are summed in
+    float64. Memory does not grow with the checkpoints.
 
     Args:
         checkpoints (`list[Checkpoint]`):
@@ -94,6 +95,17 @@ def update_statistics(
 
     Raises:
         `ValueError`: If the checkpoints do not hold the same tensors, hold NaN or infinity, or are identical.
+
+    Example:
+
+    ```python
+    >>> from trl_interfere.checkpoint import Checkpoint
+    >>> from trl_interfere.analysis.weight_diff import update_statistics
+
+    >>> checkpoints = [Checkpoint("out/stages/1-math"), Checkpoint("out/stages/2-qa")]
+    >>> (update,) = update_statistics(checkpoints)
+    >>> update.to_dict()["whole"], update.tensors.loc["model.embed_tokens.weight"]
+    ```
     """
     if len(checkpoints) not in (2, 3):
         raise ValueError(f"checkpoints: expected two or three, found {len(checkpoints)}")

@@ -26,6 +26,15 @@ class HubCallback(StageCallback):
     With `push_to_hub=True`, the run is published when it has ended; with `hub_strategy="every_save"` also each stage
     when it has finished, and the weights of each checkpoint on the branch of its stage. A failure on the way is a
     warning, one at the end an error.
+
+    Example:
+
+    ```python
+    >>> from trl_interfere import HubCallback, SequentialGRPOConfig, SequentialGRPOTrainer
+
+    >>> args = SequentialGRPOConfig(output_dir="out", push_to_hub=True, hub_model_id="user/model")
+    >>> trainer = SequentialGRPOTrainer(model, args, domains, callbacks=[HubCallback()])
+    ```
     """
 
     run: Run | None = None

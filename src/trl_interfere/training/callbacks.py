@@ -16,16 +16,48 @@ class StageCallback(TrainerCallback):
     """
 
     def on_run_begin(self, args: SequentialGRPOConfig, run: Run) -> None:
-        """`train()` has opened the folder of the run, which may hold stages already."""
+        """
+        `train()` has opened the folder of the run, which may hold stages already.
+
+        Args:
+            args ([`SequentialGRPOConfig`]):
+                Settings of the run.
+            run ([`Run`]):
+                The run.
+        """
 
     def on_run_end(self, args: SequentialGRPOConfig, run: Run) -> None:
-        """Nothing is left to do."""
+        """
+        Nothing is left to do.
+
+        Args:
+            args ([`SequentialGRPOConfig`]):
+                Settings of the run.
+            run ([`Run`]):
+                The run.
+        """
 
     def on_stage_begin(self, index: int, stage: Stage) -> None:
-        """A stage, at this position in the run, is about to begin or to be continued."""
+        """
+        A stage is about to begin or to be continued.
+
+        Args:
+            index (`int`):
+                Position in the run.
+            stage ([`Stage`]):
+                The stage.
+        """
 
     def on_stage_end(self, record: StageRecord, score_matrix: ScoreMatrix) -> None:
-        """A stage, or the scoring of the base model, has finished and stands in the manifest."""
+        """
+        A stage, or the scoring of the base model, has finished and stands in the manifest.
+
+        Args:
+            record ([`StageRecord`]):
+                The stage.
+            score_matrix ([`ScoreMatrix`]):
+                Scores of all finished stages.
+        """
 
     def request_stage(
         self, stages: list[StageRecord], score_matrix: ScoreMatrix, schedule_finished: bool

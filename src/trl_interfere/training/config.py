@@ -82,10 +82,20 @@ class SequentialGRPOConfig(GRPOConfig):
 
     def stage_settings(self, overrides: dict[str, Any], where: str = "stage_overrides") -> dict[str, Any]:
         """
-        Settings of a stage by name, with those that follow from them; `where` they stand is for messages.
+        Values that this configuration takes in a stage, with those that follow from them.
 
-        `steps_per_generation` follows `gradient_accumulation_steps` where it does so in the whole configuration, and
-        `generation_batch_size` the batch settings.
+        Args:
+            overrides (`dict`):
+                Settings of the stage, names of `STAGE_OPTIONS`.
+            where (`str`, *optional*, defaults to `"stage_overrides"`):
+                Where the settings stand, for the message.
+
+        Returns:
+            `dict`: The settings by name; `steps_per_generation` follows `gradient_accumulation_steps` where it does so
+            in the whole configuration, and `generation_batch_size` follows from the batch settings.
+
+        Raises:
+            `ValueError`: If a value has the wrong type, or the batch settings do not fit together.
         """
         if isinstance(overrides.get("scale_rewards"), bool):  # what GRPOConfig makes of it
             overrides = {**overrides, "scale_rewards": "group" if overrides["scale_rewards"] else "none"}
