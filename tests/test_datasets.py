@@ -1,6 +1,5 @@
 import gzip
 import json
-import shutil
 from collections import Counter
 
 import pytest
@@ -62,12 +61,6 @@ def parts(domain):
 def copies(tmp_path):
     """Arguments that name local copies of data sets."""
     return {"paths": write_copies(tmp_path, 40, ["counting", "more_counting"]), "folder": tmp_path}
-
-
-@pytest.fixture
-def bubblewrap():
-    if shutil.which("bwrap") is None:
-        pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
 
 
 @pytest.mark.parametrize(

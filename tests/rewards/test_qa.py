@@ -18,7 +18,7 @@ The answer is C because it is the capital. | C | C. | C) Paris | London is in En
 <think>Perhaps A. Answer: A</think>⏎Answer: C | C) Paris⏎It has been the capital for a long time. | Answer:⏎C |
 The answer is:⏎⏎C | Answer: C⏎I hope this answer is helpful! | Answer: C (Paris) | Answer: C - Paris |
 The answer is C, Paris. | \boxed{C) Paris} | \boxed{C} is the answer | Answer:⏎$\boxed{C}$ |
-C⏎⏎I hope this answer is helpful! | Answer: C (A city in France) | Answer: C) Both A and B |
+C⏎⏎I hope this answer is helpful! | Answer: C (A city in France) | Answer: C) Both (A) and (B) |
 The answer is C. A is wrong. | So the correct option is (C). | Therefore, C. | I choose C. | C is correct. | c | (c) |
 the choices are hard; the answer is C | Answer: C (E = mc^2) | "Answer: C" |
 Options A and B are wrong. The answer is C. | The correct answer is option C. | Answer - C | C – Paris |
