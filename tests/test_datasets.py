@@ -85,7 +85,10 @@ def test_offline(make, columns, bubblewrap):
         assert make(sizes=sizes, seed=1).eval_dataset["prompt"] != domain.eval_dataset["prompt"]
 
 
-def test_math_of_the_hub(copies):
+def test_math(copies):
+    tasks = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
+    domain = math_domain(tasks=tasks, sizes={"train": 10, "test": 5}, instruction="")
+    assert all(len(prompt[0]["content"].split(":")[1].split()) == 4 for prompt in domain.train_dataset["prompt"])
     domain = math_domain(source="openr1-math", test_source="aime25", sizes={"train": 20, "selection": 5}, **copies)
     assert [len(part) for part in parts(domain)] == [20, 5, 40]  # a test source is the test as a whole
     assert not prompts(domain.train_dataset) & (prompts(domain.eval_dataset) | prompts(domain.selection_dataset))
@@ -93,13 +96,6 @@ def test_math_of_the_hub(copies):
     # Proofs have no answer, and problems of the test are not trained on: 40 - 8 - 2 are left.
     with pytest.raises(ValueError, match=r"sizes: expected at least 31 .*found 30"):
         math_domain(source="openr1-math", test_source="aime25", sizes={"train": 31}, **copies)
-
-
-def test_tasks_with_settings():
-    tasks = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
-    domain = math_domain(tasks=tasks, sizes={"train": 10, "test": 5}, instruction="")
-    assert all(len(prompt[0]["content"].split(":")[1].split()) == 4 for prompt in domain.train_dataset["prompt"])
-    assert domain.selection_dataset is None
 
 
 def test_columns_that_are_not_there(tmp_path):
@@ -163,11 +159,9 @@ KLEAR = [
     {"functional": ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]},
     {"pytest": "from solution import add\ndef test_add():\n    assert add(1, 2) == 3"},
     {"inputs": ["1"], "outputs": []},
-    {"inputs": [[1]], "outputs": [[1]], "fn_name": "f"},
     "no JSON",
     {"functional": "assert Adder().add(1, 2) == 3"},
     {"functional": ["assert add(1, 2) == 3", "import numpy\nassert add(1, 2) == 3"]},
-    {"functional": ["assert add(1, 2) == 3", 3]},
 ]
 
 
@@ -180,11 +174,11 @@ def test_code_of_the_hub(bubblewrap, tmp_path, caplog):
     options = {"source": "klear-code", "paths": {"klear-code": "rows.jsonl"}, "folder": tmp_path}
     domain = code_domain(sizes={"train": 6}, **options)
     tests = {row["prompt"][0]["content"]: row["tests"] for row in domain.train_dataset}
-    assert sorted(tests) == [f"Problem {n}" for n in (0, 1, 2, 3, 4, 8)]
+    assert sorted(tests) == [f"Problem {n}" for n in (0, 1, 2, 3, 4, 7)]
     (reward,) = domain.reward_funcs
     # Tests of classes run in the process of the program.
     forgeable = {name for name, content in tests.items() if json.loads(content).get("forgeable")}
-    assert forgeable == {"Problem 2", "Problem 8"} and "the tests of 2 of 6 rows" in caplog.text
+    assert forgeable == {"Problem 2", "Problem 7"} and "the tests of 2 of 6 rows" in caplog.text
     assert len(json.loads(tests["Problem 0"])["inputs"]) == 16
     assert json.loads(tests["Problem 1"])["inputs"] == ["1 2, 3"]
     solution = "class Solution:\n    def add(self, a, b): return a + b\nadd = Solution().add"
@@ -225,16 +219,13 @@ def test_score_of_a_part_of_the_rubric():
     "make, options, message",
     [
         (math_domain, {"source": "gsm8k"}, "source"),
-        (math_domain, {"test_source": "gsm8k"}, "source"),
         (math_domain, {"source": "openr1-math", "paths": {"openr1-math": "none.jsonl"}}, "'none.jsonl'"),
         (math_domain, {"tasks": {"chain_sum": {"min_terms": -1}}}, "chain_sum"),
         (math_domain, {"tasks": ["calendar_arithmetic"]}, "calendar_arithmetic"),
-        *((math_domain, {"sizes": sizes}, "sizes: ") for sizes in ({"validation": 5}, {"train": -1})),
+        (math_domain, {"sizes": {"train": -1}}, "sizes: "),
         (code_domain, {"sandbox": "docker"}, "sandbox: .*'docker'"),
-        (writing_domain, {"source": [], "judge": JUDGE}, "source"),
         (writing_domain, {"source": ["creative-kimi", "constraints"], "judge": JUDGE}, "source"),
         (writing_domain, {"source": "creative-kimi"}, "judge: "),
-        (writing_domain, {"source": "creative-kimi", "judge": {"model": "m"}}, "judge: .*'base_url'"),
         (writing_domain, {"judge": JUDGE}, "judge: "),
         (writing_domain, {"source": "creative-kimi", "partial_score": True, "judge": JUDGE}, "partial_score"),
     ],
@@ -244,14 +235,10 @@ def test_what_cannot_be(make, options, message, tmp_path):
         make(folder=tmp_path, **options)
 
 
-def test_a_broken_humaneval(tmp_path, bubblewrap):
-    with gzip.open(tmp_path / "broken.jsonl.gz", "wt") as file:
-        file.write('{"prompt": "x"}\n')
+def test_a_broken_humaneval_and_missing_extras(monkeypatch, tmp_path, bubblewrap):
+    (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x"}\n'))
     with pytest.raises(ValueError, match="broken.jsonl.gz cannot be read as HumanEval"):
         code_domain(paths={"humaneval": "broken.jsonl.gz"}, folder=tmp_path)
-
-
-def test_missing_extras(monkeypatch, bubblewrap):
     monkeypatch.setattr("trl_interfere.extras.find_spec", lambda name: None)
     for extra, make in {"math": math_domain, "qa": qa_domain, "code": code_domain}.items():
         with pytest.raises(ImportError, match=rf"pip install 'trl-interfere\[{extra}\]'"):

@@ -67,10 +67,6 @@ def test_each_completion_chooses_one_letter():
         assert sum(qa_reward([completion] * 4, list("ABCD"), [OPTIONS] * 4)) <= 1
 
 
-def test_number_of_options():
-    assert chosen_letter("Answer: J", 10) == "J"
-    assert chosen_letter("Answer: J", 9) is None
-
-
-def test_thoughts_that_do_not_end():
+def test_thoughts_that_do_not_end_and_more_options():
     assert QAReward(thinking=True)(["Answer: C", "Answer: A</think>Answer: C"], ["C", "C"], [OPTIONS] * 2) == [0, 1]
+    assert (chosen_letter("Answer: J", 10), chosen_letter("Answer: J", 9)) == ("J", None)
