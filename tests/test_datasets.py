@@ -28,10 +28,7 @@ def test_parts():
     assert sorted(sum(parts.values(), [])) == sorted(KEYS)
     small, large = split({"train": 10, "test": 30}), split({"train": None, "test": 30})
     assert small["test"] == large["test"] and small["train"] == large["train"][:10] and len(large["train"]) == 70
-    assert split({"train": 20, "test": 5}, TABLE.shuffle(seed=3)) == split({"train": 20, "test": 5})
-
-
-def test_equal_prompts_are_one():
+    assert split({"train": 10, "test": 30}, TABLE.shuffle(seed=3)) == small
     table = Dataset.from_dict({"key": ["What is  1+1?", "what is 1+1?", "WHAT IS 1+1? ", "other"]})
     assert sorted(sum(split({"train": 1, "test": 1}, table).values(), [])) == ["What is  1+1?", "other"]
     with pytest.raises(ValueError, match="here: expected at least 3 different prompts .*found 2"):
@@ -210,9 +207,8 @@ def test_writing_of_the_hub(copies, tmp_path):
 def test_score_of_a_part_of_the_rubric():
     rubric = json.dumps({"words": [], "without": "never", "sentences": [2, 3], "length": [3, 50], "ending": "!"})
     rows = [["The rain stopped. A boy went home."], ["Write."], [rubric]]  # with the wrong sign at its end
-    for partial, expected in ((False, 0.0), (True, 0.75)):
-        domain = writing_domain(sizes={"train": 4, "test": 4}, partial_score=partial)
-        assert domain.metric(*rows) == [expected] and domain.reward_funcs[0](*rows) == [0.75]
+    whole, part = (writing_domain(sizes={"test": 4}, partial_score=partial).metric(*rows) for partial in (False, True))
+    assert (whole, part) == ([0.0], [0.75])
 
 
 @pytest.mark.parametrize(

@@ -57,17 +57,13 @@ def test_adapters_of_expert_parameters_are_merged(tmp_path, targets):
         assert torch.equal(found, base.get_parameter(name)) != changed
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "expected an adapter"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
-    ],
-)
-def test_broken_adapters(tmp_path, damage, message):
+def test_broken_adapters(tmp_path):
     lora(load_model(MODEL_FOLDER), tmp_path, target_modules=["q_proj"])
-    damage(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="expected an adapter"):
+        load_model(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="adapter_config.json"):
         load_model(tmp_path)
 
 
