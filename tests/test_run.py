@@ -116,7 +116,8 @@ def test_a_missing_file_is_named_when_the_run_goes_on(missing, run):
     with pytest.raises(ValueError, match=missing):
         resumed(run)
     with pytest.raises(FileNotFoundError, match=missing):  # what is there can still be read
-        run.weights(1), run.rows(1, "qa")
+        run.weights(1)
+        run.rows(1, "qa")
 
 
 @pytest.mark.parametrize("content", ["", '{"schema_version": 1', "\x80", "[1,]"])

@@ -127,7 +127,7 @@ def test_benchmarks_reach_the_hub(hub, tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="hub_strategy: expected 'end' or 'every_save', found 'checkpoint'"):
+    with pytest.raises(ValueError, match="hub_strategy: .*'checkpoint'"):
         build(tmp_path, hub_strategy="checkpoint", **PUSH)
     trainer = build(tmp_path, hub_strategy="end", **PUSH)
     for call in (trainer.train, trainer.push_to_hub):
