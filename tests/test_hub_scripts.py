@@ -47,13 +47,8 @@ def start(python: str, script: str, *arguments, hub=None, folder: Path | None = 
     variables = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "PYTHONPATH": ""}
     if hub is not None:
         variables |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home")}
-    return subprocess.run(
-        [python, str(ROOT / "hub_scripts" / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=variables,
-        cwd=folder,
-    )
+    command = [python, str(ROOT / "hub_scripts" / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=folder)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
