@@ -135,12 +135,16 @@ def test_analyze(damaged, run, monkeypatch):
     code, _, err = run("analyze", damaged)
     assert code == 2 and "No space" in err  # and the analysis before is still there
     assert (damaged / "analysis" / "math" / "report.json").read_bytes() == before
+    monkeypatch.undo()
+    assert run("analyze", damaged)[0] == 0
+    assert [path.name for path in (damaged / "analysis").iterdir()] == ["math"]
 
+    shutil.rmtree(damaged / "analysis")
     content = json.loads((damaged / "stages.json").read_text())
     (damaged / "stages.json").write_text(json.dumps({**content, "stages": content["stages"][:1]}))
     code, out, err = run("analyze", damaged)
     assert code == 0 and out.startswith("Nothing was lost") and "--domain" in out, err
-    assert [path.name for path in (damaged / "analysis").iterdir()] == ["math"]
+    assert not (damaged / "analysis").exists()
 
 
 def test_analyze_checkpoints_from_elsewhere(finished_run, run, tmp_path):
