@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 
 from hub_server.server import TOKEN, URL, Hub
 
@@ -42,6 +43,12 @@ def _datasets_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
+
+
+@pytest.fixture(scope="session")
+def bubblewrap():
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
 
 
 @pytest.fixture(scope="session")

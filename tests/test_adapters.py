@@ -19,17 +19,13 @@ def saved_adapter(base, folder, std=1.0, **settings):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"r": 4, "lora_alpha": 6},
-        {"r": 4, "lora_alpha": 6, "use_rslora": True},
-        {"r": 4, "lora_alpha": 6, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 16}},
-    ],
+    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 16}}]
 )
 def test_updates_equal_those_of_peft(tmp_path, options):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER)
-    model, updates = saved_adapter(base, tmp_path, target_modules=["q_proj", "down_proj"], **options)
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **options}
+    model, updates = saved_adapter(base, tmp_path, **options)
     modules = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -38,7 +34,6 @@ def test_updates_equal_those_of_peft(tmp_path, options):
     assert set(updates) == {f"{name}.weight" for name in modules} and len(updates) == 2 * len(base.model.layers)
     for name, module in modules.items():
         torch.testing.assert_close(updates[f"{name}.weight"], module.get_delta_weight("default"))
-        assert updates[f"{name}.weight"].shape == base.get_parameter(f"{name}.base_layer.weight").shape
 
 
 def test_an_update_below_the_precision_of_the_weights_is_kept(tmp_path):
@@ -55,11 +50,9 @@ def test_an_update_below_the_precision_of_the_weights_is_kept(tmp_path):
     assert ((after - before) != 0).float().mean() < 0.5  # what subtracting merged weights would have left
 
 
-def test_bad_folders(tmp_path):
-    with pytest.raises(ValueError, match="expected an adapter"):
-        AdapterFactors(tmp_path)
+def test_modules_that_are_saved_whole(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    model.save_pretrained(tmp_path / "more")
+    model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected matrices lora_A and lora_B"):
-        AdapterFactors(tmp_path / "more")
+        AdapterFactors(tmp_path)

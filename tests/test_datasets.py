@@ -1,6 +1,5 @@
 import gzip
 import json
-import shutil
 from collections import Counter
 
 import pytest
@@ -29,10 +28,7 @@ def test_parts():
     assert sorted(sum(parts.values(), [])) == sorted(KEYS)
     small, large = split({"train": 10, "test": 30}), split({"train": None, "test": 30})
     assert small["test"] == large["test"] and small["train"] == large["train"][:10] and len(large["train"]) == 70
-    assert split({"train": 20, "test": 5}, TABLE.shuffle(seed=3)) == split({"train": 20, "test": 5})
-
-
-def test_equal_prompts_are_one():
+    assert split({"train": 10, "test": 30}, TABLE.shuffle(seed=3)) == small
     table = Dataset.from_dict({"key": ["What is  1+1?", "what is 1+1?", "WHAT IS 1+1? ", "other"]})
     assert sorted(sum(split({"train": 1, "test": 1}, table).values(), [])) == ["What is  1+1?", "other"]
     with pytest.raises(ValueError, match="here: expected at least 3 different prompts .*found 2"):
@@ -64,12 +60,6 @@ def copies(tmp_path):
     return {"paths": write_copies(tmp_path, 40, ["counting", "more_counting"]), "folder": tmp_path}
 
 
-@pytest.fixture
-def bubblewrap():
-    if shutil.which("bwrap") is None:
-        pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
-
-
 @pytest.mark.parametrize(
     "make, columns",
     [
@@ -92,7 +82,10 @@ def test_offline(make, columns, bubblewrap):
         assert make(sizes=sizes, seed=1).eval_dataset["prompt"] != domain.eval_dataset["prompt"]
 
 
-def test_math_of_the_hub(copies):
+def test_math(copies):
+    tasks = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
+    domain = math_domain(tasks=tasks, sizes={"train": 10, "test": 5}, instruction="")
+    assert all(len(prompt[0]["content"].split(":")[1].split()) == 4 for prompt in domain.train_dataset["prompt"])
     domain = math_domain(source="openr1-math", test_source="aime25", sizes={"train": 20, "selection": 5}, **copies)
     assert [len(part) for part in parts(domain)] == [20, 5, 40]  # a test source is the test as a whole
     assert not prompts(domain.train_dataset) & (prompts(domain.eval_dataset) | prompts(domain.selection_dataset))
@@ -100,13 +93,6 @@ def test_math_of_the_hub(copies):
     # Proofs have no answer, and problems of the test are not trained on: 40 - 8 - 2 are left.
     with pytest.raises(ValueError, match=r"sizes: expected at least 31 .*found 30"):
         math_domain(source="openr1-math", test_source="aime25", sizes={"train": 31}, **copies)
-
-
-def test_tasks_with_settings():
-    tasks = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
-    domain = math_domain(tasks=tasks, sizes={"train": 10, "test": 5}, instruction="")
-    assert all(len(prompt[0]["content"].split(":")[1].split()) == 4 for prompt in domain.train_dataset["prompt"])
-    assert domain.selection_dataset is None
 
 
 def test_columns_that_are_not_there(tmp_path):
@@ -170,11 +156,9 @@ KLEAR = [
     {"functional": ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]},
     {"pytest": "from solution import add\ndef test_add():\n    assert add(1, 2) == 3"},
     {"inputs": ["1"], "outputs": []},
-    {"inputs": [[1]], "outputs": [[1]], "fn_name": "f"},
     "no JSON",
     {"functional": "assert Adder().add(1, 2) == 3"},
     {"functional": ["assert add(1, 2) == 3", "import numpy\nassert add(1, 2) == 3"]},
-    {"functional": ["assert add(1, 2) == 3", 3]},
 ]
 
 
@@ -187,11 +171,11 @@ def test_code_of_the_hub(bubblewrap, tmp_path, caplog):
     options = {"source": "klear-code", "paths": {"klear-code": "rows.jsonl"}, "folder": tmp_path}
     domain = code_domain(sizes={"train": 6}, **options)
     tests = {row["prompt"][0]["content"]: row["tests"] for row in domain.train_dataset}
-    assert sorted(tests) == [f"Problem {n}" for n in (0, 1, 2, 3, 4, 8)]
+    assert sorted(tests) == [f"Problem {n}" for n in (0, 1, 2, 3, 4, 7)]
     (reward,) = domain.reward_funcs
     # Tests of classes run in the process of the program.
     forgeable = {name for name, content in tests.items() if json.loads(content).get("forgeable")}
-    assert forgeable == {"Problem 2", "Problem 8"} and "the tests of 2 of 6 rows" in caplog.text
+    assert forgeable == {"Problem 2", "Problem 7"} and "the tests of 2 of 6 rows" in caplog.text
     assert len(json.loads(tests["Problem 0"])["inputs"]) == 16
     assert json.loads(tests["Problem 1"])["inputs"] == ["1 2, 3"]
     solution = "class Solution:\n    def add(self, a, b): return a + b\nadd = Solution().add"
@@ -223,25 +207,21 @@ def test_writing_of_the_hub(copies, tmp_path):
 def test_score_of_a_part_of_the_rubric():
     rubric = json.dumps({"words": [], "without": "never", "sentences": [2, 3], "length": [3, 50], "ending": "!"})
     rows = [["The rain stopped. A boy went home."], ["Write."], [rubric]]  # with the wrong sign at its end
-    for partial, expected in ((False, 0.0), (True, 0.75)):
-        domain = writing_domain(sizes={"train": 4, "test": 4}, partial_score=partial)
-        assert domain.metric(*rows) == [expected] and domain.reward_funcs[0](*rows) == [0.75]
+    whole, part = (writing_domain(sizes={"test": 4}, partial_score=partial).metric(*rows) for partial in (False, True))
+    assert (whole, part) == ([0.0], [0.75])
 
 
 @pytest.mark.parametrize(
     "make, options, message",
     [
         (math_domain, {"source": "gsm8k"}, "source"),
-        (math_domain, {"test_source": "gsm8k"}, "source"),
         (math_domain, {"source": "openr1-math", "paths": {"openr1-math": "none.jsonl"}}, "'none.jsonl'"),
         (math_domain, {"tasks": {"chain_sum": {"min_terms": -1}}}, "chain_sum"),
         (math_domain, {"tasks": ["calendar_arithmetic"]}, "calendar_arithmetic"),
-        *((math_domain, {"sizes": sizes}, "sizes: ") for sizes in ({"validation": 5}, {"train": -1})),
+        (math_domain, {"sizes": {"train": -1}}, "sizes: "),
         (code_domain, {"sandbox": "docker"}, "sandbox: .*'docker'"),
-        (writing_domain, {"source": [], "judge": JUDGE}, "source"),
         (writing_domain, {"source": ["creative-kimi", "constraints"], "judge": JUDGE}, "source"),
         (writing_domain, {"source": "creative-kimi"}, "judge: "),
-        (writing_domain, {"source": "creative-kimi", "judge": {"model": "m"}}, "judge: .*'base_url'"),
         (writing_domain, {"judge": JUDGE}, "judge: "),
         (writing_domain, {"source": "creative-kimi", "partial_score": True, "judge": JUDGE}, "partial_score"),
     ],
@@ -251,14 +231,10 @@ def test_what_cannot_be(make, options, message, tmp_path):
         make(folder=tmp_path, **options)
 
 
-def test_a_broken_humaneval(tmp_path, bubblewrap):
-    with gzip.open(tmp_path / "broken.jsonl.gz", "wt") as file:
-        file.write('{"prompt": "x"}\n')
+def test_a_broken_humaneval_and_missing_extras(monkeypatch, tmp_path, bubblewrap):
+    (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x"}\n'))
     with pytest.raises(ValueError, match="broken.jsonl.gz cannot be read as HumanEval"):
         code_domain(paths={"humaneval": "broken.jsonl.gz"}, folder=tmp_path)
-
-
-def test_missing_extras(monkeypatch, bubblewrap):
     monkeypatch.setattr("trl_interfere.extras.find_spec", lambda name: None)
     for extra, make in {"math": math_domain, "qa": qa_domain, "code": code_domain}.items():
         with pytest.raises(ImportError, match=rf"pip install 'trl-interfere\[{extra}\]'"):

@@ -21,38 +21,21 @@ def test_datasets_get_the_column_that_routes_rewards():
 
 
 def test_streamed_datasets():
-    stream = IterableDataset.from_generator(lambda: iter(ROWS.to_list()))
+    rows = ROWS.to_list()
+    stream = IterableDataset.from_generator(lambda: iter(rows))
     domain = Domain("math", train_dataset=stream, reward_funcs=reward)
-    assert list(domain.train_dataset) == [{**row, "domain": "math"} for row in ROWS.to_list()]
     again = Domain("math", train_dataset=domain.train_dataset, reward_funcs=reward)
-    assert list(again.train_dataset) == list(domain.train_dataset)
-
-
-def test_streamed_datasets_with_a_domain_column_of_their_own():
+    assert list(domain.train_dataset) == list(again.train_dataset) == [{**row, "domain": "math"} for row in rows]
     rows = [{"prompt": "1", "domain": "algebra"}]
     with pytest.raises(ValueError, match="column 'domain' routes rewards"):
-        list(Domain("math", IterableDataset.from_generator(lambda: iter(rows)), reward_funcs=reward).train_dataset)
+        list(Domain("math", stream, reward_funcs=reward).train_dataset)
     with pytest.raises(ValueError, match="column 'domain' routes rewards"):  # at once, where columns are known
         Domain("math", Dataset.from_list(rows).to_iterable_dataset(), reward_funcs=reward)
-
-
-@pytest.mark.parametrize(
-    "field, dataset",
-    [
-        ("eval_dataset", ROWS.to_iterable_dataset()),  # only the training may be streamed
-        ("train_dataset", DatasetDict(train=ROWS)),
-    ],
-)
-def test_other_types(field, dataset):
-    with pytest.raises(ValueError, match=rf"domain 'math', {field}: expected a Dataset .*{type(dataset).__name__}"):
-        Domain("math", reward_funcs=reward, **{field: dataset})
 
 
 def test_rewards_and_weights():
     single = Domain("math", reward_funcs=reward)
     assert single.reward_funcs == [reward] and single.reward_weights == [1.0]
-    several = Domain("math", reward_funcs=[reward, "some/model"], reward_weights=[0.5, 2.0])
-    assert several.reward_funcs == [reward, "some/model"] and several.reward_weights == [0.5, 2.0]
     only_metric = Domain("math", metric=reward)
     assert only_metric.reward_funcs == [] and only_metric.reward_weights == []
 
@@ -65,14 +48,13 @@ def test_rewards_and_weights():
         ({"reward_weights": [1.0, 2.0]}, "domain 'math'.*reward_weights: expected 1 "),
         ({"reward_weights": [float("nan")]}, "domain 'math', reward_weights: "),
         ({"reward_weights": 1.0}, "domain 'math', reward_weights: "),
-        (
-            {"eval_dataset": Dataset.from_dict({"question": ["1"]})},
-            "domain 'math', eval_dataset: .*'prompt'.*'question'",
-        ),
+        ({"eval_dataset": Dataset.from_dict({"question": ["1"]})}, "eval_dataset: .*'prompt'.*'question'"),
+        ({"eval_dataset": ROWS.to_iterable_dataset()}, "eval_dataset: expected a Dataset .*IterableDataset"),
+        ({"train_dataset": DatasetDict(train=ROWS)}, "train_dataset: expected a Dataset .*DatasetDict"),
         ({"train_dataset": Dataset.from_dict({"prompt": []})}, "domain 'math', train_dataset: "),
         (
-            {"selection_dataset": Dataset.from_dict({"prompt": ["1", "2"], "domain": ["math", "algebra"]})},
-            r"domain 'math', selection_dataset: .*'domain'.*\['algebra', 'math'\]",
+            {"selection_dataset": ROWS.add_column("domain", ["math", "algebra"])},
+            r"selection_dataset: .*'domain'.*\['algebra', 'math'\]",
         ),
     ],
 )

@@ -47,13 +47,8 @@ def start(python: str, script: str, *arguments, hub=None, folder: Path | None = 
     variables = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "PYTHONPATH": ""}
     if hub is not None:
         variables |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home")}
-    return subprocess.run(
-        [python, str(ROOT / "hub_scripts" / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=variables,
-        cwd=folder,
-    )
+    command = [python, str(ROOT / "hub_scripts" / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=folder)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -73,35 +68,37 @@ def check(result, *parts):
     assert TOKEN not in result.stdout + result.stderr
 
 
-def run_all(hub, folder, python):
+@pytest.mark.slow  # installs torch and everything else into two new environments
+def test_all_scripts_in_environments_of_their_own(hub, tmp_path, environment):
     """Train, heal, analyse, roll back, publish the metrics and an app."""
+
+    def run(script, *arguments):
+        return start(environment(ROOT / "hub_scripts" / script), script, *arguments, hub=hub, folder=folder)
+
+    folder = tmp_path
     recipe = write(folder, settings(folder, learning_rate=2e-3, max_steps=4))
     arguments = ("--recipe", recipe, "--output-dir", folder / "out", "--repo", REPO)
-    check(
-        start(python("train_sequential.py"), "train_sequential.py", *arguments, hub=hub, folder=folder),
-        *(f"verified: tester/model@{branch}" for branch in ("stage-1-math", "stage-2-writing", "main")),
-    )
+    branches = ("stage-1-math", "stage-2-writing", "main")
+    check(run("train_sequential.py", *arguments), *(f"verified: {REPO}@{branch}" for branch in branches))
     weights = hub.files(REPO, "stage-1-math")["model.safetensors"]
     assert weights == (folder / "out/stages/1-math/model.safetensors").read_bytes()
 
     arguments = ("--peak", f"math={REPO}@stage-1-math", "--final", f"{REPO}@stage-2-writing", "--later", "writing")
     arguments += ("--recipe", recipe, "--repo", "tester/report")
-    result = start(python("analyze_checkpoints.py"), "analyze_checkpoints.py", *arguments, hub=hub, folder=folder)
-    check(result, "verified: tester/report", "nats")
+    check(run("analyze_checkpoints.py", *arguments), "verified: tester/report", "nats")
     content = json.loads(hub.files("tester/report")["interference/report.json"])
     assert (content["before"], content["after"]) == (f"{REPO}@stage-1-math", f"{REPO}@stage-2-writing")
 
     arguments = ("--report", "tester/report", "--repo", "tester/rollback", "--budget", 0.1)
-    result = start(python("rollback_and_push.py"), "rollback_and_push.py", *arguments, hub=hub, folder=folder)
-    check(result, "verified: tester/rollback")
+    check(run("rollback_and_push.py", *arguments), "verified: tester/rollback")
     assert {"adapter_config.json", "adapter_model.safetensors", "repair.json"} <= hub.files("tester/rollback").keys()
 
     arguments = ("--folder", ROOT / "metrics", "--namespace", "tester")
-    result = start(python("publish_metrics.py"), "publish_metrics.py", *arguments, hub=hub, folder=folder)
-    check(result, *(f"verified: tester/{name}" for name in ("forgetting", "recovery", "route_overlap")))
+    names = ("forgetting", "recovery", "route_overlap")
+    check(run("publish_metrics.py", *arguments), *(f"verified: tester/{name}" for name in names))
     assert hub.repo("tester/forgetting", "space").sdk == "gradio"
 
-    deploy_app(hub, folder, python("deploy_space.py"))
+    deploy_app(hub, folder, environment(ROOT / "hub_scripts" / "deploy_space.py"))
 
 
 def deploy_app(hub, folder, python):
@@ -121,8 +118,3 @@ def deploy_app(hub, folder, python):
 
 def test_an_app(hub, tmp_path):
     deploy_app(hub, tmp_path, sys.executable)
-
-
-@pytest.mark.slow  # installs torch and everything else into two new environments
-def test_all_scripts_in_environments_of_their_own(hub, tmp_path, environment):
-    run_all(hub, tmp_path, lambda script: environment(ROOT / "hub_scripts" / script))

@@ -13,16 +13,10 @@ TEXT = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidde
 TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 MOE = TEXT | {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16, "patch_size": 2}
-SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
 MROPE = TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 NESTED = {
     "qwen2_5_vl": {"vision_config": VISION | {"depth": 1, "fullatt_block_indexes": [0]}, "text_config": MROPE},
     "qwen3_vl": {"vision_config": VISION | {"depth": 1, "deepstack_visual_indexes": [0]}, "text_config": MROPE},
-    "gemma3": {
-        "vision_config": SIGLIP | {"image_size": 4, "patch_size": 2},
-        "mm_tokens_per_image": 4,
-        "text_config": TEXT,
-    },
 }
 
 
@@ -63,18 +57,13 @@ def test_adapters_of_expert_parameters_are_merged(tmp_path, targets):
         assert torch.equal(found, base.get_parameter(name)) != changed
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "expected an adapter"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), "adapter_model.safetensors"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
-    ],
-)
-def test_broken_adapters(tmp_path, damage, message):
+def test_broken_adapters(tmp_path):
     lora(load_model(MODEL_FOLDER), tmp_path, target_modules=["q_proj"])
-    damage(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="expected an adapter"):
+        load_model(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="adapter_config.json"):
         load_model(tmp_path)
 
 

@@ -41,13 +41,11 @@ def resumed(run, identity=IDENTITY):
     return other
 
 
-def edited(run, edit):
-    content = json.loads(run.path.read_text())
-    edit(content)
-    run.path.write_text(json.dumps(content))
-
-
 def test_round_trip(run):
+    leftover = run.folder / ".stages.json.4242.tmp"
+    leftover.write_text('{"schema_version": 1, "stages": [')
+    assert Run(run.folder).stages == run.stages and leftover.exists()  # the run may be going on
+    assert resumed(run).stages == run.stages and not leftover.exists()
     for other in (Run(run.folder), resumed(run)):
         assert other.stages == run.stages and len(other.stages) == 4
         assert other.identity == run.identity == {**IDENTITY, "steps": [1, 2]}
@@ -68,6 +66,9 @@ def test_what_a_run_knows(run):
         {"score": 1 / 3, "prompt": f"{1 / 3}?", "completions": ["x", "y", "z"]},
     ]
     assert run.scores("1-math", "math").tolist() == MATH[1]
+    for folder in ("analysis/math", "."):
+        write_atomically(run.folder / folder / "report.json", "{}")
+    assert run.reports == {"math": run.folder / "analysis" / "math", "report": run.folder}
     for call in (lambda: run.peak("code"), lambda: run.rows(1, "code"), lambda: run.stage("9-code")):
         with pytest.raises(ValueError, match="code"):
             call()
@@ -85,47 +86,38 @@ def test_what_holds_on_this_machine_is_kept_apart(run, tmp_path):
     assert read.recipe == run.folder / "recipe.yaml" and str(tmp_path) not in run.path.read_text()
 
 
-@pytest.mark.parametrize("text", ["a\nb\u2028 \u0085", "\ud800\0", ""])
-def test_any_completion_can_be_kept(text, run):
-    file = run.write_scores("1-math", "math", np.array([0.25, 0.75]), [text, text], [text, [{"content": text}]])
-    record = replace(run.stages[1], scores={"math": {"n": 2, "file": file}})
-    assert [row["completions"] for row in run.rows(record, "math")] == [[text], [text]]
-    assert [row["prompt"] for row in run.rows(record, "math")] == [text, [{"content": text}]]
+def test_any_completion_can_be_kept(run):
+    for text in ("a\nb\u2028 \u0085", "\ud800\0", ""):
+        file = run.write_scores("1-math", "math", np.array([0.25, 0.75]), [text, text], [text, [{"content": text}]])
+        rows = run.rows(replace(run.stages[1], scores={"math": {"n": 2, "file": file}}), "math")
+        assert [(row["completions"], row["prompt"]) for row in rows] == [([text], text), ([text], [{"content": text}])]
 
 
-@pytest.mark.parametrize("text", ['{"score": 1}\n', '{"score": 1}\n{"score": NaN}\n', '{"score": 1}\n{"value": 1}\n'])
-def test_broken_scores(text, run):
-    (run.folder / run.stages[1].scores["qa"]["file"]).write_text(text)
+@pytest.mark.parametrize("line", ["", '{"score": NaN}\n', '{"value": 1}\n'])
+def test_broken_scores(line, run):
+    (run.folder / run.stages[1].scores["qa"]["file"]).write_text('{"score": 1}\n' + line)
     with pytest.raises(ValueError, match="qa.jsonl"):
         run.scores(1, "qa")
 
 
-@pytest.mark.parametrize(
-    "change, lines",
-    [
-        ({"seed": 1}, ['- "seed": 0,', '+ "seed": 1,']),
-        ({"schedule": []}, ['-   "domain": "math",', '+ "schedule": [],']),
-    ],
-)
-def test_another_run_is_refused_with_its_differences(change, lines, run):
+def test_another_run_is_refused_with_its_differences(run):
     before = run.path.read_bytes()
     with pytest.raises(ValueError, match="another run") as error:
-        resumed(run, {**IDENTITY, **change})
+        resumed(run, {**IDENTITY, "seed": 1, "schedule": []})
     shown = str(error.value).splitlines()[1:]
-    assert set(lines) <= set(shown) and not any('"steps"' in line for line in shown)
+    assert {'- "seed": 0,', '+ "seed": 1,', '-   "domain": "math",', '+ "schedule": [],'} <= set(shown)
+    assert not any('"steps"' in line for line in shown)
     assert run.path.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "missing, read",
-    [("stages/1-math", lambda run: run.weights(1)), ("scores/0-base/qa.jsonl", lambda run: run.rows(0, "qa"))],
-)
-def test_a_missing_file_is_named_when_the_run_goes_on(missing, read, run):
+@pytest.mark.parametrize("missing", ["stages/1-math", "scores/1-math/qa.jsonl"])
+def test_a_missing_file_is_named_when_the_run_goes_on(missing, run):
     (run.folder / missing).rename(run.folder / "elsewhere")
     with pytest.raises(ValueError, match=missing):
         resumed(run)
     with pytest.raises(FileNotFoundError, match=missing):  # what is there can still be read
-        read(Run(run.folder))
+        run.weights(1)
+        run.rows(1, "qa")
 
 
 @pytest.mark.parametrize("content", ["", '{"schema_version": 1', "\x80", "[1,]"])
@@ -136,13 +128,6 @@ def test_broken_json(content, run, caplog):
     run.previous_path.unlink()
     with pytest.raises(ValueError, match="stages.json"):
         resumed(run)
-
-
-def test_half_written_stages_are_removed_by_the_writer_alone(run):
-    leftover = run.folder / ".stages.json.4242.tmp"
-    leftover.write_text('{"schema_version": 1, "stages": [')
-    assert Run(run.folder).stages == run.stages and leftover.exists()  # the run may be going on
-    assert resumed(run).stages == run.stages and not leftover.exists()
 
 
 def test_a_longer_schedule_and_more_domains_are_the_same_run(run):
@@ -176,11 +161,8 @@ def test_a_stage_that_is_not_scored_yet(run):
     [
         lambda content: content.update(schema_version=2),
         lambda content: content.pop("run"),
-        lambda content: content["stages"][1].pop("folder"),
         lambda content: content["stages"][1].update(kind="other"),
         lambda content: content["stages"][1].update(steps="many"),
-        lambda content: content["stages"][1].update(seconds=float("nan")),
-        lambda content: content["stages"][1]["scores"]["qa"].pop("file"),
         lambda content: content["stages"][1]["scores"].update(qa=None),
         lambda content: content["stages"].pop(1),
         lambda content: content["stages"][1].update(folder="../elsewhere"),
@@ -188,7 +170,9 @@ def test_a_stage_that_is_not_scored_yet(run):
     ],
 )
 def test_edited_stages(edit, run):
-    edited(run, edit)
+    content = json.loads(run.path.read_text())
+    edit(content)
+    run.path.write_text(json.dumps(content))
     for read in (Run, lambda folder: resumed(run)):
         with pytest.raises(ValueError, match="stages.json|leaves it"):
             read(run.folder)
@@ -205,12 +189,6 @@ def test_links_are_followed_into_the_cache_of_the_hub_only(run, tmp_path):
         Run(run.folder)
     run.folder.rename(snapshot)
     assert Run(snapshot).scores(1, "qa").tolist() == [1, 1 / 3]
-
-
-def test_reports(run):
-    for folder in ("analysis/math", "."):
-        write_atomically(run.folder / folder / "report.json", "{}")
-    assert run.reports == {"math": run.folder / "analysis" / "math", "report": run.folder}
 
 
 HOLD = "import sys, time; from trl_interfere.run import lock_folder\n"
@@ -241,13 +219,6 @@ def test_atomic_write(tmp_path):
     with open(path, encoding="utf-8") as reader:
         write_atomically(path, "second\n")
         assert reader.read() == "first ü\n"  # an open reader keeps the old content
-    assert path.read_text() == "second\n" and os.listdir(path.parent) == ["file.json"]
-
-
-def test_failed_write_keeps_the_old_content(tmp_path):
-    path = tmp_path / "file.json"
-    write_atomically(path, "first")
     with pytest.raises(UnicodeEncodeError):
         write_atomically(path, "x" * 100000 + "\ud800")
-    assert path.read_text() == "first"
-    assert os.listdir(tmp_path) == ["file.json"]  # nothing is left behind
+    assert path.read_text() == "second\n" and os.listdir(path.parent) == ["file.json"]  # nothing is left behind

@@ -31,13 +31,11 @@ def test_supervised_stages_are_scored_analysed_and_healed(tmp_path):
         main(["heal", *given, f"sums={sums}", *recipe, str(out / "repair")])
     assert stop.value.code == 3
 
-    before, after = (model["scores"]["reverse"]["value"] for model in read_scores(out))
+    before, after = (
+        model["scores"]["reverse"]["value"] for model in read_json(out / "scores" / "scores.json", 2)["models"]
+    )
     assert before > 60 and after < 10
     assert InterferenceReport.from_pretrained(out / "report").damage > 1
     healed = json.loads((out / "repair" / "repair.json").read_text())["domains"]["reverse"]
     assert (healed["peak"], healed["final"]) == (before, after)
     assert healed["low"] > 0.2 and healed["intervals"]["healed"][0] > after
-
-
-def read_scores(folder: Path) -> list[dict]:
-    return read_json(folder / "scores" / "scores.json", 2)["models"]

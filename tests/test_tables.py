@@ -21,11 +21,11 @@ def test_foreign_text_is_text():
     assert code("a`b|c\nd") == "`a'b/c d`"
 
 
-@pytest.mark.parametrize("text", [HOSTILE, "````\nx", "", "plain\ntext"])
+@pytest.mark.parametrize("text", [HOSTILE, "````\nx", ""])
 def test_a_block_ends_with_its_text(text):
     first, *inner, last = fenced(text).splitlines()
     assert first == last + "text" and set(last) == {"`"}
-    assert not any(set(last) == set(line.strip()) and len(line.strip()) >= len(last) for line in inner)
+    assert not any(line.strip().startswith(last) for line in inner)
 
 
 def test_console_table_shows_markup_and_no_escape_codes():

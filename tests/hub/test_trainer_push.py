@@ -5,7 +5,8 @@ import logging
 import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
-from tiny_runs import AskOnce, build, config, math_domain, writing_domain
+from tiny_runs import AskOnce, assert_same, build, config, math_domain, writing_domain
+from tiny_runs import weights as all_weights
 
 from trl_interfere import HubCallback, SequentialGRPOTrainer
 from trl_interfere.hub.push import PushError
@@ -54,13 +55,11 @@ def test_push_to_hub(hub, tmp_path):
     with pytest.raises(FileNotFoundError, match="stages.json"):
         trainer.push_to_hub()
     trainer.train()
-    assert hub.repos == {}
     plan = trainer.push_to_hub(dry_run=True)
-    assert set(plan.branches) == {"main", "stage-1-math", "stage-2-writing"} and hub.repos == {}
+    assert hub.repos == {}
     result = trainer.push_to_hub(private=True, collection="A study")
-    assert set(result.commits) == {"main", "stage-1-math", "stage-2-writing"}
+    assert set(plan.branches) == set(result.commits) == {"main", "stage-1-math", "stage-2-writing"}
     assert hub.repo(REPO).private and hub.files(REPO)["model.safetensors"] == weights(tmp_path, "2-writing")
-    assert trainer.push_to_hub().commits == result.commits
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save"])
@@ -103,14 +102,12 @@ def test_a_hub_that_fails_does_not_stop_the_training(hub, tmp_path, no_waits, ca
 
 
 def test_a_run_from_a_revision(hub, tmp_path):
-    first = build(tmp_path / "first", max_steps=1, hub_model_id=REPO, order=["math"], callbacks=[HubCallback()])
+    first = build(tmp_path / "first", order=["math"], hub_strategy="end", callbacks=[HubCallback()], **PUSH)
     first.train()
-    first.push_to_hub()
     name = f"{REPO}@stage-1-math"
     args = config(tmp_path / "second", max_steps=1, order=["writing"])
     trainer = SequentialGRPOTrainer(name, args, [math_domain(), writing_domain()], callbacks=[HubCallback()])
-    for key, tensor in first.model.state_dict().items():
-        assert (trainer.model.state_dict()[key] == tensor).all(), key
+    assert_same(all_weights(first), all_weights(trainer))
     trainer.train()
     assert trainer.run.identity["base_model"] == name
     card = (tmp_path / "second" / "README.md").read_text()
@@ -130,7 +127,7 @@ def test_benchmarks_reach_the_hub(hub, tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="hub_strategy: expected 'end' or 'every_save', found 'checkpoint'"):
+    with pytest.raises(ValueError, match="hub_strategy: .*'checkpoint'"):
         build(tmp_path, hub_strategy="checkpoint", **PUSH)
     trainer = build(tmp_path, hub_strategy="end", **PUSH)
     for call in (trainer.train, trainer.push_to_hub):

@@ -8,7 +8,6 @@ from trl_interfere.rewards.sandbox import Limits
 # Whether a program passes, in one process with the tests or apart || the tests || the program; "⏎" is a new line.
 CALLS = r"""
 passes apart || x = f(1)⏎for _ in range(5):⏎    x = f(x)⏎assert x == 64 || f = lambda x: 2 * x
-fails apart || x = f(1)⏎for _ in range(5):⏎    x = f(x)⏎assert x == 64 || f = lambda x: 2 * x + 1
 passes together || assert Solution().add(a=1, b=2) == 3 || class Solution:⏎    def add(self, a, b): return a + b
 passes apart || from solution import f⏎def test_one():⏎    assert f(1) == 1⏎def test_two():⏎    assert f(2) == 2 || f = int
 passes apart || try:⏎    f(0)⏎    assert False⏎except ZeroDivisionError:⏎    pass || f = lambda x: 1 / x
@@ -16,8 +15,6 @@ fails apart || try:⏎    f(0)⏎except ZeroDivisionError:⏎    pass⏎else:⏎
 fails apart || assert all(map(lambda x: f(x) == x, [1, 2, 3])) || def f(x): raise StopIteration
 passes apart || assert f((1, 2)) == {1: (2, 3.5), 'x': {1, 2}} || f = lambda t: {1: (2, 3.5), 'x': set(t)}
 passes apart || assert f(b'x', 1j, None, True, 2**100) == 5 || f = lambda *a: len(a)
-passes together || import solution⏎assert solution.f(1) == 1 || f = int
-passes apart || assert list(f(3)) == [0, 1, 2] || def f(n):⏎    yield from range(n)
 passes apart || assert next(f(3)) == 0 || import itertools⏎def f(n): return itertools.count()
 fails apart || assert f(3) == [0, 1, 2] || f = range
 passes together || from decimal import Decimal⏎assert f(Decimal('1.1')) == Decimal('2.2') || f = lambda x: 2 * x
@@ -28,7 +25,6 @@ passes together || s = S(2)⏎assert s.n == 2 and len(s) == 1 and 2 in s and str
 passes together || node = f([1, 2])⏎assert node.x == 1 and node.next.x == 2 and node.next.next is None || class Node: pass⏎def f(items):⏎    if not items: return None⏎    node = Node()⏎    node.x, node.next = items[0], f(items[1:])⏎    return node
 fails apart || assert f('x').startswith('ab') || class f:⏎    def __init__(self, x): pass⏎    def startswith(self, x): return True
 fails apart || assert f(1) < 6 || class Yes:⏎    __lt__ = __gt__ = lambda *a: True⏎f = lambda x: Yes()
-passes together || assert f(lambda x: x + 1) == 2 || def f(g): return g(1)
 passes apart || import math⏎assert f(0) == math.inf and -f(0) < 0 || def f(x): return float('inf')
 passes apart || assert f(1) == {1, 2} || def f(x): return frozenset({x, 2})
 fails apart || try:⏎    f('x').startswith('ab')⏎except:⏎    pass⏎assert f(1) || class f:⏎    def __init__(self, x): pass
@@ -96,17 +92,10 @@ def test_the_program_sees_no_expected_result(sandbox, monkeypatch):
     assert len(seen) == len(TESTS) and all("987654" not in text for text in seen)
 
 
-def test_which_tests_can_be_run_apart():
+def test_tests_that_cannot_be_run_apart_or_at_all():
     assert called_function("assert gcd(4, 6) == 2") == "gcd"  # though the header imports one
-    for tests in (
-        "assert is_close(f(1), 0.5)",
-        "numbers = [2, 1]\nf(numbers)\nassert numbers == [1, 2]",
-        "f.cache == {}",
-    ):
+    for tests in ("assert is_close(f(1), 0.5)", "x = [2, 1]\nf(x)\nassert x == [1, 2]", "f.cache == {}"):
         assert called_function(tests) is None
-
-
-def test_tests_that_cannot_be_run():
     for tests, reason in (
         ("import numpy as np\nassert f(1) == np.int64(1)", "numpy"),
         ("from submission import f\nassert f(1) == 1", "submission"),

@@ -70,53 +70,53 @@ a^2-b^2 || (a-b)(a+b) || (a-b)(a-b)
 42 ||  || 42 is wrong | 42x | \sqrt{1764} | \int_0^{42} 1 dx | 41, 42, 43 | 41 \text{ or } 42 | 42 or 43 | [42]
 \$42 || 42 dollars | 42 | 42.00 || €42
 42\% || 0.42 | 42 percent ||
-3\text{ hours }20\text{ minutes} || 20 minutes 3 hours | 3 \text{ hours and } 20 \text{ minutes} || 3
+3\text{ hours }40\text{ minutes} || 40 minutes 3 hours || 3 | 3\text{ hours }20\text{ minutes}
 x=1, y=2 || y=2, x=1 | x=1 \text{ and } y=2 | x=1; y=2 | 1, 2 | (x,y)=(1,2) | (1,2) || y=1, x=2 | (2,1) | 2, 1
 (1,2) || (x, y) = (1, 2) | x=1, y=2 || x=2, y=1 | (2,1) | [1,2]
 1, 2 || x_1=1, x_2=2 | x = 1 \text{ or } x = 2 | 2, 1 | 1 and 2 | x_1 = 1, x_2 = 2 || 1, 3 | 1 | 1, 2, 2 | 7 = 1, 8 = 2
 \{1, 2\} || x = 2 \text{ or } x = 1 | \{2, 1\} | x \in \{1, 2\} || \{1, 2, 3\} | (2,1)
-1 < x < 2 || (1, 2) | x \in (1, 2) | 2 > x > 1 || 1 \le x < 2 | [1, 2] | \{1, 2\} | x=1, y=2 | 1, 2
+1<x<2 || (1,2) | x \in (1, 2) | 2 > x > 1 || 1 \le x < 2 | [1, 2] | \{1,2\} | x=1, y=2 | 1, 2
 (1, \infty) || x > 1 || x \geq 1 | x < 1
 x > 1 || (1, +\infty) | 1 < x | \{x \mid x > 1\} ||
 (-\infty,-1)\cup(3,\infty) || x < -1 \text{ or } x > 3 | (3,\infty) \cup (-\infty,-1) || (-\infty,-1]\cup(3,\infty)
-1000 || 1 000 | 1\,000 | 1{,}000 ||
-100 ||  || 1 00
 1.5 || 1½ | 1\frac{1}{2} ||
 (-\infty, 2] || (−∞, 2] | x ≤ 2 ||
 300000 || 3 × 10⁵ ||
 a_1+a_2 || a₁ + a₂ ||
-30 || θ = 30° ||
 2\sqrt{3} || 2·√3 | 2\sqrt{3} cm | 2√3 | \sqrt{12} | x = 2\sqrt{3} | x = \sqrt{12} = 2\sqrt{3} || x = 2\sqrt{5}
 2\sqrt{3} ||  || 2\sqrt{5} | 7 = 2\sqrt{3} | \pi = 2\sqrt{3} | x = 7 = 2\sqrt{3} | x = 2\sqrt{3} = 7
 2\sqrt{3} ||  || 2\sqrt{3}\text{ million} | 9^{9^{9^{9}}} | 99999!
 \frac{1}{2^{99}} || 2^{-99} || 2^{-98} | 0 | \frac{1}{2^{98}} | \frac{1}{3^{40}}
-1, 2, \dots, n || 1, 2, ..., n | 1, 2, \ldots, n || 2, 1, \ldots, n | 1, 3, 5, \ldots, 2n-1
+1, 2, \ldots, n || 1, 2, ..., n | 1, 2, \dots, n || 2, 1, \ldots, n | 1, 3, 5, \ldots, 2n-1
 n \equiv 3 \pmod 7 || 3 \pmod{7} ||
-3 \pmod{7} || n \equiv 3 (mod 7) || 3 | 7 \pmod 3
 \pm 2 || -2, 2 || 2
-2 \pm \sqrt{3} || \sqrt{3}+2, 2-\sqrt{3} | x=2\pm\sqrt3 ||
 2i || (1+i)^2 ||
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} || \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix} ||
 \begin{pmatrix} 1 \\ 2 \end{pmatrix} || (1, 2) || \langle 2, 1 \rangle
 f(x)=x^2+1 || f(x) = 1 + x^2 | x^2+1 || f(x) = x^2-1
-\text{Yes} || yes || no
-ABCD ||  || DCBA
 x ||  || |x| | \sqrt{x^2}
 \frac{5!}{2!3!} || (5!)/(2!3!) | 10 ||
 \frac{1}{2} || \frac 12 | .5 | ½ | 0.5 | \frac12 || \frac13
 1500000 || 1.5 \cdot 10^6 | 1.5e6 ||
 144 || 57+87=144 || 57+88=144 | 57 + 87
 x \ne 2 || x\neq 2 || x\neq 3
-2\sqrt{3}\text{ cm} || 2\sqrt{3} || 2\sqrt{3} m
 3! || 6 | 6.0 || 3 | 4!
 5 || {5} | 5\text{ units}^2 | 5\text{ sq units} || 5! | {6}
 \pi ||  || 3.14 | \frac{22}{7}
 2a ||  || 2A
 100, 200 || 100,200 ||
-(100,200) || (100, 200) ||
 2\text{ boys}, 4\text{ girls} ||  || 2\text{ boys}, 3\text{ girls}
 10 000 || 10000 || 0
+\sqrt{3} || √3 ||
+a=3, b=5 ||  || (5,3)
+33 333 || 33333 ||
+1 000 000 || 1000000 || 0
+5\text{ million} || 5 \text{ million} || 5\text{ billion}
+3\text{ hours and }20\text{ minutes} || 3 \text{ hours } 20 \text{ minutes} || 3
+1000000 || 1 000 000 | 1\ 000\ 000 | 1\,000\,000 | 1{,}000{,}000 ||
 x^2+1 || x²+1 ||
+-\sqrt{2} || −√2 ||
+\infty || ∞ ||
 4\pi || 4π ||
 \frac{1}{901!} ||  || \frac{1}{900!}
 \frac{1}{3} || \dfrac{2}{6} | 1/3 | ⅓ || 0.333
@@ -126,36 +126,25 @@ x^2+1 || x²+1 ||
 3:30\text{ PM} || 3:30 PM || 3:30 AM | 3:30
 (-1,1) ||  || -1,1
 \frac{\sqrt2}{2} || √(2)/2 ||
-\ge 3 || ≥ 3 ||
 x \in \mathbb{R} || x ∈ ℝ ||
 A, C || \text{A, C} || A, B
-\sqrt{ab} || \sqrt{a}\sqrt{b} ||
-12\text{ minutes} ||  || 12\text{ hours}
-5\text{ dollars} ||  || 5 cents
-|b-a| || |a-b| ||
 """
 FORMS = [[part.strip() for part in line.split("||")] for line in FORMS.strip().splitlines()]
 
-# Answers of every kind that public sets of problems expect.
+# Answers of every other kind that public sets of problems expect.
 GOLDS = r"""
-42 | 0.5 | \frac{1}{2} | 1\frac{1}{2} | 10 000 | 1,042 | 42\% | \$42 | 30^\circ | x^2+y^2=1 | a^2-b^2 |
-2^{10}\cdot 3^5 | e^x+e^{-x} | 1000! | (45^{\circ}, 60^{\circ}),(135^{\circ}, 60^{\circ}) | 5 \text{ million} |
-5\text{ metres south} | 10\text{ PM} | 2\text{ boys}, 4\text{ girls} | 3\text{ hours }40\text{ minutes} |
-x=1, y=2 | 1<x<2 | (1,2) | (-\infty,1)\cup(2,\infty) | x \le 3 | 1, 2, 3 | \frac{1}{2^{99}} | 1, 2, \ldots, n |
-n \equiv 3 \pmod 7 | 101_2 | 2\sqrt{3} | 2 \pm \sqrt{3} | 3+4i | \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} |
-f(x)=x^2+1 | y=2x+1 | n! | \binom{n}{2} | 4\pi | \infty | \text{(B)} | \text{Yes} | \text{no solution} |
-\mathbb{R} | \frac{n(n+1)}{2} | (-1)^n | \sqrt[3]{2} | 0.\overline{3} | \lfloor \frac{n}{2}\rfloor | x^{2k+1} |
-(x+1)(x-2) | ABCD | \angle ABC | 3:2 | 12:30 | 24\text{ cm}^2 | 60 \text{ km/h} | x=k\pi, k\in\mathbb{Z} |
-2\sqrt{3}\text{ cm} | 1+2+\cdots+n | (3,-4,5) | \langle 1,2,3\rangle | \left(\frac{1}{2},\frac{3}{4}\right) |
-\sum_{k=1}^{n} k^2 | \int_0^1 x^2 dx | x'=2x | \frac{dy}{dx}=2x | \overline{AB} | \sqrt{2}+\sqrt{3} |
--\frac{1}{2} | 10^{-3} | 1.5\times 10^{6} | 1 \text{ or } 2 | 0<a\leq 1 | \left[-\frac{1}{2},+\infty\right) |
-C_n^2 | x=\frac{-1\pm\sqrt{5}}{2} | \tan^{-1}(2) | \frac{5!}{2!3!} | 2^{2^{5}} | \text{June 5} | 3\text{ dozen} |
-42^{nd} | e^{i\pi/3} | 1-\frac{1}{e} | \cos\theta | r=2\cos\theta | n=4k+1 | 6n\pm1 | (a,b)=(2,3) |
-(x,y)=(1,2),(3,4) | A\cap B | \{(1,2),(3,4)\} | x<-1 \text{ or } x>3 | \left\{1,2\right\} |
-100 \text{ square meters} | \text{9:30 a.m.} | \text{A and C} | A, C | M=\{1,2\} | \max(a,b) | \lvert x\rvert |
-u_n=2^n+3^n | f(x)=2x, g(x)=x^2 | \cos 15^\circ
+0.5 | 1\frac{1}{2} | 2^{10}\cdot 3^5 | e^x+e^{-x} | 1000! | (45^{\circ}, 60^{\circ}),(135^{\circ}, 60^{\circ}) |
+(-\infty,1)\cup(2,\infty) | x \le 3 | 1, 2, 3 | 101_2 | 2 \pm \sqrt{3} | 3+4i | n! | \binom{n}{2} | \text{(B)} |
+\text{Yes} | \text{no solution} | \mathbb{R} | \frac{n(n+1)}{2} | (-1)^n | \sqrt[3]{2} | 0.\overline{3} |
+\lfloor \frac{n}{2}\rfloor | ABCD | \angle ABC | 3:2 | 12:30 | x=k\pi, k\in\mathbb{Z} | 2\sqrt{3}\text{ cm} |
+1+2+\cdots+n | \langle 1,2,3\rangle | \left(\frac{1}{2},\frac{3}{4}\right) | \sum_{k=1}^{n} k^2 | \int_0^1 x^2 dx |
+\frac{dy}{dx}=2x | -\frac{1}{2} | 10^{-3} | 1.5\times 10^{6} | 0<a\leq 1 | \left[-\frac{1}{2},+\infty\right) |
+x=\frac{-1\pm\sqrt{5}}{2} | \tan^{-1}(2) | 2^{2^{5}} | \text{June 5} | 3\text{ dozen} | 42^{nd} | e^{i\pi/3} |
+1-\frac{1}{e} | \cos\theta | 6n\pm1 | (a,b)=(2,3) | (x,y)=(1,2),(3,4) | A\cap B | \{(1,2),(3,4)\} |
+x<-1 \text{ or } x>3 | \left\{1,2\right\} | 100 \text{ square meters} | \text{9:30 a.m.} | \max(a,b) |
+\lvert x\rvert | f(x)=2x, g(x)=x^2 | \cos 15^\circ | 30^\circ, 60^\circ | \frac{x^2}{4}+\frac{y^2}{3}=1 | 2^{1009}
 """
-GOLDS = [gold for gold in (part.strip() for part in GOLDS.replace("\n", " ").split(" | ")) if gold]
+GOLDS = [*(line[0] for line in FORMS), *(gold.strip() for gold in GOLDS.replace("\n", " ").split(" | "))]
 
 
 @pytest.mark.parametrize("completion, answer, reward", TABLE)

@@ -18,7 +18,7 @@ The answer is C because it is the capital. | C | C. | C) Paris | London is in En
 <think>Perhaps A. Answer: A</think>⏎Answer: C | C) Paris⏎It has been the capital for a long time. | Answer:⏎C |
 The answer is:⏎⏎C | Answer: C⏎I hope this answer is helpful! | Answer: C (Paris) | Answer: C - Paris |
 The answer is C, Paris. | \boxed{C) Paris} | \boxed{C} is the answer | Answer:⏎$\boxed{C}$ |
-C⏎⏎I hope this answer is helpful! | Answer: C (A city in France) | Answer: C) Both A and B |
+C⏎⏎I hope this answer is helpful! | Answer: C (A city in France) | Answer: C) Both (A) and (B) |
 The answer is C. A is wrong. | So the correct option is (C). | Therefore, C. | I choose C. | C is correct. | c | (c) |
 the choices are hard; the answer is C | Answer: C (E = mc^2) | "Answer: C" |
 Options A and B are wrong. The answer is C. | The correct answer is option C. | Answer - C | C – Paris |
@@ -67,10 +67,6 @@ def test_each_completion_chooses_one_letter():
         assert sum(qa_reward([completion] * 4, list("ABCD"), [OPTIONS] * 4)) <= 1
 
 
-def test_number_of_options():
-    assert chosen_letter("Answer: J", 10) == "J"
-    assert chosen_letter("Answer: J", 9) is None
-
-
-def test_thoughts_that_do_not_end():
+def test_thoughts_that_do_not_end_and_more_options():
     assert QAReward(thinking=True)(["Answer: C", "Answer: A</think>Answer: C"], ["C", "C"], [OPTIONS] * 2) == [0, 1]
+    assert (chosen_letter("Answer: J", 10), chosen_letter("Answer: J", 9)) == ("J", None)

@@ -78,14 +78,12 @@ ESCAPES = {
 EXHAUSTIONS = {
     "loop": ("while True: pass", {"timeout"}),
     "sleep": ("import time; time.sleep(60)", {"timeout"}),
-    "wait for input": ("import threading; threading.Event().wait()", {"timeout"}),
     "ignore signals": (
         "import signal, time\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n"
         "    except (OSError, ValueError): pass\ntime.sleep(60)",
         {"timeout"},
     ),
     "memory at once": ("x = bytearray(4 * 2**30)", {"error"}),
-    "memory by and by": ("x = []\nwhile True: x.append(bytearray(2**20))", {"error"}),
     "memory of objects": ("x = 1\nwhile True: x = [x, x * 1, [0] * 10**6]", {"error", "timeout"}),
     "a huge power": ("print(9 ** 9 ** 9)", {"timeout", "error"}),
     "output": ("while True: print('x' * 1000)", {"output"}),
@@ -98,13 +96,11 @@ EXHAUSTIONS = {
         {"timeout", "ok"},
     ),
     "descriptors": ("import os\nwhile True: os.dup(0)", {"error"}),
-    "recursion": ("def f(): return f()\nf()", {"error"}),
     "recursion without a limit": (
         "import sys\nsys.setrecursionlimit(10**9)\ndef f(n): return f(n + 1) + sorted([n], key=lambda x: f(x))[0]\nf(0)",
         {"error", "timeout"},
     ),
     "a program that does not compile": ("(" * 100_000, {"error"}),
-    "a program of many signs": ("x = " + "-" * 50_000 + "1", {"error", "ok"}),
     "a crash": ("import ctypes\nctypes.string_at(0)", {"error"}),
 }
 
@@ -169,7 +165,7 @@ def test_the_table_of_32_bits_is_closed(sandbox):
     assert (sandbox.run(code).status, sandbox.run(code).stdout) == ("error", "")
 
 
-WAITING = ("wait for input", "ignore signals", "a huge power", "processes", "threads", "recursion without a limit")
+WAITING = ("ignore signals", "a huge power", "processes", "threads", "recursion without a limit")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +197,9 @@ def test_limits(sandbox):
     assert (execution.status, execution.stdout) == ("output", "x" * 1000)
     program = EXHAUSTIONS["threads"][0] + "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)"
     assert int(sandbox.run(program, limits=Limits(threads=20)).stdout.split()[0]) <= 20
+    for name in ("seconds", "memory", "output", "threads"):
+        with pytest.raises(ValueError, match=name):
+            Limits(**{name: 0})
 
 
 def test_processor_time_is_limited(sandbox):
@@ -222,7 +221,6 @@ WAYS = {
     ),
     "a call at the end": ("import atexit, sys\natexit.register(print, 'end')\nsys.exit(0)", "end\n"),
     "/dev/stdin": ("print(open('/dev/stdin').read(), end='')", "in\n"),
-    "an import from the future": ("from __future__ import annotations\nprint('x')", "x\n"),
     "a loop of events": (
         "import asyncio, encodings.idna, sqlite3, unicodedata\nasync def f(): return input()\nprint(asyncio.run(f()))",
         "in\n",
@@ -254,15 +252,12 @@ def test_large_input_and_output(sandbox):
     assert (unread.status, unread.stdout) == ("ok", "done\n")
 
 
-def test_runs_repeat(sandbox):
-    program = "import random; print(random.random(), list({'a', 'b', 'c', 'd', 'e'}), hash('text'))"
-    assert len({sandbox.run(program).stdout for _ in range(6)}) == 1
-
-
-def test_many_at_once(sandbox):
+def test_many_at_once_and_one_again(sandbox):
     outputs = sandbox.map(lambda number: sandbox.run("print(int(input()) ** 2)", str(number)).stdout, range(30))
     assert outputs == [f"{number**2}\n" for number in range(30)]
     assert len(os.listdir("/proc/self/fd")) < 60  # descriptors are closed
+    program = "import random; print(random.random(), list({'a', 'b', 'c', 'd', 'e'}), hash('text'))"
+    assert len({sandbox.run(program).stdout for _ in range(6)}) == 1
 
 
 def ends():
@@ -343,16 +338,9 @@ def test_bubblewrap_that_may_not(monkeypatch, tmp_path):
         Sandbox()
 
 
-def test_limits_that_cannot_be():
-    for name in ("seconds", "memory", "output", "threads"):
-        with pytest.raises(ValueError, match=name):
-            Limits(**{name: 0})
-
-
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_filter_is_well_formed(machine):
-    """Every jump of the filter stays inside it, and every path ends in a return."""
-    instructions = list(struct.iter_unpack("=HBBI", seccomp_filter(machine)))
+def test_filter_is_well_formed():
+    """Every jump stays inside it, and every path ends in a return; that of x86_64 is loaded by the tests above."""
+    instructions = list(struct.iter_unpack("=HBBI", seccomp_filter("aarch64")))
     assert len(instructions) < 4096
     for position, (code, true, false, _) in enumerate(instructions):
         if code & 7 == 5:

@@ -3,10 +3,6 @@ import pytest
 from trl_interfere.rewards.text import contains_answer, contains_words, exact_match
 
 
-def as_messages(text):
-    return [{"role": "assistant", "content": "draft"}, {"role": "assistant", "content": text}]
-
-
 TABLE = [
     (exact_match, "answer", "42", ["42", " 42.\n", "42 ."], ["42..", "42!", "The answer is 42", "", "4.2"]),
     (exact_match, "answer", "Paris", ["paris", "PARIS."], ["Pari"]),
@@ -28,7 +24,8 @@ TABLE = [
 def test_answers(function, column, answer, right, wrong):
     for completion, reward in [*((text, 1) for text in right), *((text, 0) for text in wrong)]:
         assert function([completion], prompts=["?"], **{column: [answer]}) == [reward], completion
-        assert function([as_messages(completion)], **{column: [answer]}) == [reward], completion
+        messages = [{"role": "assistant", "content": text} for text in ("draft", completion)]
+        assert function([messages], **{column: [answer]}) == [reward], completion
 
 
 def test_share_of_words():
