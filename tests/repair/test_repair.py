@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from test_models import lora
 from tiny_checkpoints import ROWS, domains, fit, load, references, save
 from transformers import AutoModelForCausalLM
 
@@ -22,16 +23,9 @@ IDS = torch.tensor([ROWS["math"][0]])
 
 
 def add_adapter(base, folder, seed, **settings):
-    """Save a random adapter of a model, and return the merged model."""
-    settings = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} | settings
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    adapted.save_pretrained(folder)
-    return adapted.merge_and_unload()
+    torch.manual_seed(seed)
+    settings = {"lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} | settings
+    return lora(AutoModelForCausalLM.from_pretrained(base), folder, **settings)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -177,13 +171,11 @@ def test_bad_input(tmp_path):
         ({"weights": {"sums": 1.0}}, "weights: .*'sums'"),
         ({"weights": {"math": -1.0}}, r"weights\['math'\]"),
         ({"references": references({"math": ROWS["math"], "code": ROWS["code"]})}, "domain 'qa': expected references"),
-        ({"references": references(ROWS | {"qa": []})}, "domain 'qa': expected references"),
         ({"references": None}, "final: expected the files of a tokenizer"),
         ({"rank": 0}, "rank"),
         ({"ridge": 0.0}, "ridge"),
         ({"modules": "linear"}, "modules: .*'linear'"),
         ({"modules": ["query"]}, r"modules: .*\['query'\]"),
-        ({"dtype": "int8"}, "dtype: .*'int8'"),
     ):
         call = {"peaks": {"math": math}, "references": references(), **arguments}
         places = {name: call.pop(name) for name in ("peaks", "references")}
