@@ -50,11 +50,9 @@ def test_routers_that_switch_experts(family, seed, make_model, moved, make_domai
     experts = "num_local_experts" if family == "phimoe" else "num_experts"
     before = make_model(family, seed=seed, num_experts_per_tok=2, **{experts: 8})
     after = moved(before, scale=0.05, seed=seed)
-    domain = make_domain("math")
-    config = replace(CONFIG, subspace_size=2, quadrature_nodes=24 if family == "phimoe" else 12)
-    analyzer = InterferenceAnalyzer(before, after, tokenizer, config=config)
-    report = analyzer.analyze(domain, make_domain("qa", prompts=["ab?"]))
-    references = analyzer.references(domain, [])["math"]
+    nodes = 24 if family == "phimoe" else 12
+    report, analyzer = analyze(before, after, make_domain, tokenizer, subspace_size=2, quadrature_nodes=nodes)
+    references = analyzer.references(make_domain("math"), [])["math"]
     sequences = list(zip(references.prompts, references.completions, strict=True))
     _, second, damage = dense_figures(before, after, sequences)
     assert report.damage == pytest.approx(damage, rel=1e-9)
