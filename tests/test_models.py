@@ -22,7 +22,7 @@ NESTED = {
 
 def lora(model, folder, **settings):
     """Save a random adapter of the model, and return the model that PEFT merges."""
-    adapted = get_peft_model(model, LoraConfig(r=2, **settings))
+    adapted = get_peft_model(model, LoraConfig(**{"r": 2, **settings}))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:

@@ -1,9 +1,10 @@
+import copy
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from test_models import NESTED, lora, nested_config
+from test_models import NESTED, lora
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from trl_interfere.analysis.analyzer import InterferenceAnalyzer
@@ -69,16 +70,13 @@ def test_descriptions_that_miss_something(xglm, model, change, message):
     RouteMap(model.config, xglm).check([name for name, _ in model.named_parameters()], "xglm")
 
 
-def test_a_description_of_the_names_in_memory_alone(make_model, moved, tokenizer, tmp_path):
-    before = make_model("mixtral", dtype=torch.float32)
-    for name, part in (("before", before), ("after", moved(before))):
-        part.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    known = ARCHITECTURES["mixtral"]
+def test_a_description_of_the_names_in_memory_alone(make_model):
+    model, known = make_model("mixtral"), ARCHITECTURES["mixtral"]
     tensors = {name: slices for name, slices in known.tensors.items() if "block_sparse_moe" not in name}
-    description = Architecture(tensors, known.counts, known.experts)
+    route_map = RouteMap(model.config, Architecture(tensors, known.counts, known.experts))
+    on_disk = [f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(2) for part in "qkvo"]
     with pytest.raises(ValueError, match="on disk: expected tensors through which the mlp routes of layer 0 read"):
-        InterferenceAnalyzer.from_pretrained(tmp_path / "before", tmp_path / "after", description=description)
+        route_map.check([name for name, _ in model.named_parameters()], "mixtral", on_disk)
 
 
 def test_nested_models_have_the_map_of_their_language_model():
@@ -91,7 +89,8 @@ def test_nested_models_have_the_map_of_their_language_model():
 @pytest.mark.parametrize("family", NESTED)
 def test_analysis_of_nested_models(family, moved, make_domain, tokenizer):
     torch.manual_seed(0)
-    before = AutoModelForImageTextToText.from_config(nested_config(family)).eval()
+    config = AutoConfig.for_model(family, **copy.deepcopy(NESTED[family]))
+    before = AutoModelForImageTextToText.from_config(config).eval()
     report = InterferenceAnalyzer(before, moved(before, 1e-3), tokenizer, config=CONFIG).analyze(
         make_domain("math"), make_domain("qa", prompts=["ab?"])
     )

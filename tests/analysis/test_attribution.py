@@ -12,7 +12,6 @@ from trl_interfere.analysis.attribution import (
     first_order,
     norm,
     second_order,
-    second_order_error,
 )
 from trl_interfere.analysis.routes import RouteMap
 
@@ -63,22 +62,6 @@ def test_attribution_against_midpoints(update, sequences, make_batches, token_lo
     assert residuals[4] < 1e-3 * abs(damage) and residuals[8] < 1e-6 * abs(damage)
 
 
-@pytest.mark.parametrize("route", [5, 17, 25, 33])
-def test_an_update_of_one_route_is_attributed_to_it(
-    route, make_model, moved, owned_slices, sequences, make_batches, token_loss
-):
-    model = make_model()
-    after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    target = dict(moved(model, scale=0.1).named_parameters())
-    for name, index in owned_slices(model)[route][3]:
-        after[name][index] = target[name].detach()[index]
-    damage = (token_loss(model, sequences, after) - token_loss(model, sequences)).item()
-    terms = attribution(UpdatePath(model, after), make_batches(sequences), RouteMap(model.config), nodes=8)
-    assert abs(damage) > 1e-4
-    assert terms.routes[route] == pytest.approx(damage, rel=1e-5)
-    assert np.count_nonzero(terms.routes) == 1 and terms.outside == 0
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_update_path(dtype, make_model, moved):
     model = make_model(dtype=dtype)
@@ -115,24 +98,15 @@ def test_products_and_norms_of_half_precision(make_model, moved, dense_sums):
 def test_step_by_rule(dtype, scale, make_model):
     model = make_model(dtype=dtype)
     path = UpdatePath(model, {name: (1 + scale) * p.detach() for name, p in model.named_parameters()})
-    size = sum((p.detach().double() ** 2).sum().item() for p in model.parameters()) ** 0.5
-    update = sum((path.delta[name].double() ** 2).sum().item() for name in path.delta) ** 0.5
+    size, update = (
+        sum((part[n].double() ** 2).sum().item() for n in part) ** 0.5 for part in (path.start, path.delta)
+    )
     if update == 0:
         with pytest.raises(ValueError, match="expected parameters that differ"):
             difference_step(path)
     else:
         rounding = {torch.bfloat16: 2**-7}.get(dtype, 2**-23)
         assert difference_step(path) == pytest.approx(min(1, (rounding * size / update) ** (1 / 3)), rel=1e-6)
-
-
-@pytest.mark.parametrize("step", [0.4, 0.1, 0.03])
-def test_error_of_the_second_order(step, make_model, moved, sequences, make_batches):
-    model = make_model("llama")
-    path = UpdatePath(model, dict(moved(model).named_parameters()))
-    route_map, batches = RouteMap(model.config), make_batches(sequences)
-    exact = second_order(path, batches, route_map, 1e-4).total
-    error = abs(second_order(path, batches, route_map, step).total / exact - 1)
-    assert error < second_order_error(path, batches, route_map, step) < 6 * error  # 4 - 1/16 times the truncation
 
 
 # Largest relative errors that the rounding of parameters, activations and gradients costs, by data type: of the total

@@ -65,37 +65,28 @@ def test_zero_gradients_have_no_cosine():
 
 
 NAMES = ("model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
+ZERO = {name: np.zeros((7, 3)) for name in NAMES}
 
 
 def noisy(mean, scale, rng):
     return {name: torch.tensor(mean[name] + scale * rng.normal(size=mean[name].shape)) for name in NAMES}
 
 
-def test_all_pairs_from_one_gradient_per_domain():
+@pytest.mark.parametrize("chunk", [5, 2**20])
+def test_all_pairs_from_one_gradient_per_domain(chunk, monkeypatch):
+    monkeypatch.setattr("trl_interfere.analysis.cosines._CHUNK", chunk)
     rng = np.random.default_rng(0)
-    zero = {name: np.zeros((7, 3)) for name in NAMES}
-    halves = {domain: [noisy(zero, 1, rng), noisy(zero, 1, rng)] for domain in ("a", "b", "c", "d")}
+    halves = {domain: [noisy(ZERO, 1, rng), noisy(ZERO, 1, rng)] for domain in "abcd"}
     products = GradientProducts(halves, LLAMA)
-    whole = {
-        domain: {name: first[name] + second[name] for name in NAMES} for domain, (first, second) in halves.items()
-    }
+    whole = {domain: sum(flat(half, NAMES) for half in pair) for domain, pair in halves.items()}
     matrix = products.pairs()
     assert [(first, second) for first, row in matrix.items() for second in row] == [*itertools.combinations("abcd", 2)]
     for first, second in itertools.combinations("abcd", 2):
-        expected = cosine(flat(whole[first], NAMES), flat(whole[second], NAMES))
+        expected = cosine(whole[first], whole[second])
         assert matrix[first][second] == pytest.approx(expected, rel=1e-10)
         assert products.cosines(second, first)["global"] == pytest.approx(expected, rel=1e-10)
-    mean = (flat(whole["b"], NAMES) + flat(whole["c"], NAMES)) / 2
-    expected = cosine(flat(whole["a"], NAMES), mean)
+    expected = cosine(whole["a"], (whole["b"] + whole["c"]) / 2)
     assert products.cosines("a", ["b", "c"])["global"] == pytest.approx(expected, rel=1e-10)
-
-
-def test_tensors_that_are_longer_than_a_chunk(monkeypatch):
-    monkeypatch.setattr("trl_interfere.analysis.cosines._CHUNK", 5)
-    rng = np.random.default_rng(0)
-    first, second = (noisy({name: np.zeros((7, 3)) for name in NAMES}, 1, rng) for _ in range(2))
-    expected = cosine(flat(first, NAMES), flat(second, NAMES))
-    assert cosines(first, second)["global"] == pytest.approx(expected, rel=1e-10)
 
 
 def test_half_precision_is_summed_in_float64():
@@ -139,11 +130,9 @@ def test_reliability_is_that_of_as_many_other_references(noise):
 
 def test_without_halves_there_is_no_interval():
     rng = np.random.default_rng(0)
-    zero = {name: np.zeros((2, 2)) for name in NAMES}
-    products = GradientProducts({"a": [noisy(zero, 1, rng)], "b": [noisy(zero, 1, rng), noisy(zero, 1, rng)]}, LLAMA)
-    assert products.cosines("a", "b")["global"] is not None and products.interval("a", "b") is None
-    assert products.reliability("a") is None and products.ceiling("a", "b") is None
-    empty = {name: torch.zeros(2, 2) for name in NAMES}
-    products = GradientProducts({"a": [empty, empty], "b": [noisy(zero, 1, rng), noisy(zero, 1, rng)]}, LLAMA)
-    assert products.interval("a", "b") is None and products.reliability("a") is None
+    halves, empty = [noisy(ZERO, 1, rng), noisy(ZERO, 1, rng)], {name: torch.zeros(7, 3) for name in NAMES}
+    products = GradientProducts({"a": halves[:1], "b": halves, "c": [empty, empty]}, LLAMA)
+    assert products.cosines("a", "b")["global"] is not None and products.ceiling("a", "b") is None
+    for domain in "ac":
+        assert products.interval(domain, "b") is None and products.reliability(domain) is None
     assert products.interval("b", "b", module="layers.0.mlp") is not None

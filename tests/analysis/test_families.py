@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES as DESCRIBED
-from conftest import FURTHER
+from architectures import ARCHITECTURES as DESCRIBED
+from architectures import FURTHER
 from safetensors.torch import load_file
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -140,7 +140,6 @@ def test_figures_against_autograd(family, make_model, moved, make_domain, tokeni
         "attribution": abs(report.residual / damage),
     }
     printed = report.second_order_error / abs(second)
-    print(f"{family:22}", "  ".join(f"{name} {error:.1e}" for name, error in errors.items()), f"printed {printed:.1e}")
     assert errors.pop("second order") < max(printed, 1e-6) < 0.05
     assert max(errors.values()) < (1e-3 if "ReLU" in str(before) else 1e-4), errors  # a kink is felt by the quadrature
     assert 0 < sum(report.outside_weights.values()) < 1

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 
 from trl_interfere.analysis.config import InterferenceConfig
-from trl_interfere.analysis.gradients import checkpointed, mean_gradient, mean_loss
+from trl_interfere.analysis.gradients import _has_room, checkpointed, mean_gradient, mean_loss
 from trl_interfere.analysis.objectives import ForwardKL, grpo
 from trl_interfere.analysis.references import References, collect_rollouts
 from trl_interfere.domain import Domain
@@ -116,3 +116,31 @@ def test_equal_rewards(make_model, make_domain, tokenizer):
     config = InterferenceConfig(num_generations=3, max_new_tokens=2)
     with pytest.raises(ValueError, match="'numbers': the 3 completions of each of 5 prompts have equal rewards"):
         collect_rollouts(make_model(), tokenizer, make_domain(), config)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_gradient_against_autograd_on_single_tokens(
+    family, batch_size, make_model, sequences, make_batches, token_loss
+):
+    model, reference = make_model(family), make_model(family)
+    _, first = mean_gradient(model, make_batches(sequences, batch_size))
+    loss, second = mean_gradient(model, make_batches(sequences, batch_size))  # that of an earlier call does not leak
+    expected_loss = token_loss(reference, sequences)
+    expected = torch.autograd.grad(expected_loss, list(reference.parameters()))
+    assert loss == pytest.approx(expected_loss.item(), rel=1e-12)
+    assert mean_loss(model, make_batches(sequences)) == pytest.approx(loss, rel=1e-12)
+    for gradient in (first, second):
+        assert list(gradient) == [name for name, _ in reference.named_parameters()]
+        torch.testing.assert_close(list(gradient.values()), list(expected), rtol=1e-9, atol=1e-12)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("total", "expected"), [(90, True), (84, False)])
+def test_the_next_pass_must_fit_beside_the_gradient(monkeypatch, total, expected):
+    # The gradient takes 10 of 30, and at its peak the pass took 44: 30 + 1.25 * 44 = 85.
+    memory = {"memory_allocated": 30, "max_memory_allocated": 64, "memory_reserved": 64}
+    for name, size in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - 64, total))
+    assert _has_room(torch.device("cuda:0"), held=20) is expected

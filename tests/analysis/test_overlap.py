@@ -13,15 +13,9 @@ KINDS = ("mlp", "query", "key_value")
 
 @pytest.fixture(scope="module")
 def route_map():
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=64,
-        intermediate_size=200,
-        num_hidden_layers=5,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-    )
-    return RouteMap(config)
+    sizes = {"hidden_size": 64, "intermediate_size": 200, "num_hidden_layers": 5}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    return RouteMap(AutoConfig.for_model("llama", **sizes, **heads))
 
 
 def jaccard(first, second):
@@ -93,10 +87,8 @@ def test_shuffles_within_layers_against_drawn_ones(route_map):
 
 
 def test_routes_that_did_not_change_are_no_top_routes(route_map):
-    first = np.zeros(route_map.num_routes)
-    second = first.copy()
-    first[[3, 7]] = 1
-    second[[7, 9]] = 1
+    first, second = np.zeros((2, route_map.num_routes))
+    first[[3, 7]] = second[[7, 9]] = 1
     results = overlaps(first, second, route_map)
     assert (results["mlp"]["first"], results["mlp"]["second"], results["mlp"]["common"]) == (2, 2, 1)
     assert results["mlp"]["value"] == pytest.approx(1 / 3)

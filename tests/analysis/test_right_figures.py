@@ -20,6 +20,11 @@ from trl_interfere.domain import Domain
 CONFIG = InterferenceConfig(reference="dataset", quadrature_nodes=12, batch_size=8)
 
 
+def analyze(before, after, make_domain, tokenizer, **settings):
+    analyzer = InterferenceAnalyzer(before, after, tokenizer, config=replace(CONFIG, **settings))
+    return analyzer.analyze(make_domain("math"), make_domain("qa", prompts=["ab?"])), analyzer
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_losses_of_half_precision_are_summed_in_float32(dtype, make_model, moved, sequences, make_batches):
     model, reference = (make_model("gemma2", dtype=dtype, seed=seed) for seed in (0, 1))
@@ -45,11 +50,9 @@ def test_routers_that_switch_experts(family, seed, make_model, moved, make_domai
     experts = "num_local_experts" if family == "phimoe" else "num_experts"
     before = make_model(family, seed=seed, num_experts_per_tok=2, **{experts: 8})
     after = moved(before, scale=0.05, seed=seed)
-    domain = make_domain("math")
-    config = replace(CONFIG, subspace_size=2, quadrature_nodes=24 if family == "phimoe" else 12)
-    analyzer = InterferenceAnalyzer(before, after, tokenizer, config=config)
-    report = analyzer.analyze(domain, make_domain("qa", prompts=["ab?"]))
-    references = analyzer.references(domain, [])["math"]
+    nodes = 24 if family == "phimoe" else 12
+    report, analyzer = analyze(before, after, make_domain, tokenizer, subspace_size=2, quadrature_nodes=nodes)
+    references = analyzer.references(make_domain("math"), [])["math"]
     sequences = list(zip(references.prompts, references.completions, strict=True))
     _, second, damage = dense_figures(before, after, sequences)
     assert report.damage == pytest.approx(damage, rel=1e-9)
@@ -71,9 +74,7 @@ def test_routing_is_free_again_afterwards(make_model, moved, make_domain, tokeni
     ids = torch.tensor([[4, 9, 13, 5, 20, 7]])
     expected = before(ids).logits
     before.set_experts_implementation("grouped_mm")  # which knows no float64: the analysis takes another
-    InterferenceAnalyzer(before, moved(before), tokenizer, config=CONFIG).analyze(
-        make_domain("math"), make_domain("qa", prompts=["ab?"])
-    )
+    analyze(before, moved(before), make_domain, tokenizer)
     assert torch.equal(before(ids).logits, expected)
 
 
@@ -84,8 +85,7 @@ def test_buffers_that_change_count_as_outside(family, buffer, make_model, make_d
     for name, tensor in after.named_buffers():
         if name.endswith(buffer):
             tensor += torch.linspace(0.1, 0.5, tensor.numel()).reshape(tensor.shape)
-    analyzer = InterferenceAnalyzer(before, after, tokenizer, config=CONFIG)
-    report = analyzer.analyze(make_domain("math"), make_domain("qa", prompts=["ab?"]))
+    report, analyzer = analyze(before, after, make_domain, tokenizer)
     batches = analyzer.batches(analyzer.references(make_domain("math"), []))["math"]
     assert report.damage == pytest.approx(mean_loss(after, batches) - mean_loss(before, batches), rel=1e-9)
     assert report.attributed == 0 and report.damage != 0
@@ -105,10 +105,7 @@ def test_a_subspace_where_nothing_but_embeddings_changed(make_model, make_domain
     after = copy.deepcopy(before)
     with torch.no_grad():
         after.get_input_embeddings().weight += 0.01
-    config = replace(CONFIG, subspace_size=2)
-    report = InterferenceAnalyzer(before, after, tokenizer, config=config).analyze(
-        make_domain("math"), make_domain("qa", prompts=["ab?"])
-    )
+    report, _ = analyze(before, after, make_domain, tokenizer, subspace_size=2)
     assert report.subspace["update"]["eigenvalues"] == [] and len(report.directions) == 0
 
 
@@ -167,9 +164,8 @@ def test_weights_that_are_not_finite_and_losses_that_overflow(make_model, moved,
     large = make_model("llama", dtype=torch.float16)
     with torch.no_grad():
         large.lm_head.weight.fill_(6e4)
-    analyzer = InterferenceAnalyzer(large, moved(large), tokenizer, config=CONFIG)
     with pytest.raises(ValueError, match="before: expected a finite loss on 'math', found (nan|inf) in float16"):
-        analyzer.analyze(make_domain("math"), make_domain("qa", prompts=["ab?"]))
+        analyze(large, moved(large), make_domain, tokenizer)
 
 
 def test_a_checkpoint_that_is_the_one_before(make_model, moved, tokenizer):

@@ -30,22 +30,18 @@ def test_what_routes_write_adds_up_to_the_output_of_the_module(architecture, mak
 
 
 @pytest.mark.parametrize(
-    "family, name, other",
+    "family, name, layers",
     [
-        ("gpt2", "h.1.attn.c_attn.weight", "transformer.h.1.attn.c_attn.weight"),
-        (
-            "gemma3",
-            "language_model.model.layers.1.mlp.up_proj.weight",
-            "model.language_model.layers.1.mlp.up_proj.weight",
-        ),
-        ("llama", "layers.1.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"),
-        ("llama", "base_model.model.model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
-        ("llama", "module.model.layers.0.mlp.up_proj.weight", "_orig_mod.model.layers.0.mlp.up_proj.weight"),
+        ("gpt2", "h.1.attn.c_attn.weight", "transformer.h."),
+        ("gemma3", "language_model.model.layers.1.mlp.up_proj.weight", "model.language_model.layers."),
+        ("llama", "layers.1.self_attn.o_proj.weight", "model.layers."),
+        ("llama", "base_model.model.model.layers.1.mlp.up_proj.weight", "_orig_mod.model.layers."),
+        ("llama", "module.model.layers.1.mlp.up_proj.weight", "model.layers."),
     ],
 )
-def test_other_names_of_the_same_tensor(family, name, other, make_model):
+def test_other_names_of_the_same_tensor(family, name, layers, make_model):
     route_map = RouteMap(make_model(family).config)
-    first, second = route_map.cut(name), route_map.cut(other)
+    first, second = route_map.cut(name), route_map.cut(layers + name[name.index("1.") :])
     assert first.axes == second.axes and np.array_equal(first.owners, second.owners)
 
 
@@ -85,16 +81,8 @@ def test_counts_by_layer(make_model):
     assert maps["gpt2-default-width"].counts["mlp"] == (64, 64)
     config = make_model("qwen3_next", mlp_only_layers=[0], shared_expert_intermediate_size=6).config
     assert RouteMap(config).counts["mlp"] == (12, 3 * 5 + 6)  # a dense layer has a width of its own
-
-
-def test_multi_head_attention_without_a_number_of_key_value_heads():
     config = AutoConfig.for_model("llama", hidden_size=16, num_attention_heads=4, num_key_value_heads=None)
     assert set(RouteMap(config).counts["key_value"]) == {4}
-
-
-def test_unknown_model_type():
-    with pytest.raises(ValueError, match="no route map for model type 'xglm', expected one of .*'gpt2'.*'qwen3_moe'"):
-        RouteMap(AutoConfig.for_model("xglm"))
 
 
 @pytest.mark.parametrize(
@@ -123,14 +111,7 @@ def test_description_that_names_a_setting_that_the_configuration_lacks():
         RouteMap(AutoConfig.for_model("llama"), description=description)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ((0, "mlp"), r"kinds: expected a tuple of some of \('mlp', .*\), found 'mlp'"),
-        ((0, ("value",)), r"found \('value',\)"),
-        ((1, ("mlp",), False, 1), r"experts_axis: expected an axis before 1, found 1"),
-    ],
-)
+@pytest.mark.parametrize("arguments, message", [((0, "mlp"), "kinds"), ((1, ("mlp",), False, 1), "experts_axis")])
 def test_slices_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match=message):
         Slices(*arguments)

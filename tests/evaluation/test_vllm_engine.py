@@ -15,10 +15,7 @@ from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.training.config import SequentialGRPOConfig
 
 
-without_vllm = pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
-
-
-@without_vllm
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_vllm_is_not_installed(tmp_path):
     domain = Domain("math", eval_dataset=Dataset.from_list([{"prompt": "1+1="}]), metric=lambda **kwargs: [1.0])
     settings = {field.name: field.default for field in fields(SequentialGRPOConfig)}

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from test_models import lora
 from tiny_checkpoints import ROWS, domains, fit, load, references, save
 from transformers import AutoModelForCausalLM
 
@@ -22,16 +23,9 @@ IDS = torch.tensor([ROWS["math"][0]])
 
 
 def add_adapter(base, folder, seed, **settings):
-    """Save a random adapter of a model, and return the merged model."""
-    settings = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} | settings
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    adapted.save_pretrained(folder)
-    return adapted.merge_and_unload()
+    torch.manual_seed(seed)
+    settings = {"lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} | settings
+    return lora(AutoModelForCausalLM.from_pretrained(base), folder, **settings)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -117,7 +111,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     for family in PARALLEL:
         save(tmp_path / family, family)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     result = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -177,13 +171,11 @@ def test_bad_input(tmp_path):
         ({"weights": {"sums": 1.0}}, "weights: .*'sums'"),
         ({"weights": {"math": -1.0}}, r"weights\['math'\]"),
         ({"references": references({"math": ROWS["math"], "code": ROWS["code"]})}, "domain 'qa': expected references"),
-        ({"references": references(ROWS | {"qa": []})}, "domain 'qa': expected references"),
         ({"references": None}, "final: expected the files of a tokenizer"),
         ({"rank": 0}, "rank"),
         ({"ridge": 0.0}, "ridge"),
         ({"modules": "linear"}, "modules: .*'linear'"),
         ({"modules": ["query"]}, r"modules: .*\['query'\]"),
-        ({"dtype": "int8"}, "dtype: .*'int8'"),
     ):
         call = {"peaks": {"math": math}, "references": references(), **arguments}
         places = {name: call.pop(name) for name in ("peaks", "references")}

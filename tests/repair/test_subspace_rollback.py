@@ -5,13 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import FAMILIES, ROWS, STREAMED, WIDTH, fit, load, references, save
-from transformers import AutoModelForCausalLM
+from tiny_checkpoints import FAMILIES, ROWS, WIDTH, fit, load, save
 
-from trl_interfere.checkpoint import Checkpoint
-from trl_interfere.repair import activation_moments
+from trl_interfere.repair import activation_moments, subspace_rollback
 from trl_interfere.repair.activation_moments import (
     ActivationMoments,
     Solution,
@@ -19,7 +16,7 @@ from trl_interfere.repair.activation_moments import (
     gram,
     random_dimension,
 )
-from trl_interfere.repair.block_stream import BlockStream, skeleton
+from trl_interfere.repair.block_stream import skeleton
 
 
 def matrix(module):
@@ -27,8 +24,8 @@ def matrix(module):
     return module.weight.T if type(module).__name__ == "Conv1D" else module.weight
 
 
-def seen(model, paths, ids=None, **inputs):
-    """What modules get and give in a forward pass over one sequence, or over a batch."""
+def seen(model, paths, ids):
+    """What modules get and give in a forward pass over one sequence."""
     found = {}
 
     def note(path, module, args, kwargs, output):
@@ -38,7 +35,7 @@ def seen(model, paths, ids=None, **inputs):
         for path in paths:
             hook = model.get_submodule(path).register_forward_hook(partial(note, path), with_kwargs=True)
             hooks.enter_context(hook)
-        model(**(inputs or {"input_ids": torch.tensor([ids])}))
+        model(input_ids=torch.tensor([ids]))
     return found
 
 
@@ -105,6 +102,7 @@ def heal_densely(folders, layers, rows=ROWS, ridge=0.01, rank=None, sequential=T
     blocks = max((m for m in healed.named_modules() if isinstance(m[1], torch.nn.ModuleList)), key=lambda m: len(m[1]))
     switched, numbers = [], range(len(blocks[1]))
     groups = [[f"{blocks[0]}.{number}.{name}" for name in names] for number in numbers for names in layers]
+    groups = [paths for paths in groups if paths[0] in dict(healed.named_modules())]
     given = {name: [seen(teachers[name], sum(groups, []), ids) for ids in found] for name, found in rows.items()}
     for paths in groups:
         gets = {name: [seen(healed, paths[:1], ids)[paths[0]][0] for ids in found] for name, found in rows.items()}
@@ -134,14 +132,17 @@ def assert_equal_weights(found, expected, tolerance=2e-6):
 
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_equal_least_squares_on_stacked_activations(tmp_path, family, rank):
-    folders = save(tmp_path, family)
-    experts = "experts" in str(FAMILIES[family][2])
+def test_layers_equal_least_squares_on_stacked_activations(tmp_path, monkeypatch, family, rank):
+    made = []
+    monkeypatch.setattr(subspace_rollback, "skeleton", lambda *given: made.append(skeleton(*given)) or made[0])
+    folders, layers = save(tmp_path, family), FAMILIES[family][2]
+    experts = ["mlp.experts"] in layers
     repair = fit(folders, rank=rank, dtype="float32" if experts else "float64")
-    expected, switched = heal_densely(folders, FAMILIES[family][2], rank=rank)
+    expected, switched = heal_densely(folders, layers, rank=rank)
     assert_equal_weights(repair.merge(load(folders["final"])), expected, 1e-4 if experts else 2e-6)
     assert repair.record["switched_tokens"] == (None if switched is None else pytest.approx(switched))
     assert (switched or 1) > 0
+    assert all(parameter.is_meta for parameter in made[0].parameters())  # no weights stay in memory
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
@@ -191,41 +192,16 @@ def test_modules_that_are_healed_and_what_stays(tmp_path):
 def test_an_expert_that_no_token_reaches_stays(tmp_path):
     folders = save(tmp_path, "qwen3-moe", num_experts=16, num_experts_per_tok=1)
     rows = {name: found[:1] for name, found in ROWS.items()}
-    repair = fit(folders, rows, dtype="float32", rank=4)
-    healed, final = repair.merge(load(folders["final"])), load(folders["final"])
-    used = torch.zeros(2, 16, dtype=torch.bool)
-    for name, (ids,) in rows.items():
-        teacher = load(folders.get(name, folders["final"]))
-        paths = [f"model.layers.{block}.mlp.experts" for block in range(2)]
-        for block, (arguments, _) in enumerate(seen(teacher, paths, ids).values()):
-            used[block, arguments[1].flatten()] = True
-    assert used.any() and not used.all()
-    for block in range(2):
-        for name in ("gate_up_proj", "down_proj"):
-            name = f"model.layers.{block}.mlp.experts.{name}"
-            same = (healed.get_parameter(name) == final.get_parameter(name)).flatten(1).all(1)
-            assert torch.equal(same, ~used[block])
+    healed = fit(folders, rows, dtype="float32", rank=4).merge(load(folders["final"]))
+    expected, _ = heal_densely(folders, FAMILIES["qwen3-moe"][2], rows, rank=4)
+    assert_equal_weights(healed, expected, 1e-4)
+    for name, value in load(folders["final"]).named_parameters():
+        if "mlp.experts" in name:
+            same, stays = ((model.get_parameter(name) == value).flatten(1).all(1) for model in (healed, expected))
+            assert torch.equal(same, stays) and same.any() and not same.all()
 
 
-@pytest.mark.parametrize("family", STREAMED)
-def test_blocks_one_at_a_time_compute_what_the_whole_model_does(tmp_path, family):
-    folder = save(tmp_path, family, names=("final",), shards="5KB", original=family != "qwen3-moe-mixed")["final"]
-    model, checkpoint = AutoModelForCausalLM.from_pretrained(folder).eval(), Checkpoint(folder)
-    # One of them is stored in another form than transformers holds it in.
-    assert any("experts.0." in name for name in checkpoint.tensors) == (family == "qwen3-moe")
-    stream = BlockStream(checkpoint, skeleton(checkpoint), torch.float32, PartialState().device)
-    batches = references()["math"].batches(3, 0, torch.device("cpu"))
-    for batch, entry in zip(batches, list(stream.entries(batches)), strict=True):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        [(_, expected)] = seen(model, stream.names[-1:], **inputs).values()
-        for index in range(len(stream.names)):
-            entry.hidden = entry.run(stream.block(index), index)
-        last = expected[0] if isinstance(expected, tuple) else expected
-        torch.testing.assert_close(entry.tokens(entry.hidden), entry.tokens(last), rtol=1e-5, atol=1e-5)
-    assert all(parameter.is_meta for parameter in stream.model.parameters())
-
-
-def test_sums_in_float64_are_needed(monkeypatch):
+def test_sums_are_in_float64(monkeypatch):
     # Spectra of activations reach 1e-8 of their mean; with a small ridge, such directions are solved for too.
     generator = torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=generator))[0]
@@ -238,18 +214,9 @@ def test_sums_in_float64_are_needed(monkeypatch):
     sums = ActivationMoments(WIDTH, 5)
     sums.add(inputs, outputs)
     sums.finish(reduce=False)
-    errors = []
-    in_float32 = (inputs.T @ inputs).double(), (outputs.float().T @ inputs).double()
-    for moments, cross in ((sums.moments, sums.cross), in_float32):
-        moments, cross = moments / 300, cross / 300
-        # Float32 leaves moments that are not even positive: what is solved with is the inverse, not the root.
-        ridge = 1e-9 * moments.diagonal().mean() * torch.eye(WIDTH)
-        found = weight + torch.linalg.solve(moments + ridge, (cross - weight @ moments).T).T
-        errors.append(float((found - expected).norm() / expected.norm()))
     solution = Solution(sums.moments / 300, 1e-9)
     change = solution.change((sums.cross - weight @ sums.moments) / 300)
     torch.testing.assert_close(weight + solution.weights(change), expected, rtol=1e-5, atol=1e-5)
-    assert errors[0] < 1e-5 and errors[1] > 0.1
 
 
 def test_effective_dimension_of_a_random_update():
