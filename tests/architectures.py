@@ -3,7 +3,8 @@
 CHARACTERS = " 0123456789+=?abcdefgh"
 VOCABULARY = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
 _HEAD = {"head_dim": 6}
-_EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 5}
+_OF_QWEN = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 5}
+_EXPERTS = _OF_QWEN | {"num_local_experts": 3}
 # Model type and settings: with and without biases, a head size of its own, tied and untied output layers.
 FAMILIES = {
     "qwen3": ("qwen3", _HEAD | {"tie_word_embeddings": True}),
@@ -15,7 +16,7 @@ FAMILIES = {
 # The others that the route map knows. Some of them compute parts in float32, or choose experts in jumps.
 ARCHITECTURES = {
     **FAMILIES,
-    "qwen3-moe": ("qwen3_moe", _HEAD | _EXPERTS | {"mlp_only_layers": [1]}),
+    "qwen3-moe": ("qwen3_moe", _HEAD | _OF_QWEN | {"mlp_only_layers": [1]}),
     "qwen3-moe-every-second": (
         "qwen3_moe",
         {"num_experts": 5, "num_experts_per_tok": 1, "moe_intermediate_size": 3, "decoder_sparse_step": 2},
