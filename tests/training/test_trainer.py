@@ -7,15 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from tiny_runs import (
-    AskOnce,
-    assert_same,
-    build,
-    math_domain,
-    text_reward,
-    weights,
-    writing_domain,
-)
+from tiny_runs import AskOnce, assert_same, build, math_domain, text_reward, weights, writing_domain
 from transformers import AutoModelForCausalLM
 
 from trl_interfere.lab import MODEL_FOLDER
