@@ -106,7 +106,6 @@ def test_bytes_of_adapters_and_data_types(plan, tmp_path):
 
 def test_runs_that_could_not_start(plan, tmp_path):
     for settings, message in (
-        ({"order": ["a", "c"]}, "order: unknown domain 'c'"),
         ({"domains": [domain("a", 3)], "generation_batch_size": 16}, "expected at least 4 prompts.* found 3"),
         ({"model": str(tmp_path)}, "model: .* is neither a folder with a config"),
         ({"peft": {"rank": 3}}, "unknown option 'rank'"),

@@ -17,8 +17,7 @@ def stage_record(index, kind, domain=None):
     return SimpleNamespace(kind=kind, domain=domain, name=f"{index}-{domain or kind}")
 
 
-def follow(progress: StageProgress, stages: list[tuple[Stage, int]], finished=()) -> None:
-    """The events of a run."""
+def follow(progress: StageProgress, stages: list[tuple[Stage, int]], finished: list) -> None:
     records = list(finished)
     for stage, steps in stages:
         progress.request_stage(records, None, schedule_finished=False)
@@ -39,26 +38,19 @@ def follow(progress: StageProgress, stages: list[tuple[Stage, int]], finished=()
 def test_stages_and_scores(terminal):
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, soft_wrap=True, highlight=False)
-    progress = StageProgress([3, 1], console=console)
+    progress = StageProgress([5, 3, 1], console=console)
     clock = iter(range(10_000))
     progress.bars.get_time = progress.bars.tasks[0]._get_time = lambda: next(clock)
     stages = [(Stage("math"), 3), (Stage("qa"), 1), (Stage("math", kind="refresh"), 2)]
-    follow(progress, stages, finished=[stage_record(0, "base")])
-    for line in ("stage 1 of 2: math, 3 steps", "stage 2 of 2: qa, 1 step", "refresh: math, 2 steps"):
+    finished = [stage_record(0, "base"), stage_record(1, "train", "code"), stage_record(2, "refresh", "code")]
+    follow(progress, stages, finished)
+    for line in ("stage 2 of 3: math, 3 steps", "stage 3 of 3: qa, 1 step", "refresh: math, 2 steps"):
         assert line in text.getvalue()
-    assert "after 1-math: math 50.0 [0.0, 100.0]" in text.getvalue()
+    assert progress.bars.tasks[0].total == 6  # of this process
+    assert "after 3-math: math 50.0 [0.0, 100.0]" in text.getvalue()
     assert ("━" in text.getvalue()) == terminal
     if not terminal:
         lines = text.getvalue().splitlines()
         assert len(lines) == 6 + 6  # a stage has a line, each of its logs, and its scores
         # Two of the four steps of the schedule are left, and the clock ticks once or twice in a step.
         assert re.search(r"math, reward 0.25, step 2 of 3, 0:00:0\d left of the run", lines[2]), lines
-
-
-def test_a_resumed_run_counts_the_finished_stages():
-    text = io.StringIO()
-    progress = StageProgress([3, 1, 5], console=Console(file=text, soft_wrap=True))
-    finished = [stage_record(0, "base"), stage_record(1, "train", "math"), stage_record(2, "refresh", "math")]
-    follow(progress, [(Stage("qa"), 1)], finished=finished)
-    assert "stage 2 of 3: qa, 1 step" in text.getvalue()
-    assert progress.bars.tasks[0].total == 6

@@ -9,6 +9,7 @@ from trl_interfere.evaluation.bootstrap import difference
 from trl_interfere.evaluation.metrics import recovered
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
 from trl_interfere.run import StageRecord
+from trl_interfere.training.callbacks import HealCallback
 from trl_interfere.training.refresh import RefreshCallback
 
 
@@ -159,11 +160,6 @@ def test_what_it_asks_for_follows_from_the_arguments_alone(name):
             [(0.6, 0.4), (0.65, 0.4), (0.65, 0.4), (0.7, 0.4), (0.7, 0.4), (0.7, 0.4)],
             [(name, 1) for name in ("code", "math", "code", "math", "math", "math")],
         ),
-        (
-            {**CODE, "max_steps": 9, "steps_per_check": 4, "patience": 9},
-            [(0.6, 0.4)] * 3,
-            [("code", n) for n in (4, 4, 1)],
-        ),
     ],
 )
 def test_a_round(settings, effects, expected):
@@ -183,11 +179,6 @@ def test_steps_that_were_really_taken_count():
     assert ask(callback, *DROPPED, short, refreshed("code", steps=5)).overrides["max_steps"] == 3
     assert ask(callback, *DROPPED, *[refreshed("code", steps=0)] * 9).overrides["max_steps"] == 1
     assert ask(callback, *DROPPED, *[refreshed("code", steps=0)] * 10) is None
-
-
-def test_the_end_of_a_round_is_said(caplog):
-    assert ask(RefreshCallback(), *DROPPED, refreshed("code", qa=0.5, code=0.9)) is None
-    assert "4-refresh-code: domain 'qa' is -40.0 [" in caplog.text and "max_drop=2.0; no further" in caplog.text
 
 
 def test_unknown_domains_are_refused_before_the_first_stage():
@@ -226,29 +217,32 @@ def test_when_it_asks(at, schedule_finished, expected):
     assert (stage and stage.domain) == expected
 
 
+@pytest.mark.parametrize("callback", [RefreshCallback, HealCallback])
 @pytest.mark.parametrize(
-    "settings",
+    "setting", [{"at": "begin"}, {"max_drop": -1}, {"max_drop": float("nan")}, {"domains": "math"}]
+)
+def test_policies_out_of_range(callback, setting):
+    with pytest.raises(ValueError, match=f"^{next(iter(setting))}: "):
+        callback(**setting)
+
+
+@pytest.mark.parametrize(
+    "setting",
     [
-        {"at": "begin"},
-        {"max_steps": 0},
         {"max_steps": 2.5},
         {"patience": 0},
         {"steps_per_check": 11},
-        {"max_drop": -1},
-        {"max_drop": float("nan")},
         {"until_recovered": 95},
-        {"domains": "math"},
         {"overrides": ["max_steps"]},
         {"overrides": {"max_steps": 3}},
         {"overrides": {"learning_rat": 1}},
         {"method": "sft"},
-        {"reward_weight": -1},
         {"reward_weight": 0.1},  # without distillation
     ],
 )
-def test_settings_out_of_range(settings):
-    with pytest.raises(ValueError, match=f"^{next(iter(settings))}: .*"):
-        RefreshCallback(**settings)
+def test_settings_out_of_range(setting):
+    with pytest.raises(ValueError, match=f"^{next(iter(setting))}: "):
+        RefreshCallback(**setting)
 
 
 def test_a_run_that_is_stopped_between_refreshes(tmp_path):
