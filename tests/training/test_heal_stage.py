@@ -78,11 +78,12 @@ def test_a_heal_is_a_stage_of_the_run(tmp_path, at):
 
 
 def test_a_heal_in_the_middle_resumes_to_the_same_bits(tmp_path):
-    order = ["math", "writing", "writing"]
-    whole = damaged_run(tmp_path / "whole", [HealCallback(at="stage")], order=order)
+    whole, first, resumed = (
+        damaged_run(tmp_path / folder, [HealCallback(at="stage")], order=["math", "writing", "writing"])
+        for folder in ("whole", "run", "run")
+    )
     whole.train()
-    damaged_run(tmp_path / "run", [HealCallback(at="stage")], order=order).train(max_stages=3)
-    resumed = damaged_run(tmp_path / "run", [HealCallback(at="stage")], order=order)
+    first.train(max_stages=3)
     resumed.train(resume_from_checkpoint=True)
     assert [r.name for r in resumed.run.stages] == [r.name for r in whole.run.stages]
     assert_same(weights(resumed), weights(whole))
