@@ -151,38 +151,23 @@ def answer_metric(completions, answer, **kwargs):
     return [0.0 for _ in completions]
 
 
+def of_math(**settings):
+    return partial(new, stage_overrides={"math": settings})
+
+
+UNSCORED = {"eval_dataset": None}
+MODEL_ALONE = {"reward_funcs": torch.nn.Linear(1, 1), "metric": None}
 # name: (what happens to a folder with one finished stage, the message then or, for the last, on resume)
 BEFORE_THE_START = {
-    "no domains": (
-        lambda folder: SequentialGRPOTrainer("model", config(folder / "new"), []),
-        "^domains: .*found none",
-    ),
-    "missing column of a reward": (
-        partial(new, domain={"reward_funcs": answer_metric}),
-        r"'writing', answer_metric: expected a column 'answer' in train_dataset",
-    ),
+    "no domains": (lambda folder: SequentialGRPOTrainer("model", config(folder / "new"), []), "^domains: .*none"),
+    "missing column": (partial(new, domain={"reward_funcs": answer_metric}), "'writing', answer_metric: .*'answer'"),
     "reward without **kwargs": (partial(new, domain={"reward_funcs": bare_reward}), "bare_reward: .*kwargs"),
-    "duplicate domains": (
-        lambda folder: build(folder / "new", domains=[math_domain(), math_domain()]),
-        r"^domains: .*unique.*\['math', 'math'\]",
-    ),
+    "duplicate domains": (lambda folder: build(folder / "new", [math_domain()] * 2), "^domains: .*'math', 'math'"),
     "domain named like a refresh": (lambda folder: math_domain(name="refresh-math"), "domain name 'refresh-math'"),
-    "stage option out of range": (
-        partial(new, stage_overrides={"math": {"learning_rate": -1}}),
-        r"stage_overrides\['math'\], learning_rate: .*-1",
-    ),
-    "batch of a stage not divisible": (
-        partial(new, stage_overrides={"writing": {"num_generations": 3}}),
-        r"stage_overrides\['writing'\]: .*num_generations=3",
-    ),
-    "evaluation without a dataset": (
-        partial(new, eval_strategy="steps", eval_steps=1, domain={"eval_dataset": None}),
-        "^eval_strategy.*'writing'",
-    ),
-    "reward model without a metric": (
-        partial(new, domain={"reward_funcs": torch.nn.Linear(1, 1), "metric": None}),
-        "'writing': .*`metric`",
-    ),
+    "stage option out of range": (of_math(learning_rate=-1), r"stage_overrides\['math'\], learning_rate: .*-1"),
+    "batch of a stage not divisible": (of_math(num_generations=3), r"stage_overrides\['math'\]: .*num_generations=3"),
+    "evaluation without a dataset": (partial(new, eval_on_start=True, domain=UNSCORED), "^eval_strategy.*'writing'"),
+    "reward model without a metric": (partial(new, domain=MODEL_ALONE), "'writing': .*`metric`"),
     "no chat template": (without_template, "'writing', train_dataset: .*chat template"),
     "reward model that returns NaN": (nan_model, "stage 1-math, step 1, domain 'math': reward model .*nan"),
 }
@@ -206,26 +191,14 @@ IN_THE_SECOND_STAGE = {
         partial(go_on, domain={"metric": lambda completions, **kwargs: fail(completions)}),
         "stage 2-writing, scores after step 8, domain 'writing', <lambda>: raised RuntimeError: out of paper",
     ),
-    "disk full in the weights of a checkpoint": (
-        partial(on_a_full_disk, 4),
-        r"2-writing/checkpoint-6: cannot be written \(.*File too large",
-    ),
-    "disk full in a stage": (
-        partial(on_a_full_disk, None),
-        r"stages/2-writing: cannot be written \(.*File too large",
-    ),
+    "disk full in a checkpoint": (partial(on_a_full_disk, 4), "2-writing/checkpoint-6: cannot .*File too large"),
+    "disk full in a stage": (partial(on_a_full_disk, None), "stages/2-writing: cannot be written .*File too large"),
     "disk full in the manifest": (without_a_manifest, r"stages\.json: cannot be written \(.*No space left on device"),
 }
 IN_THE_FOLDER = {
     "checkpoint of fewer processes": (of_two_processes, "expected a checkpoint of 1 processes"),
-    "weights of a stage cut off": (
-        partial(cut, "stages/1-math/model.safetensors"),
-        "stages/1-math: .*cannot be read",
-    ),
-    "scores of a stage cut off": (
-        partial(cut, "scores/1-math/writing.jsonl"),
-        r"scores/1-math/writing.jsonl: expected",
-    ),
+    "weights of a stage cut off": (partial(cut, "stages/1-math/model.safetensors"), "stages/1-math: .*cannot be read"),
+    "scores of a stage cut off": (partial(cut, "scores/1-math/writing.jsonl"), "1-math/writing.jsonl: expected"),
 }
 CASES = {**BEFORE_THE_START, **IN_THE_SECOND_STAGE, **IN_THE_FOLDER}
 

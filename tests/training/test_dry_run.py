@@ -40,7 +40,6 @@ def plan(tmp_path):
     "settings",
     [
         {"max_steps": 7},
-        {"num_train_epochs": 1},
         {"num_train_epochs": 1.5, "gradient_accumulation_steps": 3},
         {"num_train_epochs": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 2},
         {"num_train_epochs": 1, "generation_batch_size": 16, "gradient_accumulation_steps": 3},

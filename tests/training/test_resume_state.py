@@ -187,24 +187,16 @@ def checkpoint(tmp_path_factory):
     return folder / "checkpoints" / "1-math"
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize(
-    ("name", "spoil"),
-    [
-        ("trainer_state.json", cut),
-        ("resume_state_0.json", lambda path: path.unlink()),
-        ("model.safetensors", cut),
-        ("optimizer.pt", cut),
-    ],
-)
-def test_a_half_written_checkpoint_is_skipped_with_a_warning(tmp_path, checkpoint, caplog, name, spoil):
+@pytest.mark.parametrize("name", ["trainer_state.json", "resume_state_0.json", "model.safetensors", "optimizer.pt"])
+def test_a_half_written_checkpoint_is_skipped_with_a_warning(tmp_path, checkpoint, caplog, name):
     folder = tmp_path / "1-math"
     shutil.copytree(checkpoint, folder)
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2") and not caplog.text
-    spoil(folder / "checkpoint-2" / name)
+    path = folder / "checkpoint-2" / name
+    content = path.read_bytes()
+    path.unlink()
+    if name != "resume_state_0.json":
+        path.write_bytes(content[: len(content) // 2])
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-1")
     assert "checkpoint-2: skipped, it was not written to its end" in caplog.text and name in caplog.text
     assert last_whole_checkpoint(tmp_path / "missing") is None
