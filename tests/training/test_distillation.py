@@ -141,19 +141,20 @@ def test_a_teacher_with_another_vocabulary(trained, tmp_path, monkeypatch):
 
 
 def test_all_damaged_domains_at_once_the_worst_first():
+    def ask(*shares):
+        records, matrix = history(*DROPPED, ("refresh", None, shares, 6))
+        records[-1].overrides.update(stage.overrides)
+        return callback.request_stage(records, matrix, True)
+
     callback = RefreshCallback(method="distill", max_steps=10, steps_per_check=6, reward_weight=0.1)
     stage = callback.request_stage(*history(*DROPPED), True)
     assert (stage.domain, stage.domains) == (None, ["code", "math"])
     assert stage.overrides == {"max_steps": 6, "teachers": {"code": "2-code", "math": "1-math"}, "reward_weight": 0.1}
     assert stage.reason["code"]["peak"] == "2-code" and stage.reason["math"]["refreshes"] == 0
-    records, matrix = history(*DROPPED, ("refresh", None, (0.9, 0.9, 0.7), 6))
-    records[-1].overrides.update(stage.overrides)
-    stage = callback.request_stage(records, matrix, True)  # math is back
-    assert (stage.domain, stage.overrides["max_steps"]) == ("code", 4)
-    assert stage.overrides["teachers"] == {"code": "2-code"}
-    records, matrix = history(*DROPPED, ("refresh", None, (0.9, 0.5, 0.7), 6))
-    records[-1].overrides.update(stage.overrides)
-    assert callback.request_stage(records, matrix, True) is None  # qa pays
+    later = ask(0.9, 0.9, 0.7)  # math is back
+    assert (later.domain, later.overrides["max_steps"]) == ("code", 4)
+    assert later.overrides["teachers"] == {"code": "2-code"}
+    assert ask(0.9, 0.5, 0.7) is None  # qa pays
 
 
 @pytest.mark.parametrize("method", ["grpo", "distill"])

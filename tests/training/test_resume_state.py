@@ -37,13 +37,16 @@ def streamed_domains():
 
 BLOCK = {"steps_per_generation": 4, "max_steps": 6}
 ADAPTER = {"peft_config": LORA, "learning_rate": 1e-2}
+ACCUMULATED = {"gradient_accumulation_steps": 2}
+FOURS = {"per_device_train_batch_size": 4}
+LARGE = {"per_device_train_batch_size": 64}
 KL = {"beta": 0.1}
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "reward", "greater_is_better": True}
 BEST |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 64}
 IN_THE_SECOND = ("2-writing", 3)
 TAUGHT = distillation({"math": "1-math", "writing": "0-base"}, {"max_steps": 3}, 0.5)
-OTHER_BATCHES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
-OTHER_BATCHES |= {"num_generations": 2, "num_iterations": 2, "max_completion_length": 5, "max_steps": 6}
+OTHER_BATCHES = {**BLOCK, **ACCUMULATED, **FOURS, "num_generations": 2, "num_iterations": 2}
+OTHER_BATCHES |= {"max_completion_length": 5}
 ENTROPY = {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 5.0, "entropy_coef_delta": 0.01}
 SETTINGS = {
     # name: (settings, stage and step at which it is interrupted)
@@ -51,21 +54,12 @@ SETTINGS = {
     "the first stage": ({}, ("1-math", 2)),
     "the beginning of a stage": ({}, ("2-writing", 0)),
     "a refresh": ({"ask": Stage("math", "refresh", {"max_steps": 2})}, ("3-refresh-math", 1)),
-    "a refresh by distillation": (
-        {"ask": TAUGHT, "max_steps": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4},
-        ("3-refresh", 1),
-    ),
+    "a refresh by distillation": ({**BLOCK, **ACCUMULATED, "max_steps": 2, "ask": TAUGHT}, ("3-refresh", 1)),
     "iterations": ({"num_iterations": 3, "max_steps": 5}, ("2-writing", 2)),
-    "accumulation in a block": (
-        {**BLOCK, "gradient_accumulation_steps": 2, "num_iterations": 2, "per_device_train_batch_size": 4},
-        IN_THE_SECOND,
-    ),
+    "accumulation in a block": ({**BLOCK, **ACCUMULATED, **FOURS, "num_iterations": 2}, IN_THE_SECOND),
     "checkpoints off the block": ({**BLOCK, "logging_steps": 3, "save_steps": 2}, ("2-writing", 5)),
-    "third pass over the prompts": ({"per_device_train_batch_size": 64, "max_steps": 8}, ("2-writing", 7)),
-    "passes as length": (
-        {"per_device_train_batch_size": 64, "max_steps": -1, "num_train_epochs": 2},
-        ("2-writing", 4),
-    ),
+    "third pass over the prompts": ({**LARGE, "max_steps": 8}, ("2-writing", 7)),
+    "passes as length": ({**LARGE, "max_steps": -1, "num_train_epochs": 2}, ("2-writing", 4)),
     "evaluation on the way": ({**BLOCK, "eval_strategy": "steps", "eval_steps": 2}, IN_THE_SECOND),
     "evaluation at the start": ({"eval_on_start": True}, ("2-writing", 2)),
     "KL to the base": ({**BLOCK, **KL}, IN_THE_SECOND),
