@@ -17,23 +17,6 @@ def stage_record(index, kind, domain=None):
     return SimpleNamespace(kind=kind, domain=domain, name=f"{index}-{domain or kind}")
 
 
-def follow(progress: StageProgress, stages: list[tuple[Stage, int]], finished: list) -> None:
-    records = list(finished)
-    for stage, steps in stages:
-        progress.request_stage(records, None, schedule_finished=False)
-        progress.on_stage_begin(len(records), stage)
-        state = SimpleNamespace(max_steps=steps, global_step=0)
-        progress.on_train_begin(None, state, None)
-        for step in range(1, steps + 1):
-            state.global_step = step
-            progress.on_step_end(None, state, None)
-            progress.on_log(None, state, None, logs={"reward": 0.25})
-        progress.on_train_end(None, state, None)
-        records.append(stage_record(len(records), stage.kind, stage.domain))
-        matrix = ScoreMatrix(["math"], [records[-1].name], [{"math": np.array([0.0, 1.0])}])
-        progress.on_stage_end(records[-1], matrix)
-
-
 @pytest.mark.parametrize("terminal", [False, True])
 def test_stages_and_scores(terminal):
     text = io.StringIO()
@@ -42,8 +25,19 @@ def test_stages_and_scores(terminal):
     clock = iter(range(10_000))
     progress.bars.get_time = progress.bars.tasks[0]._get_time = lambda: next(clock)
     stages = [(Stage("math"), 3), (Stage("qa"), 1), (Stage("math", kind="refresh"), 2)]
-    finished = [stage_record(0, "base"), stage_record(1, "train", "code"), stage_record(2, "refresh", "code")]
-    follow(progress, stages, finished)
+    records = [stage_record(0, "base"), stage_record(1, "train", "code"), stage_record(2, "refresh", "code")]
+    for stage, steps in stages:
+        progress.request_stage(records, None, schedule_finished=False)
+        progress.on_stage_begin(len(records), stage)
+        state = SimpleNamespace(max_steps=steps, global_step=0)
+        progress.on_train_begin(None, state, None)
+        for state.global_step in range(1, steps + 1):
+            progress.on_step_end(None, state, None)
+            progress.on_log(None, state, None, logs={"reward": 0.25})
+        progress.on_train_end(None, state, None)
+        records.append(stage_record(len(records), stage.kind, stage.domain))
+        matrix = ScoreMatrix(["math"], [records[-1].name], [{"math": np.array([0.0, 1.0])}])
+        progress.on_stage_end(records[-1], matrix)
     for line in ("stage 2 of 3: math, 3 steps", "stage 3 of 3: qa, 1 step", "refresh: math, 2 steps"):
         assert line in text.getvalue()
     assert progress.bars.tasks[0].total == 6  # of this process
