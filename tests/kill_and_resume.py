@@ -176,11 +176,9 @@ def main() -> None:
                 problems.append(f"status {status} of process {turn + 1}")
         if not problems:
             tensors, values = results(folder)
-            if tensors.keys() != weights.keys() or values.keys() != scores.keys():
-                problems.append("other files")
-            else:
-                problems += [name for name in weights if not torch.equal(weights[name], tensors[name])]
-                problems += [name for name in scores if scores[name] != values[name]]
+            problems += {*tensors, *values} ^ {*weights, *scores}
+            problems += [name for name in {*tensors} & {*weights} if not torch.equal(weights[name], tensors[name])]
+            problems += [name for name in {*values} & {*scores} if scores[name] != values[name]]
         failed += bool(problems)
         row = {"phase": events[at], "killed_at": killed, "of": len(events), "problems": problems}
         print(json.dumps(row), flush=True)

@@ -10,18 +10,13 @@ import pytest
 
 
 POINTS = os.environ.get("RESUME_POINTS")
+SLOW = [("full", 12), ("adapter", 6), ("adapters", 6), ("distill", 4)]
 PHASES = {"generation", "optimizer", "checkpoint", "evaluation", "between", "refresh"}
 
 
 @pytest.mark.parametrize(
     ("setting", "points"),
-    [
-        ("full", 3),
-        pytest.param("full", 12, marks=pytest.mark.slow),
-        pytest.param("adapter", 6, marks=pytest.mark.slow),
-        pytest.param("adapters", 6, marks=pytest.mark.slow),
-        pytest.param("distill", 4, marks=pytest.mark.slow),
-    ],
+    [("full", 3), *(pytest.param(*slow, marks=pytest.mark.slow) for slow in SLOW)],
 )
 def test_killed_and_resumed(tmp_path, setting, points):
     points = POINTS or str(points)

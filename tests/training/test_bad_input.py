@@ -16,20 +16,19 @@ from tiny_runs import (
     build,
     config,
     math_domain,
+    reward_model,
     slow_but,
     text_reward,
     weights,
     writing_domain,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
 from trl_interfere import SequentialGRPOTrainer
-from trl_interfere.lab import MODEL_FOLDER
 
 
 # With a constant rate one step too many would change the weights.
 RUN = {"max_steps": 8, "lr_scheduler_type": "constant", "stage_overrides": {"math": {"max_steps": 1}}, "save_steps": 3}
-MEGABYTE = 2**20
 WRITING = r"stage 2-writing, step 7, domain 'writing': reward function 'words_reward' "
 
 
@@ -87,39 +86,34 @@ def fail(completions):
     raise RuntimeError("out of paper")
 
 
-class FullDisk(TrainerCallback):
-    """From one step of the second stage on, or from its end, files cannot grow beyond a size."""
+class At(TrainerCallback):
+    """Does something at a step of the second stage, or at its end."""
 
-    def __init__(self, size, step=None):
-        self.size, self.step = size, step
-
-    def _fill(self):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    def __init__(self, step, act):
+        self.step, self.act = step, act
 
     def on_step_begin(self, args, state, control, **kwargs):
         if args.output_dir.endswith("2-writing") and state.global_step + 1 == self.step:
-            self._fill()
+            self.act()
 
     def on_train_end(self, args, state, control, **kwargs):
-        if args.output_dir.endswith("2-writing") and self.step is None:
-            self._fill()
+        if self.step is None:
+            self.act()
 
 
-def on_a_full_disk(size, step, folder):
+def on_a_full_disk(step, folder):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**20, before[1]))
     try:
-        go_on(folder, callbacks=[FullDisk(size, step)])
+        go_on(folder, callbacks=[At(step, fill)])
     finally:
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def without_a_manifest(folder):
-    class Fill(TrainerCallback):
-        def on_train_end(self, args, state, control, **kwargs):
-            sync.side_effect = OSError(28, "No space left on device")
-
     with patch("trl_interfere.io.os.fsync") as sync:
-        go_on(folder, callbacks=[Fill()])
+        fill = partial(setattr, sync, "side_effect", OSError(28, "No space left on device"))
+        go_on(folder, callbacks=[At(None, fill)])
 
 
 def without_template(folder):
@@ -128,19 +122,9 @@ def without_template(folder):
 
 
 def nan_model(folder):
-    class Model(torch.nn.Module):
-        config = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER).config
-
-        def forward(self, input_ids, **kwargs):
-            output = type("Output", (), {})()
-            output.logits = torch.full((len(input_ids), 1), torch.nan)
-            return output
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
-    own = [math_domain(reward_funcs=[Model()], metric=text_reward)]
-    SequentialGRPOTrainer(
-        str(MODEL_FOLDER), config(folder / "new"), own, reward_processing_classes=[tokenizer]
-    ).train()
+    model = reward_model()
+    torch.nn.init.constant_(model.score.weight, torch.nan)
+    build(folder / "new", [math_domain(reward_funcs=[model], metric=text_reward)]).train()
 
 
 def of_two_processes(folder):
@@ -159,10 +143,6 @@ def new(folder, domain=None, **settings):
     build(folder / "new", domains=domains(**(domain or {})), **settings)
 
 
-def dataset(n):
-    return Dataset.from_dict({"prompt": ["1+1="] * n})
-
-
 def bare_reward(completions):
     return [0.0 for _ in completions]
 
@@ -171,50 +151,23 @@ def answer_metric(completions, answer, **kwargs):
     return [0.0 for _ in completions]
 
 
+def of_math(**settings):
+    return partial(new, stage_overrides={"math": settings})
+
+
+UNSCORED = {"eval_dataset": None}
+MODEL_ALONE = {"reward_funcs": torch.nn.Linear(1, 1), "metric": None}
 # name: (what happens to a folder with one finished stage, the message then or, for the last, on resume)
 BEFORE_THE_START = {
-    "no domains": (
-        lambda folder: SequentialGRPOTrainer("model", config(folder / "new"), []),
-        "^domains: .*found none",
-    ),
-    "fewer prompts than a batch": (
-        partial(new, domain={"train_dataset": dataset(1)}),
-        "'writing', train_dataset: expected at least 2 prompts, .*found 1",
-    ),
-    "nothing to train on": (
-        partial(new, domain={"train_dataset": None}, order=["writing"]),
-        r"order: unknown domain 'writing', .*train_dataset, \['math'\]",
-    ),
-    "missing column of a reward": (
-        partial(new, domain={"reward_funcs": answer_metric}),
-        r"'writing', answer_metric: expected a column 'answer' in train_dataset",
-    ),
+    "no domains": (lambda folder: SequentialGRPOTrainer("model", config(folder / "new"), []), "^domains: .*none"),
+    "missing column": (partial(new, domain={"reward_funcs": answer_metric}), "'writing', answer_metric: .*'answer'"),
     "reward without **kwargs": (partial(new, domain={"reward_funcs": bare_reward}), "bare_reward: .*kwargs"),
-    "duplicate domains": (
-        lambda folder: build(folder / "new", domains=[math_domain(), math_domain()]),
-        r"^domains: .*unique.*\['math', 'math'\]",
-    ),
+    "duplicate domains": (lambda folder: build(folder / "new", [math_domain()] * 2), "^domains: .*'math', 'math'"),
     "domain named like a refresh": (lambda folder: math_domain(name="refresh-math"), "domain name 'refresh-math'"),
-    "stage option of the wrong type": (
-        partial(new, stage_overrides={"math": {"max_steps": "many"}}),
-        r"stage_overrides\['math'\], max_steps: .*'many'",
-    ),
-    "stage option out of range": (
-        partial(new, stage_overrides={"math": {"learning_rate": -1}}),
-        r"stage_overrides\['math'\], learning_rate: .*-1",
-    ),
-    "batch of a stage not divisible": (
-        partial(new, stage_overrides={"writing": {"num_generations": 3}}),
-        r"stage_overrides\['writing'\]: .*num_generations=3",
-    ),
-    "evaluation without a dataset": (
-        partial(new, eval_strategy="steps", eval_steps=1, domain={"eval_dataset": None}),
-        "^eval_strategy.*'writing'",
-    ),
-    "reward model without a metric": (
-        partial(new, domain={"reward_funcs": torch.nn.Linear(1, 1), "metric": None}),
-        "'writing': .*`metric`",
-    ),
+    "stage option out of range": (of_math(learning_rate=-1), r"stage_overrides\['math'\], learning_rate: .*-1"),
+    "batch of a stage not divisible": (of_math(num_generations=3), r"stage_overrides\['math'\]: .*num_generations=3"),
+    "evaluation without a dataset": (partial(new, eval_on_start=True, domain=UNSCORED), "^eval_strategy.*'writing'"),
+    "reward model without a metric": (partial(new, domain=MODEL_ALONE), "'writing': .*`metric`"),
     "no chat template": (without_template, "'writing', train_dataset: .*chat template"),
     "reward model that returns NaN": (nan_model, "stage 1-math, step 1, domain 'math': reward model .*nan"),
 }
@@ -238,26 +191,14 @@ IN_THE_SECOND_STAGE = {
         partial(go_on, domain={"metric": lambda completions, **kwargs: fail(completions)}),
         "stage 2-writing, scores after step 8, domain 'writing', <lambda>: raised RuntimeError: out of paper",
     ),
-    "disk full in the weights of a checkpoint": (
-        partial(on_a_full_disk, MEGABYTE, 4),
-        r"2-writing/checkpoint-6: cannot be written \(.*File too large",
-    ),
-    "disk full in a stage": (
-        partial(on_a_full_disk, MEGABYTE, None),
-        r"stages/2-writing: cannot be written \(.*File too large",
-    ),
+    "disk full in a checkpoint": (partial(on_a_full_disk, 4), "2-writing/checkpoint-6: cannot .*File too large"),
+    "disk full in a stage": (partial(on_a_full_disk, None), "stages/2-writing: cannot be written .*File too large"),
     "disk full in the manifest": (without_a_manifest, r"stages\.json: cannot be written \(.*No space left on device"),
 }
 IN_THE_FOLDER = {
     "checkpoint of fewer processes": (of_two_processes, "expected a checkpoint of 1 processes"),
-    "weights of a stage cut off": (
-        partial(cut, "stages/1-math/model.safetensors"),
-        "stages/1-math: .*cannot be read",
-    ),
-    "scores of a stage cut off": (
-        partial(cut, "scores/1-math/writing.jsonl"),
-        r"scores/1-math/writing.jsonl: expected",
-    ),
+    "weights of a stage cut off": (partial(cut, "stages/1-math/model.safetensors"), "stages/1-math: .*cannot be read"),
+    "scores of a stage cut off": (partial(cut, "scores/1-math/writing.jsonl"), "1-math/writing.jsonl: expected"),
 }
 CASES = {**BEFORE_THE_START, **IN_THE_SECOND_STAGE, **IN_THE_FOLDER}
 
@@ -280,14 +221,3 @@ def test_bad_input(tmp_path, earned, request, name):
     if name in IN_THE_SECOND_STAGE:
         assert_same(weights(go_on(folder)), request.getfixturevalue("whole"))
         assert json.loads((folder / "stages.json").read_text())["stages"][2]["steps"] == 8
-
-
-def test_a_tokenizer_without_a_pad_token_works(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
-    tokenizer.pad_token = None
-    trainer = SequentialGRPOTrainer(
-        str(MODEL_FOLDER), config(tmp_path, max_steps=1), domains(), processing_class=tokenizer
-    )
-    trainer.train()
-    assert tokenizer.pad_token == tokenizer.eos_token  # TRL's way
-    assert trainer.score_matrix.stages == ["0-base", "1-math", "2-writing"]

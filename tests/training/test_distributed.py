@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from distributed_run import GLOBAL_BATCH, SCORED, main, make_domains, settings
+from finished_run import write
 from safetensors.torch import load_file
 from tiny_runs import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,55 +88,41 @@ def assert_same_files(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_manifest_is_the_same_and_all_scores_are_kept(runs, way):
-    # In two processes, the second one raises if it writes scores or the manifest.
+def test_stages_and_their_scores(runs, way):
+    """As in one process; in two, the second one raises if it writes scores or the manifest."""
     folder = runs(way)
     assert [(stage["kind"], stage["domain"], stage["steps"]) for stage in stages(folder)] == STAGES
     assert [stage["seed"] for stage in stages(folder)] == [7, 7, 8, 9]
     files = {path.relative_to(folder).as_posix() for path in (folder / "scores").rglob("*") if path.is_file()}
     assert files == {entry["file"] for stage in stages(folder) for entry in stage["scores"].values()}
-    for stage in stages(folder):
-        assert stage["scores"].keys() == {"math", "writing"}
-        for entry in stage["scores"].values():
-            values = read_scores(folder, entry)
-            assert len(values) == entry["n"] == SCORED and entry["value"] == pytest.approx(100 * np.mean(values))
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_scores_are_those_of_the_saved_stage_in_one_process(runs, way):
-    folder = runs(way)
     scorer = Scorer(AutoTokenizer.from_pretrained(MODEL_FOLDER), max_new_tokens=8)
+    before = None
     for stage in stages(folder):
         path = MODEL_FOLDER if stage["folder"] is None else folder / stage["folder"]
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        assert stage["scores"].keys() == {"math", "writing"}
         for domain in make_domains():
-            values = scorer.score(model, domain, domain.eval_dataset).values
-            assert values.tolist() == read_scores(folder, stage["scores"][domain.name])
+            values, entry = scorer.score(model, domain, domain.eval_dataset).values, stage["scores"][domain.name]
+            assert values.tolist() == read_scores(folder, entry) and len(values) == entry["n"] == SCORED
+            assert entry["value"] == pytest.approx(100 * np.mean(values))
+        weights = load_file(path / "model.safetensors")  # a stage trains every one
+        assert before is None or not [name for name in before if torch.equal(weights[name], before[name])]
+        before = weights
 
 
 @pytest.mark.parametrize("way", DISTRIBUTED)
-def test_processes_end_with_the_same_weights(runs, way):
+def test_processes_end_with_the_same_weights_after_different_completions(runs, way):
+    # Each process draws random numbers of its own, so that a group of completions gets no doubles, and a run in two
+    # processes is not the run in one process: they agree on prompts, not on completions or weights.
     folder = runs(way)
     live, other = (load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1))
     assert_same(live, other)
     saved = load_file(folder / "stages" / "3-refresh-writing" / "model.safetensors")
     assert_same(saved, {name: live[name] for name in saved})
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_stage_trains_every_weight(runs, way):
-    names = [MODEL_FOLDER, *(runs(way) / stage["folder"] for stage in stages(runs(way))[1:])]
-    weights = [load_file(name / "model.safetensors") for name in names]
-    for before, after in zip(weights, weights[1:], strict=False):
-        assert [name for name in before if torch.equal(before[name], after[name])] == []
-
-
-@pytest.mark.parametrize("way", DISTRIBUTED)
-def test_processes_share_a_group_and_sample_different_completions(runs, way):
-    # Each process draws random numbers of its own, so that a group of completions gets no doubles, and a run in two
-    # processes is not the run in one process: they agree on prompts, not on completions or weights.
-    alone = json.loads((runs("one process") / "seen-0.json").read_text())
-    parts = [json.loads((runs(way) / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+    alone, *parts = (
+        json.loads((place / name).read_text())
+        for place, name in ((runs("one process"), "seen-0.json"), (folder, "seen-0.json"), (folder, "seen-1.json"))
+    )
     for whole, first, second in zip(alone, *parts, strict=True):
         assert whole["domain"] == first["domain"] == second["domain"]
         assert len(whole["prompts"]) == GLOBAL_BATCH and len(set(whole["prompts"])) == 1
@@ -172,20 +159,16 @@ def test_processes_are_taught_alike_and_a_killed_refresh_goes_on(tmp_path):
 @pytest.mark.parametrize(("way", "processes"), [("one process", 1), ("two processes", 2)])
 def test_a_process_per_stage_trains_the_same(tmp_path, runs, way, processes):
     # The command knows no callback that asks for the refresh: the stages before it are compared.
-    content = {
-        "model": str(MODEL_FOLDER),
-        "training": {"output_dir": str(tmp_path / "run"), **settings(processes)},
-        "domains": [],
-    }
+    training = {"output_dir": str(tmp_path / "run"), **settings(processes)}
+    content = {"model": str(MODEL_FOLDER), "training": training, "domains": []}
     for domain in make_domains():
         entry = {"name": domain.name, "reward_funcs": "tiny_runs.text_reward", "metric": "tiny_runs.text_reward"}
         for part, dataset in (("train_dataset", domain.train_dataset), ("eval_dataset", domain.eval_dataset)):
             entry[part] = f"{domain.name}-{part}.jsonl"
             dataset.select_columns("prompt").to_json(tmp_path / entry[part])
         content["domains"].append(entry)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     words = [sys.executable, "-m"] if processes == 1 else [*command(CONFIGS / "cpu.yaml"), "-m"]
-    words += ["trl_interfere", "train", tmp_path / "run.yaml", "--threads", "1", "--process-per-stage"]
+    words += ["trl_interfere", "train", write(tmp_path, content), "--threads", "1", "--process-per-stage"]
     result = start(words)
     assert result.returncode == 0, result.stderr[-4000:]
     expected, found = runs(way), tmp_path / "run"

@@ -40,7 +40,6 @@ def plan(tmp_path):
     "settings",
     [
         {"max_steps": 7},
-        {"num_train_epochs": 1},
         {"num_train_epochs": 1.5, "gradient_accumulation_steps": 3},
         {"num_train_epochs": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 2},
         {"num_train_epochs": 1, "generation_batch_size": 16, "gradient_accumulation_steps": 3},
@@ -106,7 +105,6 @@ def test_bytes_of_adapters_and_data_types(plan, tmp_path):
 
 def test_runs_that_could_not_start(plan, tmp_path):
     for settings, message in (
-        ({"order": ["a", "c"]}, "order: unknown domain 'c'"),
         ({"domains": [domain("a", 3)], "generation_batch_size": 16}, "expected at least 4 prompts.* found 3"),
         ({"model": str(tmp_path)}, "model: .* is neither a folder with a config"),
         ({"peft": {"rank": 3}}, "unknown option 'rank'"),

@@ -6,16 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from tiny_runs import (
-    SETTINGS,
-    assert_same,
-    build,
-    config,
-    math_domain,
-    slow_but,
-    text_reward,
-    writing_domain,
-)
+from tiny_runs import SETTINGS, assert_same, build, config, math_domain, slow_but, text_reward, writing_domain
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_interfere.lab import MODEL_FOLDER
@@ -171,41 +162,6 @@ def test_every_option_is_known():
     assert set(known) <= names, f"GRPOConfig no longer has {sorted(set(known) - names)}"
 
 
-def test_the_values_that_run_are_not_the_defaults(tmp_path):
-    resolved = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    defaults = {field.name: (field.default, getattr(resolved, field.name)) for field in fields(GRPOConfig)}
-    # these are as the other tests have them, or resolve to what the machine has
-    usual = {"activation_checkpointing", "dataloader_pin_memory", "use_cpu"}
-    tested = {name for run in RUNS.values() for name, value in run.items() if value not in defaults[name]}
-    assert {name for run in RUNS.values() for name in run} - tested <= usual
-
-
-def check_effect(name, folder, trainer):
-    """What an option does besides changing the weights."""
-    log, stages = trainer.log_history, ("1-math", "2-writing")
-    if name == "sampling":
-        lengths = [entry["completions/min_length"] for entry in log if "completions/min_length" in entry]
-        assert len(lengths) == 2 and min(lengths) >= 5
-    elif name == "logging":
-        assert all([*(folder / "checkpoints" / stage / "completions").glob("*.parquet")] for stage in stages)
-    elif name == "evaluation":
-        evaluated = [(entry["stage"], entry["step"]) for entry in log if "eval_reward" in entry]
-        assert evaluated == [(1, 0), (1, 1), (2, 0), (2, 1)]
-    elif name == "best at the end":
-        for index, stage in enumerate(stages, start=1):
-            rewards = {e["step"]: e["eval_reward"] for e in log if e["stage"] == index and "eval_reward" in e}
-            best = folder / "checkpoints" / stage / f"checkpoint-{max(rewards, key=rewards.get)}"
-            assert_same(*(load_file(path / "model.safetensors") for path in (best, folder / "stages" / stage)))
-    elif name == "checkpoints":
-        checkpoint = folder / "checkpoints" / "1-math" / "checkpoint-1"
-        assert (checkpoint / "model.safetensors").exists() and not (checkpoint / "optimizer.pt").exists()
-    elif name == "loss grpo":
-        penalties = [entry["kl"] for entry in log if "kl" in entry]
-        assert len(penalties) == 2 and penalties[1] > 0
-    elif name == "memory":
-        assert sum("train_mem_cpu_alloc_delta" in entry for entry in log) == 2
-
-
 @pytest.mark.parametrize("name", slow_but(RUNS, "optimizer", "batches", "sampling", "logging"))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_options_run_through_two_stages(tmp_path, name):
@@ -222,7 +178,9 @@ def test_options_run_through_two_stages(tmp_path, name):
     assert base.keys() == first.keys() == second.keys()
     assert any(not torch.equal(base[key], first[key]) for key in base)
     assert any(not torch.equal(first[key], second[key]) for key in base)
-    check_effect(name, tmp_path, trainer)
+    if name == "evaluation":
+        evaluated = [(entry["stage"], entry["step"]) for entry in trainer.log_history if "eval_reward" in entry]
+        assert evaluated == [(1, 0), (1, 1), (2, 0), (2, 1)]
     # A penalty of the second stage measures from the base model, as only the first of GRPOTrainer's does.
     for stage, domain in enumerate(own[:1] if options.get("beta") else own, start=1):
         assert_same(

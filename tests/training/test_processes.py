@@ -40,21 +40,16 @@ def calls(folder: Path) -> list:
     return [json.loads(line) for line in (folder / "log").read_text().splitlines()]
 
 
-def test_until_no_stage_is_left(tmp_path, child):
-    child("sys.exit(75 if number < 2 else 0)")
-    assert processes.train_in_processes(["train", "--config", "x.yaml"]) == 0
+@pytest.mark.parametrize(("body", "code"), [("sys.exit(0)", 0), ("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137)])
+def test_until_no_stage_is_left_or_one_fails(tmp_path, child, body, code):
+    child(f"if number < 2:\n    sys.exit(75)\n{body}")
+    before = signal.getsignal(signal.SIGTERM)
+    assert processes.train_in_processes(["train", "--config", "x.yaml"]) == code
+    assert signal.getsignal(signal.SIGTERM) is before
     start = ["-m", "trl_interfere", "train", "--config", "x.yaml", "--max-stages", "1"]
     assert [arguments for arguments, _ in calls(tmp_path)] == [start, [*start, "--resume"], [*start, "--resume"]]
-    assert processes.train_in_processes(["train"], resume=True) == 0
+    assert processes.train_in_processes(["train"], resume=True) == code
     assert calls(tmp_path)[-1][0] == ["-m", "trl_interfere", "train", "--max-stages", "1", "--resume"]
-
-
-@pytest.mark.parametrize(("body", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137)])
-def test_a_failing_child_ends_the_run_with_its_code(tmp_path, child, body, code):
-    child(f"if number == 0:\n    sys.exit(75)\n{body}")
-    before = signal.getsignal(signal.SIGTERM)
-    assert processes.train_in_processes(["train"]) == code
-    assert len(calls(tmp_path)) == 2 and signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -72,20 +67,17 @@ def test_a_signal_ends_the_child(tmp_path, child, signum):
     assert str(program) not in listing
 
 
-def test_each_stage_has_a_port_of_its_own(monkeypatch):
+def test_processes_agree_on_the_port_of_each_stage(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert [processes._rendezvous(number)["MASTER_PORT"] for number in range(2)] == ["29500", "29501"]
-
-
-def test_processes_of_a_launcher_agree_on_the_port_of_each_stage(monkeypatch):
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # of a launcher
     launcher = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
-    found = {}
+    found = []
     for rank in ("0", "1"):
         for name, value in {**launcher, "RANK": rank}.items():
             monkeypatch.setenv(name, value)
-        found[rank] = [processes._rendezvous(number) for number in range(2)]
-    assert found["0"] == found["1"]
-    assert all(environment["TORCHELASTIC_USE_AGENT_STORE"] == "False" for environment in found["0"])
-    assert len({str(store.port), *(environment["MASTER_PORT"] for environment in found["0"])}) == 3
+        found.append([processes._rendezvous(number) for number in range(2)])
+    assert found[0] == found[1]
+    assert all(environment["TORCHELASTIC_USE_AGENT_STORE"] == "False" for environment in found[0])
+    assert len({str(store.port), *(environment["MASTER_PORT"] for environment in found[0])}) == 3

@@ -21,13 +21,12 @@ def test_rows_and_shares():
     assert again.train_dataset["prompt"][:] == mixed.train_dataset["prompt"][:]
 
 
-def test_bad_input():
-    math, writing = tiny_runs.math_domain(), tiny_runs.writing_domain()
-    for share in (0, 1, -0.5):
-        with pytest.raises(ValueError, match="share: expected a number above 0 and below 1"):
-            rehearse(writing, [math], share=share)
-    with pytest.raises(ValueError, match="earlier: expected at least one domain"):
-        rehearse(writing, [])
+@pytest.mark.parametrize(
+    "share, earlier, message",
+    [(1, ["math"], "^share: "), (0.5, [], "^earlier: "), (0.5, ["qa"], "domain 'qa', train_dataset: ")],
+)
+def test_bad_input(share, earlier, message):
     scored = Domain("qa", eval_dataset=Dataset.from_list([{"prompt": "a"}]), reward_funcs=tiny_runs.text_reward)
-    with pytest.raises(ValueError, match="domain 'qa', train_dataset: expected a Dataset to draw rows from"):
-        rehearse(writing, [scored])
+    made = {"math": tiny_runs.math_domain(), "qa": scored}
+    with pytest.raises(ValueError, match=message):
+        rehearse(tiny_runs.writing_domain(), [made[name] for name in earlier], share=share)

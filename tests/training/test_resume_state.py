@@ -17,7 +17,6 @@ from tiny_runs import (
     weights,
     writing_domain,
 )
-from transformers import TrainerCallback
 
 from trl_interfere.lab.domains import lab_rows
 from trl_interfere.training.refresh import distillation
@@ -38,13 +37,16 @@ def streamed_domains():
 
 BLOCK = {"steps_per_generation": 4, "max_steps": 6}
 ADAPTER = {"peft_config": LORA, "learning_rate": 1e-2}
+ACCUMULATED = {"gradient_accumulation_steps": 2}
+FOURS = {"per_device_train_batch_size": 4}
+LARGE = {"per_device_train_batch_size": 64}
 KL = {"beta": 0.1}
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "reward", "greater_is_better": True}
 BEST |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 64}
 IN_THE_SECOND = ("2-writing", 3)
 TAUGHT = distillation({"math": "1-math", "writing": "0-base"}, {"max_steps": 3}, 0.5)
-OTHER_BATCHES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
-OTHER_BATCHES |= {"num_generations": 2, "num_iterations": 2, "max_completion_length": 5, "max_steps": 6}
+OTHER_BATCHES = {**BLOCK, **ACCUMULATED, **FOURS, "num_generations": 2, "num_iterations": 2}
+OTHER_BATCHES |= {"max_completion_length": 5}
 ENTROPY = {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 5.0, "entropy_coef_delta": 0.01}
 SETTINGS = {
     # name: (settings, stage and step at which it is interrupted)
@@ -52,21 +54,12 @@ SETTINGS = {
     "the first stage": ({}, ("1-math", 2)),
     "the beginning of a stage": ({}, ("2-writing", 0)),
     "a refresh": ({"ask": Stage("math", "refresh", {"max_steps": 2})}, ("3-refresh-math", 1)),
-    "a refresh by distillation": (
-        {"ask": TAUGHT, "max_steps": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4},
-        ("3-refresh", 1),
-    ),
+    "a refresh by distillation": ({**BLOCK, **ACCUMULATED, "max_steps": 2, "ask": TAUGHT}, ("3-refresh", 1)),
     "iterations": ({"num_iterations": 3, "max_steps": 5}, ("2-writing", 2)),
-    "accumulation in a block": (
-        {**BLOCK, "gradient_accumulation_steps": 2, "num_iterations": 2, "per_device_train_batch_size": 4},
-        IN_THE_SECOND,
-    ),
+    "accumulation in a block": ({**BLOCK, **ACCUMULATED, **FOURS, "num_iterations": 2}, IN_THE_SECOND),
     "checkpoints off the block": ({**BLOCK, "logging_steps": 3, "save_steps": 2}, ("2-writing", 5)),
-    "third pass over the prompts": ({"per_device_train_batch_size": 64, "max_steps": 8}, ("2-writing", 7)),
-    "passes as length": (
-        {"per_device_train_batch_size": 64, "max_steps": -1, "num_train_epochs": 2},
-        ("2-writing", 4),
-    ),
+    "third pass over the prompts": ({**LARGE, "max_steps": 8}, ("2-writing", 7)),
+    "passes as length": ({**LARGE, "max_steps": -1, "num_train_epochs": 2}, ("2-writing", 4)),
     "evaluation on the way": ({**BLOCK, "eval_strategy": "steps", "eval_steps": 2}, IN_THE_SECOND),
     "evaluation at the start": ({"eval_on_start": True}, ("2-writing", 2)),
     "KL to the base": ({**BLOCK, **KL}, IN_THE_SECOND),
@@ -125,7 +118,7 @@ def test_a_refresh_goes_on_with_its_own_settings_only(tmp_path):
 
 
 def test_resume_in_the_middle_of_an_evaluation(tmp_path):
-    calls, trained = [], []
+    calls = []
 
     def domains(fails_at=None):
         def counted(name):
@@ -139,18 +132,13 @@ def test_resume_in_the_middle_of_an_evaluation(tmp_path):
 
         return [math_domain(metric=counted("math")), writing_domain(metric=counted("writing"))]
 
-    class Watch(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            trained.append(args.output_dir.rsplit("/", 1)[-1])
-
     with pytest.raises(ValueError, match="end of a process"):
         build(tmp_path, domains=domains(fails_at=4)).train()
     manifest = json.loads((tmp_path / "stages.json").read_text())
     assert manifest["current"]["index"] == 1 and list(manifest["current"]["scores"]) == ["math"]
     calls.clear()
-    resumed = build(tmp_path, domains=domains(), callbacks=[Watch()])
-    resumed.train(resume_from_checkpoint=True)
-    assert trained == ["2-writing"]  # the first stage was not trained again
+    resumed = build(tmp_path, domains=domains(), callbacks=[Interrupt("1-math", 0)])
+    resumed.train(resume_from_checkpoint=True)  # the first stage is not trained again
     assert calls == ["writing", "math", "writing"]  # nor was math scored again after it
     whole = build(tmp_path / "whole", domains=domains())
     whole.train()
@@ -160,22 +148,17 @@ def test_resume_in_the_middle_of_an_evaluation(tmp_path):
 def test_a_second_train_of_one_object_after_an_interruption(tmp_path):
     whole = build(tmp_path / "whole")
     whole.train()
-    interrupt = Interrupt("2-writing", 2)
     # without checkpoints the stage begins again, and must do so from its own start
-    again = build(tmp_path / "again", callbacks=[interrupt], save_strategy="no")
-    with pytest.raises(KeyboardInterrupt):
-        again.train()
-    again.remove_callback(interrupt)
-    again.train(resume_from_checkpoint=True)
-    assert_same(weights(whole), weights(again))
-
-
-def test_the_first_stage_cannot_begin_again_in_the_same_object(tmp_path):
-    trainer = build(tmp_path, callbacks=[Interrupt("1-math", 1)], save_strategy="no")
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    callbacks = [Interrupt("1-math", 1), Interrupt("2-writing", 2)]
+    first, second = (build(tmp_path / f.domain_folder, callbacks=[f], save_strategy="no") for f in callbacks)
+    for trainer, interrupt in zip((first, second), callbacks, strict=True):
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.remove_callback(interrupt)
+    second.train(resume_from_checkpoint=True)
+    assert_same(weights(whole), weights(second))
     with pytest.raises(ValueError, match="build a new trainer"):
-        trainer.train(resume_from_checkpoint=True)
+        first.train(resume_from_checkpoint=True)
 
 
 def test_a_run_is_extended(tmp_path):
@@ -198,25 +181,16 @@ def checkpoint(tmp_path_factory):
     return folder / "checkpoints" / "1-math"
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize(
-    ("name", "spoil"),
-    [
-        ("trainer_state.json", cut),
-        ("trainer_state.json", lambda path: path.unlink()),
-        ("resume_state_0.json", lambda path: path.unlink()),
-        ("model.safetensors", cut),
-        ("optimizer.pt", cut),
-    ],
-)
-def test_a_half_written_checkpoint_is_skipped_with_a_warning(tmp_path, checkpoint, caplog, name, spoil):
+@pytest.mark.parametrize("name", ["trainer_state.json", "resume_state_0.json", "model.safetensors", "optimizer.pt"])
+def test_a_half_written_checkpoint_is_skipped_with_a_warning(tmp_path, checkpoint, caplog, name):
     folder = tmp_path / "1-math"
     shutil.copytree(checkpoint, folder)
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2") and not caplog.text
-    spoil(folder / "checkpoint-2" / name)
+    path = folder / "checkpoint-2" / name
+    content = path.read_bytes()
+    path.unlink()
+    if name != "resume_state_0.json":
+        path.write_bytes(content[: len(content) // 2])
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-1")
     assert "checkpoint-2: skipped, it was not written to its end" in caplog.text and name in caplog.text
     assert last_whole_checkpoint(tmp_path / "missing") is None

@@ -6,12 +6,9 @@ from trl_interfere.training.schedule import Stage, build_schedule
 DOMAINS = ("code", "math", "qa")
 
 
-def test_order_of_the_domains():
-    assert build_schedule(iter(DOMAINS), None, None) == [Stage("code"), Stage("math"), Stage("qa")]
-
-
-def test_order_with_repeats_and_overrides():
+def test_order_and_overrides():
     overrides = {"math": {"max_steps": 3}, "qa": {"learning_rate": 1e-6}}
+    assert build_schedule(iter(DOMAINS), None, None) == [Stage("code"), Stage("math"), Stage("qa")]
     schedule = build_schedule(DOMAINS, ["math", "code", "math"], overrides)
     assert [(stage.domain, stage.kind, stage.overrides) for stage in schedule] == [
         ("math", "train", {"max_steps": 3}),

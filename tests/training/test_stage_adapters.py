@@ -35,14 +35,8 @@ class Gradients(TrainerCallback):
 @pytest.fixture(scope="module")
 def per_stage(tmp_path_factory):
     gradients = Gradients()
-    trainer = build(
-        tmp_path_factory.mktemp("adapters"),
-        callbacks=[AskOnce(), gradients],
-        peft_config=LoraConfig(**LORA),
-        adapter_per_stage=True,
-        learning_rate=1e-2,
-        beta=0.05,
-    )
+    settings = {"peft_config": LoraConfig(**LORA), "adapter_per_stage": True, "learning_rate": 1e-2, "beta": 0.05}
+    trainer = build(tmp_path_factory.mktemp("adapters"), callbacks=[AskOnce(), gradients], **settings)
     trainer.train()
     return trainer, gradients
 
@@ -55,7 +49,7 @@ def test_each_stage_trains_its_own_adapter_only(per_stage):
     trainer, gradients = per_stage
     assert gradients.seen == {"1-math": {NAMES[0]}, "2-writing": {NAMES[1]}, "3-refresh-math": {NAMES[2]}}
     stages = Path(trainer.args.output_dir) / "stages"
-    folders = [stages / name for name in ("1-math", "2-writing", "3-refresh-math")]
+    folders = [stages / name for name in gradients.seen]
     for position, folder in enumerate(folders):
         assert {path.name for path in (folder / "adapters").iterdir()} == set(NAMES[: position + 1])
         own = adapter(folder, NAMES[position])
@@ -94,9 +88,7 @@ def test_a_peft_model_with_a_trained_adapter_is_its_own_kl_reference(tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     before = {name: tensor.cpu().clone() for name, tensor in start.state_dict().items() if "lora" in name}
-    trainer = SequentialGRPOTrainer(
-        model=start, args=config(tmp_path, beta=0.1), domains=[math_domain(), writing_domain()]
-    )
+    trainer = SequentialGRPOTrainer(start, config(tmp_path, beta=0.1), [math_domain(), writing_domain()])
     trainer.train()
     after = weights(trainer)
     for name, tensor in before.items():
@@ -124,8 +116,6 @@ def test_the_kl_reference_follows_the_stage(tmp_path, peft):
     [
         (None, {}, "adapter_per_stage: expected one LoRA"),
         ({"use_dora": True}, {}, "adapter_per_stage: .*use_dora=True"),
-        ({"modules_to_save": ["embed_tokens"]}, {}, "adapter_per_stage: .*modules_to_save"),
-        ({"bias": "all"}, {}, "adapter_per_stage: .*bias='all'"),
         ({}, {"kl_reference": "stage"}, "kl_reference: 'stage' is not supported with adapter_per_stage"),
     ],
 )

@@ -231,19 +231,11 @@ def test_batches_hold_groups_and_are_used_again(tmp_path):
 
 
 REFUSED = {
-    "no reward": ({}, {}, "only.*reward"),
-    "no data": ({"train_dataset": None}, {}, "order"),
-    "data of the environment without a length": (
-        {"train_dataset": None},
-        {"environment_factory": Game, "max_steps": -1},
-        "max_steps",
-    ),
+    "no reward": ({"reward_funcs": None}, {}, "only.*reward"),
+    "no data": ({"train_dataset": None, "reward_funcs": None}, {}, "order"),
+    "data without a length": ({"train_dataset": None}, {"environment_factory": Game, "max_steps": -1}, "max_steps"),
     "environments without data": ({"train_dataset": None}, {"environment_factory": GAMES}, "order"),
-    "processing classes of another number": (
-        {"reward_funcs": [standard]},
-        {"reward_processing_classes": [None, None]},
-        "reward processing classes",
-    ),
+    "processing classes": ({}, {"reward_processing_classes": [None, None]}, "reward processing classes"),
     "rewards that are never given": ({"reward_funcs": [never]}, {}, "only.*None.*never"),
 }
 
@@ -251,8 +243,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_is_refused(tmp_path, name):
     fields, extras, message = REFUSED[name]
-    args = config(tmp_path, max_steps=extras.get("max_steps", 1))
-    domain = Domain("only", **{"train_dataset": Dataset.from_list(ROWS), **fields})
-    extras = {key: value for key, value in extras.items() if key != "max_steps"}
+    extras = dict(extras)
+    args = config(tmp_path, max_steps=extras.pop("max_steps", 1))
+    domain = Domain("only", **{"train_dataset": Dataset.from_list(ROWS), "reward_funcs": [standard], **fields})
     with pytest.raises(ValueError, match=message):
         SequentialGRPOTrainer(str(MODEL_FOLDER), args, [domain], **extras).train()

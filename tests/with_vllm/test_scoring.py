@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-import yaml
+from finished_run import settings, write
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -128,20 +128,9 @@ def test_a_repair_beside_the_model_that_it_heals(tmp_path, plain, prompts):
 
 
 def test_the_command_gives_the_same_scores(tmp_path, adapter):
-    for name in ("math", "writing"):
-        lines = (json.dumps(row) for row in lab_rows(name, "test", 24))
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    content = {
-        "model": str(MODEL_FOLDER),
-        "training": {"output_dir": str(tmp_path / "out"), "max_completion_length": 16, "bf16": False, "use_cpu": True},
-        "domains": [
-            {"name": name, "eval_dataset": f"{name}.jsonl", "metric": f"trl_interfere.lab.{name}.{name}_reward"}
-            for name in ("math", "writing")
-        ],
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    recipe = write(tmp_path, settings(tmp_path, max_completion_length=16))
     for engine in ("transformers", "vllm"):
-        arguments = ["evaluate", MODEL_FOLDER, adapter[0], "--recipe", tmp_path / "run.yaml", "--threads", 1]
+        arguments = ["evaluate", MODEL_FOLDER, adapter[0], "--recipe", recipe, "--threads", 1]
         main(list(map(str, [*arguments, "--engine", engine, "--output_dir", tmp_path / engine])))
     expected, found = (
         json.loads((tmp_path / engine / "scores.json").read_text()) for engine in ("transformers", "vllm")
