@@ -65,10 +65,8 @@ def test_a_broken_repair_is_refused(run, change):
 def test_card_of_a_healed_run(run):
     card = analysis_card(run, "u/r", license="mit", figures={"scores": "figures/scores.png"}, revisions=True)
     text = str(card)
-    order = ["**math lost", "## Scores", "## What was lost", "## How it was healed", "from peft import"]
-    order += ["## Measurements", "## How it was made", "## Limits", "## Citation"]
-    places = [text.index(part) for part in order]
-    assert places == sorted(places)
+    for part in ("**math lost", "## Measurements", "## How it was made", "## Limits", "## Citation"):
+        assert part in text
     assert "| math (n=512) | 63.5 | 38.5 | 61.1 | 91% [78, 105] |" in text and "(figures/scores.png)" in text
     assert "512 sequences forward, 0 backward, and 20 seconds" in text
     assert "trl-interfere lab --seed 0 --order code,math,qa,writing --steps 100" in text
@@ -83,7 +81,7 @@ def test_card_of_a_healed_run(run):
     assert "| math (n=512) | 63.5 | 38.5 | 25.0 [20.5, 29.7] |" in str(analysis_card(run))
 
 
-def test_metadata(run):
+def test_metadata_and_the_card_of_a_stage(run):
     data = analysis_card(run).data.to_dict()
     assert {"trl-interfere", "trl", "grpo"} <= set(data["tags"]) and "base_model" not in data
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
@@ -92,6 +90,10 @@ def test_metadata(run):
     data = analysis_card(run, "u/r").data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("Qwen/Qwen3-0.6B", "finetune")
     assert data["datasets"] == ["a/b"]
+    card = stage_card(run, run.stages[1], "u/r", "mit")
+    text = str(card)
+    assert 'revision="stage-1-code"' in text and card.data.license == "mit"
+    assert re.search(r"\| 1-code \|.* 57\.4 \[", text) and "| 0-base |" in text and "| 2-math |" not in text
 
 
 def test_foreign_text_is_text(run, monkeypatch):
@@ -135,13 +137,6 @@ def test_no_number_comes_from_elsewhere(run):
     numbers = re.findall(NUMBER, text)
     assert len(numbers) > 100
     assert {number for number in numbers if number not in allowed} == set()
-
-
-def test_stage_cards(run):
-    card = stage_card(run, run.stages[1], "u/r", "mit")
-    text = str(card)
-    assert 'revision="stage-1-code"' in text and card.data.license == "mit"
-    assert re.search(r"\| 1-code \|.* 57\.4 \[", text) and "| 0-base |" in text and "| 2-math |" not in text
 
 
 def test_cards_and_pages_of_a_report(make_report):
