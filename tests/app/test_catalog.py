@@ -1,7 +1,7 @@
 import shutil
 
 import pytest
-from page_data import DATA
+from space_run import DATA
 
 from trl_interfere.app.catalog import Catalog
 

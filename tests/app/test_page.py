@@ -4,7 +4,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import httpx
 import pytest
 import torch
-from page_data import DATA, HOSTILE
+from space_run import DATA, HOSTILE
 
 from trl_interfere.app.page import launch
 from trl_interfere.cli.compare import main as compare

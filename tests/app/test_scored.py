@@ -3,7 +3,7 @@ import shutil
 
 import numpy as np
 import pytest
-from page_data import DATA, HOSTILE
+from space_run import DATA, HOSTILE
 
 from trl_interfere.app import html
 from trl_interfere.app.scored import Scored
@@ -37,10 +37,6 @@ def test_a_healed_run(lab):
     change = repair["domains"]["math"]["change"]
     shown = f"{change['value']:+.1f} [{change['low']:+.1f}, {change['high']:+.1f}]"
     assert shown in flips_table(lab, "4-writing", "5-heal")
-    prompt, found = lab.answers("math", 5)
-    assert [one["model"] for one in found] == lab.models and prompt.startswith("Q: ")
-    line = (DATA / "scores" / "2-math" / "math.jsonl").read_text().splitlines()[5]
-    assert found[2]["text"] == json.loads(line)["completions"][0] and found[2]["score"] == json.loads(line)["score"]
 
 
 def test_what_chance_alone_flips(lab, evaluation):

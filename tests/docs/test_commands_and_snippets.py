@@ -107,4 +107,4 @@ def test_recipes_of_the_pages(text, data):
 
 
 def test_the_pages_have_what_is_tested():
-    assert len(list(commands())) > 30 and len(OWN_DATA) == 2 and len(RECIPES) == 2
+    assert len(list(commands())) > 45 and len(OWN_DATA) == 2 and len(RECIPES) == 2

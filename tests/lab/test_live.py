@@ -1,12 +1,10 @@
-from pathlib import Path
-
 import pytest
+from space_run import DATA
 
 from trl_interfere.evaluation.bootstrap import score
 from trl_interfere.lab.live import LiveHeal
 
 
-DATA = Path(__file__).parents[2] / "space" / "data" / "lab"
 PROMPTS = 64
 
 

@@ -1,18 +1,15 @@
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from space_run import DATA
 
 from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
 from trl_interfere.lab.packed import is_packed, pack, unpack
 from trl_interfere.run import Run
-
-
-DATA = Path(__file__).parents[2] / "space" / "data" / "lab"
 
 
 @pytest.fixture

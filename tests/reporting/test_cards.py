@@ -3,9 +3,9 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
+from space_run import DATA
 
 from trl_interfere.analysis.report import InterferenceReport
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
@@ -14,7 +14,6 @@ from trl_interfere.reporting.verdict import losses, read_repair, verdict
 from trl_interfere.run import Run
 
 
-DATA = Path(__file__).parents[2] / "space" / "data" / "lab"
 NUMBER = r"(?<![\w.])[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 HOSTILE = "<script>x</script>|![i](http://a/b.png)|[l](javascript:x)|`c`|**b**\n```mermaid\ngraph\n```"
 
