@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from page_data import DATA, HOSTILE
+from space_run import DATA, HOSTILE
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

@@ -1,7 +1,7 @@
 import shutil
 
 import pytest
-from page_data import DATA
+from space_run import DATA
 
 from trl_interfere.app.catalog import Catalog
 
@@ -22,30 +22,18 @@ def test_names(folder, evaluation, tmp_path):
     assert catalog.open("run") is not first
 
 
-def test_folders_without_a_run(tmp_path):
+def test_nothing_but_the_chosen_folders(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="run or of an evaluation"):
-        Catalog([tmp_path])
-    with pytest.raises(FileNotFoundError, match="missing"):
-        Catalog([tmp_path / "missing"])
-
-
-def test_nothing_but_the_chosen_folders(folder, monkeypatch):
+        Catalog([folder / "scores"])
     monkeypatch.chdir(folder)
     for name in ("../secret", "/etc", "", "a/../../b", "..", "a/b/c", "./run", "x" * 5000):
         with pytest.raises(ValueError, match="expected one of"):
             Catalog([folder]).open(name)
-
-
-def test_a_folder_with_the_name_of_a_repository_is_not_read(folder, tmp_path, monkeypatch):
+    # Nor a folder with the name of a repository.
     shutil.copytree(folder, tmp_path / "user" / "repo" / "interference")
     monkeypatch.chdir(tmp_path)
-    for hub in (True, False):  # tests are offline
+    for hub, message in ((True, "Hub cannot be reached"), (False, "switched off")):  # tests are offline
         with pytest.raises(ValueError, match="user/repo"):
             Catalog([folder], hub=hub).open("user/repo")
-
-
-def test_search_without_a_network(folder):
-    with pytest.raises(ValueError, match="Hub cannot be reached"):
-        Catalog([folder]).search("math")
-    with pytest.raises(ValueError, match="switched off"):
-        Catalog([folder], hub=False).search()
+        with pytest.raises(ValueError, match=message):
+            Catalog([folder], hub=hub).search()

@@ -13,9 +13,7 @@ from trl_interfere.lab.qa import NAMES, PHRASINGS, SYMBOLS, qa_reward
 from trl_interfere.lab.writing import rubric, writing_reward
 
 
-@pytest.fixture(params=["code", "math", "qa", "writing"])
-def task(request):
-    return request.param
+each_task = pytest.mark.parametrize("task", ["code", "math", "qa", "writing"])
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +27,7 @@ def reward(task, rows, completions):
     return REWARDS[task](prompts=[row["prompt"] for row in rows], completions=completions, **columns)
 
 
+@each_task
 def test_prompts_of_splits_are_disjoint(task, rows):
     prompts = {split: {row["prompt"] for row in part} for split, part in rows[task].items()}
     assert sum(map(len, prompts.values())) == len(set.union(*prompts.values()))
@@ -42,6 +41,7 @@ def test_prompts_of_splits_are_disjoint(task, rows):
     assert domain.selection_dataset["prompt"] == [row["prompt"] for row in rows[task]["selection"][:20]]
 
 
+@each_task
 def test_answers_earn_everything_and_other_styles_do_not(task, rows):
     some = [row for part in rows[task].values() for row in part]
     assert reward(task, some, [row["answer"] for row in some]) == [1.0] * len(some)
@@ -63,9 +63,6 @@ def test_math_problems_are_right(rows):
 
 def test_qa_facts_are_right(rows):
     assert len(SYMBOLS) == len(NAMES) == len(set(SYMBOLS)) == len(set(NAMES)) == 94
-    facts = {"hydrogen": ("H", 1), "iron": ("Fe", 26), "gold": ("Au", 79), "plutonium": ("Pu", 94)}
-    for name, (symbol, number) in facts.items():
-        assert (NAMES[number - 1], SYMBOLS[number - 1]) == (name, symbol)
     known = {
         "Q: symbol of iron A:": "Fe",
         "Q: what is Au A:": "gold",
@@ -81,9 +78,7 @@ def test_qa_facts_are_right(rows):
     while not known.keys() <= seen.keys():
         row = TASKS["qa"].sample(rng)
         assert seen.setdefault(row["prompt"], row["answer"]) == row["answer"]  # one answer to a question
-    assert {prompt: seen[prompt] for prompt in known} == {
-        prompt: f" The answer is {answer}." for prompt, answer in known.items()
-    }
+    assert all(seen[prompt] == f" The answer is {answer}." for prompt, answer in known.items())
     assert {len(phrasings) for phrasings in PHRASINGS.values()} == {5}
     completions = [" The answer is gold.", "The answer is gold.\n", "The answer is gold", "gold"]
     assert qa_reward(completions, answer=[" The answer is gold."] * 4) == [1, 1, 0, 0]
@@ -151,7 +146,6 @@ ITEMS = ("first word", "second word", "length", "one sentence", "no repetition")
         ("the moon shines near the river.", ["one sentence"]),
         ("The moon shines near the river", ["one sentence"]),
         ("The moon shines. Near the river.", ["one sentence"]),
-        ("The moon shines near moon river.", ["no repetition"]),
         ("The the the the the the.", ["first word", "second word", "no repetition"]),
         ("", ITEMS),
     ],

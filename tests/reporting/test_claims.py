@@ -72,9 +72,7 @@ def test_every_claim_has_its_figure_and_its_control(report):
 
 
 def test_what_a_report_lacks_is_left_out(make_report):
-    report = make_report(10)
-    report.cosines["by_domain"] = {}
-    (row,) = report_claims(replace(report, attributed=-0.1))
+    (row,) = report_claims(replace(make_report(10), attributed=-0.1, cosines={}))
     assert row.claim == "damage is second order" and row.control == "no random update was taken (subspace_size=0)"
 
 
@@ -84,18 +82,11 @@ def row(arm, share=0.5, **labels):
     return {"arm": arm, "domains": {"math": math, "qa": {"change": {"value": -0.25}}}, **labels}
 
 
-def routes(criterion, share, budget=0.02, scope="mlp"):
-    return row("routes", share, criterion=criterion, budget=budget, scope=scope, chosen=1.5)
-
-
 def test_rollback_stands_beside_its_controls():
-    rivals = [
-        routes("damage", 0.5),
-        routes("random", 0.01),
-        routes("route_conflict", -0.02),
-        routes("damage", None, 0.32, "joint"),
-        row("refresh", steps=10),
-    ]
+    place = {"budget": 0.02, "scope": "mlp", "chosen": 1.5}
+    shares = {"damage": 0.5, "random": 0.01, "route_conflict": -0.02}
+    rivals = [row("routes", share, criterion=name, **place) for name, share in shares.items()]
+    rivals += [row("routes", None, criterion="damage", **{**place, "budget": 0.32}), row("refresh", steps=10)]
     first, second = rollback_claims(rivals, "math")
     assert first.value == "50% [38, 75]; math +12.5, qa -0.2"
     assert first.control.startswith("random 1% [-12, 26]") and "route_conflict -2% [-14, 23]" in first.control
