@@ -1,4 +1,9 @@
+import contextlib
 import json
+import socket
+import subprocess
+import sys
+import time
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import httpx
@@ -6,8 +11,6 @@ import pytest
 import torch
 from space_run import DATA, HOSTILE
 
-from trl_interfere.app.page import launch
-from trl_interfere.cli.compare import main as compare
 from trl_interfere.lab import MODEL_FOLDER
 from trl_interfere.lab.domains import lab_rows
 from trl_interfere.models import load_model, load_tokenizer
@@ -16,6 +19,27 @@ from trl_interfere.models import load_model, load_tokenizer
 @pytest.fixture(scope="module")
 def address(serve, hostile, evaluation):
     return serve([hostile, evaluation], lab=DATA)
+
+
+# Lowest contrast of a text with the ground that it stands on (WCAG 2.2).
+CONTRAST = """() => {
+  const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+  const light = (color) => channels(color).slice(0, 3).map((c) => c / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, at) => sum + c * [0.2126, 0.7152, 0.0722][at], 0);
+  const ground = (one) => {
+    for (; one; one = one.parentElement) {
+      const color = getComputedStyle(one).backgroundColor;
+      if ((channels(color)[3] ?? 1) > 0) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const texts = [...document.querySelectorAll(".ti-lead, .ti-detail, .ti-table th, .ti-table td, .ti-answer *")];
+  return Math.min(...texts.filter((one) => one.checkVisibility()).map((one) => {
+    const [low, high] = [light(getComputedStyle(one).color), light(ground(one))].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  }));
+}"""
 
 
 def opened(address, tab, **query):
@@ -91,21 +115,33 @@ def test_heal_live_and_its_control(visit, address):
     rolled = page.locator("#live-text .ti-lead").inner_text()
     assert shares[1] < int(rolled.split("%")[0]) < shares[0]
     assert "rollback lab-out --domain math --budget 0.32" in page.locator("body").inner_text()
+    page.get_by_label("heal", exact=True).check()
+    while page.locator("#live-heal input:checked").count():
+        page.locator("#live-heal input:checked").first.click()
+    page.click("#live-start")
+    page.wait_for_selector("#live-text .ti-notice[role=alert]")
+    assert "domains: expected at least one of" in page.locator("#live-text").inner_text()
 
 
 @pytest.mark.slow
-def test_narrow_screen(visit, address):
-    phone = {"viewport": {"width": 390, "height": 844}}
-    for tab in ("verdict", "repairs", "where", "live", "prompts"):
-        wait = {"live": "#live-text table", "prompts": "#flips table"}.get(tab, f"#{tab} .ti-plot svg")
-        page = visit(opened(address, tab), wait=wait, **phone)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_narrow_screen(visit, address, scheme):
+    for tab, wait in {
+        "verdict": "#verdict .ti-plot svg",
+        "prompts": "#flips table",
+        "repairs": "#repairs .ti-plot svg",
+        "live": "#live-text table",
+        "where": "#where .ti-plot svg",
+    }.items():
+        phone = {"viewport": {"width": 390, "height": 844}, "color_scheme": scheme}
+        page = visit(opened(address, tab, __theme=scheme), wait=wait, **phone)
         page.wait_for_timeout(500)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), tab
+        assert page.evaluate(CONTRAST) >= 4.5, tab
 
 
 @pytest.mark.slow
-def test_two_checkpoints_with_no_run_and_no_report(visit, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_two_checkpoints_with_no_run_and_no_report(visit, tmp_path):
     rows = lab_rows("math", "test", 16)
     (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     domain = {"name": "sums", "reward_funcs": "lab_math", "eval_dataset": "math.jsonl"}
@@ -116,21 +152,27 @@ def test_two_checkpoints_with_no_run_and_no_report(visit, tmp_path, monkeypatch)
     weight.add_(0.2 * torch.randn_like(weight))
     model.save_pretrained(tmp_path / "noisy")
     load_tokenizer(MODEL_FOLDER).save_pretrained(tmp_path / "noisy")
-    served = []
-
-    def serve(page, **settings):
-        served.extend([page, launch(page, **settings, prevent_thread_lock=True, quiet=True)[1]])
-
-    monkeypatch.setattr("trl_interfere.app.page.launch", serve)  # which would not return
-    compare([str(MODEL_FOLDER), "noisy", "--recipe", "domains.yaml", "--no_browser", "--no_hub"])
-    page = visit(opened(served[1], "prompts"), wait="#flips table")
-    rows = (tmp_path / "comparison" / "scores").glob("*/sums.jsonl")
-    scores = [[json.loads(line)["score"] for line in path.read_text().splitlines()] for path in sorted(rows)]
-    lost = sum(before > after for before, after in zip(*scores, strict=True))
-    row = page.locator("#flips tbody tr").filter(has_text="sums").inner_text().split()
-    assert lost > 2 and str(lost) in row, row
-    page.close()  # before the server ends
-    served[0].close()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "trl_interfere", "compare", str(MODEL_FOLDER), "noisy", "--recipe"]
+    options = ["domains.yaml", "--no_browser", "--no_hub", "--port", str(port)]
+    with subprocess.Popen([*command, *options], cwd=tmp_path) as process:
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    httpx.get(f"http://127.0.0.1:{port}/")
+                    break
+                time.sleep(0.5)
+            page = visit(f"http://127.0.0.1:{port}/?tab=prompts", wait="#flips table")
+            rows = (tmp_path / "comparison" / "scores").glob("*/sums.jsonl")
+            scores = [[json.loads(line)["score"] for line in path.read_text().splitlines()] for path in sorted(rows)]
+            lost = sum(before > after for before, after in zip(*scores, strict=True))
+            row = page.locator("#flips tbody tr").filter(has_text="sums").inner_text().split()
+            assert lost > 2 and str(lost) in row, row
+            page.close()  # before the server ends
+        finally:
+            process.terminate()
 
 
 @pytest.mark.slow
