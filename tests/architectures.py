@@ -2,6 +2,21 @@
 
 CHARACTERS = " 0123456789+=?abcdefgh"
 VOCABULARY = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+# Of every tiny model, unless its own settings say otherwise.
+TINY = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "pad_token_id": VOCABULARY["<pad>"],
+    "bos_token_id": None,
+    "eos_token_id": VOCABULARY["<eos>"],
+}
 _HEAD = {"head_dim": 6}
 _OF_QWEN = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 5}
 _EXPERTS = _OF_QWEN | {"num_local_experts": 3}

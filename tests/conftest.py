@@ -15,7 +15,7 @@ os.environ["HF_ENDPOINT"] = URL
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, FAMILIES, FURTHER, VOCABULARY
+from architectures import ARCHITECTURES, FAMILIES, FURTHER, TINY, VOCABULARY
 from datasets import Dataset, disable_progress_bars
 from dense_routes import contributions, dense_sums, owned_slices  # noqa: F401 (fixtures)
 from finished_run import make as make_finished_run
@@ -108,22 +108,7 @@ def make_model():
 
     def make(family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float64, **overrides):
         model_type, settings = ARCHITECTURES.get(family, (family, FURTHER.get(family, {})))
-        settings = {
-            "vocab_size": len(VOCABULARY),
-            "hidden_size": 16,
-            "intermediate_size": 12,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.3,
-            "tie_word_embeddings": False,
-            "pad_token_id": VOCABULARY["<pad>"],
-            "bos_token_id": None,
-            "eos_token_id": VOCABULARY["<eos>"],
-            **settings,
-            **overrides,
-        }
+        settings = TINY | settings | overrides
         if model_type == "gemma3":
             vision = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4}
             settings = {

@@ -7,51 +7,31 @@ from trl_interfere.evaluation.bootstrap import score
 from trl_interfere.evaluation.score_matrix import ScoreMatrix
 
 
-def filled():
-    matrix = ScoreMatrix(["math", "qa"])
-    matrix.append("0-base", {"math": np.array([0.0, 0.5, 0.0, 0.0]), "qa": np.array([1.0, 0.0])})
-    matrix.append("1-math", {"math": np.array([1.0, 1.0, 1.0, 0.0]), "qa": np.array([0.0, 0.0])})
-    matrix.append("2-qa", {"math": np.array([1.0, 1.0, 0.0, 1.0]), "qa": np.array([1.0, 1.0])})
-    return matrix
-
-
-def test_intervals():
-    matrix = filled()
-    assert matrix.interval(0, "math").value == 12.5
-    assert matrix.interval(-1, "qa").value == 100
-    assert matrix.interval(1, "math") == score(np.array([1.0, 1.0, 1.0, 0.0]))
-    assert matrix.peak("math") == 1 and matrix.peak("qa") == 2  # the first highest stage
-
-
-def test_table(printed):
-    text = printed(filled().to_table())
-    assert "math (n=4)" in text and "qa (n=2)" in text
-    rows = [line for line in text.splitlines() if "0-base" in line or "2-qa" in line]
-    assert "12.5 [0.0, 37.5]" in rows[0] and "50.0 [0.0, 100.0]" in rows[0]
-    assert "100.0 [100.0, 100.0]" in rows[1]
-    assert [column.header for column in ScoreMatrix(["math"]).to_table().columns] == ["stage", "math (n=0)"]
-    lines = repr(filled()).splitlines()
-    assert lines[0].split("  ")[0] == "stage" and "math (n=4)" in lines[0]
-    assert lines[1].startswith("0-base") and "12.5 [0.0, 37.5]" in lines[1] and len(lines) == 4
-
-
-def test_rows_without_a_value(matrix, printed):
-    text = printed(matrix.to_table())
-    assert "law (n=50)" in text
-    assert ["—" in line for line in text.splitlines() if line.startswith("│")] == [True] * 4 + [False] * 4
+def test_intervals_and_peaks(matrix):
+    assert matrix.interval(1, "math") == score(matrix.values[1]["math"])
+    assert matrix.interval(-1, "qa") == score(matrix.values[7]["qa"])
+    matrix.values[7]["poems"] = matrix.values[matrix.peak("poems")]["poems"]  # the first of the highest counts
+    for domain in ("math", "poems"):
+        means = [values[domain].mean() for values in matrix.values]
+        assert [matrix.peak(domain, last) for last in range(8)] == [int(np.argmax(means[: n + 1])) for n in range(8)]
     means = [values["law"].mean() for values in matrix.values[4:]]
-    assert matrix.peak("law") == 4 + int(np.argmax(means))
-    assert matrix.peak("law", last=4) == 4
+    assert matrix.peak("law") == 4 + int(np.argmax(means)) and matrix.peak("law", last=4) == 4
     with pytest.raises(ValueError, match=r"domain 'law': expected a score after one of \['0-base', '1-math'\], found"):
         matrix.peak("law", last=1)
     with pytest.raises(ValueError, match="stage '3-refresh-math': expected a score of domain 'law', found scores of"):
         matrix.interval(3, "law")
 
 
-def test_peak_up_to_a_stage(matrix):
-    for domain in ("math", "poems"):
-        means = [values[domain].mean() for values in matrix.values]
-        assert [matrix.peak(domain, last) for last in range(8)] == [int(np.argmax(means[: n + 1])) for n in range(8)]
+def test_table(matrix, printed):
+    text = printed(matrix.to_table())
+    assert "math (n=40)" in text and "law (n=50)" in text
+    rows = [line for line in text.splitlines() if line.startswith("│")]
+    assert ["—" in row for row in rows] == [True] * 4 + [False] * 4
+    assert "0-base" in rows[0] and f"{matrix.interval(0, 'math'):.1f}" in rows[0]
+    assert [column.header for column in ScoreMatrix(["math"]).to_table().columns] == ["stage", "math (n=0)"]
+    lines = repr(matrix).splitlines()
+    assert lines[0].startswith("stage") and "math (n=40)" in lines[0] and len(lines) == 9
+    assert lines[1].startswith("0-base") and f"{matrix.interval(0, 'math'):.1f}" in lines[1]
 
 
 def test_average_score(matrix, close_to_loops):

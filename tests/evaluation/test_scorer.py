@@ -6,10 +6,12 @@ import random
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
@@ -18,6 +20,7 @@ from trl_interfere.domain import Domain
 from trl_interfere.evaluation.checkpoints import scorer_of
 from trl_interfere.evaluation.scorer import Scorer, apply_metric
 from trl_interfere.lab import MODEL_FOLDER
+from trl_interfere.models import load_model, load_tokenizer
 from trl_interfere.training.config import SequentialGRPOConfig
 
 
@@ -36,8 +39,10 @@ def plain_greedy(model, ids, max_new_tokens, end_ids):
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_greedy_against_a_plain_loop(family, batch_size, make_model, tokenizer):
-    model = make_model(family, seed=4)
+@pytest.mark.parametrize("pad_token", ["<pad>", None])
+def test_greedy_against_a_plain_loop(family, batch_size, pad_token, make_model, tokenizer):
+    model, tokenizer = make_model(family, seed=4), copy.deepcopy(tokenizer)
+    tokenizer.pad_token = pad_token
     scorer = Scorer(tokenizer, max_new_tokens=12, batch_size=batch_size)
     found = scorer.complete_ids(model, PROMPTS)
     encoded = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
@@ -149,78 +154,52 @@ def lengths(completions, **kwargs):
 
 
 async def later(completions, **kwargs):
-    return [10.0, 20.0, 30.0]
+    return np.array([10.0, 20.0, 30.0], dtype=np.float32)
+
+
+def sparse(completions, **kwargs):
+    return [None, torch.tensor(2), None]
 
 
 ROWS = [{"prompt": "1"}, {"prompt": "2"}, {"prompt": "3"}]
 
 
 def test_weighted_rewards():
-    rewards = [lengths, lambda completions, **kwargs: [None, 2.0, None], later]
-    domain = Domain("numbers", reward_funcs=rewards, reward_weights=[1.0, 0.5, -0.1])
-    values = apply_metric(domain, ROWS, ["a", "bb", ""])
-    np.testing.assert_allclose(values, [1 + 0 - 1, 2 + 1 - 2, 0 + 0 - 3])
-    domain.metric = lengths
-    assert apply_metric(domain, ROWS, ["a", "bb", ""]).tolist() == [1, 2, 0]
+    domain = Domain("numbers", reward_funcs=[lengths, sparse, later], reward_weights=[1.0, 0.5, -0.1])
+
+    async def notebook():  # an event loop runs already
+        return apply_metric(domain, ROWS, ["a", "bb", ""])
+
+    for values in (apply_metric(domain, ROWS, ["a", "bb", ""]), asyncio.run(notebook())):
+        np.testing.assert_allclose(values, [1 + 0 - 1, 2 + 1 - 2, 0 + 0 - 3])
+    domain.metric = lambda **kwargs: torch.tensor([1.0, 0.5, 2.0], dtype=torch.bfloat16, requires_grad=True)
+    assert apply_metric(domain, ROWS, ["a", "bb", ""]).tolist() == [1, 0.5, 2]
 
 
-def test_kinds_of_values():
-    for values in (
-        torch.tensor([1.0, 0.5, 2.0], dtype=torch.bfloat16, requires_grad=True),
-        [torch.tensor(1), torch.tensor(0.5), torch.tensor(2.0, dtype=torch.float64)],
-        np.array([1.0, 0.5, 2.0], dtype=np.float32),
-        (1, np.float32(0.5), 2.0),
-    ):
-        domain = Domain("numbers", metric=lambda completions, values=values, **kwargs: values)
-        assert apply_metric(domain, ROWS, ["a", "b", "c"]).tolist() == [1, 0.5, 2]
-
-
-def test_async_rewards_where_an_event_loop_runs():
-    async def notebook():
-        return apply_metric(Domain("numbers", reward_funcs=[lengths, later]), ROWS, ["a", "bb", ""])
-
-    assert asyncio.run(notebook()).tolist() == [11, 22, 30]
-
-
-def test_functions_get_what_training_gives_them(make_model, tokenizer):
-    rows = Dataset.from_dict(
-        {"prompt": ["1", "22"], "answer": ["x", "y"], "completion": ["p", "q"], "completion_ids": [[9], [9]]}
-    )
-    seen = {}
-
-    def reward(completion_ids, log_extra, log_metric, **kwargs):
-        log_extra("answer", kwargs["answer"])
-        log_metric("share", 0.5)
-        seen.update(kwargs, completion_ids=completion_ids)
-        return [float(len(ids)) for ids in completion_ids]
-
-    model, domain = make_model(seed=4), Domain("numbers", reward_funcs=reward, eval_dataset=rows)
-    scorer = Scorer(tokenizer, max_new_tokens=7, batch_size=1)
-    scores = scorer.score(model, domain, domain.eval_dataset)
-    assert seen["completion_ids"] == scorer.complete_ids(model, ["1", "22"])
-    assert scores.values.tolist() == [len(ids) for ids in seen["completion_ids"]]
-    assert seen["completions"] == scores.completions and seen["answer"] == ["x", "y"]
-
-
-def test_names_are_those_of_trl(tmp_path):
+def test_functions_get_what_trl_gives_them(tmp_path):
     """Arguments of a reward function in a training step of TRL, but for the trainer's own state."""
     seen = []
 
     def reward(**kwargs):
+        kwargs["log_extra"]("answer", kwargs["answer"])
+        kwargs["log_metric"]("share", 0.5)
         seen.append(kwargs)
-        return [0.0] * len(kwargs["prompts"])
+        return [float(len(ids)) for ids in kwargs["completion_ids"]]
 
-    rows = Dataset.from_dict({"prompt": ["1", "2"], "answer": ["x", "y"]})
-    domain = Domain("numbers", rows, reward_funcs=reward)
+    columns = {"answer": ["x", "y"], "completion": ["p", "q"], "completion_ids": [[9], [9]]}
+    domain = Domain("numbers", Dataset.from_dict({"prompt": ["1", "2"], **columns}), reward_funcs=reward)
     sizes = {"max_steps": 1, "per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 2}
     quiet = {"report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True}
     args = GRPOConfig(str(tmp_path), **sizes, **quiet)
     GRPOTrainer(str(MODEL_FOLDER), reward, args=args, train_dataset=domain.train_dataset).train()
-    apply_metric(domain, domain.train_dataset.to_list(), ["a", "b"], [[1], [2]])
+    model, scorer = load_model(MODEL_FOLDER), Scorer(load_tokenizer(MODEL_FOLDER), max_new_tokens=7, batch_size=1)
+    scores = scorer.score(model, domain, domain.train_dataset)
     assert seen[0].keys() == seen[-1].keys() and len(seen) == 2
     lists = [{name for name, value in kwargs.items() if isinstance(value, list)} for kwargs in seen]
     assert lists[0] == lists[1] == {"prompts", "completions", "completion_ids", "answer", "domain"}
-    assert all(callable(kwargs[name]) for kwargs in seen for name in ("log_extra", "log_metric"))
+    assert seen[1]["completion_ids"] == scorer.complete_ids(model, ["1", "2"])
+    assert seen[1]["completions"] == scores.completions and seen[1]["answer"] == ["x", "y"]
+    assert scores.values.tolist() == [len(ids) for ids in seen[1]["completion_ids"]]
 
 
 def test_completions_of_conversations_are_messages():
@@ -243,7 +222,6 @@ def test_broken_metrics():
     for function, message in (
         (lambda **kwargs: [1.0] * 2, "3 finite values"),
         (lambda **kwargs: [0.0, 1.0, float("nan")], "3 finite values"),
-        (lambda **kwargs: None, "one number per completion"),
         (lambda **kwargs: ["good"] * 3, "one number per completion"),
         (broken, ", broken: .*KeyError: 'answer'"),
         (torch.nn.Linear(1, 1), "a reward model"),
@@ -256,67 +234,38 @@ def test_broken_metrics():
     assert apply_metric(with_metric, ROWS, ["a", "bb", ""]).tolist() == [1, 2, 0]
 
 
-def test_tokenizer_without_a_pad_token(make_model, tokenizer):
-    model, unpadded = make_model("llama", seed=4), copy.deepcopy(tokenizer)
-    unpadded.pad_token = None
-    assert unpadded.pad_token_id is None
-    found, expected = (Scorer(t, max_new_tokens=8, batch_size=3) for t in (unpadded, tokenizer))
-    assert found.complete_ids(model, PROMPTS) == expected.complete_ids(model, PROMPTS)
+def score_numbers(accelerator=None):
+    """Scores of five prompts and of one, how often the metric was called, and what a broken one raises."""
+    calls, generated = [], []
+
+    def length(completions, **kwargs):
+        calls.append(len(completions))
+        return [len(text) / 8 for text in completions]
+
+    model, scorer = load_model(MODEL_FOLDER, dtype="float64"), Scorer(load_tokenizer(MODEL_FOLDER), max_new_tokens=6)
+    complete_ids = scorer.complete_ids
+    scorer.complete_ids = lambda model, prompts: generated.append(len(prompts)) or complete_ids(model, prompts)
+    rows = Dataset.from_dict({"prompt": PROMPTS[:5]})
+    found = [scorer.score(model, Domain("numbers", metric=length), rows.select(range(n)), accelerator) for n in (5, 1)]
+    with pytest.raises(ValueError) as error:
+        scorer.score(model, Domain("numbers", metric=broken), rows, accelerator)
+    scores = [[part.values.tolist(), part.completions] for part in found]
+    return {"scores": scores, "error": str(error.value), "calls": calls, "generated": generated}
 
 
-IN_A_PROCESS = """
-import json, sys
-from accelerate import Accelerator
-from datasets import load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_interfere import Domain, Scorer
-
-folder = sys.argv[1]
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-calls = []
-
-def length(completions, **kwargs):
-    calls.append(len(completions))
-    return [len(text) / 8 for text in completions]
-
-def fail(completions, **kwargs):
-    raise RuntimeError("out of paper")
-
-domain = Domain("numbers", metric=length)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="float64")
-scorer = Scorer(AutoTokenizer.from_pretrained(folder), max_new_tokens=6)
-scores = scorer.score(model, domain, load_from_disk(f"{folder}/prompts"), accelerator)
-# Fewer prompts than processes: every process takes part in generation nevertheless.
-generated = []
-complete_ids = scorer.complete_ids
-scorer.complete_ids = lambda model, prompts: generated.append(len(prompts)) or complete_ids(model, prompts)
-one = scorer.score(model, domain, load_from_disk(f"{folder}/prompts").select([0]), accelerator)
-assert generated == [1] and one.values.tolist() == scores.values[:1].tolist()
-assert calls == ([5, 1] if accelerator.is_main_process else [])  # the metric is called once
-try:
-    scorer.score(model, Domain("numbers", metric=fail), load_from_disk(f"{folder}/prompts"), accelerator)
-except ValueError as error:
-    message = str(error)
-with open(f"{folder}/{accelerator.process_index}.json", "w") as file:
-    json.dump({"values": scores.values.tolist(), "completions": scores.completions, "error": message}, file)
-accelerator.end_training()
-"""
-
-
-def test_two_processes_get_the_scores_of_one(make_model, tokenizer, make_domain, tmp_path):
-    model, domain = make_model("llama", seed=4), make_domain()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    domain.selection_dataset.save_to_disk(tmp_path / "prompts")
-    domain.metric = lambda completions, **kwargs: [len(text) / 8 for text in completions]
-    expected = Scorer(tokenizer, max_new_tokens=6).score(model, domain, domain.selection_dataset)
-
-    script = tmp_path / "score.py"
-    script.write_text(IN_A_PROCESS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    subprocess.run([*command, str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, check=True)
-    for rank in range(2):
+def test_two_processes_get_the_scores_of_one(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path)], env=environment, timeout=120, check=True)
+    expected = score_numbers()
+    assert expected["calls"] == expected.pop("generated")[:2] == [5, 1]
+    for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found.pop("error") == "domain 'numbers', fail: raised RuntimeError: out of paper"
-        assert found == {"values": expected.values.tolist(), "completions": expected.completions}
+        assert found.pop("generated") == [3, 1, 3]  # every process takes part, where there are fewer prompts too
+        assert found == {**expected, "calls": [[5, 1], []][rank]}  # the main one alone calls the metric
+
+
+if __name__ == "__main__":
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    Path(sys.argv[1], f"{accelerator.process_index}.json").write_text(json.dumps(score_numbers(accelerator)))

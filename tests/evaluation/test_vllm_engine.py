@@ -37,7 +37,6 @@ def test_vllm_is_not_installed(tmp_path):
         (LoraConfig(use_dora=True), "use_dora=True"),
         (LoraConfig(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
         (LoraConfig(rank_pattern={"q_proj": 2}), "rank_pattern={'q_proj': 2}"),
-        (LoraConfig(bias="all"), "bias='all'"),
         (LoraConfig(r=513), "rank 512.*513"),
     ],
 )

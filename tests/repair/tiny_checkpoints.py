@@ -1,6 +1,7 @@
 """Tiny random checkpoints of many architectures, and references on them."""
 
 import torch
+from architectures import TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_interfere import Domain
@@ -10,20 +11,7 @@ from trl_interfere.repair.subspace_rollback import SubspaceRollback
 
 
 WIDTH, VOCABULARY = 16, 40
-SETTINGS = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
+SETTINGS = TINY | {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 20}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 4}
 LAYER_TYPES = ["sliding_attention", "full_attention"]
 ATTENTION = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
