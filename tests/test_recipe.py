@@ -115,16 +115,10 @@ def write(folder, content):
 
 def test_run_file(folder):
     (folder / "model").mkdir()
-    math = {
-        "name": "math",
-        "train_dataset": {**DATA, "limit": 4},
-        "eval_dataset": {**DATA, "skip": 4},
-        "selection_dataset": {**DATA, "skip": 3, "limit": 1},
-        "reward_funcs": ["exact_match", "trl_interfere.rewards.text.contains_words"],
-        "reward_weights": [1.0, 0.25],
-        "metric": "lab_math",
-        "settings": {"max_steps": 5},
-    }
+    math = {"name": "math", "metric": "lab_math", "settings": {"max_steps": 5}, "reward_weights": [1.0, 0.25]}
+    math |= {"train_dataset": {**DATA, "limit": 4}, "eval_dataset": {**DATA, "skip": 4}}
+    math |= {"selection_dataset": {**DATA, "skip": 3, "limit": 1}}
+    math |= {"reward_funcs": ["exact_match", "trl_interfere.rewards.text.contains_words"]}
     Dataset.from_dict({"prompt": ["?"], "answer": ["!"]}).to_json(folder / "prompts.jsonl")
     content = {
         "model": "model",
@@ -139,9 +133,8 @@ def test_run_file(folder):
     assert {name: getattr(run, name) for name in settings} == settings
     math, qa = run.domains
     assert math.name == "math" and qa.name == "1"
-    assert math.train_dataset["level"] == [0, 1, 2, 3]
-    assert math.eval_dataset["level"] == [4, 5]
-    assert math.selection_dataset["level"] == [3]
+    parts = (math.train_dataset, math.eval_dataset, math.selection_dataset)
+    assert [part["level"][:] for part in parts] == [[0, 1, 2, 3], [4, 5], [3]]
     assert math.reward_funcs == [exact_match, contains_words] and math.reward_weights == [1.0, 0.25]
     assert math.metric is math_reward and qa.metric is None
     assert qa.train_dataset is None and qa.reward_funcs == [exact_match]
