@@ -217,9 +217,14 @@ def test_refresh(damaged, run):
     assert (record.name, record.steps, record.overrides) == ("3-refresh-math", 1, overrides), err
     change = difference(Run(damaged).scores(3, "math"), Run(damaged).scores(2, "math"))
     assert f"math by {change:+.1f} points" in out and code == (3 if change.value < 0 else 0)
-    for arguments in (["--domain", "maths"], ["--step", "1"], ["--method", "sft"]):
+    several = ("--domain", "math", "writing", "--steps", 1)  # not by rewards
+    for arguments in (["--domain", "maths"], ["--step", "1"], ["--method", "sft"], several):
         assert run("refresh", damaged, *arguments)[0] == 2
     assert len(Run(damaged).stages) == 4
+    code, out, err = run("refresh", damaged, *several, "--method", "distill", "--max_drop", 100, "--keep")
+    record = Run(damaged).stages[-1]
+    assert (record.name, record.overrides["teachers"].keys()) == ("4-refresh", {"math", "writing"}), err
+    assert "math by" in out and "writing by" in out
 
 
 def test_a_refresh_that_makes_things_worse_says_so_and_is_dropped(damaged, run, hub):
@@ -232,15 +237,6 @@ def test_a_refresh_that_makes_things_worse_says_so_and_is_dropped(damaged, run, 
     assert "3-refresh" not in (damaged / "README.md").read_text()
     assert run("refresh", damaged, *worse, "--keep")[0] == 3 and Run(damaged).stages[-1].name == "3-refresh-writing"
     assert "stage-3-refresh-writing" in hub.repo("tester/run").branches  # asked for
-
-
-def test_a_refresh_by_distillation(damaged, run):
-    several = ("--domain", "math", "writing", "--steps", 1)
-    assert run("refresh", damaged, *several)[0] == 2  # by rewards
-    code, out, err = run("refresh", damaged, *several, "--method", "distill", "--max_drop", 100, "--keep")
-    record = Run(damaged).stages[-1]
-    assert (record.name, record.overrides["teachers"].keys()) == ("3-refresh", {"math", "writing"}), err
-    assert "math by" in out and "writing by" in out
 
 
 def test_train_goes_on_after_a_dry_run(tmp_path, content, run):
