@@ -25,3 +25,6 @@ def test_repositories_that_cannot_be_shown(hub):
     for name in ("tester/empty", "tester/absent"):
         with pytest.raises(ValueError, match=name):
             Catalog().open(name)
+    hub.fail("GET", "/api/models", status=500, times=20)
+    with pytest.raises(ValueError, match="the Hub cannot be reached"):
+        Catalog().search()
