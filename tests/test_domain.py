@@ -34,10 +34,9 @@ def test_streamed_datasets():
 
 
 def test_rewards_and_weights():
-    single = Domain("math", reward_funcs=reward)
-    assert single.reward_funcs == [reward] and single.reward_weights == [1.0]
-    only_metric = Domain("math", metric=reward)
-    assert only_metric.reward_funcs == [] and only_metric.reward_weights == []
+    for settings, functions, weights in (({"reward_funcs": reward}, [reward], [1.0]), ({"metric": reward}, [], [])):
+        domain = Domain("math", **settings)
+        assert (domain.reward_funcs, domain.reward_weights) == (functions, weights)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +46,6 @@ def test_rewards_and_weights():
         ({"reward_funcs": None, "eval_dataset": ROWS}, "domain 'math'.*reward function"),
         ({"reward_weights": [1.0, 2.0]}, "domain 'math'.*reward_weights: expected 1 "),
         ({"reward_weights": [float("nan")]}, "domain 'math', reward_weights: "),
-        ({"reward_weights": 1.0}, "domain 'math', reward_weights: "),
         ({"eval_dataset": Dataset.from_dict({"question": ["1"]})}, "eval_dataset: .*'prompt'.*'question'"),
         ({"eval_dataset": ROWS.to_iterable_dataset()}, "eval_dataset: expected a Dataset .*IterableDataset"),
         ({"train_dataset": DatasetDict(train=ROWS)}, "train_dataset: expected a Dataset .*DatasetDict"),

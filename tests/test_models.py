@@ -60,11 +60,10 @@ def test_adapters_of_expert_parameters_are_merged(tmp_path, targets):
 def test_broken_adapters(tmp_path):
     lora(load_model(MODEL_FOLDER), tmp_path, target_modules=["q_proj"])
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="expected an adapter"):
-        load_model(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="adapter_config.json"):
-        load_model(tmp_path)
+    for message in ("expected an adapter", "adapter_config.json"):
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path)
+        (tmp_path / "adapter_config.json").write_text("{")
 
 
 def test_a_folder_without_a_tokenizer_is_refused_or_takes_that_of_another(tmp_path):

@@ -22,10 +22,9 @@ def test_a_published_run_is_found_by_its_tag_and_read(hub, healed_run):
 
 def test_repositories_that_cannot_be_shown(hub):
     HfApi().create_repo("tester/empty")
-    with pytest.raises(ValueError, match="tester/empty"):
-        Catalog().open("tester/empty")
-    with pytest.raises(ValueError, match="tester/absent"):
-        Catalog().open("tester/absent")
+    for name in ("tester/empty", "tester/absent"):
+        with pytest.raises(ValueError, match=name):
+            Catalog().open(name)
     hub.fail("GET", "/api/models", status=500, times=20)
     with pytest.raises(ValueError, match="the Hub cannot be reached"):
         Catalog().search()

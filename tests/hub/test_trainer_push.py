@@ -77,12 +77,8 @@ def test_strategies(hub, tmp_path, strategy):
         assert seen[1] == {}
     else:
         assert seen[1].keys() == {"main", "stage-1-math"} and seen[1]["main"] == 1  # nothing on main before the end
-        titles = []
-        commit = hub.repo(REPO).resolve("stage-1-math")
-        while commit is not None:
-            titles.append(commit.title)
-            commit = commit.parent
-        assert titles == ["Branch stage-1-math", "Stage 1-math, step 2", "Stage 1-math, step 1", "initial commit"]
+        titles = ["Branch stage-1-math", "Stage 1-math, step 2", "Stage 1-math, step 1", "initial commit"]
+        assert hub.repo(REPO).titles("stage-1-math") == titles
     for stage in ("1-math", "2-writing"):
         assert hub.files(REPO, f"stage-{stage}")["model.safetensors"] == weights(tmp_path, stage)
     assert hub.files(REPO)["model.safetensors"] == weights(tmp_path, "2-writing")

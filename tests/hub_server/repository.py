@@ -4,11 +4,11 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 import yaml
 
 
+DATE = "2026-01-01T00:00:00.000Z"  # of everything
 _LICENSES = set("apache-2.0 mit cc-by-4.0 cc0-1.0 bsd-3-clause gpl-3.0 llama3 gemma other unknown".split())
 
 
@@ -50,7 +50,6 @@ class Commit:
     parent: "Commit | None"
     files: dict[str, Blob]
     title: str
-    date: str
 
 
 @dataclass
@@ -66,7 +65,7 @@ class Repo:
     def commit(self, branch: str, files: dict[str, Blob], title: str) -> Commit:
         parent = self.branches.get(branch)
         content = json.dumps([len(self.commits), parent and parent.id, title, *((p, b.oid) for p, b in files.items())])
-        commit = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, files, title, now())
+        commit = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, files, title)
         self.commits[commit.id] = self.branches[branch] = commit
         return commit
 
@@ -76,19 +75,21 @@ class Repo:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return found
 
+    def history(self, revision: str) -> list[Commit]:
+        """The commit and those before it, the newest first."""
+        found = [self.resolve(revision)]
+        while found[-1].parent is not None:
+            found.append(found[-1].parent)
+        return found
+
+    def titles(self, revision: str) -> list[str]:
+        return [commit.title for commit in self.history(revision)]
+
     def about(self, commit: Commit) -> dict:
         metadata = metadata_of(commit.files["README.md"].content.decode()) if "README.md" in commit.files else {}
         siblings = [{"rfilename": path, "size": len(blob.content)} for path, blob in sorted(commit.files.items())]
-        return {
-            "_id": "0", "id": self.id, "modelId": self.id, "author": self.id.split("/")[0], "sha": commit.id,
-            "private": self.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0,
-            "tags": metadata.get("tags") or [], "lastModified": commit.date, "createdAt": commit.date,
-            "siblings": siblings, **({"sdk": self.sdk} if self.sdk else {}),
-        }  # fmt: skip
-
-
-def now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        about = {"id": self.id, "sha": commit.id, "private": self.private, "tags": metadata.get("tags") or []}
+        return {**about, "lastModified": DATE, "siblings": siblings, "sdk": self.sdk}
 
 
 def metadata_of(card: str) -> dict:

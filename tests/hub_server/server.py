@@ -1,8 +1,7 @@
 """
 A small Hub: the part of the upload and download protocol that huggingface_hub, transformers and datasets use.
 
-Repositories are kept in memory as commits. What an upload sends is checked as the Hub checks it: a commit with a large
-file that was not uploaded is refused, a sha256 that does not fit its bytes too. `Hub.fail` makes the server misbehave.
+Repositories are kept in memory as commits. `Hub.fail` makes the server misbehave.
 huggingface_hub reads the address once, at its first import; nothing listens there before `Hub.start`.
 """
 
@@ -22,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from .repository import Blob, HubError, Repo, metadata_of, now, problems
+from .repository import DATE, Blob, HubError, Repo, metadata_of, problems
 
 
 LISTENER = socket.socket()
@@ -120,8 +119,6 @@ class Hub:
         return {path: blob.content for path, blob in self.repo(repo_id, kind).resolve(revision).files.items()}
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            return
         method, path = scope["method"], scope["path"]
         self.log.append((method, path))
         fitting = (f for f in self.failures if f.times and f.method == method and re.search(f.path, path))
@@ -136,29 +133,26 @@ class Hub:
                 found = await function(request)
                 return found if isinstance(found, Response) else JSONResponse(found)
             except HubError as error:
-                headers = {"X-Error-Message": error.message, "X-Request-Id": "Root=1-test"}
-                headers |= {"X-Error-Code": error.code} if error.code else {}
+                headers = {"X-Error-Message": error.message, "X-Error-Code": error.code or ""}
                 return JSONResponse({"error": error.message, **error.content}, error.status, headers)
             except ClientDisconnect:
                 return Response()
 
         return endpoint
 
-    def _user(self, request: Request, required: bool = True) -> str | None:
-        token = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if token not in ("", TOKEN) or (required and not token):
+    def _user(self, request: Request) -> str:
+        if request.headers.get("authorization") != f"Bearer {TOKEN}":
             raise HubError(401, "Invalid credentials in Authorization header")
-        return USER if token else None
+        return USER
 
     def _repo(self, request: Request, write: bool = False) -> Repo:
-        user, parts = self._user(request, required=write), request.path_params
+        parts = request.path_params
         kind = parts.get("kinds", request.url.path.split("/")[1]).removesuffix("s")
-        owner = parts["owner"]
-        repo = self.repos.get((kind if kind in _PREFIXES else "model", f"{owner}/{parts['name']}"))
-        if repo is None or (repo.private and user != owner):
-            raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
-        if write and user != owner:
-            raise HubError(403, "You don't have the rights to write to this repo")
+        repo = self.repos.get((kind if kind in _PREFIXES else "model", f"{parts['owner']}/{parts['name']}"))
+        if repo is None:
+            raise HubError(404, "Repository not found", "RepoNotFound")
+        if write or repo.private:
+            self._user(request)
         return repo
 
     async def _whoami(self, request: Request):
@@ -175,8 +169,7 @@ class Hub:
             raise HubError(409, f"You already created this {kind} repo", url=url)
         private = body.get("visibility") == "private" or body.get("private", False)
         repo = self.repos[kind, repo_id] = Repo(kind, repo_id, private, body.get("sdk"))
-        attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in _LARGE)
-        repo.commit("main", {".gitattributes": Blob(attributes.encode())}, "initial commit")
+        repo.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs\n")}, "initial commit")
         return {"url": url, "name": repo_id, "id": repo_id}
 
     async def _info(self, request: Request):
@@ -184,11 +177,10 @@ class Hub:
         return repo.about(repo.resolve(request.path_params.get("revision", "main")))
 
     async def _models(self, request: Request):
-        """Models by tag and by a part of the name; private ones of this user only, who is the only one."""
+        """Models by tag and by a part of the name."""
         tags, words = request.query_params.getlist("filter"), request.query_params.get("search", "").lower()
         entries = [repo.about(repo.resolve("main")) for (kind, _), repo in self.repos.items() if kind == "model"]
-        entries = [entry for entry in entries if {*tags} <= {*entry["tags"]} and words in entry["id"].lower()]
-        return entries[: int(request.query_params.get("limit", 1000))]
+        return [entry for entry in entries if {*tags} <= {*entry["tags"]} and words in entry["id"].lower()]
 
     async def _tree(self, request: Request):
         commit = self._repo(request).resolve(request.path_params["revision"])
@@ -200,12 +192,9 @@ class Hub:
         return {"branches": found, "tags": [], "converts": [], "pullRequests": []}
 
     async def _commits(self, request: Request):
-        commit, found = self._repo(request).resolve(request.path_params["revision"]), []
-        while commit is not None:
-            entry = {"id": commit.id, "title": commit.title, "message": "", "date": commit.date}
-            found.append({**entry, "authors": [{"user": USER}]})
-            commit = commit.parent
-        return found
+        commits = self._repo(request).history(request.path_params["revision"])
+        rest = {"message": "", "date": DATE, "authors": [{"user": USER}]}
+        return [{"id": commit.id, "title": commit.title, **rest} for commit in commits]
 
     async def _branch(self, request: Request):
         repo, name = self._repo(request, write=True), request.path_params["revision"]
@@ -218,14 +207,13 @@ class Hub:
         commit, answers = self._repo(request, write=True).resolve(request.path_params["revision"]), []
         for file in (await request.json())["files"]:
             path, blob = file["path"], commit.files.get(file["path"])
-            large = path.endswith(_LARGE) or file["size"] > 10 << 20 or b"\0" in base64.b64decode(file["sample"])
+            large = path.endswith(_LARGE) or b"\0" in base64.b64decode(file["sample"])
             mode = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
             answers.append({**mode, **({"oid": blob.sha256 if blob.large else blob.oid} if blob else {})})
         return {"files": answers}
 
     async def _batch(self, request: Request):
         repo, body = self._repo(request, write=True), await request.json()
-        assert body["operation"] == "upload" and body["hash_algo"] == "sha256"
         objects = []
         for entry in body["objects"]:
             objects.append({"oid": entry["oid"], "size": entry["size"]})
@@ -235,15 +223,12 @@ class Hub:
         return {"transfer": "basic", "objects": objects}
 
     def _stored(self, request: Request) -> tuple[Repo, str]:
-        if request.url.query != SIGNATURE:
-            raise HubError(403, "SignatureDoesNotMatch")
         found = request.path_params
         return self.repos[found["kind"], f"{found['owner']}/{found['name']}"], found["sha"]
 
     async def _put(self, request: Request):
         (repo, sha), content = self._stored(request), await request.body()
-        if hashlib.sha256(content).hexdigest() != sha:
-            raise HubError(400, "The sha256 does not fit the content")
+        assert hashlib.sha256(content).hexdigest() == sha
         repo.storage[sha] = content
         self.uploads[sha] += 1
         return Response()
@@ -254,8 +239,6 @@ class Hub:
 
     async def _commit(self, request: Request):
         repo, branch = self._repo(request, write=True), request.path_params["revision"]
-        if branch not in repo.branches:
-            raise HubError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
         files, title = dict(repo.branches[branch].files), ""
         for line in (await request.body()).splitlines():
             entry = json.loads(line)
@@ -263,19 +246,13 @@ class Hub:
             match entry["key"]:
                 case "header":
                     title = value["summary"]
-                    if value.get("parentCommit") not in (None, repo.branches[branch].id):
-                        raise HubError(412, "A commit has happened since. Please refresh and try again.")
+                    assert value.get("parentCommit") in (None, repo.branches[branch].id)
                 case "file":
                     files[path] = Blob(base64.b64decode(value["content"]))
                 case "lfsFile":
-                    if value["oid"] not in repo.storage:
-                        raise HubError(400, f"LFS pointer pointed to a file that does not exist: {path}")
                     files[path] = Blob(repo.storage[value["oid"]], large=True)
                 case "deletedFile":
-                    if files.pop(path, None) is None:
-                        raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
-                case key:
-                    raise HubError(400, f"unknown operation {key!r}")
+                    del files[path]
         commit = repo.commit(branch, files, title)
         url = f"{self.url}/{_PREFIXES[repo.kind]}{repo.id}/commit/{commit.id}"
         return {"success": True, "commitOid": commit.id, "commitUrl": url, "hookOutput": ""}
@@ -304,7 +281,7 @@ class Hub:
         if slug in self.collections:
             raise HubError(409, "This collection already exists", slug=slug)
         self.collections[slug] = {
-            "slug": slug, "title": body["title"], "owner": {"name": user}, "items": [], "lastUpdated": now(),
+            "slug": slug, "title": body["title"], "owner": {"name": user}, "items": [], "lastUpdated": DATE,
             "position": 0, "private": body.get("private", False), "theme": "blue", "upvotes": 0,
             "description": body.get("description", ""),
         }  # fmt: skip
