@@ -16,7 +16,7 @@ PHASES = {"generation", "optimizer", "checkpoint", "evaluation", "between", "ref
 
 @pytest.mark.parametrize(
     ("setting", "points"),
-    [("full", 3), *(pytest.param(*slow, marks=pytest.mark.slow) for slow in SLOW)],
+    [*([] if POINTS else [("full", 3)]), *(pytest.param(*slow, marks=pytest.mark.slow) for slow in SLOW)],
 )
 def test_killed_and_resumed(tmp_path, setting, points):
     points = POINTS or str(points)
