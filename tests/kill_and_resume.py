@@ -182,7 +182,8 @@ def main() -> None:
         failed += bool(problems)
         row = {"phase": events[at], "killed_at": killed, "of": len(events), "problems": problems}
         print(json.dumps(row), flush=True)
-    print(json.dumps({"points": len(chosen), "failed": failed, "tensors": len(weights), "score_files": len(scores)}))
+    figures = {"points": len(chosen), "of": sum(phase in phases for phase in events), "failed": failed}
+    print(json.dumps({**figures, "tensors": len(weights), "score_files": len(scores)}))
     sys.exit(bool(failed))
 
 

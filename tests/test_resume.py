@@ -32,7 +32,7 @@ def test_killed_and_resumed(tmp_path, setting, points):
     assert done.returncode == 0 and rows, done.stdout + done.stderr
     *rows, summary = rows
     print(summary)
-    assert summary["failed"] == 0 and summary["points"] == len(rows) == int(points)
+    assert summary["failed"] == 0 and summary["points"] == len(rows) == min(int(points), summary["of"])
     phases = {"refresh"} if setting == "distill" else PHASES
     assert {row["phase"] for row in rows} >= (phases if int(points) >= len(phases) else set())
     assert summary["tensors"] >= 48 and summary["score_files"] == 8  # what was compared
