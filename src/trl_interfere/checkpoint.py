@@ -213,7 +213,7 @@ def check_comparable(first: Checkpoint, second: Checkpoint) -> list[str]:
     for checkpoint, other in ((second, first), (first, second)):
         if missing := sorted(name for name in names if name not in checkpoint):
             where = f"{checkpoint.folder}: tensor {missing[0]}: expected as in {other[missing[0]].file}"
-            raise ValueError(f"{where}, found none ({len(missing)} are missing)")
+            raise ValueError(f"{where}, found none ({len(missing)} missing)")
     for name in sorted(names):
         expected, found = first[name], second[name]
         if expected.shape != found.shape:

@@ -164,6 +164,7 @@ BEFORE_THE_START = {
     "reward without **kwargs": (partial(new, domain={"reward_funcs": bare_reward}), "bare_reward: .*kwargs"),
     "duplicate domains": (lambda folder: build(folder / "new", [math_domain()] * 2), "^domains: .*'math', 'math'"),
     "domain named like a refresh": (lambda folder: math_domain(name="refresh-math"), "domain name 'refresh-math'"),
+    "stage option of another type": (of_math(max_steps="many"), r"stage_overrides\['math'\], max_steps: .*'many'"),
     "stage option out of range": (of_math(learning_rate=-1), r"stage_overrides\['math'\], learning_rate: .*-1"),
     "batch of a stage not divisible": (of_math(num_generations=3), r"stage_overrides\['math'\]: .*num_generations=3"),
     "evaluation without a dataset": (partial(new, eval_on_start=True, domain=UNSCORED), "^eval_strategy.*'writing'"),

@@ -128,9 +128,15 @@ def test_a_run_heals_by_distillation_without_rewards(tmp_path):
     assert any(not torch.equal(tensor, weights(runs[0.5])[name]) for name, tensor in weights(trainer).items())
 
 
-def test_a_teacher_with_another_vocabulary(trained, tmp_path, monkeypatch):
+def test_teachers_that_do_not_fit(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(trained.run, "folder", shutil.copytree(trained.run.folder, tmp_path / "run"))
     folder = trained.run.folder / "stages" / "1-math"
+    teacher = load_model(folder)
+    teacher.resize_token_embeddings(teacher.config.vocab_size + 1)
+    teacher.save_pretrained(tmp_path / "wide")  # its weights are mapped from the file that is replaced
+    shutil.copytree(tmp_path / "wide", folder, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="teacher 1-math: tensor .*expected"):
+        Distillation(trained, {"math": "1-math"})
     words = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = words["model"]["vocab"]
     first, second = list(vocabulary)[-2:]
